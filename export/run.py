@@ -1,0 +1,135 @@
+"""A folder of weights to a bundle: load, write graphs, measure parity, promise; in that order."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from snoopi_rt import __version__
+from snoopi_rt.bundle import Build, Bundle, File, Latent, Scale, Text
+from snoopi_rt.bundle import Guidance as GuidancePromise
+from snoopi_rt.engines import installed, load_engine
+from snoopi_rt.engines.base import EngineMissing, InputError
+from snoopi_rt.export.backbones import Backbone, find_backbone
+from snoopi_rt.export.graph import FP16, INT8, write_graph
+from snoopi_rt.export.guidance import find_guidance
+from snoopi_rt.export.parity import TOLERANCE, measure
+
+PARITY_PROMPTS = ("", "a cat", "a blurry photo of a red apple on a blue background", "a 3d render of a rocket in the night sky")
+STORED = {"text_encoder": INT8, "generator": FP16, "decoder": FP16}
+PRECISION = {"text_encoder": "int8", "generator": "fp32", "decoder": "fp32"}
+ENGINES = ("cpu", "openvino")
+DYNAMIC = {
+    "ids": {0: "batch", 1: "tokens"},
+    "noise": {0: "batch"},
+    "prompt_states": {0: "batch", 1: "tokens"},
+    "prompt_mask": {0: "batch", 1: "tokens"},
+    "negative_states": {0: "batch", 1: "negative_tokens"},
+    "negative_mask": {0: "batch", 1: "negative_tokens"},
+    "negative_scale": {0: "batch"},
+    "latent": {0: "batch"},
+}
+
+
+def export(weights: Path, out: Path, backbone: str, guidance: str = "nasa", force: bool = False) -> Bundle:
+    """Writes the student in the folder `weights` to the bundle `out` and returns it.
+
+    Raises InputError (unknown backbone or guidance, missing weights, `out` in use), OutputError where a graph is too far from PyTorch.
+    Nothing is under the name `out` until all of it is.
+    """
+    chosen, kind = find_backbone(backbone), find_guidance(guidance)
+    if out.exists() and not force:
+        raise InputError(f"{out} exists; choose another folder or say --force")
+    engines = [name for name in installed() if name in ENGINES]
+    if not engines:
+        raise EngineMissing('export measures parity on an engine, and none is installed: pip install "snoopi-rt[export]"')
+    modules = chosen.load(weights, chosen.rule)
+    beside = out.with_name(f".{out.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+
+    ids = _tokenize(modules.tokenizer, chosen)
+    with torch.no_grad():
+        states = [modules.text_encoder(row) for row in ids]
+    cases = _generator_cases(states, chosen, with_negative=kind.attend is not None)
+    reference = modules.reference(kind, states[0])
+    with torch.no_grad():
+        latents = reference(**cases[0])
+    parts: dict[str, tuple[nn.Module, nn.Module, list[dict[str, Tensor]], str]] = {
+        "text_encoder": (modules.text_encoder, modules.text_encoder, [{"ids": row.expand(2, -1)} for row in ids], "states"),
+        "generator": (modules.generator(kind, states[0]).eval(), reference, cases, "latent"),
+        "decoder": (modules.decoder, modules.decoder, [{"latent": latents}], "image"),
+    }
+    graphs = {}
+    with tqdm(total=2 * len(parts), unit="step") as bar:
+        for name, (module, wanted, examples, output) in parts.items():
+            path = beside / f"{name}.onnx"
+            bar.set_description(f"write {name}")
+            write_graph(module, examples[-1], [output], DYNAMIC, path, STORED[name])
+            bar.update()
+            bar.set_description(f"measure {name}")
+            graphs[name] = (_build(name, path, wanted, examples, engines),)
+            bar.update()
+    shutil.copyfile(modules.tokenizer, beside / "tokenizer.json")
+    bundle = Bundle(
+        name=out.name,
+        backbone=chosen.name,
+        licence=chosen.licence,
+        text=Text(File.of(beside / "tokenizer.json"), chosen.max_tokens, chosen.lowercase),
+        latent=Latent(chosen.channels, chosen.factor),
+        sizes=chosen.sizes,
+        max_batch=64,
+        guidance=GuidancePromise(kind.kind, Scale(chosen.default_scale[kind.kind], 0.0, kind.max_scale if kind.attend else 0.0), {}),
+        provenance={"weights": weights.name, "exporter": f"snoopi-rt {__version__}, torch {torch.__version__}"},
+        graphs=graphs,
+    )
+    bundle.save(beside)
+    if out.exists():
+        shutil.rmtree(out)
+    beside.replace(out)
+    return Bundle.load(out)
+
+
+def _build(name: str, path: Path, reference: nn.Module, cases: list[dict[str, Tensor]], engines: list[str]) -> Build:
+    parity = measure(name, reference, path, cases, engines)
+    engine = load_engine(engines[0], path)
+    promise = Build(tuple(ENGINES), PRECISION[name], "onnx", (File.of(path),), engine.inputs, engine.outputs, parity, TOLERANCE[name])
+    engine.close()
+    return promise
+
+
+def _tokenize(file: Path, backbone: Backbone) -> list[Tensor]:
+    """Ids (1, T) of the parity prompts, the empty one first."""
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return [torch.tensor([tokenizer.encode(text.lower() if backbone.lowercase else text).ids]) for text in PARITY_PROMPTS]
+
+
+def _generator_cases(states: list[Tensor], backbone: Backbone, with_negative: bool) -> list[dict[str, Tensor]]:
+    """Batches of 2 that differ in prompt, length, mask and scale, on real token states."""
+    random = torch.Generator().manual_seed(0)
+    (height, width), cases = backbone.sizes[0], []
+    _, short, long, other = states
+    for prompts, negatives in (((long, other), (short, short)), ((short, long), (other, short))):
+        prompt, prompt_mask = _padded(prompts)
+        case = {
+            "noise": torch.randn(2, backbone.channels, height // backbone.factor, width // backbone.factor, generator=random),
+            "prompt_states": prompt,
+            "prompt_mask": prompt_mask,
+        }
+        if with_negative:
+            case["negative_states"], case["negative_mask"] = _padded(negatives)
+            case["negative_scale"] = torch.tensor([0.0, 0.7])
+        cases.append(case)
+    return cases
+
+
+def _padded(rows: Mapping[int, Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([row.shape[1] for row in rows])
+    padded = torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]

