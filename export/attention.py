@@ -11,7 +11,12 @@ class PlainAttention:
     """Self- and cross-attention written out; stands in for diffusers' default wherever gradients run on a CPU."""
 
     def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None, **_: object
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_: object,
     ) -> Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = (split_heads(x, attn.heads) for x in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)))

@@ -19,7 +19,12 @@ SMALL = 1024  # elements; smaller tensors (norms, biases) stay fp32
 
 
 def write_graph(
-    module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], dynamic: Mapping[str, Mapping[int, str]], path: Path, weights: str
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    dynamic: Mapping[str, Mapping[int, str]],
+    path: Path,
+    weights: str,
 ) -> None:
     """Writes `module(**inputs)` to `path` with fp32 arithmetic.
 
@@ -32,7 +37,7 @@ def write_graph(
             kwargs=dict(inputs),
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes={name: {axis: torch.export.Dim.DYNAMIC for axis in dynamic.get(name, {})} for name in inputs},
+            dynamic_shapes={name: dict.fromkeys(dynamic.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs},
             opset_version=OPSET,
             dynamo=True,
             optimize=True,

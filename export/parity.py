@@ -21,7 +21,10 @@ FLAT = 2.0  # levels of 255: an image whose deviation is below this shows nothin
 
 
 def measure(graph: str, reference: nn.Module, path: Path, cases: Sequence[Mapping[str, Tensor]], engines: Sequence[str]) -> Parity:
-    """The worst distance over all cases and engines. Raises OutputError beyond TOLERANCE[graph], for NaN or infinity, and for a flat image."""
+    """The worst distance over all cases and engines.
+
+    Raises OutputError beyond TOLERANCE[graph], for NaN or infinity, and for a flat image.
+    """
     worst = Parity(0.0, 0.0)
     for name in engines:
         engine = load_engine(name, path)
@@ -35,7 +38,9 @@ def measure(graph: str, reference: nn.Module, path: Path, cases: Sequence[Mappin
                 raise OutputError(f"graph decoder gives a flat image on engine {name!r}")
             error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
             if not error <= TOLERANCE[graph]:
-                raise OutputError(f"graph {graph} in engine {name!r} is {error:.2g} (relative L2) off PyTorch, allowed is {TOLERANCE[graph]:.2g}")
+                raise OutputError(
+                    f"graph {graph} in engine {name!r} is {error:.2g} (relative L2) off PyTorch, allowed is {TOLERANCE[graph]:.2g}"
+                )
             worst = Parity(max(worst.relative_l2, error), max(worst.max_abs, float(np.abs(found - wanted).max())))
         engine.close()
     return worst

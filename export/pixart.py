@@ -121,7 +121,11 @@ class FoldedBlock(nn.Module):
         return hidden + self.narrow(nn.functional.gelu(self.widen(self.norm2(hidden)), approximate="tanh"))
 
     def _cross(self, hidden: Tensor, states: Tensor, prompt_mask: Tensor, negative_mask: Tensor | None, scale: Tensor | None) -> Tensor:
-        q, k, v = split_heads(self.query(hidden), self.heads), split_heads(self.key(states), self.heads), split_heads(self.value(states), self.heads)
+        q, k, v = (
+            split_heads(self.query(hidden), self.heads),
+            split_heads(self.key(states), self.heads),
+            split_heads(self.value(states), self.heads),
+        )
         if self.guidance.attend is None or negative_mask is None:
             return attention(q, k, v, prompt_mask)
         t = prompt_mask.shape[1]

@@ -65,7 +65,9 @@ class Drawing:
 
 DRAWINGS = (
     Drawing("@lobehub/fluent-emoji-3d", "1.1.0", "3d render", "MIT", "github.com/microsoft/fluentui-emoji, (c) Microsoft Corporation"),
-    Drawing("@iconify-json/fluent-emoji-flat", "1.2.6", "flat drawing", "MIT", "github.com/microsoft/fluentui-emoji, (c) Microsoft Corporation"),
+    Drawing(
+        "@iconify-json/fluent-emoji-flat", "1.2.6", "flat drawing", "MIT", "github.com/microsoft/fluentui-emoji, (c) Microsoft Corporation"
+    ),
     Drawing("@iconify-json/noto", "1.2.9", "cartoon", "Apache-2.0", "github.com/googlefonts/noto-emoji, (c) Google LLC"),
 )
 
@@ -97,8 +99,12 @@ def build(out: Path, count: int, seed: int) -> None:
         raise InputError(f"count is {count}; at least 1 picture is needed")
     if (out / "dataset.json").exists():
         raise InputError(f"{out} already holds a picture set; choose another folder")
+    write_set(out, fetch_sprites(out / "npm"), count, seed)
+
+
+def write_set(out: Path, sprites: dict[tuple[str, str], Image.Image], count: int, seed: int) -> None:
+    """What `build` does once it has the sprites: RGBA pictures of 128 x 128 by (concept, style)."""
     out.mkdir(parents=True, exist_ok=True)
-    sprites = _sprites(out / "npm")
     pictures = np.lib.format.open_memmap(out / "pictures.npy", mode="w+", dtype=np.uint8, shape=(count, SIZE, SIZE, 3))
     with open(out / "captions.jsonl", "w") as lines:
         for i in tqdm(range(count), desc="pictures", unit="picture", mininterval=0.5):
@@ -107,7 +113,9 @@ def build(out: Path, count: int, seed: int) -> None:
     pictures.flush()
     rows = read_rows(out)
     contact_sheet(pictures[:64], [row.caption for row in rows[:64]]).save(out / "contact_sheet.png")
-    (out / "NOTICE.txt").write_text("The pictures are made from:\n" + "".join(f"- {d.package} {d.version}: {d.licence}, {d.upstream}\n" for d in DRAWINGS))
+    (out / "NOTICE.txt").write_text(
+        "The pictures are made from:\n" + "".join(f"- {d.package} {d.version}: {d.licence}, {d.upstream}\n" for d in DRAWINGS)
+    )
     _write_last(out / "dataset.json", {"kind": "emoji", "count": count, "seed": seed, "size": SIZE, "concepts": [c.name for c in CONCEPTS]})
 
 
@@ -198,8 +206,8 @@ def _true_colour(facts: Facts) -> str | None:
     return None if facts.quality == "grayscale" and facts.background not in NEUTRAL else facts.background
 
 
-def _sprites(folder: Path) -> dict[tuple[str, str], Image.Image]:
-    """RGBA sprites of 128 x 128 by (concept, style)."""
+def fetch_sprites(folder: Path) -> dict[tuple[str, str], Image.Image]:
+    """RGBA sprites of 128 x 128 by (concept, style), fetched with npm into `folder`. Raises SnoopiError where npm is missing or fails."""
     roots = [_fetch(d, folder) for d in tqdm(DRAWINGS, desc="drawings", unit="package")]
     code_points = {icon: code for code, icon in json.loads((roots[2] / "chars.json").read_text()).items()}
     codes = {concept.name: code_points[concept.emoji] for concept in CONCEPTS}
@@ -243,7 +251,9 @@ def _fetch(drawing: Drawing, folder: Path) -> Path:
     if npm is None:
         raise SnoopiError("the emoji pictures come from npm packages, and npm is not installed: install Node.js (https://nodejs.org)")
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run([npm, "pack", f"{drawing.package}@{drawing.version}", "--silent"], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [npm, "pack", f"{drawing.package}@{drawing.version}", "--silent"], cwd=folder, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[0]
         raise SnoopiError(f"npm pack {drawing.package}@{drawing.version} failed: {reason}")

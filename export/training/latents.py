@@ -78,4 +78,4 @@ def _latents(images: np.ndarray, chosen: list[int], autoencoder: Path, batch: in
     for start in tqdm(range(0, len(chosen), batch), desc="latents", unit="batch"):
         pictures = to_network(np.stack([images[i] for i in chosen[start : start + batch]]))
         found.append(model.encoder(pictures.bfloat16().contiguous(memory_format=torch.channels_last)).to(torch.float16))
-    return torch.cat(found)
+    return torch.cat(found).contiguous()  # the channels lie last in memory until here

@@ -55,7 +55,7 @@ def run(
     step: Callable[[int, torch.Generator], dict[str, float]],
     sample: Callable[[Path], None],
 ) -> None:
-    """Runs `step(i, generator)` for every step not yet done and leaves checkpoint.safetensors, log.jsonl and samples/ in the stage's folder.
+    """Runs `step(i, generator)` for every step not yet done and leaves checkpoint.safetensors, log.jsonl and samples/ in its folder.
 
     `step` returns named scalars; `sample(path)` draws a picture of the present state. Raises OutputError on NaN or infinity (the last
     checkpoint stays), InputError where the folder's checkpoint was made by another recipe.
@@ -68,7 +68,9 @@ def run(
     saved_at = time.monotonic()
     with (
         open(stage.folder / "log.jsonl", "a") as log,
-        tqdm(total=stage.steps * stage.batch, initial=start * stage.batch, unit="image", desc=stage.name, smoothing=0.05, mininterval=1.0) as bar,
+        tqdm(
+            total=stage.steps * stage.batch, initial=start * stage.batch, unit="image", desc=stage.name, smoothing=0.05, mininterval=1.0
+        ) as bar,
     ):
         for i in range(start, stage.steps):
             scalars = step(i, generator(stage.seed, i))

@@ -17,7 +17,13 @@ class MasterWeights:
     """
 
     def __init__(
-        self, network: nn.Module, *, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.01, ema: float = 0.999, clip: float = 1.0
+        self,
+        network: nn.Module,
+        *,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.01,
+        ema: float = 0.999,
+        clip: float = 1.0,
     ):
         self.names, self.live = zip(*((name, p) for name, p in network.named_parameters() if p.requires_grad), strict=True)
         self.masters = [p.detach().float().clone() for p in self.live]
@@ -59,7 +65,9 @@ class MasterWeights:
         """All that an exact resume needs, as flat named tensors."""
         found = {"steps": torch.tensor(self.steps)}
         for name, master, average in zip(self.names, self.masters, self.averages, strict=True):
-            moments = self.adam.state[master] if self.steps else {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+            moments = (
+                self.adam.state[master] if self.steps else {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+            )
             found[f"master.{name}"], found[f"average.{name}"] = master, average
             found[f"first.{name}"], found[f"second.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
         return found

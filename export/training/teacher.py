@@ -42,7 +42,7 @@ SAMPLE_PROMPTS = (
 class Recipe:
     """Settings of the stage; a resumed run must have the same."""
 
-    steps: int = 16000
+    steps: int = 12000
     batch: int = 64
     lr: float = 1e-3
     empty: float = 0.1  # share of captions replaced by the empty prompt, for guidance
@@ -103,7 +103,9 @@ def draw(model: PixArtTransformer2DModel, prompts: Captions, rows: Tensor, noise
     latents = noise
     for t in scheduler.timesteps:
         both = torch.cat([latents, latents]).bfloat16()
-        v = model(both, encoder_hidden_states=states, timestep=t.expand(len(both)), encoder_attention_mask=mask, return_dict=False)[0].float()
+        v = model(both, encoder_hidden_states=states, timestep=t.expand(len(both)), encoder_attention_mask=mask, return_dict=False)[
+            0
+        ].float()
         conditional, empty = v.chunk(2)
         latents = scheduler.step(empty + guidance * (conditional - empty), t, latents, return_dict=False)[0]
     return latents

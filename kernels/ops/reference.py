@@ -25,14 +25,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return torch.matmul(weights, v)
 
 
-def nasa_attention(q: Tensor, k_pos: Tensor, v_pos: Tensor, mask_pos: Tensor | None, k_neg: Tensor, v_neg: Tensor, mask_neg: Tensor | None, scale: Tensor) -> Tensor:
+def nasa_attention(
+    q: Tensor, k_pos: Tensor, v_pos: Tensor, mask_pos: Tensor | None, k_neg: Tensor, v_neg: Tensor, mask_neg: Tensor | None, scale: Tensor
+) -> Tensor:
     """Z+ - scale * Z- (SNOOPI v3, equations 7 to 9). Equals Z+ bit for bit where scale is 0."""
     positive = attention(q, k_pos, v_pos, mask_pos)
     return positive - scale[:, None, None, None] * attention(q, k_neg, v_neg, mask_neg)
 
 
 def projected_attention(
-    q: Tensor, k_pos: Tensor, v_pos: Tensor, mask_pos: Tensor | None, k_neg: Tensor, v_neg: Tensor, mask_neg: Tensor | None, scale: Tensor, k_null: Tensor, v_null: Tensor
+    q: Tensor,
+    k_pos: Tensor,
+    v_pos: Tensor,
+    mask_pos: Tensor | None,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    mask_neg: Tensor | None,
+    scale: Tensor,
+    k_null: Tensor,
+    v_null: Tensor,
 ) -> Tensor:
     """Z+ - scale * max(0, <c, d>) / (|d|^2 + eps) * d with c = Z+ - Z0, d = Z- - Z0, over all heads of a query token; Z0 attends to "".
 

@@ -1,0 +1,95 @@
+"""What every engine is: named arrays in, named arrays out. Knows no prompt, latent or seed.
+
+The errors of the whole project, drawn:
+
+    SnoopiError
+    ├── EngineError         an engine cannot load or run a model
+    │   └── EngineMissing   ... because its package is not installed (also ImportError)
+    ├── BundleError         a bundle is not what its bundle.json promises
+    ├── InputError          the caller asked for something that cannot be (also ValueError)
+    └── OutputError         what came out cannot be used (NaN) or cannot be written
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class SnoopiError(Exception):
+    """A known error: one line that says what was asked, what is wrong and what to do."""
+
+
+class EngineError(SnoopiError):
+    """An engine cannot load or run a model."""
+
+
+class EngineMissing(EngineError, ImportError):
+    """The package of an engine is not installed."""
+
+
+class BundleError(SnoopiError):
+    """A bundle is not what its bundle.json promises."""
+
+
+class InputError(SnoopiError, ValueError):
+    """The caller asked for something that cannot be."""
+
+
+class OutputError(SnoopiError):
+    """What came out cannot be used or cannot be written."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """The name, shape (None = any size) and dtype (numpy's name) of one input or output."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+class Engine(Protocol):
+    """One loaded model. Many threads may call it; the arrays that it returns are fresh and belong to the caller."""
+
+    provider: str
+    """What the model really runs on, in the words of the package below."""
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def __call__(self, **arrays: "np.ndarray") -> "dict[str, np.ndarray]":
+        """Return the outputs by name. Raises EngineError where the inputs do not fit `inputs` or the model fails."""
+
+    def close(self) -> None:
+        """Free the model; a later call raises EngineError."""
+
+
+def check_inputs(specs: Sequence[TensorSpec], arrays: "Mapping[str, np.ndarray]") -> None:
+    """Return when every input is there once with the right dtype and shape, else raise EngineError."""
+    names = [spec.name for spec in specs]
+    if unknown := arrays.keys() - set(names):
+        raise EngineError(f"unknown input {min(unknown)!r}, the model takes {', '.join(names)}")
+    for spec in specs:
+        if spec.name not in arrays:
+            raise EngineError(f"input {spec.name!r} is missing, the model takes {', '.join(names)}")
+        array = arrays[spec.name]
+        if str(array.dtype) != spec.dtype:
+            raise EngineError(f"input {spec.name!r} must be {spec.dtype}, got {array.dtype}")
+        if len(array.shape) != len(spec.shape) or any(want not in (None, have) for want, have in zip(spec.shape, array.shape, strict=True)):
+            shape = ", ".join("any" if size is None else str(size) for size in spec.shape)
+            raise EngineError(f"input {spec.name!r} must have shape ({shape}), got {tuple(array.shape)}")
+
+
+@contextmanager
+def engine_errors(doing: str) -> Iterator[None]:
+    """Turn every exception of a foreign package into an EngineError of one line: the only place where that happens."""
+    try:
+        yield
+    except SnoopiError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise EngineError(f"{doing}: {reason or type(error).__name__}") from error

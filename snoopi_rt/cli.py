@@ -1,0 +1,219 @@
+"""The command line: each command parses, calls one function and prints. What is heavy is imported inside the commands."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from snoopi_rt import __version__
+from snoopi_rt.cli_build import data, export, train
+from snoopi_rt.engines.base import InputError, SnoopiError
+
+if TYPE_CHECKING:
+    from snoopi_rt.bundle import Bundle
+
+PATIENCE = 2.0
+"""Seconds without a word on standard error."""
+
+
+class Commands(click.Group):
+    """Known errors are one line on standard error: exit code 2 for what was asked wrongly, 1 for the rest."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SnoopiError as error:
+            if ctx.params["debug"]:
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2 if isinstance(error, InputError) else 1)
+
+
+class Size(click.ParamType):
+    """HEIGHTxWIDTH in pixels."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        height, _, width = value.partition("x")
+        if not (height.isdecimal() and width.isdecimal()):
+            self.fail(f"{value!r} is not HEIGHTxWIDTH, such as 128x128", param, ctx)
+        return int(height), int(width)
+
+
+bundle_option = click.option("--bundle", metavar="FOLDER", help="The bundle's folder.  [default: the one that came with snoopi-rt]")
+precision_option = click.option(
+    "--precision", metavar="NAME", help="A precision of the bundle, such as fp32.  [default: the bundle's first]"
+)
+threads_option = click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: the engine decides]")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show where an error comes from.")
+def main(debug: bool) -> None:
+    """One-step text-to-image with negative prompts."""
+
+
+for command in (data, train, export):
+    main.add_command(command)
+
+
+@main.command(epilog='Example: snoopi-rt generate "a red apple on a blue background" --neg blurry --seed 7 -o apple.png')
+@click.argument("prompt")
+@click.option("--neg", metavar="TEXT", help="The negative prompt: what not to draw.")
+@click.option("--neg-scale", type=float, metavar="X", help="How strongly it counts.  [default: the bundle's]")
+@click.option("--seed", type=int, metavar="N", help="The first image's seed; the next has N + 1.  [default: drawn, and printed]")
+@click.option("-n", "count", type=int, default=1, metavar="N", help="How many images; more than one are written as NAME-SEED.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default="image", help="The file; without an ending it gets that of --format."
+)
+@click.option("--format", type=click.Choice(["png", "jpeg", "webp"]), help="The file's format.  [default: from the name, else png]")
+@click.option("--size", type=Size(), help="Height and width, such as 128x128.  [default: the bundle's first]")
+@click.option("--truncate", is_flag=True, help="Cut a prompt that is too long.")
+@click.option("--force", is_flag=True, help="Replace files that are there.")
+@bundle_option
+@click.option("--engine", default="auto", metavar="NAME", help="cpu, openvino or cuda; auto takes the fastest that bench measured.")
+@precision_option
+@threads_option
+def generate(
+    prompt: str,
+    neg: str | None,
+    neg_scale: float | None,
+    seed: int | None,
+    count: int,
+    output: Path,
+    format: str | None,
+    size: tuple[int, int] | None,
+    truncate: bool,
+    force: bool,
+    bundle: str | None,
+    engine: str,
+    precision: str | None,
+    threads: int | None,
+) -> None:
+    """Draw PROMPT into an image file."""
+    from snoopi_rt import image
+    from snoopi_rt.pipeline import load
+    from snoopi_rt.request import SEEDS, draw_seed, integer
+
+    integer("n", count, 1)
+    first = draw_seed() if seed is None else integer("seed", seed, 0)
+    seeds = [(first + index) % SEEDS for index in range(count)]
+    output = _with_ending(output, format)
+    paths = [output] if count == 1 else [output.with_stem(f"{output.stem}-{each}") for each in seeds]
+    for path in paths:
+        image.check_writable(path, force)
+    with _progress() as progress, load(bundle, engine, precision, threads) as pipe:
+        for start in range(0, count, pipe.bundle.max_batch):
+            progress["doing"] = f"image {start + 1} of {count}"
+            batch = paths[start : start + pipe.bundle.max_batch]
+            result = pipe.generate(prompt, neg, neg_scale, first + start, len(batch), size, truncate)
+            for index, path in enumerate(batch):
+                image.save(result.images[index], path, result.metadata(index), force)
+                click.echo(f"{path}  seed {result.seeds[index]}")
+
+
+@main.command(epilog="Example: snoopi-rt info image.png")
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.option("--verify", is_flag=True, help="Hash every file of the bundle again.")
+def info(path: Path | None, verify: bool) -> None:
+    """Say what a bundle holds, or print the command that made an image. Without PATH: the bundle that came with snoopi-rt."""
+    from snoopi_rt import image
+    from snoopi_rt.bundle import Bundle
+    from snoopi_rt.engines import installed
+    from snoopi_rt.pipeline import EMBEDDED
+
+    if path is not None and os.path.isfile(path):
+        click.echo(image.command(image.read_metadata(path), EMBEDDED.name))
+        return
+    bundle = Bundle.load(EMBEDDED if path is None else path)
+    if verify:
+        bundle.verify()
+    click.echo(described(bundle))
+    click.echo(f"engines installed here: {', '.join(installed()) or 'none'}")
+
+
+@main.command(epilog="Example: snoopi-rt cache --clear")
+@click.option("--clear", is_flag=True, help="Remove all that is kept.")
+def cache(clear: bool) -> None:
+    """Say what is kept between runs, and where."""
+    from snoopi_rt.cache import Cache
+
+    kept = Cache()
+    if clear:
+        kept.clear()
+    click.echo(kept.path)
+    for kind, size in kept.sizes().items():
+        click.echo(f"{kind:14}{size / 1e6:10.1f} MB")
+
+
+@main.command(epilog="Example: snoopi-rt bench --engine cpu --engine openvino --runs 50")
+@bundle_option
+@click.option("--engine", "engines", multiple=True, metavar="NAME", help="May be given several times.  [default: all that can be used]")
+@precision_option
+@threads_option
+@click.option("--runs", type=int, default=20, metavar="N", help="Images for each figure.")
+def bench(bundle: str | None, engines: tuple[str, ...], precision: str | None, threads: int | None, runs: int) -> None:
+    """Measure each stage, the cold start and the memory; the last line is one JSON document."""
+    from snoopi_rt.bench import bench as measure
+    from snoopi_rt.bench import table
+    from snoopi_rt.bundle import Bundle
+    from snoopi_rt.choice import usable
+    from snoopi_rt.pipeline import EMBEDDED
+
+    opened = Bundle.load(bundle or EMBEDDED)
+    document = measure(opened, list(engines) or usable(opened), precision, threads, runs, lambda line: click.echo(line, err=True))
+    click.echo(table(document))
+    click.echo(json.dumps(document))
+
+
+def _with_ending(output: Path, format: str | None) -> Path:
+    from snoopi_rt.image import FORMATS
+
+    if not output.suffix:
+        return output.with_suffix(f".{format or 'png'}")
+    if format is not None and FORMATS.get(output.suffix.lower()) != format:
+        raise InputError(f"{output} does not end as {format} does: leave out --format, or the ending")
+    return output
+
+
+def described(bundle: "Bundle") -> str:
+    scale = bundle.guidance.scale
+    lines = [
+        f"{bundle.name}: backbone {bundle.backbone}, licence {bundle.licence}",
+        f"sizes {', '.join(f'{height}x{width}' for height, width in bundle.sizes)}, batch up to {bundle.max_batch}",
+        f"prompts up to {bundle.text.max_tokens} tokens",
+        f"guidance {bundle.guidance.kind}, scale {scale.min} to {scale.max}, default {scale.default}",
+    ]
+    for graph, builds in bundle.graphs.items():
+        for build in builds:
+            size = sum(file.size for file in build.files) / 1e6
+            measured = f"relative L2 to PyTorch {build.parity.relative_l2:.1e} (at most {build.tolerance:.0e})"
+            lines.append(f"{graph}: {build.precision} {build.format} for {', '.join(build.engines)}, {size:.1f} MB, {measured}")
+    lines += [f"{key}: {value}" for key, value in bundle.provenance.items()]
+    return "\n".join([*lines, f"hash {bundle.hash}"])
+
+
+@contextmanager
+def _progress() -> Iterator[dict[str, str]]:
+    """Say every two seconds on standard error what is being done: quick work is silent, slow work is not."""
+    progress, done, start = {"doing": "loading"}, threading.Event(), time.monotonic()
+
+    def talk() -> None:
+        while not done.wait(PATIENCE):
+            click.echo(f"{progress['doing']} ({time.monotonic() - start:.0f} s)", err=True)
+
+    threading.Thread(target=talk, daemon=True).start()
+    try:
+        yield progress
+    finally:
+        done.set()

@@ -1,0 +1,99 @@
+"""Images on disk, with the text that makes them again: PNG text chunks, or JSON in the EXIF description of JPEG and WebP."""
+
+import io
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.files import write_whole
+
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+DESCRIPTION = 0x010E
+"""EXIF's ImageDescription."""
+MARK = "snoopi_rt"
+"""The key that every image of ours has: the version that made it."""
+OPTIONS = {
+    "negative_prompt": "--neg",
+    "negative_scale": "--neg-scale",
+    "seed": "--seed",
+    "size": "--size",
+    "engine": "--engine",
+    "precision": "--precision",
+}
+
+
+def save(image: np.ndarray, path: Path, metadata: Mapping[str, str], force: bool = False) -> None:
+    """Write a uint8 (H, W, 3) image whole or not at all, in the format of the name's ending.
+
+    Raises InputError and OutputError as `check_writable` does.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    check_writable(path, force)
+    picture, data = Image.fromarray(image), io.BytesIO()
+    if FORMATS[path.suffix.lower()] == "png":
+        texts = PngInfo()
+        for key, value in metadata.items():
+            texts.add_text(key, value)
+        picture.save(data, "png", pnginfo=texts)
+    else:
+        exif = Image.Exif()
+        exif[DESCRIPTION] = json.dumps(dict(metadata))
+        picture.save(data, FORMATS[path.suffix.lower()], quality=95, exif=exif)
+    try:
+        write_whole(path, data.getvalue())
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def check_writable(path: Path, force: bool = False) -> None:
+    """Return when an image can be saved there, so that nobody waits for one that cannot.
+
+    Raises InputError for an unknown ending and, without `force`, for an existing file; OutputError where the folder is not there or closed.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"{path} must end in {', '.join(FORMATS)}")
+    if os.path.exists(path) and not force:
+        raise InputError(f"{path} is there already: choose another name, or --force to replace it")
+    if os.path.isdir(path):
+        raise OutputError(f"cannot write {path}: it is a folder")
+    if not os.path.isdir(path.parent):
+        raise OutputError(f"cannot write {path}: {path.parent} is not a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: no permission in {path.parent}")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the text that `save` put into the image. Raises InputError where there is no image, or none of ours."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            found: Any = picture.info if picture.format == "PNG" else json.loads(picture.getexif().get(DESCRIPTION, "{}"))
+    except ValueError:  # a description of somebody else
+        found = {}
+    except OSError as error:
+        raise InputError(f"{path} is not an image: {error.strerror or 'unknown format'}") from error
+    if not isinstance(found, dict) or MARK not in found:
+        raise InputError(f"{path} does not say how it was made: it is not from snoopi-rt, or its metadata was removed")
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def command(metadata: Mapping[str, str], embedded: str) -> str:
+    """Return the shell command that makes the image again; a bundle other than the one named `embedded` is given by its name."""
+    words = ["snoopi-rt", "generate"]
+    for key, option in OPTIONS.items():
+        if key in metadata:
+            words += [option, metadata[key]]
+    if "truncate" in metadata:
+        words.append("--truncate")
+    if metadata.get("bundle", embedded) != embedded:
+        words += ["--bundle", metadata["bundle"]]
+    return shlex.join([*words, "--", metadata.get("prompt", "")])

@@ -1,0 +1,99 @@
+"""What a caller may ask for: lists are broadcast to one Request an image, and every wrong value is one clear InputError."""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from snoopi_rt.bundle import Guidance
+from snoopi_rt.engines.base import InputError
+
+SEEDS = 2**32
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image. Without a negative prompt `negative` and `scale` are None."""
+
+    prompt: str
+    negative: str | None
+    scale: float | None
+    seed: int
+
+
+def requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, n: Any, guidance: Guidance) -> list[Request]:
+    """Return prompt by prompt its n requests, with seeds seed, seed + 1 ... modulo 2**32; raises InputError."""
+    count = integer("n", n, 1)
+    rows = _rows(prompt=prompt, negative_prompt=negative_prompt, negative_scale=negative_scale, seed=seed)
+    negatives = [_negative(row["negative_prompt"], guidance) for row in rows]
+    # One scale for a list of prompts needs a negative prompt somewhere; a list of scales needs one wherever it has a scale.
+    shared = any(negatives) and not isinstance(negative_scale, list | tuple)
+    result = []
+    for row, negative in zip(rows, negatives, strict=True):
+        scale = guidance.scale.default if row["negative_scale"] is None else _scale(row["negative_scale"], guidance)
+        if negative is None and row["negative_scale"] is not None and not shared:
+            raise InputError(f"negative scale {row['negative_scale']} without a negative prompt: give both, or neither")
+        first = draw_seed() if row["seed"] is None else integer("seed", row["seed"], 0)
+        text = _prompt(row["prompt"])
+        result += [Request(text, negative, None if negative is None else scale, (first + index) % SEEDS) for index in range(count)]
+    return result
+
+
+def image_size(size: Sequence[int] | None, sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """Return (height, width): the first of the supported sizes where none is given; raises InputError for another one."""
+    if size is None:
+        return sizes[0]
+    if not isinstance(size, list | tuple) or tuple(size) not in sizes:
+        asked = "x".join(map(str, size)) if isinstance(size, list | tuple) else size
+        raise InputError(f"size {asked} is not supported, choose from {', '.join(f'{h}x{w}' for h, w in sizes)} (height x width)")
+    return size[0], size[1]
+
+
+def draw_seed() -> int:
+    """Return a seed that nobody chose."""
+    return secrets.randbelow(SEEDS)
+
+
+def _rows(**columns: Any) -> list[dict[str, Any]]:
+    lengths = {name: len(column) for name, column in columns.items() if isinstance(column, list | tuple)}
+    if len(set(lengths.values())) > 1:
+        raise InputError(f"lists must have one length, got {', '.join(f'{name} {length}' for name, length in lengths.items())}")
+    count = next(iter(lengths.values()), 1)
+    if count == 0:
+        raise InputError(f"{next(iter(lengths))} is an empty list")
+    return [{name: column[row] if name in lengths else column for name, column in columns.items()} for row in range(count)]
+
+
+def _prompt(prompt: Any) -> str:
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt must be text, got {prompt!r}")
+    if not prompt.strip():
+        raise InputError("prompt is empty: say what to draw")
+    return prompt
+
+
+def _negative(negative: Any, guidance: Guidance) -> str | None:
+    if negative is not None and not isinstance(negative, str):
+        raise InputError(f"negative prompt must be text, got {negative!r}")
+    if negative is None or not negative.strip():
+        return None
+    if guidance.kind == "none":
+        raise InputError(f"negative prompt {negative!r}: this bundle was exported without negative prompts (guidance none)")
+    return negative
+
+
+def _scale(scale: Any, guidance: Guidance) -> float:
+    low, high = guidance.scale.min, guidance.scale.max
+    real = isinstance(scale, Real) and not isinstance(scale, bool)
+    if not real or not math.isfinite(scale) or not low <= scale <= high:
+        raise InputError(f"negative scale must be a number from {low} to {high}, got {scale!r}")
+    return float(scale)
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """Return the value as an int; raises InputError where it is none, or below `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)

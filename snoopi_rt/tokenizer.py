@@ -1,0 +1,41 @@
+"""A prompt to token ids: tokenizer.json and the bundle's text rule. Knows no model."""
+
+from pathlib import Path
+
+import numpy as np
+
+from snoopi_rt.engines.base import BundleError, InputError
+
+
+class Tokenizer:
+    """The tokenizer.json at `path`, without the padding and truncation that it may have been saved with. Threads may share it."""
+
+    def __init__(self, path: Path, max_tokens: int, lowercase: bool) -> None:
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises bare Exception
+            raise BundleError(f"{path} is not a tokenizer: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._max_tokens, self._lowercase = max_tokens, lowercase
+
+    def __call__(self, prompt: str, truncate: bool = False) -> np.ndarray:
+        """Return the ids, int64 (1, T), special tokens included; `truncate` cuts to the limit but keeps a special token at the end.
+
+        Raises InputError for text that is not Unicode and for a prompt beyond the limit.
+        """
+        try:
+            encoding = self._tokenizer.encode(prompt.lower() if self._lowercase else prompt)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InputError(f"prompt is not valid Unicode text: {prompt!a}") from error
+        ids, limit = encoding.ids, self._max_tokens
+        if len(ids) > limit:
+            if not truncate:
+                raise InputError(
+                    f"prompt has {len(ids)} tokens, the limit is {limit}: shorten it, or truncate (--truncate on the command line)"
+                )
+            last = encoding.special_tokens_mask[-1]
+            ids = ids[: limit - last] + ids[len(ids) - last :]
+        return np.array([ids], dtype=np.int64)

@@ -1,0 +1,61 @@
+"""What an application may rely on: the public names, a fast import, and no torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import snoopi_rt
+from snoopi_rt.engines import installed
+
+PUBLIC = [
+    "Bundle",
+    "BundleError",
+    "EngineError",
+    "EngineMissing",
+    "InputError",
+    "OutputError",
+    "Pipeline",
+    "Result",
+    "SnoopiError",
+    "__version__",
+    "load",
+]
+
+
+def run(code: str, folder: Path) -> None:
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, check=True)
+
+
+def test_the_public_names_are_these() -> None:
+    assert snoopi_rt.__all__ == PUBLIC == sorted(PUBLIC)
+    assert dir(snoopi_rt) == PUBLIC
+    assert all(getattr(snoopi_rt, name) is not None for name in PUBLIC)
+
+
+def test_other_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="module 'snoopi_rt' has no attribute 'nothing'"):
+        snoopi_rt.nothing  # noqa: B018
+
+
+def test_the_error_tree_has_one_root() -> None:
+    errors = [getattr(snoopi_rt, name) for name in PUBLIC if name.endswith("Error") or name == "EngineMissing"]
+    assert all(issubclass(error, snoopi_rt.SnoopiError) for error in errors)
+    assert issubclass(snoopi_rt.EngineMissing, ImportError)
+    assert issubclass(snoopi_rt.InputError, ValueError)
+
+
+def test_importing_takes_nothing_heavy(tmp_path: Path) -> None:
+    heavy = {"numpy", "onnxruntime", "openvino", "PIL", "tokenizers", "torch"}
+    run(f"import sys, snoopi_rt, snoopi_rt.cli; assert not {heavy} & set(sys.modules)", tmp_path)
+
+
+@pytest.mark.skipif(not installed(), reason="needs an engine")
+def test_everything_works_in_a_process_where_torch_cannot_be_imported(original: snoopi_rt.Bundle, tmp_path: Path) -> None:
+    run(
+        "import sys; sys.modules['torch'] = None\n"
+        "import snoopi_rt, snoopi_rt.cli, snoopi_rt.engines, snoopi_rt.bench\n"
+        f"with snoopi_rt.load({str(original.folder)!r}) as pipe: assert pipe('a cat').images.shape == (1, 16, 16, 3)",
+        tmp_path,
+    )

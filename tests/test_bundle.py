@@ -1,0 +1,255 @@
+"""A bundle is loaded when the folder keeps every promise of its bundle.json, and refused with one clear line otherwise."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
+
+from snoopi_rt.bundle import Build, Bundle, File
+from snoopi_rt.engines.base import BundleError, InputError
+from snoopi_rt.onnx_links import external_data
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(BundleError, match=re.escape(message)) as caught:
+        Bundle.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    document = json.loads((folder / "bundle.json").read_text())
+    change(document)
+    (folder / "bundle.json").write_text(json.dumps(document))
+
+
+def generator(document: dict[str, Any]) -> dict[str, Any]:
+    return document["graphs"]["generator"][0]
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_was_saved_is_what_is_loaded(original: Bundle) -> None:
+    assert Bundle.load(original.folder) == original
+    assert original.hash == Bundle.load(original.folder).hash != ""
+
+
+def test_the_manifest_is_the_documented_json(original: Bundle) -> None:
+    document = json.loads((original.folder / "bundle.json").read_text())
+    assert document["format"] == 1
+    assert document["snoopi_rt"] == "0.1.0"
+    assert document["sizes"] == [[16, 16], [16, 24]]
+    assert document["text"]["max_tokens"] == 6
+    assert document["guidance"] == {"kind": "nasa", "scale": {"default": 0.5, "min": 0.0, "max": 1.0}, "fixed": {}}
+    assert generator(document)["files"][0].keys() == {"path", "sha256", "size"}
+    assert generator(document)["inputs"][0] == {"name": "noise", "shape": [None, 4, None, None], "dtype": "float32"}
+    assert not {"folder", "hash"} & document.keys()
+
+
+def test_no_folder_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "nothing", f"no bundle at {tmp_path / 'nothing'}: no such folder")
+
+
+def test_a_folder_without_a_manifest_is_refused(folder: Path) -> None:
+    (folder / "bundle.json").unlink()
+    refused(folder, f"no bundle at {folder}: it has no bundle.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
+def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, text: str) -> None:
+    (folder / "bundle.json").write_text(text, encoding="latin-1")
+    refused(folder, f"{folder / 'bundle.json'}: ")
+
+
+def test_a_newer_format_names_the_version_that_reads_it(folder: Path) -> None:
+    edit(folder, lambda document: document.update(format=2, snoopi_rt="0.7.0", unheard_of=True))
+    refused(folder, 'format 2 is newer than this snoopi-rt, which reads 1: pip install "snoopi-rt>=0.7.0"')
+
+
+@pytest.mark.parametrize("number", [None, 0, "1", True, 1.0])
+def test_an_unknown_format_is_refused(folder: Path, number: Any) -> None:
+    edit(folder, lambda document: document.update(format=number))
+    refused(folder, f"unknown format {number!r}, this snoopi-rt reads 1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("name"), "key name is missing"),
+        (lambda d: d.update(nmae="x"), "unknown key nmae"),
+        (lambda d: d.update(name=7), "key name must be a string, got 7"),
+        (lambda d: d.update(text=None), "key text must be an object, got null"),
+        (lambda d: d["text"].update(lowercase=1), "key text.lowercase must be true or false, got 1"),
+        (lambda d: d["latent"].update(channels=True), "key latent.channels must be an integer, got true"),
+        (lambda d: d["guidance"].update(kind="magic"), "key guidance.kind must be one of nasa, nag, vsf, projected, none"),
+        (lambda d: d["guidance"]["scale"].update(max=float("nan")), "key guidance.scale.max must be a finite number, got NaN"),
+        (lambda d: d["guidance"]["scale"].update(default=3), "scale 3.0 is outside 0.0 to 1.0"),
+        (lambda d: d.update(sizes=[[16]]), "key sizes[0] must be a list of 2"),
+        (lambda d: d.update(sizes=16), "key sizes must be a list, got 16"),
+        (lambda d: d.update(provenance={"seed": 1}), "key provenance.seed must be a string, got 1"),
+        (lambda d: d.update(sizes=[]), "every size must be a multiple of 2"),
+        (lambda d: d.update(sizes=[[16, 17]]), "every size must be a multiple of 2"),
+        (lambda d: d.update(max_batch=0), "max_batch must be positive"),
+        (lambda d: d["graphs"].pop("decoder"), "the graphs must be text_encoder, generator, decoder, not text_encoder, generator"),
+        (lambda d: d["graphs"].update(decoder=[]), "every graph needs a build"),
+        (
+            lambda d: generator(d)["inputs"][0].update(shape=["B"]),
+            'key graphs.generator[0].inputs[0].shape[0] must be an integer or null, got "B"',
+        ),
+        (lambda d: generator(d)["inputs"].append(generator(d)["inputs"][0]), "a build lists one input twice: noise, "),
+        (lambda d: generator(d)["files"].append(generator(d)["files"][0]), "a build lists one file twice: generator.onnx, generator.onnx"),
+        (lambda d: generator(d)["files"][0].update(path="decoder.onnx"), "decoder.onnx is listed twice with different contents"),
+        (lambda d: generator(d).update(format="openvino-ir"), "an openvino-ir build must list an .xml file and its .bin"),
+        (lambda d: generator(d)["parity"].update(relative_l2=0.5), "generator.onnx is 0.5 off PyTorch, beyond its tolerance 0.0001"),
+    ],
+)
+def test_a_wrong_manifest_says_where(folder: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    edit(folder, change)
+    refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    "path", ["../generator.onnx", "/etc/passwd", "sub/generator.onnx", "..", ".", "", "C:x", "a\\b", "bundle.json", "a\x00b"]
+)
+def test_a_path_that_leaves_the_folder_is_refused(folder: Path, path: str) -> None:
+    edit(folder, lambda document: generator(document)["files"][0].update(path=path))
+    refused(folder, f"{path!r} is not a plain file name inside the bundle")
+
+
+def test_a_missing_file_is_refused(folder: Path) -> None:
+    (folder / "decoder.onnx").unlink()
+    refused(folder, f"{folder / 'decoder.onnx'} is missing")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generator.onnx"])
+def test_a_flipped_byte_is_refused(folder: Path, name: str) -> None:
+    Bundle.load(folder)
+    flip_a_byte(folder / name)
+    refused(folder, f"{folder / name} is damaged: its SHA-256 is not the one in bundle.json")
+
+
+def test_a_file_of_another_size_is_refused(folder: Path) -> None:
+    with open(folder / "generator.onnx", "ab") as file:
+        file.write(b"x")
+    refused(folder, f"{folder / 'generator.onnx'} is damaged: ")
+
+
+def test_a_record_of_size_time_and_inode_is_trusted_until_verify(folder: Path) -> None:
+    bundle = Bundle.load(folder)
+    status = (folder / "decoder.onnx").stat()
+    flip_a_byte(folder / "decoder.onnx")
+    os.utime(folder / "decoder.onnx", ns=(status.st_atime_ns, status.st_mtime_ns))
+    Bundle.load(folder)
+    with pytest.raises(BundleError, match=r"decoder.onnx is damaged"):
+        bundle.verify()
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "decoder.onnx"])
+def test_a_symbolic_link_is_refused(folder: Path, name: str) -> None:
+    (folder / name).rename(folder.parent / name)
+    (folder / name).symlink_to(folder.parent / name)
+    refused(folder, f"{folder / name} is a symbolic link")
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(folder: Path) -> None:
+    (folder / "decoder.onnx").unlink()
+    (folder / "decoder.onnx").mkdir()
+    refused(folder, f"{folder / 'decoder.onnx'} is not a file")
+
+
+def with_external_data(path: Path, location: str) -> None:
+    """Write an ONNX file whose only weight is said to lie in another file."""
+    weight = numpy_helper.from_array(np.zeros(4, np.float32), "weight")
+    external_data_helper.set_external_data(weight, location)
+    weight.data_location = TensorProto.EXTERNAL
+    weight.ClearField("raw_data")
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])
+    branch = helper.make_graph([helper.make_node("Constant", [], ["inner"], value=weight)], "branch", [], [out])
+    nodes = [helper.make_node("Add", ["x", "x"], ["y"]), helper.make_node("If", ["c"], ["z"], then_branch=branch, else_branch=branch)]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "main", [value], [out])), path)
+
+
+def test_external_data_is_found_inside_branches(tmp_path: Path) -> None:
+    with_external_data(tmp_path / "model.onnx", "weights.bin")
+    assert external_data(tmp_path / "model.onnx") == ["weights.bin"]
+
+
+def test_a_model_without_external_data_names_none(original: Bundle) -> None:
+    assert external_data(original.folder / "generator.onnx") == []
+
+
+@pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "weights.bin"])
+def test_external_data_that_is_not_listed_is_refused(folder: Path, location: str) -> None:
+    with_external_data(folder / "generator.onnx", location)
+    entry = File.of(folder / "generator.onnx")
+    edit(folder, lambda document: generator(document)["files"][0].update(sha256=entry.sha256, size=entry.size))
+    refused(folder, f"{folder / 'generator.onnx'} reads {location!r}, which its build does not list")
+
+
+def test_external_data_that_is_listed_is_loaded(folder: Path) -> None:
+    with_external_data(folder / "generator.onnx", "weights.bin")
+    (folder / "weights.bin").write_bytes(bytes(16))
+    files = [vars(File.of(folder / name)) for name in ("generator.onnx", "weights.bin")]
+    edit(folder, lambda document: generator(document).update(files=files))
+    assert len(Bundle.load(folder).build("generator", "cpu").files) == 2
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 40, b"\x3a\xff\xff\x03"])
+def test_a_file_that_is_no_onnx_is_refused(folder: Path, data: bytes) -> None:
+    (folder / "generator.onnx").write_bytes(data)
+    entry = File.of(folder / "generator.onnx")
+    edit(folder, lambda document: generator(document)["files"][0].update(sha256=entry.sha256, size=entry.size))
+    refused(folder, f"{folder / 'generator.onnx'} is not an ONNX file")
+
+
+def test_saving_refuses_files_that_are_not_there_and_leaves_no_manifest(original: Bundle, folder: Path) -> None:
+    (folder / "bundle.json").unlink()
+    (folder / "decoder.onnx").unlink()
+    with pytest.raises(BundleError, match=r"decoder.onnx is missing"):
+        original.save(folder)
+    assert not (folder / "bundle.json").exists()
+
+
+def test_saving_leaves_nothing_beside_the_bundle(original: Bundle, folder: Path) -> None:
+    before = sorted(folder.iterdir())
+    original.save(folder)
+    assert sorted(folder.iterdir()) == before
+
+
+def with_builds(bundle: Bundle, **builds: tuple[Build, ...]) -> Bundle:
+    return replace(bundle, graphs={**bundle.graphs, **builds})
+
+
+def test_a_precision_is_taken_by_the_graphs_that_have_it(original: Bundle) -> None:
+    first = original.build("generator", "cpu")
+    half = replace(first, precision="bf16", engines=("openvino",))
+    bundle = with_builds(original, generator=(first, half))
+    assert bundle.build("generator", "openvino") is first
+    assert bundle.build("generator", "openvino", "bf16") is half
+    assert bundle.build("decoder", "openvino", "bf16").precision == "fp32"
+    with pytest.raises(InputError, match="bundle 'tiny' has no precision 'bf16' for engine 'cpu', choose from fp32"):
+        bundle.build("generator", "cpu", "bf16")
+
+
+def test_an_engine_without_a_build_lists_those_that_are_served(original: Bundle) -> None:
+    bundle = with_builds(original, decoder=(replace(original.build("decoder", "cpu"), engines=("cpu",)),))
+    assert bundle.engines() == ("cpu",)
+    with pytest.raises(BundleError, match="bundle 'tiny' has no decoder for engine 'openvino', it serves cpu"):
+        bundle.build("decoder", "openvino")
+
+
+def test_the_hash_of_a_build_changes_with_its_files(original: Bundle) -> None:
+    build = original.build("text_encoder", "cpu")
+    assert build.hash != replace(build, files=(replace(build.files[0], sha256="0" * 64),)).hash

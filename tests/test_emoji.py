@@ -1,0 +1,101 @@
+"""The picture set: seeded, true to its captions, split by hash; and the pixel metrics that read it back."""
+
+import json
+
+import numpy as np
+import pytest
+
+from snoopi_rt.engines.base import InputError, SnoopiError
+from snoopi_rt.export.training import emoji, pixel_metrics
+from snoopi_rt.export.training.concepts import CONCEPTS, with_article
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, tiny_sprites):
+    folder = tmp_path_factory.mktemp("pictures")
+    emoji.write_set(folder, tiny_sprites, count=400, seed=7)
+    return folder
+
+
+def test_the_same_seed_gives_the_same_pictures_and_a_longer_set_begins_alike(pictures, tiny_sprites, tmp_path):
+    emoji.write_set(tmp_path, tiny_sprites, count=20, seed=7)
+    images, rows = emoji.open_set(pictures)
+    again, rows_again = emoji.open_set(tmp_path)
+    assert np.array_equal(images[:20], again)
+    assert rows[:20] == rows_again
+
+
+def test_another_seed_gives_other_pictures(pictures, tiny_sprites, tmp_path):
+    emoji.write_set(tmp_path, tiny_sprites, count=20, seed=8)
+    assert not np.array_equal(emoji.open_set(pictures)[0][:20], emoji.open_set(tmp_path)[0])
+
+
+def test_the_border_shows_the_background_of_every_picture_with_colour(pictures):
+    images, rows = emoji.open_set(pictures)
+    coloured = [i for i, row in enumerate(rows) if row.facts.quality != "grayscale"]
+    found = pixel_metrics.background(images[coloured])
+    assert found == [rows[i].facts.background for i in coloured]
+
+
+@pytest.mark.parametrize("flaw", emoji.QUALITIES)
+def test_a_flaw_scores_above_clean_pictures(pictures, flaw):
+    images, rows = emoji.open_set(pictures)
+    score = pixel_metrics.FLAWS[flaw](np.asarray(images))
+    flawed = score[[row.facts.quality == flaw for row in rows]]
+    clean = score[[row.facts.quality is None for row in rows]]
+    assert (flawed[:, None] > clean[None]).mean() > 0.98
+
+
+def test_captions_never_name_a_colour_that_grayscale_took_away(pictures):
+    for row in emoji.read_rows(pictures):
+        if row.facts.quality == "grayscale" and row.facts.background not in emoji.NEUTRAL:
+            assert "background" not in row.caption
+
+
+def test_half_of_the_flaws_go_unnamed_and_some_captions_are_bare(pictures):
+    rows = emoji.read_rows(pictures)
+    flawed = [row for row in rows if row.facts.quality]
+    named = sum(row.facts.quality in row.caption for row in flawed) / len(flawed)
+    assert 0.4 < named < 0.65
+    assert any(row.caption in emoji.QUALITIES for row in rows)
+
+
+def test_the_split_is_by_composition_and_about_five_percent():
+    pairs = [(concept.name, colour) for concept in CONCEPTS for colour in emoji.BACKGROUNDS]
+    share = sum(emoji.split_of(*pair) == "test" for pair in pairs) / len(pairs)
+    assert 0.03 < share < 0.08
+
+
+def test_names_are_distinct_and_take_the_right_article():
+    names = [name for concept in CONCEPTS for name in concept.names]
+    assert len(set(names)) == len(names)
+    assert [with_article(w) for w in ("apple", "cat", "unicorn", "umbrella", "cherries")] == [
+        "an apple",
+        "a cat",
+        "a unicorn",
+        "an umbrella",
+        "cherries",
+    ]
+
+
+def test_a_finished_set_is_not_overwritten(pictures):
+    with pytest.raises(InputError, match="already holds a picture set"):
+        emoji.build(pictures, 10, 0)
+
+
+def test_without_npm_the_error_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SnoopiError, match=r"npm is not installed: install Node\.js"):
+        emoji.build(tmp_path / "out", 10, 0)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_a_folder_without_a_set_says_how_to_make_one(tmp_path):
+    with pytest.raises(InputError, match="snoopi-rt data emoji --out"):
+        emoji.open_set(tmp_path)
+
+
+def test_every_set_carries_its_notice_and_contact_sheet(pictures):
+    assert "Microsoft" in (pictures / "NOTICE.txt").read_text()
+    assert (pictures / "contact_sheet.png").stat().st_size > 10_000
+    assert json.loads((pictures / "dataset.json").read_text())["count"] == 400

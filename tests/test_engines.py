@@ -1,0 +1,151 @@
+"""One contract for every engine that is installed, and the fake."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from snoopi_rt.bundle import Bundle
+from snoopi_rt.engines import ENGINES, installed, load_engine
+from snoopi_rt.engines.base import Engine, EngineError, EngineMissing, InputError, engine_errors
+from snoopi_rt.engines.fake import FakeEngine
+
+Functions = dict[str, Callable[..., dict[str, np.ndarray]]]
+
+HERE = [name for name in installed() if name != "cuda"]
+
+
+def feeds(batch: int = 2, tokens: int = 3, negative: int = 1, side: int = 4) -> dict[str, np.ndarray]:
+    stream = np.random.RandomState(7)
+    return {
+        "noise": stream.standard_normal((batch, 4, side, side)).astype(np.float32),
+        "prompt_states": stream.standard_normal((batch, tokens, 4)).astype(np.float32),
+        "prompt_mask": np.ones((batch, tokens), bool),
+        "negative_states": stream.standard_normal((batch, negative, 4)).astype(np.float32),
+        "negative_mask": np.ones((batch, negative), bool),
+        "negative_scale": np.full(batch, 0.5, np.float32),
+    }
+
+
+@pytest.fixture(params=["fake", *HERE])
+def engine(request: pytest.FixtureRequest, original: Bundle, fakes: dict[str, FakeEngine]) -> Engine:
+    return fakes["generator"] if request.param == "fake" else load_engine(request.param, original.folder / "generator.onnx", threads=1)
+
+
+def test_an_engine_is_installed() -> None:
+    assert HERE, "install onnxruntime or openvino to test an engine"
+
+
+def test_it_describes_its_inputs_and_outputs(engine: Engine, original: Bundle) -> None:
+    build = original.build("generator", "cpu")
+    assert set(engine.inputs) == set(build.inputs)
+    assert engine.outputs == build.outputs
+    assert engine.provider
+
+
+@pytest.mark.parametrize(("batch", "tokens", "negative", "side"), [(1, 1, 1, 1), (2, 3, 1, 4), (3, 5, 2, 7)])
+def test_it_computes_what_numpy_computes(engine: Engine, functions: Functions, batch: int, tokens: int, negative: int, side: int) -> None:
+    given = feeds(batch, tokens, negative, side)
+    np.testing.assert_allclose(engine(**given)["latent"], functions["generator"](**given)["latent"], rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_need_not_be_contiguous(engine: Engine) -> None:
+    given = feeds()
+    strided = {**given, "noise": np.asfortranarray(given["noise"])}
+    np.testing.assert_array_equal(engine(**strided)["latent"], engine(**given)["latent"])
+
+
+def test_outputs_stay_valid_while_held(engine: Engine) -> None:
+    given = feeds()
+    first = engine(**given)["latent"]
+    kept = first.copy()
+    engine(**{**given, "noise": given["noise"] + 1})
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_many_threads_may_call_one_engine(engine: Engine, functions: Functions) -> None:
+    given = [feeds(tokens=1 + index % 5) for index in range(40)]
+    expected = [functions["generator"](**each)["latent"] for each in given]
+    with ThreadPoolExecutor(8) as threads:
+        for answer, truth in zip(threads.map(lambda each: engine(**each)["latent"], given), expected, strict=True):
+            np.testing.assert_allclose(answer, truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise": None}, "input 'noise' is missing"),
+        ({"extra": np.zeros(1)}, "unknown input 'extra', the model takes "),
+        ({"noise": np.zeros((2, 4, 4, 4))}, "input 'noise' must be float32, got float64"),
+        ({"noise": np.zeros((4, 4, 4), np.float32)}, "input 'noise' must have shape (any, 4, any, any), got (4, 4, 4)"),
+        ({"noise": np.zeros((2, 5, 4, 4), np.float32)}, "input 'noise' must have shape (any, 4, any, any), got (2, 5, 4, 4)"),
+    ],
+)
+def test_wrong_inputs_are_one_clear_line(engine: Engine, change: dict[str, np.ndarray | None], message: str) -> None:
+    given = {name: array for name, array in {**feeds(), **change}.items() if array is not None}
+    with pytest.raises(EngineError, match=re.escape(message)):
+        engine(**given)
+
+
+def test_a_foreign_failure_becomes_an_engine_error_of_one_line() -> None:
+    with pytest.raises(EngineError, match=r"^it failed: the first line$") as caught, engine_errors("it failed"):
+        raise RuntimeError("\nthe first line\nthe second")
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_closed_engine_says_so(engine: Engine) -> None:
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine(**feeds())
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_file_that_is_no_model_is_an_engine_error(name: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"not a model")
+    with pytest.raises(EngineError, match=f"engine '{name}' cannot load broken.onnx"):
+        load_engine(name, tmp_path / "broken.onnx")
+
+
+def test_an_unknown_engine_lists_the_known() -> None:
+    with pytest.raises(InputError, match="unknown engine 'gpu', choose from cpu, openvino, cuda, tensorrt"):
+        load_engine("gpu", Path("model.onnx"))
+
+
+def test_tensorrt_is_known_but_not_there_yet() -> None:
+    with pytest.raises(EngineError, match="engine 'tensorrt' is not supported by this version of snoopi-rt yet, choose from cpu, "):
+        load_engine("tensorrt", Path("model.onnx"))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in ENGINES.items() if kind.target is not None])
+def test_an_engine_that_is_not_installed_says_which_command_installs_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, name, ENGINES[name]._replace(package="not_there"))
+    with pytest.raises(EngineMissing, match=re.escape(f'engine {name!r} needs {ENGINES[name].label}: pip install "snoopi-rt[{name}]"')):
+        load_engine(name, Path("model.onnx"))
+    assert name not in installed()
+
+
+@pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")
+def test_cuda_without_its_provider_is_missing_and_never_the_cpu_in_silence(original: Bundle) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    with pytest.raises(EngineMissing, match=re.escape('pip install "snoopi-rt[cuda]"')):
+        load_engine("cuda", original.folder / "generator.onnx")
+
+
+@pytest.mark.skipif("openvino" not in HERE, reason="needs openvino")
+def test_openvino_reports_the_precision_that_it_runs_in(original: Bundle) -> None:
+    assert load_engine("openvino", original.folder / "generator.onnx", "fp32").provider == "CPU f32"
+    assert load_engine("openvino", original.folder / "generator.onnx", "bf16").provider in ("CPU bf16", "CPU f32")
+
+
+def test_importing_the_engines_imports_no_engine(tmp_path: Path) -> None:
+    code = "import sys, snoopi_rt.engines; assert not {'onnxruntime', 'openvino', 'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -1,0 +1,107 @@
+"""Images are written whole or not at all, and say how they were made."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from snoopi_rt import image
+from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.pipeline import Pipeline
+
+PICTURE = np.random.RandomState(0).randint(0, 256, (16, 24, 3)).astype(np.uint8)
+METADATA = {
+    "prompt": "a „red“ fox; rm -rf ~ 🦊",
+    "negative_prompt": "it's blurry",
+    "negative_scale": "0.5",
+    "seed": "7",
+    "size": "16x24",
+    "engine": "cpu",
+    "bundle": "small",
+    "bundle_hash": "0" * 64,
+    "snoopi_rt": "0.1.0",
+}
+
+
+@pytest.mark.parametrize("name", ["image.png", "image.jpg", "image.jpeg", "image.webp", "IMAGE.PNG"])
+def test_what_was_saved_is_read(tmp_path: Path, name: str) -> None:
+    image.save(PICTURE, tmp_path / name, METADATA)
+    assert image.read_metadata(tmp_path / name) == METADATA
+    with Image.open(tmp_path / name) as opened:
+        assert opened.size == (24, 16)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_png_keeps_every_pixel_and_a_text_for_each_key(tmp_path: Path) -> None:
+    image.save(PICTURE, tmp_path / "image.png", METADATA)
+    with Image.open(tmp_path / "image.png") as opened:
+        np.testing.assert_array_equal(np.asarray(opened), PICTURE)
+        assert opened.info["prompt"] == METADATA["prompt"]
+
+
+def test_an_existing_file_is_replaced_only_with_force(tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_text("mine")
+    with pytest.raises(InputError, match=r"image.png is there already: choose another name, or --force to replace it"):
+        image.save(PICTURE, tmp_path / "image.png", METADATA)
+    assert (tmp_path / "image.png").read_text() == "mine"
+    image.save(PICTURE, tmp_path / "image.png", METADATA, force=True)
+    assert image.read_metadata(tmp_path / "image.png") == METADATA
+
+
+def test_an_unknown_ending_lists_the_known(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"must end in .png, .jpg, .jpeg, .webp"):
+        image.save(PICTURE, tmp_path / "image.gif", METADATA)
+
+
+def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(OutputError, match=r"cannot write .*: .*nowhere is not a folder"):
+        image.save(PICTURE, tmp_path / "nowhere" / "image.png", METADATA)
+    with pytest.raises(OutputError, match=r"cannot write .*: .*file is not a folder"):
+        image.save(PICTURE, tmp_path / "file" / "image.png", METADATA)
+    with pytest.raises(OutputError, match=r"cannot write .*folder.png: it is a folder"):
+        image.save(PICTURE, tmp_path / "folder.png", METADATA, force=True)
+    with pytest.raises(OutputError, match=r"cannot write .*: "):
+        image.save(PICTURE, tmp_path / f"{'x' * 300}.png", METADATA)
+
+
+def test_a_file_that_is_no_image_and_an_image_of_others_are_input_errors(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(InputError, match=r"text.png is not an image"):
+        image.read_metadata(tmp_path / "text.png")
+    for name in ("other.png", "other.jpg"):
+        Image.fromarray(PICTURE).save(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name} does not say how it was made"):
+            image.read_metadata(tmp_path / name)
+    exif = Image.Exif()
+    exif[image.DESCRIPTION] = "my holiday"
+    Image.fromarray(PICTURE).save(tmp_path / "holiday.jpg", exif=exif)
+    with pytest.raises(InputError, match=r"holiday.jpg does not say how it was made"):
+        image.read_metadata(tmp_path / "holiday.jpg")
+
+
+def test_the_command_is_quoted_for_the_shell() -> None:
+    words = shlex.split(image.command(METADATA, "small"))
+    assert words[:2] == ["snoopi-rt", "generate"]
+    assert words[-2:] == ["--", METADATA["prompt"]]
+    assert words[words.index("--neg") + 1] == "it's blurry"
+    assert "--bundle" not in words
+
+
+def test_the_command_names_a_bundle_that_is_not_the_embedded_one() -> None:
+    words = shlex.split(image.command({**METADATA, "bundle": "other", "truncate": "yes"}, "small"))
+    assert words[words.index("--bundle") + 1] == "other"
+    assert "--truncate" in words
+
+
+def test_a_results_metadata_is_text_and_leaves_out_what_was_not_given(pipe: Pipeline) -> None:
+    plain = pipe("a cat", seed=3).metadata(0)
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["seed"] == "3"
+    assert plain["size"] == "16x16"
+    assert not {"negative_prompt", "negative_scale", "precision", "truncate"} & plain.keys()
+    assert pipe("a cat", "blurry", 0, seed=3).metadata(0)["negative_scale"] == "0.0"

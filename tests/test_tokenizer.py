@@ -1,0 +1,48 @@
+"""A prompt becomes ids at its real length, or an error that names tokens and limit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from snoopi_rt.bundle import Bundle
+from snoopi_rt.engines.base import BundleError, InputError
+from snoopi_rt.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def tokenizer(original: Bundle) -> Tokenizer:
+    return Tokenizer(original.folder / "tokenizer.json", max_tokens=6, lowercase=True)
+
+
+def test_special_tokens_are_added_and_nothing_is_padded_or_cut(tokenizer: Tokenizer) -> None:
+    ids = tokenizer("a red fox")
+    assert ids.dtype == np.int64
+    assert ids.tolist() == [[0, 3, 4, 6, 1]]
+
+
+def test_text_is_lowercased_only_where_the_rule_says(original: Bundle, tokenizer: Tokenizer) -> None:
+    assert tokenizer("A RED Fox").tolist() == tokenizer("a red fox").tolist()
+    exact = Tokenizer(original.folder / "tokenizer.json", max_tokens=6, lowercase=False)
+    assert exact("a RED fox").tolist() == [[0, 3, 2, 6, 1]]
+
+
+def test_an_over_long_prompt_names_tokens_and_limit(tokenizer: Tokenizer) -> None:
+    assert tokenizer("a a a a").shape == (1, 6)
+    with pytest.raises(InputError, match="prompt has 7 tokens, the limit is 6: shorten it, or truncate"):
+        tokenizer("a a a a a")
+
+
+def test_truncation_keeps_the_last_special_token(tokenizer: Tokenizer) -> None:
+    assert tokenizer("a red fox a cat a cat", truncate=True).tolist() == [[0, 3, 4, 6, 3, 1]]
+
+
+def test_text_that_is_not_unicode_is_an_input_error(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="prompt is not valid Unicode text"):
+        tokenizer("a \udcff fox")
+
+
+def test_a_file_that_is_no_tokenizer_is_a_bundle_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match="is not a tokenizer"):
+        Tokenizer(tmp_path / "tokenizer.json", 6, True)

@@ -1,0 +1,145 @@
+"""Training: stages resume exactly after a kill, stop on NaN, and the road from prompts to a picture holds together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.export.training.loop import Stage, run
+from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
+
+
+def tiny_stage(folder: Path, steps: int = 8, kill_at: int | None = None, poison_at: int | None = None, lr: float = 1e-2) -> None:
+    """A stage of a bf16 network of 9 parameters; may kill its own process or meet a NaN."""
+    torch.manual_seed(0)
+    network = nn.Linear(8, 1).bfloat16()
+    weights = MasterWeights(network)
+
+    def step(i: int, random: torch.Generator) -> dict[str, float]:
+        if i == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        x = torch.randn(16, 8, generator=random).bfloat16()
+        loss = (network(x).float() - x.float().sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        weights.step(lr)
+        return {"loss": float("nan") if i == poison_at else loss.item()}
+
+    stage = Stage("tiny", folder, steps, batch=16, recipe={"lr": lr}, save_every_s=0.0, sample_every=4)
+    run(stage, {"network": weights}, step, lambda path: path.write_bytes(b"picture") and None)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(tmp_path):
+    tiny_stage(tmp_path / "unbroken")
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\nfrom test_training import tiny_stage\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", f"{code}tiny_stage(Path({str(tmp_path / 'killed')!r}), kill_at=5)"], check=False, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL
+    tiny_stage(tmp_path / "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
+    assert len(losses(tmp_path / "killed")) == 8
+
+
+def test_a_finished_stage_run_again_does_nothing_more(tmp_path):
+    tiny_stage(tmp_path)
+    before = losses(tmp_path)
+    tiny_stage(tmp_path)
+    assert losses(tmp_path) == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
+    tiny_stage(tmp_path)
+    with pytest.raises(InputError, match=r"lr 0.01 -> 0.02"):
+        tiny_stage(tmp_path, lr=2e-2)
+
+
+def test_nan_stops_the_run_with_its_step_and_keeps_the_checkpoint(tmp_path):
+    with pytest.raises(OutputError, match="stopped at step 5: loss is not finite"):
+        tiny_stage(tmp_path, poison_at=5)
+    tiny_stage(tmp_path)
+    assert len(losses(tmp_path)) == 8
+
+
+def test_masters_keep_updates_that_bf16_would_lose():
+    network = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.ones_(network.weight)
+    weights = MasterWeights(network, weight_decay=0.0)
+    for _ in range(8):
+        network.weight.grad = torch.ones_like(network.weight)
+        weights.step(1e-4)  # bf16 has no number between 1 and 0.996
+    assert weights.masters[0].item() == pytest.approx(1 - 8e-4, rel=1e-4)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    rates = [learning_rate(1.0, i, 1000, warmup=100, decay_from=0.5) for i in range(1000)]
+    assert rates[0] == 0.01 and rates[99] == 1.0 and rates[499] == 1.0
+    assert rates[-1] < 1e-4 and rates == [*sorted(rates[:100]), *sorted(rates[100:], reverse=True)]
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory, tiny_sprites):
+    """A folder with a picture set and the three stages after a few steps: not a good student, but a real one."""
+    from snoopi_rt.export.training import autoencoder, emoji, student, teacher
+
+    root = tmp_path_factory.mktemp("road")
+    emoji.write_set(root / "pictures", tiny_sprites, count=48, seed=0)
+    autoencoder.train(root / "pictures", root / "autoencoder", autoencoder.Recipe(steps=3, batch=4))
+    teacher.train(root / "pictures", root / "autoencoder", root / "teacher", teacher.Recipe(steps=3, batch=4))
+    student.train(root / "pictures", root / "teacher", root / "student", student.Recipe(steps=3, batch=4))
+    return root
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "teacher", "student"])
+def test_a_stage_leaves_samples_log_and_checkpoint(road, stage):
+    assert list((road / stage / "samples").glob("*.png"))
+    assert len(losses_of(road / stage)) == 3
+    assert (road / stage / "checkpoint.safetensors").exists()
+
+
+def losses_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_student_moves_and_the_frozen_teacher_does_not(road):
+    from safetensors.torch import load_file
+
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    teacher, student = load_file(road / "teacher" / file), load_file(road / "student" / file)
+    assert teacher.keys() == student.keys()
+    assert any(not torch.equal(teacher[key], student[key]) for key in teacher)
+
+
+def test_the_road_ends_in_a_bundle_that_draws(road, tmp_path):
+    import snoopi_rt
+    from snoopi_rt.export.run import export
+
+    bundle = export(road / "student", tmp_path / "bundle", "small")
+    assert bundle.guidance.kind == "nasa"
+    with snoopi_rt.load(tmp_path / "bundle", engine="cpu") as pipe:
+        result = pipe.generate("a red disc", negative_prompt="blurry", seed=3)
+    assert result.images.shape == (1, 128, 128, 3)
+    assert np.unique(result.images).size > 16
+
+
+def test_training_again_from_a_finished_teacher_needs_no_pictures(road):
+    from snoopi_rt.export.training.latents import load_captions
+
+    (road / "pictures" / "pictures.npy").rename(road / "pictures" / "hidden")
+    try:
+        assert load_captions(road / "pictures").states.shape[2] == 384
+    finally:
+        (road / "pictures" / "hidden").rename(road / "pictures" / "pictures.npy")
