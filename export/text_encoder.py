@@ -37,9 +37,11 @@ def load_tokenizer() -> Tokenizer:
 
 def load_text_encoder() -> nn.Module:
     """The encoder (ids (B, T) int64 to states (B, T, 384)) with weights rounded to int8 steps, in fp32."""
-    from transformers import BertModel
+    import transformers
 
-    encoder = BertModel.from_pretrained(folder(), add_pooling_layer=False, attn_implementation="eager").eval().requires_grad_(False)
+    transformers.utils.logging.disable_progress_bar()  # 0.1 s of loading needs none
+    encoder = transformers.BertModel.from_pretrained(folder(), attn_implementation="eager").eval().requires_grad_(False)
+    encoder.pooler = None
     for module in encoder.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             steps, scale = int8_rows(module.weight)
