@@ -1,16 +1,14 @@
 """A folder of weights to a bundle: load, write graphs, measure parity, promise; in that order."""
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from snoopi_rt import __version__
-from snoopi_rt.bundle import Build, Bundle, File, Latent, Scale, Text
+from snoopi_rt.bundle import MANIFEST, Build, Bundle, File, Latent, Scale, Text
 from snoopi_rt.bundle import Guidance as GuidancePromise
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.engines.base import EngineMissing, InputError
@@ -18,9 +16,10 @@ from snoopi_rt.export.backbones import Backbone, find_backbone
 from snoopi_rt.export.graph import write_graph
 from snoopi_rt.export.guidance import find_guidance
 from snoopi_rt.export.parity import TOLERANCE, measure
+from snoopi_rt.tokenizer import Tokenizer
 
 PARITY_PROMPTS = ("", "a cat", "a blurry photo of a red apple on a blue background", "a 3d render of a rocket in the night sky")
-ENGINES = ("cpu", "openvino")
+MEASURED_ON = ("cpu", "openvino")
 DYNAMIC = {
     "ids": {0: "batch", 1: "tokens"},
     "noise": {0: "batch"},
@@ -37,12 +36,12 @@ def export(weights: Path, out: Path, backbone: str, guidance: str = "nasa", forc
     """Writes the student in the folder `weights` to the bundle `out` and returns it.
 
     Raises InputError (unknown backbone or guidance, missing weights, `out` in use), OutputError where a graph is too far from PyTorch.
-    Nothing is under the name `out` until all of it is.
+    Nothing is under the name `out` until all of it is; with `force` an old bundle there is replaced.
     """
     chosen, kind = find_backbone(backbone), find_guidance(guidance)
-    if out.exists() and not force:
-        raise InputError(f"{out} exists; choose another folder or say --force")
-    engines = [name for name in installed() if name in ENGINES]
+    if out.exists() and not (force and (out / MANIFEST).exists()):
+        raise InputError(f"{out} exists: choose another folder, or --force to replace it if it is a bundle")
+    engines = [name for name in installed() if name in MEASURED_ON]
     if not engines:
         raise EngineMissing('export measures parity on an engine, and none is installed: pip install "snoopi-rt[export]"')
     modules = chosen.load(weights, chosen.rule)
@@ -50,7 +49,8 @@ def export(weights: Path, out: Path, backbone: str, guidance: str = "nasa", forc
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
 
-    ids = _tokenize(modules.tokenizer, chosen)
+    tokenizer = Tokenizer(modules.tokenizer, chosen.max_tokens, chosen.lowercase)
+    ids = [torch.from_numpy(tokenizer(prompt)) for prompt in PARITY_PROMPTS]
     with torch.no_grad():
         states = [modules.text_encoder(row) for row in ids]
     cases = _generator_cases(states, chosen, with_negative=kind.attend is not None)
@@ -86,26 +86,20 @@ def export(weights: Path, out: Path, backbone: str, guidance: str = "nasa", forc
         graphs=graphs,
     )
     bundle.save(beside)
+    old = out.with_name(f".{out.name}.old")
     if out.exists():
-        shutil.rmtree(out)
+        out.replace(old)
     beside.replace(out)
+    shutil.rmtree(old, ignore_errors=True)
     return Bundle.load(out)
 
 
 def _build(name: str, path: Path, reference: nn.Module, cases: list[dict[str, Tensor]], engines: list[str]) -> Build:
     parity = measure(name, reference, path, cases, engines)
     engine = load_engine(engines[0], path)
-    promise = Build(tuple(ENGINES), "fp32", "onnx", (File.of(path),), engine.inputs, engine.outputs, parity, TOLERANCE[name])
+    promise = Build(tuple(engines), "fp32", "onnx", (File.of(path),), engine.inputs, engine.outputs, parity, TOLERANCE[name])
     engine.close()
     return promise
-
-
-def _tokenize(file: Path, backbone: Backbone) -> list[Tensor]:
-    """Ids (1, T) of the parity prompts, the empty one first."""
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return [torch.tensor([tokenizer.encode(text.lower() if backbone.lowercase else text).ids]) for text in PARITY_PROMPTS]
 
 
 def _generator_cases(states: list[Tensor], backbone: Backbone, with_negative: bool) -> list[dict[str, Tensor]]:
@@ -127,7 +121,7 @@ def _generator_cases(states: list[Tensor], backbone: Backbone, with_negative: bo
     return cases
 
 
-def _padded(rows: Mapping[int, Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def _padded(rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([row.shape[1] for row in rows])
     padded = torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]

@@ -6,11 +6,11 @@ import torch
 from diffusers import AutoencoderTiny, PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from snoopi_rt.engines.base import InputError
 from snoopi_rt.export import text_encoder
 from snoopi_rt.export.backbones import Modules
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.export.pixart import FoldedPixArt, GuidedPixArt
+from snoopi_rt.export.weights import require
 
 
 class TextEncoder(nn.Module):
@@ -43,8 +43,7 @@ class Decoder(nn.Module):
 def load(folder: Path, rule: OneStepRule) -> Modules:
     """The modules of a folder that `train student` wrote (transformer/, vae/). Raises InputError where a part is missing."""
     for part in ("transformer", "vae"):
-        if not (folder / part / "config.json").exists():
-            raise InputError(f"no {part}/config.json in {folder}: --weights takes a folder that snoopi-rt train student wrote")
+        require(folder / part, "train student")
     network = PixArtTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval().requires_grad_(False)
     autoencoder = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
     encoder = TextEncoder(text_encoder.load_text_encoder(), network.caption_projection)

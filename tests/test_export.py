@@ -137,8 +137,26 @@ def test_the_bundle_says_its_measured_parity(bundles):
 
 
 @pytest.mark.parametrize("graph", parity.TOLERANCE)
-def test_a_tolerance_fails_on_zeros(graph):
-    assert parity.TOLERANCE[graph] < 1.0  # zeros are at distance 1 from anything
+def test_twice_the_tolerance_is_refused(bundles, graph):
+    given = {
+        "text_encoder": {"ids": np.array([[101, 4937, 102]])},
+        "generator": feed(bundles["nasa"]),
+        "decoder": {"latent": np.random.RandomState(0).standard_normal((1, 8, 16, 16)).astype(np.float32)},
+    }[graph]
+    path = bundles["nasa"].folder / f"{graph}.onnx"
+    (answer,) = load_engine("cpu", path)(**given).values()
+    slightly_off = torch.nn.Module()
+    slightly_off.forward = lambda **_: torch.from_numpy(answer.astype(np.float32) * (1 + 2 * parity.TOLERANCE[graph]))
+    with pytest.raises(OutputError, match="off PyTorch, allowed is"):
+        parity.measure(graph, slightly_off, path, [{k: torch.from_numpy(v) for k, v in given.items()}], ["cpu"])
+
+
+def test_force_replaces_a_bundle_but_never_another_folder(bundles, tiny_student, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match="exists"):
+        export(tiny_student, tmp_path / "mine", "small", force=True)
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
 
 
 def test_a_graph_of_other_weights_is_refused(bundles, tiny_student):
@@ -163,7 +181,7 @@ def test_no_path_of_this_machine_is_in_a_graph(bundles):
 
 
 def test_an_existing_folder_is_kept_without_force(bundles, tiny_student):
-    with pytest.raises(InputError, match="exists; choose another folder or say --force"):
+    with pytest.raises(InputError, match="exists: choose another folder, or --force to replace it if it is a bundle"):
         export(tiny_student, bundles["nasa"].folder, "small")
 
 
@@ -173,7 +191,7 @@ def test_an_unknown_backbone_lists_the_known_ones(tiny_student, tmp_path):
 
 
 def test_weights_without_a_part_are_one_clear_line(tmp_path):
-    with pytest.raises(InputError, match=r"no transformer/config\.json in"):
+    with pytest.raises(InputError, match=r"no config\.json in .*transformer: it is written by a finished train student"):
         export(tmp_path, tmp_path / "bundle", "small")
 
 

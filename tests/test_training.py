@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from snoopi_rt.engines.base import InputError, OutputError
-from snoopi_rt.export.training.loop import Stage, run
+from snoopi_rt.export.training import loop
+from snoopi_rt.export.training.loop import Recipe, Stage, run
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 
 
@@ -32,7 +33,8 @@ def tiny_stage(folder: Path, steps: int = 8, kill_at: int | None = None, poison_
         weights.step(lr)
         return {"loss": float("nan") if i == poison_at else loss.item()}
 
-    stage = Stage("tiny", folder, steps, batch=16, recipe={"lr": lr}, save_every_s=0.0, sample_every=4)
+    stage = Stage("tiny", folder, Recipe(steps, 16, lr), {"data": "abc"}, sample_every=4)
+    loop.SAVE_EVERY_S = 0.0
     run(stage, {"network": weights}, step, lambda path: path.write_bytes(b"picture") and None)
 
 
@@ -114,13 +116,64 @@ def losses_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_the_student_moves_and_the_frozen_teacher_does_not(road):
+def test_captions_are_met_as_often_as_the_pictures_have_them(road):
+    from snoopi_rt.export.training.emoji import read_rows
+    from snoopi_rt.export.training.latents import load_captions
+
+    captions = load_captions(road / "pictures")
+    texts = [row.caption for row in read_rows(road / "pictures") if row.split == "train"]
+    assert len(captions.of_picture) == len(texts)
+    same_row = {int(row): text for row, text in zip(captions.of_picture, texts, strict=True)}
+    assert all(same_row[int(row)] == text for row, text in zip(captions.of_picture, texts, strict=True))
+    assert captions.lengths[0] == 2 and 0 not in same_row  # the empty prompt: [CLS] [SEP]
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_a_real_stage_resumes_to_the_same_losses_and_weights(road, stage, tmp_path, monkeypatch):
+    from snoopi_rt.export.training import student, teacher
+
+    def train(out: Path) -> None:
+        if stage == "teacher":
+            teacher.train(road / "pictures", road / "autoencoder", out, teacher.Recipe(steps=3, batch=4))
+        else:
+            student.train(road / "pictures", road / "teacher", out, student.Recipe(steps=3, batch=4))
+
+    real = loop.generator
+
+    def stopped(seed: int, step: int) -> torch.Generator:
+        if step == 2:
+            raise KeyboardInterrupt
+        return real(seed, step)
+
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(loop, "generator", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path)
+    monkeypatch.setattr(loop, "generator", real)
+    train(tmp_path)
+    assert losses_of(tmp_path) == losses_of(road / stage)
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / file).read_bytes() == (road / stage / file).read_bytes()
+
+
+def test_the_student_learns_and_its_frozen_teacher_stays(road, monkeypatch, tmp_path):
     from safetensors.torch import load_file
 
+    from snoopi_rt.export.training import student
+
+    adapted = []
+    wrap = student.get_peft_model
+    monkeypatch.setattr(student, "get_peft_model", lambda *given, **options: adapted.append(wrap(*given, **options)) or adapted[0])
+    student.train(road / "pictures", road / "teacher", tmp_path, student.Recipe(steps=3, batch=4, lr=1e-3))
     file = "transformer/diffusion_pytorch_model.safetensors"
-    teacher, student = load_file(road / "teacher" / file), load_file(road / "student" / file)
-    assert teacher.keys() == student.keys()
-    assert any(not torch.equal(teacher[key], student[key]) for key in teacher)
+    before, after = load_file(road / "teacher" / file), load_file(tmp_path / file)
+    assert all(not torch.equal(before[key], after[key]) for key in before if "attn1.to_q.weight" in key)
+    for name, parameter in adapted[0].named_parameters():
+        if "lora_" in name:
+            assert parameter.requires_grad and ("lora_B" not in name or parameter.abs().max() > 0), name
+        else:
+            original = before[name.removeprefix("base_model.model.").replace(".base_layer", "")]
+            assert torch.equal(parameter, original.bfloat16()), name
 
 
 def test_the_road_ends_in_a_bundle_that_draws(road, tmp_path):
@@ -135,7 +188,7 @@ def test_the_road_ends_in_a_bundle_that_draws(road, tmp_path):
     assert np.unique(result.images).size > 16
 
 
-def test_training_again_from_a_finished_teacher_needs_no_pictures(road):
+def test_captions_are_read_without_any_picture(road):
     from snoopi_rt.export.training.latents import load_captions
 
     (road / "pictures" / "pictures.npy").rename(road / "pictures" / "hidden")

@@ -50,13 +50,14 @@ def colours(pipe: snoopi_rt.Pipeline, count: int) -> dict[str, float]:
     return {"captions": count, "right": float(np.mean([got == colour for got, (_, colour) in zip(found, pairs, strict=True)]))}
 
 
-def negatives(pipe: snoopi_rt.Pipeline, count: int, scale: float | None) -> dict[str, dict[str, float]]:
+def negatives(pipe: snoopi_rt.Pipeline, count: int, scale: float | None, seed: int) -> dict[str, dict[str, float]]:
     """For every flaw: captions that ask for it, the same with it as the negative prompt, and the same seed's plain picture.
 
-    shown: share that has the flaw without a negative (above the 95th percentile of the plain pictures). moved: of those, the share whose
-    metric moves at least half way to the plain picture. rises: largest growth of another flaw's share. distance: mean levels to plain.
+    shown: share that has the flaw without a negative (above the 95th percentile of the plain pictures, and more than its own plain one).
+    moved: of those, the share whose metric moves at least half way to the plain picture. rises: largest growth of another flaw's share.
+    distance: mean levels to the plain picture.
     """
-    pairs, seeds = compositions("train", count), list(range(1000, 1000 + count))
+    pairs, seeds = compositions("train", count), list(range(seed, seed + count))
     clean = draw(pipe, [plain(*pair) for pair in pairs], seeds)
     limits = {flaw: np.percentile(metric(clean), 95) for flaw, metric in pixel_metrics.FLAWS.items()}
     report = {}
@@ -64,7 +65,7 @@ def negatives(pipe: snoopi_rt.Pipeline, count: int, scale: float | None) -> dict
         asked = [f"a {flaw} {name} on {with_article(colour)} background" for name, colour in pairs]
         before, after = draw(pipe, asked, seeds), draw(pipe, asked, seeds, flaw, scale)
         metric = pixel_metrics.FLAWS[flaw]
-        shown = metric(before) > limits[flaw]
+        shown = (metric(before) > limits[flaw]) & (metric(before) > metric(clean))
         halfway = (metric(before) + metric(clean)) / 2
         others = {
             other: float(np.mean(m(after) > limits[other]) - np.mean(m(before) > limits[other])) for other, m in pixel_metrics.FLAWS.items()
@@ -134,8 +135,9 @@ def sheets(pipe: snoopi_rt.Pipeline, out: Path) -> None:
 @click.option("--engine", default="cpu", show_default=True)
 @click.option("--count", type=int, default=200, show_default=True, help="Captions a figure.")
 @click.option("--scale", type=float, help="Negative scale.  [default: the bundle's]")
+@click.option("--seed", default=1000, show_default=True, help="First seed of the negative prompts; the default scale was tuned on 5000.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/evaluation"), show_default=True)
-def main(bundle: str | None, engine: str, count: int, scale: float | None, out: Path) -> None:
+def main(bundle: str | None, engine: str, count: int, scale: float | None, seed: int, out: Path) -> None:
     """Measure the embedded model."""
     out.mkdir(parents=True, exist_ok=True)
     with snoopi_rt.load(bundle, engine=engine) as pipe:
@@ -145,7 +147,7 @@ def main(bundle: str | None, engine: str, count: int, scale: float | None, out: 
             "guidance": kind,
             "scale": default if scale is None else scale,
             "colours": colours(pipe, count),
-            "negatives": negatives(pipe, count, scale),
+            "negatives": negatives(pipe, count, scale, seed),
             "unrelated": unrelated(pipe, min(count, 64), scale),
             "engines": engines(bundle, min(count, 32)),
         }

@@ -1,6 +1,6 @@
 """The autoencoder stage: AutoencoderTiny of factor 8 with 8 latent channels, trained on random crops."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,22 +9,21 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 from torch import Tensor, nn
 
-from snoopi_rt.export.training.emoji import open_set
-from snoopi_rt.export.training.loop import Stage, run
+from snoopi_rt.export.training import loop
+from snoopi_rt.export.training.emoji import open_pictures, read_rows
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
-from snoopi_rt.export.weights import save_diffusers
+from snoopi_rt.export.weights import fingerprint, save_diffusers
 
 CROP = 64  # a crop trains 4 to 5 times faster than the whole picture, and the network is convolutional
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Settings of the stage; a resumed run must have the same."""
+class Recipe(loop.Recipe):
+    """The settings of this stage."""
 
     steps: int = 5000
     batch: int = 32
     lr: float = 2e-3
-    seed: int = 0
 
 
 def network() -> AutoencoderTiny:
@@ -65,8 +64,8 @@ def to_pictures(decoded: Tensor) -> np.ndarray:
 
 def train(pictures_folder: Path, out: Path, recipe: Recipe, compiled: bool = False) -> None:
     """Trains the autoencoder on the training pictures and writes it to `out` in diffusers layout, fp16."""
-    pictures, rows = open_set(pictures_folder)
-    usable = np.array([i for i, row in enumerate(rows) if row.split == "train"])
+    usable = np.array([i for i, row in enumerate(read_rows(pictures_folder)) if row.split == "train"])
+    pictures = open_pictures(pictures_folder)
     torch.manual_seed(recipe.seed)
     model = network().bfloat16()
     weights = MasterWeights(model, ema=0.995)
@@ -94,5 +93,6 @@ def train(pictures_folder: Path, out: Path, recipe: Recipe, compiled: bool = Fal
         decoded = to_pictures(copy.decoder(copy.encoder(to_network(originals))))
         Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in (originals, decoded)], 0)).save(path)
 
-    run(Stage("autoencoder", out, recipe.steps, recipe.batch, asdict(recipe), recipe.seed), {"autoencoder": weights}, step, sample)
+    stage = loop.Stage("autoencoder", out, recipe, {"data": fingerprint(pictures_folder / "dataset.json")})
+    loop.run(stage, {"autoencoder": weights}, step, sample)
     save_diffusers(averaged(), out)

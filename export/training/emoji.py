@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from snoopi_rt.engines.base import InputError, SnoopiError
 from snoopi_rt.export.training.concepts import CONCEPTS, Concept, with_article
+from snoopi_rt.files import sha256, write_whole
+from snoopi_rt.request import integer
 
 SIZE = 128  # pixels a side
 
@@ -95,8 +97,8 @@ class Row:
 def build(out: Path, count: int, seed: int) -> None:
     """Writes `count` captioned pictures to the folder `out`: pictures.npy (count, 128, 128, 3) uint8, captions.jsonl, contact_sheet.png,
     NOTICE.txt and, last, dataset.json. Raises InputError where `out` already holds a set, SnoopiError where npm is missing or fails."""
-    if count < 1:
-        raise InputError(f"count is {count}; at least 1 picture is needed")
+    integer("count", count, 1)
+    integer("seed", seed, 0)
     if (out / "dataset.json").exists():
         raise InputError(f"{out} already holds a picture set; choose another folder")
     write_set(out, fetch_sprites(out / "npm"), count, seed)
@@ -111,26 +113,32 @@ def write_set(out: Path, sprites: dict[tuple[str, str], Image.Image], count: int
             row, pictures[i] = compose(sprites, np.random.default_rng([seed, i]))
             lines.write(json.dumps(asdict(row)) + "\n")
     pictures.flush()
-    rows = read_rows(out)
+    rows = _read_rows(out)
     contact_sheet(pictures[:64], [row.caption for row in rows[:64]]).save(out / "contact_sheet.png")
     (out / "NOTICE.txt").write_text(
         "The pictures are made from:\n" + "".join(f"- {d.package} {d.version}: {d.licence}, {d.upstream}\n" for d in DRAWINGS)
     )
-    _write_last(out / "dataset.json", {"kind": "emoji", "count": count, "seed": seed, "size": SIZE, "concepts": [c.name for c in CONCEPTS]})
+    facts = {"kind": "emoji", "count": count, "seed": seed, "size": SIZE, "concepts": [c.name for c in CONCEPTS]}
+    hashes = {name: sha256(out / name) for name in ("pictures.npy", "captions.jsonl")}
+    write_whole(out / "dataset.json", (json.dumps({**facts, "sha256": hashes}, indent=1) + "\n").encode())
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The captions of a set that `build` wrote, in the order of its pictures."""
+    """The captions of a set that `build` wrote, in the order of its pictures. Raises InputError where `folder` holds no whole set."""
+    if not (folder / "dataset.json").exists():
+        raise InputError(f"no picture set in {folder}: make one with snoopi-rt data emoji --out {folder}")
+    return _read_rows(folder)
+
+
+def _read_rows(folder: Path) -> list[Row]:
     with open(folder / "captions.jsonl") as lines:
         rows = [json.loads(line) for line in lines]
     return [Row(row["caption"], row["split"], Facts(**row["facts"])) for row in rows]
 
 
-def open_set(folder: Path) -> tuple[np.ndarray, list[Row]]:
-    """The pictures (N, 128, 128, 3) uint8, memory-mapped, and their rows. Raises InputError where `folder` holds no whole set."""
-    if not (folder / "dataset.json").exists():
-        raise InputError(f"no picture set in {folder}: make one with snoopi-rt data emoji --out {folder}")
-    return np.load(folder / "pictures.npy", mmap_mode="r"), read_rows(folder)
+def open_pictures(folder: Path) -> np.ndarray:
+    """The pictures (N, 128, 128, 3) uint8 of a set that `build` wrote, memory-mapped."""
+    return np.load(folder / "pictures.npy", mmap_mode="r")
 
 
 def split_of(name: str, background: str) -> str:
@@ -285,9 +293,3 @@ def contact_sheet(pictures: np.ndarray, captions: list[str], columns: int = 8) -
             lines[-1] = f"{lines[-1]} {word}".strip()
         pen.multiline_text((x, y + cell + 1), "\n".join(lines[:2]), fill="black", font=font, spacing=1)
     return sheet
-
-
-def _write_last(path: Path, content: dict) -> None:
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(beside, path)

@@ -6,20 +6,21 @@ All randomness of step i comes from `generator(seed, i)`, so a resumed run needs
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.export.weights import save_tensors
+from snoopi_rt.files import write_whole
+from snoopi_rt.request import integer
 
 
 class Resumable(Protocol):
@@ -29,17 +30,34 @@ class Resumable(Protocol):
     def restore(self, state: dict[str, Tensor]) -> None: ...
 
 
+SAVE_EVERY_S = 120.0  # seconds of work that a kill may cost
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings that every stage has; each stage adds its own and their defaults. Raises InputError for a value out of range."""
+
+    steps: int
+    batch: int
+    lr: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            integer(name, getattr(self, name), 1)
+        integer("seed", self.seed, 0)
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"lr must be a positive number, got {self.lr}")
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One training run: where it writes, how long it is, and what it is made of (`recipe`: a resume must be the same)."""
+    """One training run: where it writes, its recipe, and the fingerprints of what it reads. A resumed run must have the same of both."""
 
     name: str
     folder: Path
-    steps: int
-    batch: int
-    recipe: Mapping[str, object]
-    seed: int = 0
-    save_every_s: float = 120.0
+    recipe: Recipe
+    inputs: Mapping[str, str]
     sample_every: int = 1000
 
 
@@ -60,6 +78,7 @@ def run(
     `step` returns named scalars; `sample(path)` draws a picture of the present state. Raises OutputError on NaN or infinity (the last
     checkpoint stays), InputError where the folder's checkpoint was made by another recipe.
     """
+    steps, batch = stage.recipe.steps, stage.recipe.batch
     stage.folder.mkdir(parents=True, exist_ok=True)
     (stage.folder / "samples").mkdir(exist_ok=True)
     checkpoint = stage.folder / "checkpoint.safetensors"
@@ -68,34 +87,32 @@ def run(
     saved_at = time.monotonic()
     with (
         open(stage.folder / "log.jsonl", "a") as log,
-        tqdm(
-            total=stage.steps * stage.batch, initial=start * stage.batch, unit="image", desc=stage.name, smoothing=0.05, mininterval=1.0
-        ) as bar,
+        tqdm(total=steps * batch, initial=start * batch, unit="image", desc=stage.name, smoothing=0.05, mininterval=1.0) as bar,
     ):
-        for i in range(start, stage.steps):
-            scalars = step(i, generator(stage.seed, i))
+        for i in range(start, steps):
+            scalars = step(i, generator(stage.recipe.seed, i))
             wrong = [name for name, value in scalars.items() if not math.isfinite(value)]
             if wrong:
                 raise OutputError(f"{stage.name} stopped at step {i}: {', '.join(wrong)} is not finite; the last checkpoint is kept")
             log.write(json.dumps({"step": i, **{k: round(v, 9) for k, v in scalars.items()}}) + "\n")
-            bar.update(stage.batch)
+            bar.update(batch)
             bar.set_postfix({k: f"{v:.4g}" for k, v in scalars.items()}, refresh=False)
             done = i + 1
-            if done % stage.sample_every == 0 or done == stage.steps:
+            if done % stage.sample_every == 0 or done == steps:
                 sample(stage.folder / "samples" / f"{done:07d}.png")
-            if time.monotonic() - saved_at > stage.save_every_s or done == stage.steps:
+            if time.monotonic() - saved_at > SAVE_EVERY_S or done == steps:
                 log.flush()
                 _save(checkpoint, stage, parts, done)
                 saved_at = time.monotonic()
 
 
 def _save(path: Path, stage: Stage, parts: Mapping[str, Resumable], step: int) -> None:
-    tensors = {f"{name}/{key}": value.contiguous() for name, part in parts.items() for key, value in part.state().items()}
-    beside = path.with_suffix(".part")
-    save_file(tensors, beside, metadata={"step": str(step), "recipe": json.dumps(stage.recipe, sort_keys=True)})
-    with open(beside, "rb") as written:
-        os.fsync(written.fileno())
-    os.replace(beside, path)
+    tensors = {f"{name}/{key}": value for name, part in parts.items() for key, value in part.state().items()}
+    save_tensors(path, tensors, {"step": str(step), "recipe": json.dumps(_identity(stage))})
+
+
+def _identity(stage: Stage) -> dict[str, object]:
+    return {**asdict(stage.recipe), **stage.inputs}
 
 
 def _resume(path: Path, stage: Stage, parts: Mapping[str, Resumable]) -> int:
@@ -104,7 +121,7 @@ def _resume(path: Path, stage: Stage, parts: Mapping[str, Resumable]) -> int:
     with safe_open(path, framework="pt") as stored:
         metadata = stored.metadata()
         tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - safe_open is not a dict
-    before, now = json.loads(metadata["recipe"]), json.loads(json.dumps(stage.recipe))
+    before, now = json.loads(metadata["recipe"]), json.loads(json.dumps(_identity(stage)))
     if before != now:
         changed = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in sorted({*before, *now}) if before.get(k) != now.get(k))
         raise InputError(f"{stage.folder} holds a {stage.name} of another recipe ({changed}); use the same settings or another folder")
@@ -116,7 +133,4 @@ def _resume(path: Path, stage: Stage, parts: Mapping[str, Resumable]) -> int:
 def _cut_log(path: Path, step: int) -> None:
     """Drops the lines that a killed run wrote after its last checkpoint."""
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)[:step]
-        beside = path.with_suffix(".part")
-        beside.write_text("".join(lines))
-        os.replace(beside, path)
+        write_whole(path, b"".join(path.read_bytes().splitlines(keepends=True)[:step]))

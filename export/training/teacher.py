@@ -1,8 +1,7 @@
 """The teacher stage: a small PixArt transformer by v-prediction on latents, with zero terminal SNR and 10 % empty captions."""
 
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,13 +9,12 @@ from diffusers import AutoencoderTiny, DDIMScheduler, PixArtTransformer2DModel
 from torch import Tensor
 
 from snoopi_rt.export.attention import PlainAttention
-from snoopi_rt.export.text_encoder import encode
+from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.autoencoder import to_pictures
 from snoopi_rt.export.training.emoji import contact_sheet
-from snoopi_rt.export.training.latents import Captions, load_examples
-from snoopi_rt.export.training.loop import Stage, run
+from snoopi_rt.export.training.latents import Captions, encode_captions, load_captions, load_latents
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
-from snoopi_rt.export.weights import save_diffusers
+from snoopi_rt.export.weights import WEIGHTS, fingerprint, require, save_diffusers
 
 SAMPLE_PROMPTS = (
     "a cat on a blue background",
@@ -39,14 +37,13 @@ SAMPLE_PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Settings of the stage; a resumed run must have the same."""
+class Recipe(loop.Recipe):
+    """The settings of this stage."""
 
     steps: int = 12000
     batch: int = 64
     lr: float = 1e-3
     empty: float = 0.1  # share of captions replaced by the empty prompt, for guidance
-    seed: int = 0
 
 
 def network() -> PixArtTransformer2DModel:
@@ -112,8 +109,8 @@ def draw(model: PixArtTransformer2DModel, prompts: Captions, rows: Tensor, noise
 
 
 def sample_captions(prompts: Sequence[str] = SAMPLE_PROMPTS) -> Captions:
-    """The empty prompt and `prompts`, encoded."""
-    return Captions(*encode(["", *prompts]))
+    """The prompts of the sample sheets, encoded; `of_picture` has their rows in order."""
+    return encode_captions(list(prompts))
 
 
 def sheet(latents: Tensor, autoencoder: AutoencoderTiny, prompts: Sequence[str], path: Path) -> None:
@@ -123,20 +120,21 @@ def sheet(latents: Tensor, autoencoder: AutoencoderTiny, prompts: Sequence[str],
 
 def train(pictures: Path, autoencoder: Path, out: Path, recipe: Recipe, compiled: bool = False) -> None:
     """Trains the teacher on a picture set and writes transformer/, vae/ and scheduler/ to `out` in diffusers layout, fp16."""
-    examples = load_examples(pictures, autoencoder, out)
+    require(autoencoder, "train autoencoder")
+    captions, all_latents = load_captions(pictures), load_latents(pictures, autoencoder, out)
     torch.manual_seed(recipe.seed)
     model = network().bfloat16()
     weights = MasterWeights(model, ema=0.9995)
     scheduler = schedule()
     compute = torch.compile(loss) if compiled else loss
     decoder = AutoencoderTiny.from_pretrained(autoencoder)
-    prompts, rows = sample_captions(), torch.arange(1, len(SAMPLE_PROMPTS) + 1)
+    shown = sample_captions()
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
-        chosen = torch.randint(len(examples.latents), (recipe.batch,), generator=random)
+        chosen = torch.randint(len(all_latents), (recipe.batch,), generator=random)
         empty = torch.rand(recipe.batch, generator=random) < recipe.empty
-        states, mask = examples.captions.batch(examples.caption[chosen].masked_fill(empty, 0))
-        latents = examples.latents[chosen].float()
+        states, mask = captions.batch(captions.of_picture[chosen].masked_fill(empty, 0))
+        latents = all_latents[chosen].float()
         t = torch.randint(1000, (recipe.batch,), generator=random)
         noise = torch.randn(latents.shape, generator=random)
         alpha, sigma = alpha_sigma(scheduler, t)
@@ -151,11 +149,12 @@ def train(pictures: Path, autoencoder: Path, out: Path, recipe: Recipe, compiled
         return copy.eval()
 
     def sample(path: Path) -> None:
-        noise = torch.randn(len(rows), 8, 16, 16, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(len(SAMPLE_PROMPTS), 8, 16, 16, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            sheet(draw(averaged().bfloat16(), prompts, rows, noise), decoder, SAMPLE_PROMPTS, path)
+            sheet(draw(averaged().bfloat16(), shown, shown.of_picture, noise), decoder, SAMPLE_PROMPTS, path)
 
-    run(Stage("teacher", out, recipe.steps, recipe.batch, asdict(recipe), recipe.seed), {"teacher": weights}, step, sample)
-    shutil.copytree(autoencoder, out / "vae", dirs_exist_ok=True, ignore=shutil.ignore_patterns("samples", "checkpoint*", "log*"))
+    inputs = {"data": fingerprint(pictures / "dataset.json"), "autoencoder": fingerprint(autoencoder / WEIGHTS)}
+    loop.run(loop.Stage("teacher", out, recipe, inputs), {"teacher": weights}, step, sample)
+    save_diffusers(decoder, out / "vae")
     scheduler.save_pretrained(out / "scheduler")
     save_diffusers(averaged(), out / "transformer")
