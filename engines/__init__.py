@@ -11,40 +11,59 @@ from snoopi_rt.engines.base import Engine, EngineError, EngineMissing, InputErro
 class Kind(NamedTuple):
     """Where an engine's class is ("module:Class", None = not in this version), the package that it imports, and that package's name.
 
-    The extra of setup.py that installs the package has the engine's own name.
+    The extra of setup.py that installs the package has the engine's own name. `distribution` is what must be installed where a package
+    comes in several forms.
     """
 
     target: str | None
     package: str
     label: str
+    distribution: str | None = None
 
 
 ENGINES = {
     "cpu": Kind("snoopi_rt.engines.ort:OrtEngine", "onnxruntime", "ONNX Runtime"),
     "openvino": Kind("snoopi_rt.engines.ov:OvEngine", "openvino", "OpenVINO"),
-    "cuda": Kind("snoopi_rt.engines.ort:OrtEngine", "onnxruntime", "ONNX Runtime for CUDA"),
+    "cuda": Kind("snoopi_rt.engines.ort:OrtEngine", "onnxruntime", "ONNX Runtime for CUDA", "onnxruntime-gpu"),
     "tensorrt": Kind(None, "tensorrt", "TensorRT"),
 }
 
 
-def check_engine(name: str) -> None:
-    """Return when the engine can be loaded here, else raise InputError (unknown), EngineError (not yet) or EngineMissing."""
+def known_engine(name: str) -> Kind:
+    """What belongs to the name. Raises InputError (unknown) or EngineError (not yet)."""
     if name not in ENGINES:
         raise InputError(f"unknown engine {name!r}, choose from {', '.join(ENGINES)}")
     kind = ENGINES[name]
     if kind.target is None:
         raise EngineError(f"engine {name!r} is not supported by this version of snoopi-rt yet, choose from {', '.join(_supported())}")
-    if find_spec(kind.package) is None:
+    return kind
+
+
+def check_engine(name: str) -> None:
+    """Returns when the engine's package is there, else raises what `known_engine` raises, or EngineMissing."""
+    kind = known_engine(name)
+    spec = find_spec(kind.package)
+    if spec is None:
         raise EngineMissing(f'engine {name!r} needs {kind.label}: pip install "snoopi-rt[{name}]"')
+    if spec.origin is None:
+        remark = f"{kind.label} is half uninstalled{conflict(kind.package)}"
+        raise EngineMissing(f'engine {name!r}: {remark}: uninstall what is left, then pip install "snoopi-rt[{name}]"')
 
 
 def installed() -> tuple[str, ...]:
-    """Return the names of the engines whose package is there, in the order of ENGINES (`cuda` may still find no GPU)."""
-    return tuple(name for name in _supported() if find_spec(ENGINES[name].package) is not None)
+    """The names of the engines whose package is there, in the order of ENGINES (`cuda` may still find no GPU)."""
+    return tuple(name for name in _supported() if _is_there(ENGINES[name]))
+
+
+def conflict(package: str = "onnxruntime") -> str:
+    """A remark where the two packages that overwrite each other's files are both installed, else nothing."""
+    if package != "onnxruntime" or not all(map(_is_distributed, ("onnxruntime", "onnxruntime-gpu"))):
+        return ""
+    return " (onnxruntime and onnxruntime-gpu are both installed and overwrite each other: uninstall both, then install one)"
 
 
 def load_engine(name: str, path: Path, precision: str | None = None, threads: int | None = None, cache: Path | None = None) -> Engine:
-    """Return the model file as a callable Engine.
+    """The model file as a callable Engine.
 
     `precision` is the build's ("fp32", "bf16" ...), `threads` the number of CPU threads, `cache` a folder for what is compiled.
     Raises what `check_engine` raises, and EngineError where the file cannot be loaded.
@@ -54,6 +73,22 @@ def load_engine(name: str, path: Path, precision: str | None = None, threads: in
     assert target is not None
     module, _, attribute = target.partition(":")
     return getattr(import_module(module), attribute)(path, name, precision, threads, cache)
+
+
+def _is_there(kind: Kind) -> bool:
+    """Whether the package can be imported and is of the right form; a folder without files, which an uninstall left, is none."""
+    spec = find_spec(kind.package)
+    return spec is not None and spec.origin is not None and (kind.distribution is None or _is_distributed(kind.distribution))
+
+
+def _is_distributed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _supported() -> tuple[str, ...]:

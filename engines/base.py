@@ -45,7 +45,10 @@ class OutputError(SnoopiError):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """The name, shape (None = any size) and dtype (numpy's name) of one input or output."""
+    """The name, shape (None = any size) and dtype (numpy's name) of one input or output.
+
+    A first axis of any size is the batch, which all inputs of a model share.
+    """
 
     name: str
     shape: tuple[int | None, ...]
@@ -61,14 +64,14 @@ class Engine(Protocol):
     outputs: tuple[TensorSpec, ...]
 
     def __call__(self, **arrays: "np.ndarray") -> "dict[str, np.ndarray]":
-        """Return the outputs by name. Raises EngineError where the inputs do not fit `inputs` or the model fails."""
+        """The outputs by name. Raises EngineError where the inputs do not fit `inputs` or the model fails."""
 
     def close(self) -> None:
-        """Free the model; a later call raises EngineError."""
+        """Frees the model; a later call raises EngineError."""
 
 
 def check_inputs(specs: Sequence[TensorSpec], arrays: "Mapping[str, np.ndarray]") -> None:
-    """Return when every input is there once with the right dtype and shape, else raise EngineError."""
+    """Returns when every input is there once with the right dtype and shape and all have one batch, else raises EngineError."""
     names = [spec.name for spec in specs]
     if unknown := arrays.keys() - set(names):
         raise EngineError(f"unknown input {min(unknown)!r}, the model takes {', '.join(names)}")
@@ -81,11 +84,15 @@ def check_inputs(specs: Sequence[TensorSpec], arrays: "Mapping[str, np.ndarray]"
         if len(array.shape) != len(spec.shape) or any(want not in (None, have) for want, have in zip(spec.shape, array.shape, strict=True)):
             shape = ", ".join("any" if size is None else str(size) for size in spec.shape)
             raise EngineError(f"input {spec.name!r} must have shape ({shape}), got {tuple(array.shape)}")
+    # OpenVINO would take inputs of different batches in silence.
+    batches = {spec.name: arrays[spec.name].shape[0] for spec in specs if spec.shape[:1] == (None,)}
+    if len(set(batches.values())) > 1:
+        raise EngineError(f"all inputs must have one batch, got {', '.join(f'{name} {size}' for name, size in batches.items())}")
 
 
 @contextmanager
 def engine_errors(doing: str) -> Iterator[None]:
-    """Turn every exception of a foreign package into an EngineError of one line: the only place where that happens."""
+    """Turns every exception of a foreign package into an EngineError of one line: the only place where that happens."""
     try:
         yield
     except SnoopiError:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from snoopi_rt.engines import conflict
 from snoopi_rt.engines.base import EngineError, EngineMissing, TensorSpec, check_inputs, engine_errors
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -27,11 +28,17 @@ class OrtEngine:
     """
 
     def __init__(self, path: Path, name: str, precision: str | None, threads: int | None, cache: Path | None) -> None:
-        import onnxruntime
-
         provider = PROVIDERS[name]
-        if provider not in onnxruntime.get_available_providers():
-            raise EngineMissing(f'engine {name!r} needs ONNX Runtime with {provider}: pip install "snoopi-rt[{name}]"{_both_installed()}')
+        try:
+            with engine_errors(f"engine {name!r} cannot use ONNX Runtime"):
+                import onnxruntime
+
+                available = onnxruntime.get_available_providers()
+        except EngineError as error:
+            raise EngineError(f"{error}{conflict()}") from error
+        if provider not in available:
+            needs = f"engine {name!r} needs ONNX Runtime with {provider}, which the one installed has not{conflict()}"
+            raise EngineMissing(f'{needs}: pip uninstall onnxruntime, then pip install "snoopi-rt[{name}]"')
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.inter_op_num_threads = 1
@@ -44,7 +51,7 @@ class OrtEngine:
         # A provider that cannot start is replaced by the CPU without an error: only the session says what is used.
         self.provider = session.get_providers()[0]
         if self.provider != provider:
-            raise EngineError(f"engine {name!r}: ONNX Runtime could not start {provider} and fell back to the CPU{_both_installed()}")
+            raise EngineError(f"engine {name!r}: ONNX Runtime could not start {provider} and fell back to the CPU{conflict()}")
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
         self._session: Any = session
@@ -66,14 +73,3 @@ def _spec(node: Any) -> TensorSpec:
     if node.type not in DTYPES:
         raise EngineError(f"{node.name!r} has type {node.type}, which no engine of snoopi-rt takes")
     return TensorSpec(node.name, tuple(size if isinstance(size, int) else None for size in node.shape), DTYPES[node.type])
-
-
-def _both_installed() -> str:
-    """Return a remark where the two packages that overwrite each other's files are both installed, else nothing."""
-    from importlib.metadata import PackageNotFoundError, distribution
-
-    try:
-        distribution("onnxruntime"), distribution("onnxruntime-gpu")
-    except PackageNotFoundError:
-        return ""
-    return " (onnxruntime and onnxruntime-gpu are both installed and overwrite each other: uninstall both, then install one)"

@@ -16,8 +16,10 @@ class OvEngine:
     """
 
     def __init__(self, path: Path, name: str, precision: str | None, threads: int | None, cache: Path | None) -> None:
-        import openvino
+        with engine_errors(f"engine {name!r} cannot use OpenVINO"):
+            import openvino
 
+            core = openvino.Core()
         options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
@@ -31,7 +33,7 @@ class OvEngine:
         if cache is not None:
             options["CACHE_DIR"] = str(cache)
         with engine_errors(f"engine {name!r} cannot load {path.name}"):
-            compiled = openvino.Core().compile_model(str(path), "CPU", options)
+            compiled = core.compile_model(str(path), "CPU", options)
             self.provider = f"CPU {compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}"
             self.inputs = tuple(_spec(port) for port in compiled.inputs)
             self.outputs = tuple(_spec(port) for port in compiled.outputs)

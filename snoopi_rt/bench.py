@@ -1,6 +1,7 @@
 """How fast a bundle is on this machine: seconds by stage, cold start and peak memory, with and without a negative prompt."""
 
 import os
+import re
 import secrets
 import shlex
 import subprocess
@@ -17,34 +18,45 @@ from snoopi_rt.bundle import Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.choice import remember
 from snoopi_rt.engines.base import EngineError
-from snoopi_rt.pipeline import STAGES, Pipeline, load
+from snoopi_rt.pipeline import STAGES, Pipeline, open_pipeline
 from snoopi_rt.request import integer
 
 PROMPT, NEGATIVE = "a red apple on a blue background", "blurry"
+COLD = """
+from snoopi_rt.cli import main
+try:
+    main(prog_name="snoopi-rt")
+finally:
+    try:
+        print(open("/proc/self/status").read())
+    except OSError:
+        pass
+"""
+"""The command line as a program that tells its peak memory itself: on Linux, what `wait4` tells begins with the parent's."""
 
 
 def bench(
     bundle: Bundle, engines: list[str], precision: str | None, threads: int | None, runs: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Return a document of the measurements (see the functions below); what the engines took is kept for engine "auto".
+    """A document of the measurements (see the functions below); what the engines took as they are is kept for engine "auto".
 
     `say` is told about each step. Raises what `load` and `Pipeline.generate` raise.
     """
     integer("runs", runs, 1)
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for engine in engines:
         say(f"{engine}: {runs} images without and {runs} with a negative prompt")
-        with load(bundle, engine, precision, threads) as pipe:
-            results[engine] = measure(pipe, runs)
+        with tempfile.TemporaryDirectory() as scratch, open_pipeline(bundle, engine, precision, threads, Cache(Path(scratch))) as pipe:
+            results[engine] = {"provider": pipe.provider, **measure(pipe, runs)}
         say(f"{engine}: two cold starts")
         results[engine]["cold_start"] = cold_start(bundle.folder, engine, precision, threads)
-    if precision is None:
+    if precision is None and threads is None:
         remember(bundle, Cache(), {engine: result["plain"]["total"]["p50"] for engine, result in results.items()})
     return {"bundle": bundle.name, "hash": bundle.hash, "precision": precision, "threads": threads, "runs": runs, "engines": results}
 
 
 def measure(pipe: Pipeline, runs: int) -> dict[str, Any]:
-    """Return p50 and p95 in seconds by stage, "plain" and with a "negative", taken in turns so that both meet the same machine.
+    """The p50 and p95 in seconds by stage, "plain" and with a "negative", taken in turns so that both meet the same machine.
 
     Every prompt is a new one, so the text encoder runs for every image; the negative prompt is encoded once, before.
     """
@@ -60,11 +72,11 @@ def measure(pipe: Pipeline, runs: int) -> dict[str, Any]:
 
 
 def cold_start(folder: Path, engine: str, precision: str | None, threads: int | None) -> dict[str, float | None]:
-    """Return the seconds from process start to written PNG with an empty cache ("first") and again with what that left there.
+    """The seconds from process start to written PNG with an empty cache ("first") and again with what that left there.
 
     Also the first one's peak memory in bytes, None where the system does not say.
     """
-    words = [sys.executable, "-m", "snoopi_rt", "generate", PROMPT, "--bundle", str(folder), "--engine", engine, "--force", "--truncate"]
+    words = ["generate", PROMPT, "--bundle", str(folder), "--engine", engine, "--force", "--truncate"]
     words += [] if precision is None else ["--precision", precision]
     words += [] if threads is None else ["--threads", str(threads)]
     with tempfile.TemporaryDirectory() as scratch:
@@ -76,7 +88,7 @@ def cold_start(folder: Path, engine: str, precision: str | None, threads: int | 
 
 
 def table(document: dict[str, Any]) -> str:
-    """Return the document as lines for people."""
+    """The document as lines for people."""
     lines = [f"{'milliseconds, p50 / p95':24}" + "".join(f"{stage:>20}" for stage in (*STAGES, "total"))]
     for engine, result in document["engines"].items():
         for way in ("plain", "negative"):
@@ -95,15 +107,11 @@ def _percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def _run(words: list[str], environment: dict[str, str]) -> tuple[float, int | None]:
-    """Return the wall-clock seconds of a command and its peak memory in bytes."""
+    """The wall-clock seconds of `snoopi-rt WORDS` and the peak memory in bytes that it tells, None where it tells none."""
     start = time.perf_counter()
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
-    if not hasattr(os, "wait4"):
-        status, peak = process.wait(), None
-    else:
-        _, code, usage = os.wait4(process.pid, 0)
-        process.returncode = status = os.waitstatus_to_exitcode(code)
-        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if status != 0:
-        raise EngineError(f"the cold start ended with code {status}: {shlex.join(words)}")
-    return time.perf_counter() - start, peak
+    done = subprocess.run([sys.executable, "-P", "-c", COLD, *words], env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if done.returncode != 0:
+        raise EngineError(f"the cold start ended with code {done.returncode}: {shlex.join(['snoopi-rt', *words])}")
+    peak = re.search(r"^VmHWM:\s+(\d+) kB$", done.stdout, re.MULTILINE)
+    return seconds, None if peak is None else int(peak[1]) * 1024

@@ -45,7 +45,7 @@ class File:
 
     @classmethod
     def of(cls, path: Path) -> "File":
-        """Return the entry for a file as it is on disk now."""
+        """The entry for a file as it is on disk now."""
         return cls(path.name, sha256(path), path.stat().st_size)
 
 
@@ -158,7 +158,7 @@ class Bundle:
 
     @classmethod
     def load(cls, folder: str | Path, cache: Cache | None = None) -> "Bundle":
-        """Return the bundle in the folder, its files checked; hashes that the cache knows for (size, mtime, inode) are trusted.
+        """The bundle in the folder, its files checked; hashes that the cache knows for (size, mtime, inode) are trusted.
 
         Raises BundleError for anything that is not as promised.
         """
@@ -172,7 +172,7 @@ class Bundle:
         return bundle
 
     def save(self, folder: str | Path) -> "Bundle":
-        """Check the files, write bundle.json beside them, return the bundle as `load` sees it. Raises BundleError."""
+        """Checks the files, writes bundle.json beside them, returns the bundle as `load` sees it. Raises BundleError."""
         bundle = replace(self, folder=Path(folder))
         bundle._check_files(None)
         document = {"format": FORMAT, "snoopi_rt": READ_SINCE, **to_json(self)}
@@ -183,28 +183,28 @@ class Bundle:
         return Bundle.load(folder)
 
     def verify(self) -> None:
-        """Hash every file again, whatever the cache knows. Raises BundleError."""
+        """Hashes every file again, whatever the cache knows. Raises BundleError."""
         self._check_files(None)
 
     def engines(self) -> tuple[str, ...]:
-        """Return the engines that have a build of every graph."""
+        """The engines that have a build of every graph."""
         sets = [{engine for build in builds for engine in build.engines} for builds in self.graphs.values()]
         return tuple(sorted(set.intersection(*sets)))
 
     def build(self, graph: str, engine: str, precision: str | None = None) -> Build:
-        """Return the graph's build for the engine: the one in that precision, else the first.
+        """The graph's build for the engine: the one in that precision, else the first.
 
         Graphs have their own precisions, so one graph may lack it: raises InputError only where no graph has it for this engine,
         and BundleError where the graph has no build for the engine at all.
         """
+        suiting = [build for build in self.graphs[graph] if engine in build.engines]
+        if not suiting:
+            raise BundleError(f"bundle {self.name!r} has no {graph} for engine {engine!r}, it serves {', '.join(self.engines()) or 'none'}")
         precisions = {build.precision for builds in self.graphs.values() for build in builds if engine in build.engines}
         if precision is not None and precision not in precisions:
             raise InputError(
                 f"bundle {self.name!r} has no precision {precision!r} for engine {engine!r}, choose from {', '.join(sorted(precisions))}"
             )
-        suiting = [build for build in self.graphs[graph] if engine in build.engines]
-        if not suiting:
-            raise BundleError(f"bundle {self.name!r} has no {graph} for engine {engine!r}, it serves {', '.join(self.engines())}")
         return next((build for build in suiting if build.precision == precision), suiting[0])
 
     def _listed(self) -> list[File]:
@@ -230,7 +230,7 @@ def _read_manifest(folder: Path) -> bytes:
 
 
 def _document(data: bytes) -> dict[str, Any]:
-    """Return the document without its two keys about the format. Raises ValueError (no JSON) or BundleError (no format of this version)."""
+    """The document without its two keys about the format. Raises ValueError (no JSON) or BundleError (no format of this version)."""
     document = json.loads(data)
     _require(isinstance(document, dict), "not a JSON object")
     number, since = document.pop("format", None), document.pop("snoopi_rt", None)
@@ -241,7 +241,7 @@ def _document(data: bytes) -> dict[str, Any]:
 
 
 def _check_file(folder: Path, file: File, cache: Cache | None) -> list[str]:
-    """Return the external data that the file names. Raises BundleError where it is not the file that was promised."""
+    """The external data that the file names. Raises BundleError where it is not the file that was promised."""
     path = folder / file.path
     try:
         status = path.lstat()
@@ -249,8 +249,8 @@ def _check_file(folder: Path, file: File, cache: Cache | None) -> list[str]:
         _require(stat.S_ISREG(status.st_mode), f"{path} is not a file")
         _require(status.st_size == file.size, f"{path} is damaged: {status.st_size} bytes instead of {file.size}")
         key = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{file.sha256}.json"
-        if cache is not None and (record := cache.read("hashes", key)):
-            return json.loads(record)
+        if cache is not None and (record := _record(cache.read("hashes", key))) is not None:
+            return record
         _require(sha256(path) == file.sha256, f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
         external = external_data(path) if path.suffix == ".onnx" else []
         if cache is not None:
@@ -260,3 +260,12 @@ def _check_file(folder: Path, file: File, cache: Cache | None) -> list[str]:
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}") from error
     return external
+
+
+def _record(data: bytes | None) -> list[str] | None:
+    """The external data noted with a verified hash; None where nothing is noted, or the note is damaged."""
+    try:
+        names = json.loads(data or b"null")
+    except ValueError:
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None

@@ -26,7 +26,7 @@ class Cache:
         self._writes = 0
 
     def read(self, kind: str, name: str) -> bytes | None:
-        """Return what was written, or None."""
+        """What was written, or None."""
         if not self._private():
             return None
         path = self.path / kind / name
@@ -39,7 +39,7 @@ class Cache:
         return data
 
     def write(self, kind: str, name: str, data: bytes) -> None:
-        """Keep the bytes, if that is possible."""
+        """Keeps the bytes, if that is possible."""
         folder = self.folder(kind)
         if folder is None:
             return
@@ -50,21 +50,32 @@ class Cache:
         self._writes += 1
 
     def folder(self, kind: str) -> Path | None:
-        """Return the folder of one kind, made if need be, or None where there is no usable cache."""
+        """The folder of one kind, made if need be, or None where there is no usable cache."""
         folder = self.path / kind
+        if self.problem() is not None:
+            return None
         try:
-            os.makedirs(self.path, mode=0o700, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
         except OSError:
             return None
-        return folder if self._private() else None
+        return folder
+
+    def problem(self) -> str | None:
+        """Why nothing can be kept in the folder, which is made if need be; None where all is well."""
+        try:
+            os.makedirs(self.path, mode=0o700, exist_ok=True)
+        except OSError as error:
+            return f"it cannot be made: {error.strerror}"
+        if not self._private():
+            return "it belongs to another user, or others can write into it"
+        return None if os.access(self.path, os.W_OK) else "no permission to write into it"
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes on disk of each kind."""
+        """The bytes on disk of each kind."""
         return {kind: sum(size for _, size, _ in self._files(kind)) for kind in KINDS}
 
     def trim(self) -> None:
-        """Remove the files that were not used for the longest time until the rest is within the limit."""
+        """Removes the files that were not used for the longest time until the rest is within the limit."""
         files = sorted(file for kind in KINDS for file in self._files(kind))
         excess = sum(size for _, size, _ in files) - self.limit
         for _, size, path in files:
@@ -75,14 +86,14 @@ class Cache:
             excess -= size
 
     def clear(self) -> None:
-        """Remove everything that was kept; what else lies in the folder stays."""
+        """Removes everything that was kept; what else lies in the folder stays, and so does all in a folder that others can write."""
         for kind in KINDS:
             for _, _, path in self._files(kind):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
 
     def _files(self, kind: str) -> Iterator[tuple[float, int, str]]:
-        for folder, _, names in os.walk(self.path / kind):
+        for folder, _, names in os.walk(self.path / kind) if self._private() else ():
             for name in names:
                 path = os.path.join(folder, name)
                 with contextlib.suppress(OSError):
@@ -90,7 +101,7 @@ class Cache:
                     yield status.st_mtime, status.st_size, path
 
     def _private(self) -> bool:
-        """Return whether nobody else can plant a file here: it is trusted for hashes of files."""
+        """Whether nobody else can plant a file here: it is trusted for hashes of files."""
         if os.name == "nt":
             return True
         try:
@@ -101,9 +112,9 @@ class Cache:
 
 
 def default_folder() -> Path:
-    """Return $SNOOPI_RT_CACHE, or the folder where this system's users keep caches."""
+    """A folder of our own, because it is trimmed and cleared: in $SNOOPI_RT_CACHE, or where this system's users keep caches."""
     if chosen := os.environ.get("SNOOPI_RT_CACHE"):
-        return Path(chosen)
+        return Path(chosen) / "snoopi-rt-cache"
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "snoopi-rt" / "cache"
     if sys.platform == "darwin":

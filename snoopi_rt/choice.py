@@ -11,14 +11,14 @@ ORDER = ("cpu", "openvino")
 
 
 def choose_engine(bundle: Bundle, cache: Cache) -> str:
-    """Return the engine; raises EngineMissing where none is installed and BundleError where the bundle serves none that is."""
+    """The engine; raises EngineMissing where none is installed and BundleError where the bundle serves none that is."""
     here = set(installed()) & set(bundle.engines())
     measured = {name: seconds for name, seconds in measurements(bundle, cache).items() if name in here}
     return min(measured, key=lambda name: measured[name]) if measured else usable(bundle)[0]
 
 
 def usable(bundle: Bundle) -> list[str]:
-    """Return the installed engines that the bundle serves, of those that work on every machine; raises as `choose_engine` does."""
+    """The installed engines that the bundle serves, of those that work on every machine; raises as `choose_engine` does."""
     here = [name for name in ORDER if name in installed()]
     if not here:
         check_engine(ORDER[0])
@@ -29,13 +29,14 @@ def usable(bundle: Bundle) -> list[str]:
 
 
 def measurements(bundle: Bundle, cache: Cache) -> dict[str, float]:
-    """Return the seconds an image took on each engine that was measured here with this bundle."""
+    """The seconds an image took on each engine that was measured here with this bundle; what cannot be read was not measured."""
     try:
-        return json.loads(cache.read("measurements", f"{bundle.hash}.json") or b"{}")
+        found = json.loads(cache.read("measurements", f"{bundle.hash}.json") or b"{}")
     except ValueError:
         return {}
+    return {name: seconds for name, seconds in found.items() if type(seconds) is float} if isinstance(found, dict) else {}
 
 
 def remember(bundle: Bundle, cache: Cache, seconds: dict[str, float]) -> None:
-    """Keep measurements beside those of other engines."""
+    """Keeps measurements beside those of other engines."""
     cache.write("measurements", f"{bundle.hash}.json", json.dumps({**measurements(bundle, cache), **seconds}).encode())

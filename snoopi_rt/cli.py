@@ -25,6 +25,13 @@ PATIENCE = 2.0
 class Commands(click.Group):
     """Known errors are one line on standard error: exit code 2 for what was asked wrongly, 1 for the rest."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Takes --debug behind the command too, where people add it to a line that failed."""
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:
+            args = ["--debug", *(word for word in args[:end] if word != "--debug"), *args[end:]]
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -74,14 +81,16 @@ for command in (data, train, export):
 @click.option("--seed", type=int, metavar="N", help="The first image's seed; the next has N + 1.  [default: drawn, and printed]")
 @click.option("-n", "count", type=int, default=1, metavar="N", help="How many images; more than one are written as NAME-SEED.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default="image", help="The file; without an ending it gets that of --format."
+    "-o", "--output", type=click.Path(path_type=Path), default="image", help="The file or its folder; no ending means that of --format."
 )
 @click.option("--format", type=click.Choice(["png", "jpeg", "webp"]), help="The file's format.  [default: from the name, else png]")
 @click.option("--size", type=Size(), help="Height and width, such as 128x128.  [default: the bundle's first]")
 @click.option("--truncate", is_flag=True, help="Cut a prompt that is too long.")
 @click.option("--force", is_flag=True, help="Replace files that are there.")
 @bundle_option
-@click.option("--engine", default="auto", metavar="NAME", help="cpu, openvino or cuda; auto takes the fastest that bench measured.")
+@click.option(
+    "--engine", default="auto", metavar="NAME", help="cpu, openvino, or cuda if the bundle serves it; auto: the fastest by bench, else cpu."
+)
 @precision_option
 @threads_option
 def generate(
@@ -128,18 +137,26 @@ def generate(
 def info(path: Path | None, verify: bool) -> None:
     """Say what a bundle holds, or print the command that made an image. Without PATH: the bundle that came with snoopi-rt."""
     from snoopi_rt import image
-    from snoopi_rt.bundle import Bundle
-    from snoopi_rt.engines import installed
+    from snoopi_rt.bundle import MANIFEST, Bundle
+    from snoopi_rt.engines import conflict, installed
+    from snoopi_rt.files import sha256
     from snoopi_rt.pipeline import EMBEDDED
 
+    if path is not None and not os.path.exists(path):
+        raise InputError(f"{path}: no such file or folder")
     if path is not None and os.path.isfile(path):
-        click.echo(image.command(image.read_metadata(path), EMBEDDED.name))
+        made, manifest = image.read_metadata(path), EMBEDDED / MANIFEST
+        foreign = not manifest.is_file() or made.get("bundle_hash") != sha256(manifest)
+        click.echo(image.command(made, foreign))
+        if foreign:
+            name, hash = made.get("bundle", "unknown"), made.get("bundle_hash", "unknown")
+            click.echo(f"needs the bundle {name} (hash {hash}): put its folder after --bundle", err=True)
         return
     bundle = Bundle.load(EMBEDDED if path is None else path)
     if verify:
         bundle.verify()
     click.echo(described(bundle))
-    click.echo(f"engines installed here: {', '.join(installed()) or 'none'}")
+    click.echo(f"engines installed here: {', '.join(installed()) or 'none'}{conflict()}")
 
 
 @main.command(epilog="Example: snoopi-rt cache --clear")
@@ -152,6 +169,8 @@ def cache(clear: bool) -> None:
     if clear:
         kept.clear()
     click.echo(kept.path)
+    if problem := kept.problem():
+        click.echo(f"nothing is kept: {problem}")
     for kind, size in kept.sizes().items():
         click.echo(f"{kind:14}{size / 1e6:10.1f} MB")
 
@@ -179,6 +198,8 @@ def bench(bundle: str | None, engines: tuple[str, ...], precision: str | None, t
 def _with_ending(output: Path, format: str | None) -> Path:
     from snoopi_rt.image import FORMATS
 
+    if os.path.isdir(output):
+        output /= "image"
     if not output.suffix:
         return output.with_suffix(f".{format or 'png'}")
     if format is not None and FORMATS.get(output.suffix.lower()) != format:
@@ -198,14 +219,15 @@ def described(bundle: "Bundle") -> str:
         for build in builds:
             size = sum(file.size for file in build.files) / 1e6
             measured = f"relative L2 to PyTorch {build.parity.relative_l2:.1e} (at most {build.tolerance:.0e})"
-            lines.append(f"{graph}: {build.precision} {build.format} for {', '.join(build.engines)}, {size:.1f} MB, {measured}")
+            files = f"{build.format} for {', '.join(build.engines)}, {size:.1f} MB"
+            lines.append(f"{graph}: {files}, {build.precision} arithmetic, {measured}")
     lines += [f"{key}: {value}" for key, value in bundle.provenance.items()]
     return "\n".join([*lines, f"hash {bundle.hash}"])
 
 
 @contextmanager
 def _progress() -> Iterator[dict[str, str]]:
-    """Say every two seconds on standard error what is being done: quick work is silent, slow work is not."""
+    """Says every two seconds on standard error what is being done: quick work is silent, slow work is not."""
     progress, done, start = {"doing": "loading"}, threading.Event(), time.monotonic()
 
     def talk() -> None:

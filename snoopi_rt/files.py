@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes, durable: bool = False) -> None:
-    """Write the file so that nobody ever sees a part of it; `durable` also survives a power cut. Raises OSError."""
+    """Writes the file so that nobody ever sees a part of it; `durable` also survives a power cut. Raises OSError."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(beside, "xb") as file:
@@ -21,6 +21,6 @@ def write_whole(path: Path, data: bytes, durable: bool = False) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of the file's bytes in hexadecimal."""
+    """The SHA-256 of the file's bytes in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -29,9 +29,9 @@ OPTIONS = {
 
 
 def save(image: np.ndarray, path: Path, metadata: Mapping[str, str], force: bool = False) -> None:
-    """Write a uint8 (H, W, 3) image whole or not at all, in the format of the name's ending.
+    """Writes a uint8 (H, W, 3) image whole or not at all, in the format of the name's ending.
 
-    Raises InputError and OutputError as `check_writable` does.
+    Raises InputError and OutputError as `check_writable` does, and OutputError for metadata beyond the 64 kB of a JPEG.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -46,7 +46,10 @@ def save(image: np.ndarray, path: Path, metadata: Mapping[str, str], force: bool
     else:
         exif = Image.Exif()
         exif[DESCRIPTION] = json.dumps(dict(metadata))
-        picture.save(data, FORMATS[path.suffix.lower()], quality=95, exif=exif)
+        try:
+            picture.save(data, FORMATS[path.suffix.lower()], quality=95, exif=exif)
+        except ValueError as error:
+            raise OutputError(f"cannot write {path}: the prompt is too long for this format ({error}): write a .png") from error
     try:
         write_whole(path, data.getvalue())
     except OSError as error:
@@ -54,7 +57,7 @@ def save(image: np.ndarray, path: Path, metadata: Mapping[str, str], force: bool
 
 
 def check_writable(path: Path, force: bool = False) -> None:
-    """Return when an image can be saved there, so that nobody waits for one that cannot.
+    """Returns when an image can be saved there, so that nobody waits for one that cannot.
 
     Raises InputError for an unknown ending and, without `force`, for an existing file; OutputError where the folder is not there or closed.
     """
@@ -71,7 +74,7 @@ def check_writable(path: Path, force: bool = False) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the text that `save` put into the image. Raises InputError where there is no image, or none of ours."""
+    """The text that `save` put into the image. Raises InputError where there is no image, or none of ours."""
     from PIL import Image
 
     try:
@@ -86,14 +89,14 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
-def command(metadata: Mapping[str, str], embedded: str) -> str:
-    """Return the shell command that makes the image again; a bundle other than the one named `embedded` is given by its name."""
+def command(metadata: Mapping[str, str], foreign: bool) -> str:
+    """The shell command that makes the image again; a `foreign` bundle is given by its name."""
     words = ["snoopi-rt", "generate"]
     for key, option in OPTIONS.items():
         if key in metadata:
             words += [option, metadata[key]]
     if "truncate" in metadata:
         words.append("--truncate")
-    if metadata.get("bundle", embedded) != embedded:
-        words += ["--bundle", metadata["bundle"]]
+    if foreign:
+        words += ["--bundle", metadata.get("bundle", "unknown")]
     return shlex.join([*words, "--", metadata.get("prompt", "")])

@@ -23,7 +23,7 @@ INSIDE = {
 
 
 def external_data(path: Path) -> list[str]:
-    """Return the names of the files that the ONNX file's tensors point to. Raises BundleError where it is no ONNX file."""
+    """The names of the files that the ONNX file's tensors point to. Raises BundleError where it is no ONNX file."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return sorted(set(_locations(data, "model", 0, len(data))))
@@ -43,7 +43,7 @@ def _locations(data: mmap.mmap, message: str, start: int, end: int) -> Iterator[
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (field number, begin, end) of every length-delimited field of one message."""
+    """Yields (field number, begin, end) of every length-delimited field of one message."""
     while start < end:
         tag, start = _varint(data, start)
         match tag & 7:

@@ -18,7 +18,7 @@ from snoopi_rt import __version__
 from snoopi_rt.bundle import Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.choice import choose_engine
-from snoopi_rt.engines import check_engine, load_engine
+from snoopi_rt.engines import known_engine, load_engine
 from snoopi_rt.engines.base import BundleError, Engine, OutputError
 from snoopi_rt.prompts import PromptEncoder, States
 from snoopi_rt.request import Request, image_size, integer, requests
@@ -33,7 +33,10 @@ STAGES = ("text_encoder", "generator", "decoder")
 
 @dataclass(frozen=True)
 class Result:
-    """Images (n, H, W, 3) uint8 and, image by image, what made them; `timings` are seconds by stage, and in `total`."""
+    """Images (n, H, W, 3) uint8 and, image by image, what made them; `timings` are seconds by stage, and in `total`.
+
+    `provider` is what the engine really ran on, in the words of its package.
+    """
 
     images: np.ndarray
     prompts: list[str]
@@ -42,19 +45,20 @@ class Result:
     seeds: list[int]
     timings: dict[str, float]
     engine: str
+    provider: str
     precision: str | None
     bundle: str
     bundle_hash: str
     truncated: bool
 
     def pil(self) -> "list[Image]":
-        """Return the images as Pillow images."""
+        """The images as Pillow images."""
         from PIL import Image
 
         return [Image.fromarray(image) for image in self.images]
 
     def metadata(self, index: int) -> dict[str, str]:
-        """Return what is needed to make image `index` again, as text; what was not given is absent."""
+        """What is needed to make image `index` again, as text; what was not given is absent."""
         height, width = self.images.shape[1:3]
         given = {
             "prompt": self.prompts[index],
@@ -80,6 +84,7 @@ class Pipeline:
     ) -> None:
         self.bundle, self.engine, self.precision = bundle, engine, precision
         self._generator, self._decoder = open_engine("generator"), open_engine("decoder")
+        self.provider = ", ".join(dict.fromkeys([self._generator.provider, self._decoder.provider]))
         build = bundle.build("text_encoder", engine, precision)
         text = bundle.text
         self._encode = PromptEncoder(
@@ -100,10 +105,10 @@ class Pipeline:
         size: Sequence[int] | None = None,
         truncate: bool = False,
     ) -> Result:
-        """Return n images of each prompt, prompt by prompt; image i of a prompt uses seed + i, and no seed draws one.
+        """The n images of each prompt, prompt by prompt; image i of a prompt uses seed + i, and no seed draws one.
 
         Prompt, negative, scale and seed may be lists of one length. `size` is (height, width); `truncate` cuts prompts that are too long.
-        Raises InputError for what cannot be asked, OutputError where a stage gives NaN or infinity.
+        Raises InputError for what cannot be asked, OutputError where a stage gives NaN, infinity or a picture of one value.
         """
         start = time.perf_counter()
         asked = requests(prompt, negative_prompt, negative_scale, seed, n, self.bundle.guidance)
@@ -122,6 +127,7 @@ class Pipeline:
             seeds=[request.seed for request in asked],
             timings=timings,
             engine=self.engine,
+            provider=self.provider,
             precision=self.precision,
             bundle=self.bundle.name,
             bundle_hash=self.bundle.hash,
@@ -131,12 +137,12 @@ class Pipeline:
     __call__ = generate
 
     def warmup(self) -> Self:
-        """Open and run all three stages once, so that the next image takes its usual time; return the pipeline."""
+        """Opens and runs all three stages once, so that the next image takes its usual time; returns the pipeline."""
         self.generate("warm", seed=0)
         return self
 
     def close(self) -> None:
-        """Free the engines; a later call raises EngineError."""
+        """Frees the engines; a later call raises EngineError."""
         for part in (self._encode, self._generator, self._decoder):
             part.close()
 
@@ -147,7 +153,7 @@ class Pipeline:
         self.close()
 
     def _batches(self, asked: list[Request], states: dict[str, States]) -> Iterator[list[Request]]:
-        """Yield the requests in order, at most `max_batch` at once; a graph without masks gets prompts of one length at once."""
+        """The requests in order, at most `max_batch` at once; a graph without masks gets prompts of one length at once."""
         names = {spec.name for spec in self._generator.inputs}
 
         def lengths(request: Request) -> tuple[int, int]:
@@ -162,15 +168,21 @@ class Pipeline:
     def _images(self, batch: list[Request], states: dict[str, States], size: tuple[int, int], timings: dict[str, float]) -> np.ndarray:
         with _timed(timings, "generator"):
             latent = np.asarray(self._generator(**self._feeds(batch, states, size))["latent"])
-            finite = np.isfinite(latent).all(axis=(1, 2, 3))
-            if not finite.all():
-                seeds = ", ".join(str(request.seed) for request, fine in zip(batch, finite, strict=True) if not fine)
-                raise OutputError(f"generator gave NaN or infinity on engine {self.engine!r} for seed {seeds}: no picture was made")
+            self._refuse(batch, ~np.isfinite(latent).all(axis=(1, 2, 3)), "generator gave NaN or infinity")
         with _timed(timings, "decoder"):
-            return np.asarray(self._decoder(latent=latent)["image"])
+            images = np.asarray(self._decoder(latent=latent)["image"])
+            # NaN becomes one value as uint8. A decoder's noise makes a plain picture that is meant practically impossible.
+            self._refuse(batch, images.min(axis=(1, 2, 3)) == images.max(axis=(1, 2, 3)), "decoder gave one value for all pixels")
+            return images
+
+    def _refuse(self, batch: list[Request], broken: np.ndarray, what: str) -> None:
+        """Raises OutputError where one of the batch is broken, (B,) bool."""
+        if broken.any():
+            seeds = ", ".join(str(request.seed) for request, bad in zip(batch, broken, strict=True) if bad)
+            raise OutputError(f"{what} on engine {self.engine!r} for seed {seeds}: no picture was made")
 
     def _feeds(self, batch: list[Request], states: dict[str, States], size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Return the generator's inputs (design.md 4), those that it lists."""
+        """The generator's inputs (design.md 4), those that it lists."""
         prompts, negatives = zip(*(_states(request, states) for request in batch), strict=True)
         prompt_states, prompt_mask = _padded(prompts)
         negative_states, negative_mask = _padded(negatives)
@@ -198,28 +210,31 @@ class Pipeline:
 def load(
     bundle: str | Path | Bundle | None = None, engine: str = "auto", precision: str | None = None, threads: int | None = None
 ) -> Pipeline:
-    """Return the pipeline of a bundle (a folder; None = the embedded one) on an engine.
+    """The pipeline of a bundle (a folder; None = the embedded one) on an engine.
 
     `engine` "auto" takes the fastest that `snoopi-rt bench` measured here, else `cpu`, then `openvino`; `precision` is one of the bundle's;
     `threads` bounds the CPU threads. Raises BundleError, EngineMissing, EngineError, InputError.
     """
-    if engine != "auto":
-        check_engine(engine)
-    if threads is not None:
-        integer("threads", threads, 1)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.load(EMBEDDED if bundle is None else bundle)
     cache = Cache()
-    name = choose_engine(opened, cache) if engine == "auto" else engine
+    return open_pipeline(opened, choose_engine(opened, cache) if engine == "auto" else engine, precision, threads, cache)
+
+
+def open_pipeline(bundle: Bundle, engine: str, precision: str | None, threads: int | None, cache: Cache) -> Pipeline:
+    """The pipeline of a bundle on an engine by its own name, with its files in the cache. Raises as `load` does."""
+    known_engine(engine)
+    if threads is not None:
+        integer("threads", threads, 1)
 
     def open_engine(graph: str) -> Engine:
-        build = opened.build(graph, name, precision)
-        return load_engine(name, opened.folder / build.files[0].path, build.precision, threads, cache.folder("engines"))
+        build = bundle.build(graph, engine, precision)
+        return load_engine(engine, bundle.folder / build.files[0].path, build.precision, threads, cache.folder("engines"))
 
-    return Pipeline(opened, open_engine, name, precision, cache)
+    return Pipeline(bundle, open_engine, engine, precision, cache)
 
 
 def draw_noise(seed: int, shape: tuple[int, ...], steps: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return the noise of one image and that of its `steps` later steps, float32 `shape` and (steps, *shape).
+    """The noise of one image and that of its `steps` later steps, float32 `shape` and (steps, *shape).
 
     RandomState is the one generator whose stream numpy promises never to change.
     """
@@ -228,14 +243,14 @@ def draw_noise(seed: int, shape: tuple[int, ...], steps: int = 0) -> tuple[np.nd
 
 
 def _states(request: Request, states: dict[str, States]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the prompt's and the negative's states; no negative is one zero token, which scale 0 leaves without effect."""
+    """The prompt's and the negative's states; no negative is one zero token, which scale 0 leaves without effect."""
     prompt = states[request.prompt]["states"]
     negative = np.zeros_like(prompt[:, :1]) if request.negative is None else states[request.negative]["states"]
     return prompt, negative
 
 
 def _padded(states: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return states of (1, T, D) each as one (B, max T, D), zeros behind, and the mask of what is real (B, max T)."""
+    """States of (1, T, D) each as one (B, max T, D), zeros behind, and the mask of what is real (B, max T)."""
     longest = max(state.shape[1] for state in states)
     padded = np.zeros((len(states), longest, states[0].shape[2]), np.float32)
     mask = np.zeros((len(states), longest), bool)

@@ -26,10 +26,11 @@ class PromptEncoder:
         self._open_tokenizer, self._open_engine = open_tokenizer, open_engine
         self._names, self._key, self._cache = names, key, cache
         self._kept: OrderedDict[bytes, States] = OrderedDict()
-        self._lock = threading.Lock()
+        # Opening the encoder takes long: meanwhile other threads get the prompts that are kept.
+        self._lock, self._opening = threading.Lock(), threading.Lock()
 
     def __call__(self, prompt: str, truncate: bool) -> States:
-        """Return the states by output name, to be read only. Raises InputError (see Tokenizer) and OutputError where one is NaN."""
+        """The states by output name, to be read only. Raises InputError (see Tokenizer) and OutputError where one is NaN."""
         with self._lock:
             tokenizer = self._tokenizer
         ids = tokenizer(prompt, truncate)
@@ -43,7 +44,7 @@ class PromptEncoder:
         return states
 
     def close(self) -> None:
-        """Free the encoder, if it was opened."""
+        """Frees the encoder, if it was opened."""
         if "_engine" in self.__dict__:
             self._engine.close()
 
@@ -56,7 +57,7 @@ class PromptEncoder:
         return self._open_engine()
 
     def _compute(self, ids: np.ndarray) -> States:
-        with self._lock:
+        with self._opening:
             engine = self._engine
         states = {name: np.asarray(value) for name, value in engine(ids=ids).items()}
         for name, value in states.items():

@@ -24,7 +24,7 @@ class Request:
 
 
 def requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, n: Any, guidance: Guidance) -> list[Request]:
-    """Return prompt by prompt its n requests, with seeds seed, seed + 1 ... modulo 2**32; raises InputError."""
+    """The n requests of each prompt, prompt by prompt, with seeds seed, seed + 1 ... modulo 2**32; raises InputError."""
     count = integer("n", n, 1)
     rows = _rows(prompt=prompt, negative_prompt=negative_prompt, negative_scale=negative_scale, seed=seed)
     negatives = [_negative(row["negative_prompt"], guidance) for row in rows]
@@ -42,7 +42,7 @@ def requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, 
 
 
 def image_size(size: Sequence[int] | None, sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """Return (height, width): the first of the supported sizes where none is given; raises InputError for another one."""
+    """(height, width): the first of the supported sizes where none is given; raises InputError for another one."""
     if size is None:
         return sizes[0]
     if not isinstance(size, list | tuple) or tuple(size) not in sizes:
@@ -52,7 +52,7 @@ def image_size(size: Sequence[int] | None, sizes: tuple[tuple[int, int], ...]) -
 
 
 def draw_seed() -> int:
-    """Return a seed that nobody chose."""
+    """A seed that nobody chose."""
     return secrets.randbelow(SEEDS)
 
 
@@ -93,7 +93,7 @@ def _scale(scale: Any, guidance: Guidance) -> float:
 
 
 def integer(name: str, value: Any, least: int) -> int:
-    """Return the value as an int; raises InputError where it is none, or below `least`."""
+    """The value as an int; raises InputError where it is none, or below `least`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
     return int(value)

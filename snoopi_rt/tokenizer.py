@@ -22,7 +22,7 @@ class Tokenizer:
         self._max_tokens, self._lowercase = max_tokens, lowercase
 
     def __call__(self, prompt: str, truncate: bool = False) -> np.ndarray:
-        """Return the ids, int64 (1, T), special tokens included; `truncate` cuts to the limit but keeps a special token at the end.
+        """The ids, int64 (1, T), special tokens included; `truncate` cuts to the limit but keeps a special token at the end.
 
         Raises InputError for text that is not Unicode and for a prompt beyond the limit.
         """

@@ -14,13 +14,13 @@ UNSAVED = {"saved": False}
 
 
 def to_json(value: Any) -> dict[str, Any]:
-    """Return the dataclass as a document for `json.dumps`."""
+    """The dataclass as a document for `json.dumps`."""
     document = asdict(value)
     return {name: document[name] for name in _saved(type(value))}
 
 
 def from_json(kind: type[T], document: dict[str, Any]) -> T:
-    """Return the document as that dataclass. Raises BundleError."""
+    """The document as that dataclass. Raises BundleError."""
     return _parse(kind, document, "")
 
 

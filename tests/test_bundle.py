@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from snoopi_rt.bundle import Build, Bundle, File
+from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import BundleError, InputError
 from snoopi_rt.onnx_links import external_data
 
@@ -155,6 +156,17 @@ def test_a_record_of_size_time_and_inode_is_trusted_until_verify(folder: Path) -
         bundle.verify()
 
 
+@pytest.mark.parametrize("record", [b"", b"[", b"{}", b"[1]", b"null", b"\xff"])
+def test_a_damaged_record_of_a_hash_counts_as_none(folder: Path, record: bytes) -> None:
+    Bundle.load(folder)
+    for path in (Cache().path / "hashes").iterdir():
+        path.write_bytes(record)
+    flip_a_byte(folder / "decoder.onnx")
+    refused(folder, "decoder.onnx is damaged")
+    flip_a_byte(folder / "decoder.onnx")
+    Bundle.load(folder)
+
+
 @pytest.mark.parametrize("name", ["bundle.json", "decoder.onnx"])
 def test_a_symbolic_link_is_refused(folder: Path, name: str) -> None:
     (folder / name).rename(folder.parent / name)
@@ -248,6 +260,8 @@ def test_an_engine_without_a_build_lists_those_that_are_served(original: Bundle)
     assert bundle.engines() == ("cpu",)
     with pytest.raises(BundleError, match="bundle 'tiny' has no decoder for engine 'openvino', it serves cpu"):
         bundle.build("decoder", "openvino")
+    with pytest.raises(BundleError, match="bundle 'tiny' has no generator for engine 'cuda', it serves cpu"):
+        bundle.build("generator", "cuda", "fp32")
 
 
 def test_the_hash_of_a_build_changes_with_its_files(original: Bundle) -> None:

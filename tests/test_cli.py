@@ -2,8 +2,10 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from snoopi_rt import image
+from snoopi_rt.bench import cold_start
 from snoopi_rt.bundle import Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.choice import measurements
@@ -39,7 +42,9 @@ def test_generate_writes_an_image_that_says_how_it_was_made(original: Bundle, he
     result = run("generate", "a red fox", "--neg", "blurry", "--seed", 7, "--size", "16x24", "-o", "fox.png", "--bundle", original.folder)
     assert result.stdout == "fox.png  seed 7\n"
     first = np.asarray(Image.open(here / "fox.png"))
-    said = shlex.split(run("info", "fox.png").stdout)
+    told = run("info", "fox.png")
+    assert told.stderr == f"needs the bundle tiny (hash {original.hash}): put its folder after --bundle\n"
+    said = shlex.split(told.stdout)
     assert said[:2] == ["snoopi-rt", "generate"]
     said[said.index("tiny")] = str(original.folder)
     run(*said[1:2], "-o", "again.png", *said[2:])
@@ -51,6 +56,28 @@ def test_more_than_one_image_are_written_as_name_and_seed(original: Bundle, here
     result = run("generate", "a cat", "-n", 6, "--seed", 2**32 - 3, "-o", "cat.webp", "--bundle", original.folder)
     assert len(result.stdout.splitlines()) == 6
     assert {path.name for path in here.iterdir()} == {f"cat-{seed % 2**32}.webp" for seed in range(2**32 - 3, 2**32 + 3)}
+
+
+@needs_engine
+def test_an_existing_folder_gets_the_image(original: Bundle, here: Path) -> None:
+    (here / "out").mkdir()
+    run("generate", "a cat", "-o", "out/", "--bundle", original.folder)
+    run("generate", "a cat", "-o", "out", "-n", 2, "--seed", 3, "--format", "webp", "--bundle", original.folder)
+    assert {path.name for path in (here / "out").iterdir()} == {"image.png", "image-3.webp", "image-4.webp"}
+
+
+@needs_engine
+def test_the_embedded_bundle_is_known_by_its_hash_and_not_by_its_name(
+    original: Bundle, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("generate", "a cat", "-o", "cat.png", "--bundle", original.folder)
+    monkeypatch.setattr("snoopi_rt.pipeline.EMBEDDED", original.folder)
+    told = run("info", "cat.png")
+    assert "--bundle" not in told.stdout
+    assert told.stderr == ""
+    other = replace(original, licence="other").save(shutil.copytree(original.folder, here / "tiny"))
+    monkeypatch.setattr("snoopi_rt.pipeline.EMBEDDED", other.folder)
+    assert "--bundle tiny" in run("info", "cat.png").stdout
 
 
 @needs_engine
@@ -112,9 +139,16 @@ def test_truncate_cuts_and_the_command_says_so(original: Bundle, here: Path) -> 
     assert "--truncate" in run("info", "a.png").stdout
 
 
-def test_debug_shows_the_traceback(here: Path) -> None:
-    result = CliRunner().invoke(main, ["--debug", "generate", "a cat", "--bundle", str(here)])
-    assert type(result.exception).__name__ == "BundleError"
+def test_debug_before_or_behind_the_command_shows_the_traceback(here: Path) -> None:
+    words = ["generate", "a cat", "--bundle", str(here)]
+    for index in (0, 1, 4):
+        result = CliRunner().invoke(main, [*words[:index], "--debug", *words[index:]])
+        assert type(result.exception).__name__ == "BundleError"
+    assert run("generate", "--bundle", here, "--", "--debug", code=1).stderr.startswith("error: no bundle at ")
+
+
+def test_info_of_nothing_says_that_there_is_nothing(here: Path) -> None:
+    assert run("info", "missing.png", code=2).stderr == "error: missing.png: no such file or folder\n"
 
 
 def test_info_describes_a_bundle(original: Bundle) -> None:
@@ -122,6 +156,15 @@ def test_info_describes_a_bundle(original: Bundle) -> None:
     assert "tiny: backbone none, licence Apache-2.0" in said
     assert "guidance nasa, scale 0.0 to 1.0, default 0.5" in said
     assert original.hash in said
+    assert "generator: onnx for cpu, openvino, 0.0 MB, fp32 arithmetic, relative L2 to PyTorch 0.0e+00" in said
+
+
+def test_info_names_two_packages_that_overwrite_each_other(original: Bundle, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("onnxruntime", "onnxruntime_gpu"):
+        (here / f"{name}-1.0.dist-info").mkdir()
+        (here / f"{name}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(here)
+    assert "onnxruntime and onnxruntime-gpu are both installed" in run("info", original.folder).stdout.splitlines()[-1]
 
 
 def test_info_verify_finds_damage_that_was_trusted(folder: Path) -> None:
@@ -138,6 +181,12 @@ def test_cache_says_what_is_kept_and_clears_it(cache_folder: Path) -> None:
     assert "3.0 MB" not in run("cache", "--clear").stdout
 
 
+def test_cache_says_why_it_cannot_be_used(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "file").write_bytes(b"")
+    monkeypatch.setenv("SNOOPI_RT_CACHE", "file")
+    assert "nothing is kept: it cannot be made: Not a directory" in run("cache").stdout
+
+
 @needs_engine
 def test_bench_ends_with_one_json_document_and_remembers(original: Bundle, here: Path) -> None:
     result = run("bench", "--bundle", original.folder, "--engine", HERE[0], "--runs", 3)
@@ -147,7 +196,28 @@ def test_bench_ends_with_one_json_document_and_remembers(original: Bundle, here:
         assert 0 < measured[way]["total"]["p50"] <= measured[way]["total"]["p95"]
     assert measured["cold_start"]["first"] > 0
     assert measured["cold_start"]["peak_memory"] is None or measured["cold_start"]["peak_memory"] > 2**20
+    assert measured["provider"]
     assert measurements(original, Cache()) == {HERE[0]: measured["plain"]["total"]["p50"]}
+    assert Cache().sizes()["states"] == 0, "its random prompts are nobody's"
+
+
+@needs_engine
+@pytest.mark.parametrize("words", [("--threads", 1), ("--precision", "fp32")])
+def test_bench_remembers_only_what_load_does_by_itself(
+    original: Bundle, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...]
+) -> None:
+    monkeypatch.setattr("snoopi_rt.bench.cold_start", lambda *given: {"first": 1.0, "again": 1.0, "peak_memory": None})
+    run("bench", "--bundle", original.folder, "--engine", HERE[0], "--runs", 1, *words)
+    assert measurements(original, Cache()) == {}
+
+
+@needs_engine
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak")
+def test_the_memory_of_a_cold_start_is_its_own_and_not_that_of_the_process_that_measures(original: Bundle) -> None:
+    size = 2**29
+    assert np.ones(size, np.uint8).all()
+    peak = cold_start(original.folder, HERE[0], None, 1)["peak_memory"]
+    assert peak is None or 2**24 < peak < size
 
 
 @pytest.mark.parametrize("name", sorted(main.commands))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from snoopi_rt.bundle import Bundle
-from snoopi_rt.engines import ENGINES, installed, load_engine
+from snoopi_rt.engines import ENGINES, conflict, installed, load_engine
 from snoopi_rt.engines.base import Engine, EngineError, EngineMissing, InputError, engine_errors
 from snoopi_rt.engines.fake import FakeEngine
 
@@ -84,6 +84,7 @@ def test_many_threads_may_call_one_engine(engine: Engine, functions: Functions) 
         ({"noise": np.zeros((2, 4, 4, 4))}, "input 'noise' must be float32, got float64"),
         ({"noise": np.zeros((4, 4, 4), np.float32)}, "input 'noise' must have shape (any, 4, any, any), got (4, 4, 4)"),
         ({"noise": np.zeros((2, 5, 4, 4), np.float32)}, "input 'noise' must have shape (any, 4, any, any), got (2, 5, 4, 4)"),
+        ({"negative_scale": np.zeros(3, np.float32)}, "all inputs must have one batch, got noise 2, "),
     ],
 )
 def test_wrong_inputs_are_one_clear_line(engine: Engine, change: dict[str, np.ndarray | None], message: str) -> None:
@@ -128,6 +129,61 @@ def test_an_engine_that_is_not_installed_says_which_command_installs_it(name: st
     with pytest.raises(EngineMissing, match=re.escape(f'engine {name!r} needs {ENGINES[name].label}: pip install "snoopi-rt[{name}]"')):
         load_engine(name, Path("model.onnx"))
     assert name not in installed()
+
+
+@pytest.mark.parametrize("name", [name for name, kind in ENGINES.items() if kind.target is not None])
+def test_an_engine_that_is_half_uninstalled_is_not_installed_and_says_so(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "remains").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(ENGINES, name, ENGINES[name]._replace(package="remains"))
+    with pytest.raises(EngineMissing, match=re.escape(f"engine {name!r}: {ENGINES[name].label} is half uninstalled: uninstall what")):
+        load_engine(name, Path("model.onnx"))
+    assert name not in installed()
+
+
+@pytest.mark.parametrize(("name", "package"), [("cpu", "onnxruntime"), ("openvino", "openvino")])
+@pytest.mark.parametrize("code", ["", "raise ImportError('libcore.so: not found\\nmore')"])
+def test_a_package_that_cannot_start_is_an_engine_error_of_one_line(
+    name: str, package: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    with pytest.raises(EngineError, match=f"^engine '{name}' cannot use {ENGINES[name].label}: .+$") as caught:
+        load_engine(name, Path("model.onnx"))
+    assert "\n" not in str(caught.value)
+    sys.modules.pop(package, None)
+
+
+def distributions(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / f"{name}-1.0.dist-info").mkdir()
+        (folder / f"{name}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+
+
+def test_two_packages_that_overwrite_each_other_are_named_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distributions(tmp_path, "onnxruntime", "onnxruntime_gpu")
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    with pytest.raises(EngineError, match=r"engine 'cpu' cannot use .*onnxruntime and onnxruntime-gpu are both installed"):
+        load_engine("cpu", Path("model.onnx"))
+    sys.modules.pop("onnxruntime", None)
+    assert "uninstall both" in conflict()
+    assert conflict("openvino") == ""
+
+
+def test_cuda_is_listed_only_where_its_distribution_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package `json` stands in for onnxruntime, which both distributions bring."""
+    monkeypatch.setitem(ENGINES, "cuda", ENGINES["cuda"]._replace(package="json", distribution="snoopi-fake-gpu"))
+    assert "cuda" not in installed()
+    distributions(tmp_path, "snoopi_fake_gpu")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "cuda" in installed()
 
 
 @pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")

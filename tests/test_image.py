@@ -69,6 +69,16 @@ def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> No
         image.save(PICTURE, tmp_path / f"{'x' * 300}.png", METADATA)
 
 
+def test_metadata_that_a_jpeg_cannot_hold_is_one_line(tmp_path: Path) -> None:
+    long = {**METADATA, "prompt": "fox " * 20_000}
+    with pytest.raises(OutputError, match=r"^cannot write .*image.jpg: the prompt is too long for this format \(.*\): write a .png$"):
+        image.save(PICTURE, tmp_path / "image.jpg", long)
+    assert list(tmp_path.iterdir()) == []
+    for name in ("image.png", "image.webp"):
+        image.save(PICTURE, tmp_path / name, long)
+        assert image.read_metadata(tmp_path / name) == long
+
+
 def test_a_file_that_is_no_image_and_an_image_of_others_are_input_errors(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(InputError, match=r"text.png is not an image"):
@@ -85,15 +95,15 @@ def test_a_file_that_is_no_image_and_an_image_of_others_are_input_errors(tmp_pat
 
 
 def test_the_command_is_quoted_for_the_shell() -> None:
-    words = shlex.split(image.command(METADATA, "small"))
+    words = shlex.split(image.command(METADATA, foreign=False))
     assert words[:2] == ["snoopi-rt", "generate"]
     assert words[-2:] == ["--", METADATA["prompt"]]
     assert words[words.index("--neg") + 1] == "it's blurry"
     assert "--bundle" not in words
 
 
-def test_the_command_names_a_bundle_that_is_not_the_embedded_one() -> None:
-    words = shlex.split(image.command({**METADATA, "bundle": "other", "truncate": "yes"}, "small"))
+def test_the_command_names_a_foreign_bundle() -> None:
+    words = shlex.split(image.command({**METADATA, "bundle": "other", "truncate": "yes"}, foreign=True))
     assert words[words.index("--bundle") + 1] == "other"
     assert "--truncate" in words
 

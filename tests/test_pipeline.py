@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -71,6 +72,12 @@ def test_every_engine_gives_the_same_image_within_one_level(original: Bundle, fu
             assert image.std() > 10
 
 
+@pytest.mark.parametrize("name", HERE)
+def test_a_result_says_what_the_engine_really_ran_on(original: Bundle, name: str) -> None:
+    with snoopi_rt.load(original, name) as pipe:
+        assert pipe("a cat").provider == pipe.provider == {"cpu": "CPUExecutionProvider", "openvino": "CPU f32"}[name]
+
+
 def test_lists_go_prompt_by_prompt_and_a_batch_changes_no_image(pipe: Pipeline, fakes: dict[str, FakeEngine], functions: Functions) -> None:
     result = pipe.generate(["a red fox", "a cat"], [None, "blurry"], 0.75, seed=[5, 2**32 - 1], n=3, size=(16, 24))
     assert result.prompts == ["a red fox"] * 3 + ["a cat"] * 3
@@ -131,11 +138,33 @@ def test_the_text_encoder_is_opened_at_the_first_prompt_that_is_nowhere(original
     np.testing.assert_array_equal(again.images, images)
 
 
-def test_states_on_disk_that_were_cut_short_are_computed_again(
-    pipe: Pipeline, original: Bundle, fakes: dict[str, FakeEngine], cache_folder: Path
-) -> None:
+def test_a_kept_prompt_does_not_wait_for_the_encoder_that_another_thread_opens_once(original: Bundle, fakes: dict[str, FakeEngine]) -> None:
+    Pipeline(original, fakes.__getitem__, "cpu")("a cat", seed=1)
+    opening, go_on, opened = threading.Event(), threading.Event(), []
+
+    def open_engine(graph: str) -> FakeEngine:
+        if graph == "text_encoder":
+            opened.append(graph)
+            opening.set()
+            assert go_on.wait(30)
+        return fakes[graph]
+
+    pipe = Pipeline(original, open_engine, "cpu")
+    with ThreadPoolExecutor(3) as threads:
+        try:
+            new = [threads.submit(pipe, prompt, seed=1) for prompt in ("a red fox", "blurry")]
+            assert opening.wait(30)
+            threads.submit(pipe, "a cat", seed=1).result(10)
+            assert not any(each.done() for each in new)
+        finally:
+            go_on.set()
+        assert [len(each.result().images) for each in new] == [1, 1]
+    assert opened == ["text_encoder"]
+
+
+def test_states_on_disk_that_were_cut_short_are_computed_again(pipe: Pipeline, original: Bundle, fakes: dict[str, FakeEngine]) -> None:
     images = pipe("a cat", seed=1).images
-    (file,) = (cache_folder / "states").iterdir()
+    (file,) = (Cache().path / "states").iterdir()
     file.write_bytes(file.read_bytes()[:-8])
     np.testing.assert_array_equal(Pipeline(original, fakes.__getitem__, "cpu")("a cat", seed=1).images, images)
     assert fakes["text_encoder"].calls == 2
@@ -198,12 +227,23 @@ def test_nan_in_the_latent_is_an_error_and_never_a_picture(original: Bundle, fak
     assert fakes["decoder"].calls == 0
 
 
-def test_nan_in_the_states_is_an_error_and_is_not_kept(original: Bundle, fakes: dict[str, FakeEngine], cache_folder: Path) -> None:
+def test_nan_in_the_states_is_an_error_and_is_not_kept(original: Bundle, fakes: dict[str, FakeEngine]) -> None:
     encoder = fakes["text_encoder"]
     fakes["text_encoder"] = FakeEngine(lambda ids: {"states": np.full((1, 4, 4), np.nan, np.float32)}, encoder.inputs, encoder.outputs)
     with pytest.raises(OutputError, match="text_encoder gave NaN or infinity in 'states'"):
         Pipeline(original, fakes.__getitem__, "cpu")("a cat")
-    assert not (cache_folder / "states").exists()
+    assert Cache().sizes()["states"] == 0
+
+
+def test_nan_inside_the_decoder_is_an_error_and_never_a_black_picture(original: Bundle, fakes: dict[str, FakeEngine]) -> None:
+    def decode(latent: np.ndarray) -> dict[str, np.ndarray]:
+        image = np.random.RandomState(0).randint(0, 256, (len(latent), 16, 16, 3)).astype(np.uint8)
+        image[1] = 0
+        return {"image": image}
+
+    fakes["decoder"] = FakeEngine(decode, fakes["decoder"].inputs, fakes["decoder"].outputs)
+    with pytest.raises(OutputError, match="decoder gave one value for all pixels on engine 'cpu' for seed 8: no picture was made"):
+        Pipeline(original, fakes.__getitem__, "cpu")("a cat", seed=7, n=3)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +328,9 @@ def test_auto_takes_cpu_first_then_what_was_measured_to_be_fastest(original: Bun
     remember(original, Cache(), {"cpu": 0.2})
     remember(original, Cache(), {"openvino": 0.1, "cuda": 0.01})
     assert choose(original, Cache()) == "openvino"
+    for damaged in (b"[1]", b"7", b'{"openvino": "fast", "cpu": null}', b"{"):
+        Cache().write("measurements", f"{original.hash}.json", damaged)
+        assert choose(original, Cache()) == "cpu"
     monkeypatch.setattr("snoopi_rt.choice.installed", lambda: ("openvino",))
     assert choose(replace(original, hash="another"), Cache()) == "openvino"
 
@@ -304,3 +347,9 @@ def test_load_refuses_threads_below_one_and_unknown_engines(original: Bundle) ->
         snoopi_rt.load(original, threads=0)
     with pytest.raises(InputError, match="unknown engine 'gpu', choose from cpu"):
         snoopi_rt.load(original, "gpu")
+
+
+def test_an_engine_that_the_bundle_does_not_serve_lists_those_that_it_serves(original: Bundle) -> None:
+    for precision in (None, "fp32"):
+        with pytest.raises(BundleError, match="bundle 'tiny' has no generator for engine 'cuda', it serves cpu, openvino"):
+            snoopi_rt.load(original, "cuda", precision)
