@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -18,13 +19,13 @@ class Guidance:
     `measures_from_empty`: `attend` also takes the keys and values of the empty prompt, which are constants of the graph.
     """
 
-    kind: str
+    kind: Literal["nasa", "projected", "none"]
     attend: Callable[..., Tensor] | None
     max_scale: float = 1.0
     measures_from_empty: bool = False
 
 
-GUIDANCE = {
+GUIDANCE: dict[str, Guidance] = {
     kind.kind: kind
     for kind in (
         Guidance("nasa", nasa_attention, max_scale=1.5),

@@ -62,7 +62,7 @@ def export(weights: Path, out: Path, backbone: str, guidance: str = "nasa", forc
         "generator": (modules.generator(kind, states[0]).eval(), reference, cases, "latent"),
         "decoder": (modules.decoder, modules.decoder, [{"latent": latents}], "image"),
     }
-    graphs = {}
+    graphs: dict[str, tuple[Build, ...]] = {}
     with tqdm(total=2 * len(parts), unit="step") as bar:
         for name, (module, wanted, examples, output) in parts.items():
             path = beside / f"{name}.onnx"

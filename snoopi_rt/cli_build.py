@@ -109,7 +109,7 @@ def export(backbone: str, weights: Path, out: Path, guidance: str, force: bool) 
 
 def _recipe(kind: type, settings: tuple[str, ...]) -> Any:
     """The stage's recipe with the given settings. Raises InputError for an unknown name or a value of another type."""
-    types = {field.name: type(field.default) for field in fields(kind)}
+    types: dict[str, type] = {field.name: type(field.default) for field in fields(kind)}
     given = {}
     for setting in settings:
         key, _, value = setting.partition("=")

@@ -37,7 +37,8 @@ def encode_captions(captions: list[str], progress: bool = False) -> Captions:
     """The captions of pictures, in their order, behind the empty prompt."""
     texts = ["", *sorted({*captions} - {""})]
     number = {text: row for row, text in enumerate(texts)}
-    return Captions(*encode(texts, progress=progress), torch.tensor([number[caption] for caption in captions]))
+    states, lengths = encode(texts, progress=progress)
+    return Captions(states, lengths, torch.tensor([number[caption] for caption in captions]))
 
 
 def load_captions(pictures: Path) -> Captions:

@@ -77,8 +77,10 @@ def train(pictures: Path, teacher_folder: Path, out: Path, recipe: Recipe, compi
             both_states, both_mask = captions.batch(torch.cat([rows, torch.zeros_like(rows)]))
             both = torch.cat([x_t, x_t]), torch.cat([t, t]), both_states, both_mask
             with adapted.disable_adapter():
-                frozen_x0 = x0_from_v(x_t, guided(*predict(teacher, *both).chunk(2), kappa), alpha, sigma)
-            lora_x0 = x0_from_v(x_t, guided(*predict(teacher, *both).chunk(2), kappa), alpha, sigma)
+                conditional, empty_v = predict(teacher, *both).chunk(2)
+            frozen_x0 = x0_from_v(x_t, guided(conditional, empty_v, kappa), alpha, sigma)
+            conditional, empty_v = predict(teacher, *both).chunk(2)
+            lora_x0 = x0_from_v(x_t, guided(conditional, empty_v, kappa), alpha, sigma)
         gradient = vsd_gradient(x0.detach(), frozen_x0, lora_x0)
         vsd_loss(x0, gradient).backward()
         norm = weights.step(learning_rate(recipe.lr, i, recipe.steps, decay_from=0.7))
