@@ -207,6 +207,24 @@ class Bundle:
             )
         return next((build for build in suiting if build.precision == precision), suiting[0])
 
+    def described(self) -> str:
+        """What the bundle holds, as lines for people."""
+        scale = self.guidance.scale
+        lines = [
+            f"{self.name}: backbone {self.backbone}, licence {self.licence}",
+            f"sizes {', '.join(f'{height}x{width}' for height, width in self.sizes)}, batch up to {self.max_batch}",
+            f"prompts up to {self.text.max_tokens} tokens",
+            f"guidance {self.guidance.kind}, scale {scale.min} to {scale.max}, default {scale.default}",
+        ]
+        for graph, builds in self.graphs.items():
+            for build in builds:
+                size = sum(file.size for file in build.files) / 1e6
+                measured = f"relative L2 to PyTorch {build.parity.relative_l2:.1e} (at most {build.tolerance:.0e})"
+                files = f"{build.format} for {', '.join(build.engines)}, {size:.1f} MB"
+                lines.append(f"{graph}: {files}, {build.precision} arithmetic, {measured}")
+        lines += [f"{key}: {value}" for key, value in self.provenance.items()]
+        return "\n".join([*lines, f"hash {self.hash}"])
+
     def _listed(self) -> list[File]:
         return [self.text.tokenizer, *(file for builds in self.graphs.values() for build in builds for file in build.files)]
 

@@ -7,16 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from snoopi_rt import __version__
 from snoopi_rt.cli_build import data, export, train
 from snoopi_rt.engines.base import InputError, SnoopiError
-
-if TYPE_CHECKING:
-    from snoopi_rt.bundle import Bundle
 
 PATIENCE = 2.0
 """Seconds without a word on standard error."""
@@ -155,7 +152,7 @@ def info(path: Path | None, verify: bool) -> None:
     bundle = Bundle.load(EMBEDDED if path is None else path)
     if verify:
         bundle.verify()
-    click.echo(described(bundle))
+    click.echo(bundle.described())
     click.echo(f"engines installed here: {', '.join(installed()) or 'none'}{conflict()}")
 
 
@@ -205,24 +202,6 @@ def _with_ending(output: Path, format: str | None) -> Path:
     if format is not None and FORMATS.get(output.suffix.lower()) != format:
         raise InputError(f"{output} does not end as {format} does: leave out --format, or the ending")
     return output
-
-
-def described(bundle: "Bundle") -> str:
-    scale = bundle.guidance.scale
-    lines = [
-        f"{bundle.name}: backbone {bundle.backbone}, licence {bundle.licence}",
-        f"sizes {', '.join(f'{height}x{width}' for height, width in bundle.sizes)}, batch up to {bundle.max_batch}",
-        f"prompts up to {bundle.text.max_tokens} tokens",
-        f"guidance {bundle.guidance.kind}, scale {scale.min} to {scale.max}, default {scale.default}",
-    ]
-    for graph, builds in bundle.graphs.items():
-        for build in builds:
-            size = sum(file.size for file in build.files) / 1e6
-            measured = f"relative L2 to PyTorch {build.parity.relative_l2:.1e} (at most {build.tolerance:.0e})"
-            files = f"{build.format} for {', '.join(build.engines)}, {size:.1f} MB"
-            lines.append(f"{graph}: {files}, {build.precision} arithmetic, {measured}")
-    lines += [f"{key}: {value}" for key, value in bundle.provenance.items()]
-    return "\n".join([*lines, f"hash {bundle.hash}"])
 
 
 @contextmanager

@@ -98,13 +98,11 @@ def student(data: Path, teacher: Path, out: Path, settings: tuple[str, ...], com
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 def export(backbone: str, weights: Path, out: Path, guidance: str, force: bool) -> None:
     """Turn a student's weights into a bundle, checked against PyTorch."""
-    from snoopi_rt.cli import described
-
     with _building("export", "export", out):
         from snoopi_rt.export.run import export as write
 
         bundle = write(weights, out, backbone, guidance, force)
-    click.echo(described(bundle))
+    click.echo(bundle.described())
 
 
 def _recipe(kind: type, settings: tuple[str, ...]) -> Any:
