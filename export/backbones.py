@@ -64,7 +64,7 @@ BACKBONES = {
             channels=8,
             factor=8,
             sizes=((128, 128),),
-            default_scale={"nasa": 0.75, "projected": 1.0, "none": 0.0},
+            default_scale={"nasa": 1.0, "projected": 1.0, "none": 0.0},
         ),
     )
 }
