@@ -46,7 +46,7 @@ class OrtEngine:
         options.log_severity_level = 3
         # Weights may be int8 on disk with activations in float: with this, DequantizeLinear of a constant is folded at load.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-        # Else the idle threads of one graph spin on the cores that the next graph needs: 14 ms an image instead of 24 on two cores.
+        # Else the idle threads of one graph spin on the cores that the next graph needs: 16 ms an image instead of 26 on two cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         with engine_errors(f"engine {name!r} cannot load {path.name}"):
             session = onnxruntime.InferenceSession(str(path), options, providers=[provider])

@@ -47,20 +47,24 @@ def colours(pipe: snoopi_rt.Pipeline, count: int) -> dict[str, float]:
     """The share of unseen captions whose border shows the colour that was asked for."""
     pairs = compositions("test", count)
     found = pixel_metrics.background(draw(pipe, [plain(*pair) for pair in pairs], list(range(count))))
-    return {"captions": count, "right": float(np.mean([got == colour for got, (_, colour) in zip(found, pairs, strict=True)]))}
+    return {
+        "captions": count,
+        "compositions": len(set(pairs)),
+        "right": float(np.mean([got == colour for got, (_, colour) in zip(found, pairs, strict=True)])),
+    }
 
 
-def negatives(pipe: snoopi_rt.Pipeline, count: int, scale: float | None, seed: int) -> dict[str, dict[str, float]]:
+def negatives(pipe: snoopi_rt.Pipeline, count: int, scale: float | None, seed: int) -> dict[str, dict]:
     """For every flaw: captions that ask for it, the same with it as the negative prompt, and the same seed's plain picture.
 
     shown: share that has the flaw without a negative (above the 95th percentile of the plain pictures, and more than its own plain one).
     moved: of those, the share whose metric moves at least half way to the plain picture. rises: largest growth of another flaw's share.
-    distance: mean levels to the plain picture.
+    means: every metric before, after and on the plain picture. distance: mean levels to the plain picture.
     """
     pairs, seeds = compositions("train", count), list(range(seed, seed + count))
     clean = draw(pipe, [plain(*pair) for pair in pairs], seeds)
     limits = {flaw: np.percentile(metric(clean), 95) for flaw, metric in pixel_metrics.FLAWS.items()}
-    report = {}
+    report: dict[str, dict] = {}
     for flaw in QUALITIES:
         asked = [f"a {flaw} {name} on {with_article(colour)} background" for name, colour in pairs]
         before, after = draw(pipe, asked, seeds), draw(pipe, asked, seeds, flaw, scale)
@@ -79,6 +83,9 @@ def negatives(pipe: snoopi_rt.Pipeline, count: int, scale: float | None, seed: i
             "background_right": float(np.mean([right[i] == pairs[i][1] for i in judged])) if judged else 0.0,
             "rises_most": rising,
             "rises": others[rising],
+            "means": {name: [float(m(x)[judged].mean()) for x in (before, after, clean)] for name, m in pixel_metrics.FLAWS.items()}
+            if judged
+            else {},
             "distance_before": levels(before[judged], clean[judged]),
             "distance_after": levels(after[judged], clean[judged]),
         }
