@@ -10,6 +10,8 @@ PACKAGES = {
     "snoopi_rt": "snoopi_rt",
     "snoopi_rt.engines": "engines",
     "snoopi_rt.export": "export",
+    "snoopi_rt.export.backbones": "export/backbones",
+    "snoopi_rt.export.text": "export/text",
     "snoopi_rt.export.training": "export/training",
     "snoopi_rt.kernels": "kernels/ops",
 }

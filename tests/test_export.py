@@ -13,10 +13,10 @@ import torch
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.engines.base import InputError, OutputError
 from snoopi_rt.export import parity
+from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt
 from snoopi_rt.export.graph import node_counts
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
-from snoopi_rt.export.pixart import FoldedPixArt, GuidedPixArt
 from snoopi_rt.export.run import export
 
 RULES = {

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from snoopi_rt.export.text_encoder import encode
+from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training.autoencoder import to_network
 from snoopi_rt.export.training.emoji import open_pictures, read_rows
 from snoopi_rt.export.weights import WEIGHTS, fingerprint, save_tensors

@@ -6,10 +6,10 @@ import torch
 from diffusers import AutoencoderTiny, PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from snoopi_rt.export import text_encoder
 from snoopi_rt.export.backbones import Modules
+from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt
 from snoopi_rt.export.one_step import OneStepRule
-from snoopi_rt.export.pixart import FoldedPixArt, GuidedPixArt
+from snoopi_rt.export.text import minilm
 from snoopi_rt.export.weights import require
 
 
@@ -46,12 +46,12 @@ def load(folder: Path, rule: OneStepRule) -> Modules:
         require(folder / part, "train student")
     network = PixArtTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval().requires_grad_(False)
     autoencoder = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
-    encoder = TextEncoder(text_encoder.load_text_encoder(), network.caption_projection)
+    encoder = TextEncoder(minilm.load_text_encoder(), network.caption_projection)
     network.caption_projection = None
     return Modules(
         text_encoder=encoder,
         generator=lambda guidance, empty: FoldedPixArt(network, rule, guidance, empty),
         reference=lambda guidance, empty: GuidedPixArt(network, rule, guidance, empty),
         decoder=Decoder(autoencoder),
-        tokenizer=text_encoder.folder() / "tokenizer.json",
+        tokenizer=minilm.folder() / "tokenizer.json",
     )

@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.export import text_encoder
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
+from snoopi_rt.export.text import minilm
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Backbone:
 
 
 def _load_small(folder: Path, rule: OneStepRule) -> Modules:
-    from snoopi_rt.export.small import load
+    from snoopi_rt.export.backbones.small import load
 
     return load(folder, rule)
 
@@ -59,7 +59,7 @@ BACKBONES = {
             load=_load_small,
             # Zero terminal SNR: at the last timestep the input is pure noise and the clean latent is -v.
             rule=OneStepRule("v", timestep=999, alpha=0.0, sigma=1.0),
-            max_tokens=text_encoder.MAX_TOKENS,
+            max_tokens=minilm.MAX_TOKENS,
             lowercase=True,
             channels=8,
             factor=8,

@@ -1,0 +1,1 @@
+"""Text encoders: prompts to token states, as modules that can be exported."""
