@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from snoopi_rt.engines.base import Engine, EngineError, EngineMissing, InputError
+from snoopi_rt.engines.compiled import CompiledModels
+from snoopi_rt.engines.threads import available_threads
 
 
 class Kind(NamedTuple):
@@ -62,17 +64,39 @@ def conflict(package: str = "onnxruntime") -> str:
     return " (onnxruntime and onnxruntime-gpu are both installed and overwrite each other: uninstall both, then install one)"
 
 
-def load_engine(name: str, path: Path, precision: str | None = None, threads: int | None = None, cache: Path | None = None) -> Engine:
+def load_engine(
+    name: str,
+    path: Path,
+    precision: str | None = None,
+    threads: int | None = None,
+    cache: CompiledModels | None = None,
+    key: str = "",
+) -> Engine:
     """The model file as a callable Engine.
 
-    `precision` is the build's ("fp32", "bf16" ...), `threads` the number of CPU threads, `cache` a folder for what is compiled.
+    `precision` is the build's ("fp32", "bf16" ...), `threads` the number of CPU threads (None = see `available_threads`). `cache` keeps
+    what is compiled, for as long as the file's path, size and time and `key` are the same: give the build's hash.
     Raises what `check_engine` raises, and EngineError where the file cannot be loaded.
     """
     check_engine(name)
     target = ENGINES[name].target
     assert target is not None
     module, _, attribute = target.partition(":")
-    return getattr(import_module(module), attribute)(path, name, precision, threads, cache)
+    engine = getattr(import_module(module), attribute)
+    return engine(path, name, precision, available_threads() if threads is None else threads, cache, key)
+
+
+def versions() -> dict[str, str]:
+    """The version of each installed engine's package."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in installed():
+        try:
+            found[name] = version(ENGINES[name].distribution or ENGINES[name].package)
+        except PackageNotFoundError:  # such as onnxruntime out of onnxruntime-gpu
+            found[name] = "unknown"
+    return found
 
 
 def _is_there(kind: Kind) -> bool:

@@ -1,5 +1,7 @@
 """ONNX Runtime, on the CPU (engine `cpu`) and on CUDA (engine `cuda`)."""
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import numpy as np
 
 from snoopi_rt.engines import conflict
 from snoopi_rt.engines.base import EngineError, EngineMissing, TensorSpec, check_inputs, engine_errors
+from snoopi_rt.engines.compiled import CompiledModels, compiled_name, model_files
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DTYPES = {
@@ -19,15 +22,32 @@ DTYPES = {
     "tensor(int8)": "int8",
     "tensor(bool)": "bool",
 }
+SMALLEST = 64 * 2**20
+"""Bytes of a model below which optimising it again takes no longer than finding it in the cache."""
+OPTIMISED = "model.onnx"
+SETTINGS = {
+    # Weights may be int8 on disk with activations in float: with this, DequantizeLinear of a constant is folded at load.
+    "session.disable_quant_qdq": "1",
+    # Else the idle threads of one graph spin on the cores that the next graph needs: 16 ms an image instead of 26 on two cores.
+    "session.force_spinning_stop": "1",
+}
+SAVED = {
+    "session.optimized_model_external_initializers_file_name": f"{OPTIMISED}.data",
+    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+    # Weights in the layout of the processor's kernels: the next start maps them into memory instead of copying them.
+    "session.save_external_prepacked_constant_initializers": "1",
+}
 
 
 class OrtEngine:
-    """An ONNX file in an ONNX Runtime session.
+    """An ONNX file in an ONNX Runtime session; the precision is the file's own, so that argument changes nothing here.
 
-    The precision is the file's own and nothing is cached, so those two arguments change nothing here.
+    Optimising a large model takes ONNX Runtime longer than running it, so `cpu` keeps the outcome in the cache.
     """
 
-    def __init__(self, path: Path, name: str, precision: str | None, threads: int | None, cache: Path | None) -> None:
+    def __init__(
+        self, path: Path, name: str, precision: str | None, threads: int, cache: CompiledModels | None = None, key: str = ""
+    ) -> None:
         provider = PROVIDERS[name]
         try:
             with engine_errors(f"engine {name!r} cannot use ONNX Runtime"):
@@ -39,17 +59,12 @@ class OrtEngine:
         if provider not in available:
             needs = f"engine {name!r} needs ONNX Runtime with {provider}, which the one installed has not{conflict()}"
             raise EngineMissing(f'{needs}: pip uninstall onnxruntime, then pip install "snoopi-rt[{name}]"')
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.inter_op_num_threads = 1
-        options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3
-        # Weights may be int8 on disk with activations in float: with this, DequantizeLinear of a constant is folded at load.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-        # Else the idle threads of one graph spin on the cores that the next graph needs: 16 ms an image instead of 26 on two cores.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        session = None
+        if cache is not None and name == "cpu":
+            with suppress(EngineError), engine_errors("the cache is of no use"):
+                session = _kept_session(path, threads, cache, key)
         with engine_errors(f"engine {name!r} cannot load {path.name}"):
-            session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+            session = session or onnxruntime.InferenceSession(str(path), _options(threads), providers=[provider])
         # A provider that cannot start is replaced by the CPU without an error: only the session says what is used.
         self.provider = session.get_providers()[0]
         if self.provider != provider:
@@ -69,6 +84,51 @@ class OrtEngine:
 
     def close(self) -> None:
         self._session = None
+
+
+def _options(threads: int, **settings: str) -> Any:
+    from onnxruntime import GraphOptimizationLevel, SessionOptions
+
+    options = SessionOptions()
+    options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.inter_op_num_threads = 1
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    for name, value in {**SETTINGS, **settings}.items():
+        options.add_session_config_entry(name, value)
+    return options
+
+
+def _kept_session(path: Path, threads: int, cache: CompiledModels, key: str) -> Any:
+    """The session of the optimised model in the cache, which is put there if need be; None where that is not worth it or not possible."""
+    from onnxruntime import InferenceSession, __version__
+
+    size = sum(file.stat().st_size for file in model_files(path))
+    if size < SMALLEST:
+        return None
+    name = compiled_name(path, key, "onnxruntime", __version__, json.dumps([SETTINGS, SAVED]))
+    session = _optimised_session(cache.find(name), threads)
+    if session is None:
+        cache.drop(name)
+        options = _options(threads, **SAVED)
+        # Products' weights are there twice, in the model's layout and in the processor's: about half of all weights more.
+        with cache.fill(name, size * 3 // 2) as folder:
+            if folder is not None:
+                options.optimized_model_filepath = str(folder / OPTIMISED)
+                InferenceSession(str(path), options, providers=[PROVIDERS["cpu"]])
+        session = _optimised_session(cache.find(name), threads)
+    return session
+
+
+def _optimised_session(folder: Path | None, threads: int) -> Any:
+    from onnxruntime import GraphOptimizationLevel, InferenceSession
+
+    if folder is None:
+        return None
+    options = _options(threads)
+    options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
+    with suppress(EngineError), engine_errors("the cached model is damaged"):
+        return InferenceSession(str(folder / OPTIMISED), options, providers=[PROVIDERS["cpu"]])
 
 
 def _spec(node: Any) -> TensorSpec:

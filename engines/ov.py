@@ -1,40 +1,55 @@
 """OpenVINO on the CPU (engine `openvino`)."""
 
 from collections import deque
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from snoopi_rt.engines.base import EngineError, TensorSpec, check_inputs, engine_errors
+from snoopi_rt.engines.compiled import CompiledModels, compiled_name, model_files
+
+BF16 = ("bf16", "int8")
+"""The precisions that compute in bfloat16 where the processor can: "int8" between its integer products."""
 
 
 class OvEngine:
-    """An ONNX file or OpenVINO IR, compiled for the CPU; precision "bf16" computes in bfloat16 where the processor can, others in float32.
+    """An ONNX file or OpenVINO IR, compiled for the CPU in the arithmetic that `arithmetic` tells.
 
     A call takes an idle infer request, or makes one: as many exist as threads ever called at once.
     """
 
-    def __init__(self, path: Path, name: str, precision: str | None, threads: int | None, cache: Path | None) -> None:
+    def __init__(
+        self, path: Path, name: str, precision: str | None, threads: int, cache: CompiledModels | None = None, key: str = ""
+    ) -> None:
         with engine_errors(f"engine {name!r} cannot use OpenVINO"):
             import openvino
 
             core = openvino.Core()
+            hint, remark = arithmetic(precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
         options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+            "INFERENCE_PRECISION_HINT": hint,
+            "INFERENCE_NUM_THREADS": threads,
             # Every shape that a dynamic axis ever had leaves compiled layers behind: 5,000 of them unless bounded.
             "CPU_RUNTIME_CACHE_CAPACITY": "1000",
             # Else activations beside int8 weights would be rounded too, together for a whole batch.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         }
-        if threads is not None:
-            options["INFERENCE_NUM_THREADS"] = threads
+
+        def compile_model(folder: Path | None) -> Any:
+            # The whole model goes there, weights too: one without (CACHE_MODE OPTIMIZE_SIZE) loads, and then fails in its first call.
+            return core.compile_model(str(path), "CPU", options | ({} if folder is None else {"CACHE_DIR": str(folder)}))
+
+        compiled = None
         if cache is not None:
-            options["CACHE_DIR"] = str(cache)
+            with suppress(EngineError), engine_errors("the cache is of no use"):
+                compiled = _through(cache, compiled_name(path, key, "openvino", openvino.__version__, hint), path, compile_model)
         with engine_errors(f"engine {name!r} cannot load {path.name}"):
-            compiled = core.compile_model(str(path), "CPU", options)
-            self.provider = f"CPU {compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}"
+            compiled = compiled or compile_model(None)
+            self.provider = f"CPU {compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}{remark}"
             self.inputs = tuple(_spec(port) for port in compiled.inputs)
             self.outputs = tuple(_spec(port) for port in compiled.outputs)
         self._compiled: Any = compiled
@@ -61,6 +76,24 @@ class OvEngine:
     def close(self) -> None:
         self._compiled = None
         self._idle.clear()
+
+
+def arithmetic(precision: str | None, capabilities: Collection[str]) -> tuple[str, str]:
+    """OpenVINO's precision hint for a build's precision, and a remark where that is not what the precision stands for."""
+    if precision not in BF16:
+        return "f32", ""
+    return ("bf16", "") if "BF16" in capabilities else ("f32", " (this processor has no bf16)")
+
+
+def _through(cache: CompiledModels, name: str, path: Path, compile_model: Callable[[Path | None], Any]) -> Any:
+    """The model compiled before, or compiled now into the cache."""
+    folder = cache.find(name)
+    if folder is not None:
+        with suppress(EngineError), engine_errors("the cached model is damaged"):
+            return compile_model(folder)
+        cache.drop(name)
+    with cache.fill(name, sum(file.stat().st_size for file in model_files(path))) as new:
+        return compile_model(new)
 
 
 def _spec(port: Any) -> TensorSpec:

@@ -1,14 +1,20 @@
 """diffusers attention processors: one for training, one that puts a negative prompt into every cross-attention."""
 
+from collections.abc import Callable
+
+import torch
 from diffusers.models.attention_processor import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
 from snoopi_rt.export.guidance import Guidance
-from snoopi_rt.kernels import attention
+from snoopi_rt.kernels import attention, fused_attention
 
 
 class PlainAttention:
-    """Self- and cross-attention written out; stands in for diffusers' default wherever gradients run on a CPU."""
+    """Self- and cross-attention; by default written out, for wherever gradients run on a CPU."""
+
+    def __init__(self, attention: Callable[..., Tensor] = attention):
+        self.attention = attention
 
     def __call__(
         self,
@@ -19,17 +25,19 @@ class PlainAttention:
         **_: object,
     ) -> Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (split_heads(x, attn.heads) for x in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)))
-        return attn.to_out[0](merge_heads(attention(q, k, v, text_mask(attention_mask))))
+        q, k, v = queries(attn, hidden_states), *keys_values(attn, source)
+        return attn.to_out[0](merge_heads(self.attention(q, k, v, text_mask(attention_mask))))
 
 
-class GuidedAttention:
+class GuidedAttention(PlainAttention):
     """PlainAttention that also takes a negative prompt, handed over as `cross_attention_kwargs={"negative": (states, mask, scale)}`.
 
-    `empty_states` (1, T0, D) is what a guidance that measures from the empty prompt needs.
+    `empty_states` (1, T0, D) is what a guidance that measures from the empty prompt needs. Written as the formulas are; the exported
+    networks have OneProductAttention, which is tested against it.
     """
 
-    def __init__(self, guidance: Guidance, empty_states: Tensor):
+    def __init__(self, guidance: Guidance, empty_states: Tensor, attention: Callable[..., Tensor] = attention):
+        super().__init__(attention)
         self.guidance, self.empty_states = guidance, empty_states
 
     def __call__(
@@ -38,21 +46,73 @@ class GuidedAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        negative: tuple[Tensor, Tensor, Tensor] | None = None,
+        negative: tuple[Tensor, Tensor | None, Tensor] | None = None,
     ) -> Tensor:
         if encoder_hidden_states is None or negative is None or self.guidance.attend is None:
-            return PlainAttention()(attn, hidden_states, encoder_hidden_states, attention_mask)
-
-        def keys_values(states: Tensor) -> tuple[Tensor, Tensor]:
-            return split_heads(attn.to_k(states), attn.heads), split_heads(attn.to_v(states), attn.heads)
-
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
         states, mask, scale = negative
-        k_pos, v_pos = keys_values(encoder_hidden_states)
-        k_neg, v_neg = keys_values(states)
-        empty = keys_values(self.empty_states) if self.guidance.measures_from_empty else ()
-        q = split_heads(attn.to_q(hidden_states), attn.heads)
-        z = self.guidance.attend(q, k_pos, v_pos, text_mask(attention_mask), k_neg, v_neg, mask, scale, *empty)
+        k_pos, v_pos = keys_values(attn, encoder_hidden_states)
+        k_neg, v_neg = keys_values(attn, states)
+        empty = keys_values(attn, self.empty_states) if self.guidance.measures_from_empty else ()
+        q = queries(attn, hidden_states)
+        z = self.guidance.attend(q, k_pos, v_pos, text_mask(attention_mask), k_neg, v_neg, mask, scale, *empty, attention=self.attention)
         return attn.to_out[0](merge_heads(z))
+
+
+class SelfAttention(nn.Module):
+    """A self-attention for export. Stands in for a diffusers `Attention`; what concerns text is ignored."""
+
+    def __init__(self, attn: Attention):
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
+        q, (k, v) = queries(self.attn, hidden_states), keys_values(self.attn, hidden_states)
+        return self.attn.to_out[0](merge_heads(fused_attention(q, k, v)))
+
+
+class OneProductAttention(nn.Module):
+    """A cross-attention for export: one key and one value product over both prompts, and the empty prompt's as constants.
+
+    Stands in for a diffusers `Attention`. `encoder_hidden_states` is (B, T + U, D), the prompt's states and the negative's; `negative` the
+    prompt's length T and the scale (B,), None in a graph without negatives.
+    """
+
+    def __init__(self, attn: Attention, guidance: Guidance, empty_states: Tensor):
+        super().__init__()
+        self.attn, self.guidance = attn, guidance
+        if guidance.measures_from_empty:
+            with torch.no_grad():
+                self.key_empty, self.value_empty = (nn.Buffer(x) for x in keys_values(attn, empty_states))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: None = None,
+        negative: tuple[int, Tensor] | None = None,
+    ) -> Tensor:
+        q, (k, v) = queries(self.attn, hidden_states), keys_values(self.attn, encoder_hidden_states)
+        if self.guidance.attend is None or negative is None:
+            return self.attn.to_out[0](merge_heads(fused_attention(q, k, v)))
+        t, scale = negative
+        empty = (self.key_empty, self.value_empty) if self.guidance.measures_from_empty else ()
+        z = self.guidance.attend(
+            q, k[:, :, :t], v[:, :, :t], None, k[:, :, t:], v[:, :, t:], None, scale, *empty, attention=fused_attention
+        )
+        return self.attn.to_out[0](merge_heads(z))
+
+
+def queries(attn: Attention, hidden: Tensor) -> Tensor:
+    """(B, H, N, d), normalised where the network normalises its queries."""
+    q = split_heads(attn.to_q(hidden), attn.heads)
+    return q if attn.norm_q is None else attn.norm_q(q)
+
+
+def keys_values(attn: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, H, T, d) each. Keys are normalised where the network does so: a negative's keys as much as a prompt's."""
+    k, v = split_heads(attn.to_k(states), attn.heads), split_heads(attn.to_v(states), attn.heads)
+    return k if attn.norm_k is None else attn.norm_k(k), v
 
 
 def text_mask(bias: Tensor | None) -> Tensor | None:

@@ -4,17 +4,20 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnxscript import optimizer
 from torch import Tensor, nn
 
-OPSET = 20  # the first with Gelu and LayerNormalization both; 23 fuses attention, which pays only for long token rows
-SMALL = 1024  # elements; smaller tensors (norms, biases) stay fp32
+from snoopi_rt.export.storage import SMALL, Storage, store_weights, turn_products
+
+OPSET = 23  # the first with Attention
+INLINE = 64 * 2**20  # bytes; larger weights lie in a file of their own, which engines map into memory
 
 
 def write_graph(
@@ -23,10 +26,15 @@ def write_graph(
     outputs: Sequence[str],
     dynamic: Mapping[str, Mapping[int, str]],
     path: Path,
-) -> None:
-    """Writes `module(**inputs)` to `path` with fp32 arithmetic.
+    weights: Storage = "fp32",
+    opset: int = OPSET,
+    tensor_of: Callable[[str], Tensor] | None = None,
+) -> list[Path]:
+    """Writes `module(**inputs)` to `path` with fp32 arithmetic and gives the files written, `path` first.
 
-    `dynamic`: input name to {axis: axis name}; the example needs a batch of 2, since 1 would be taken for a constant.
+    `dynamic`: input name to {axis: axis name}; the example needs a batch of 2, since 1 would be taken for a constant. `weights`: how
+    matrices are stored, see storage.py. `tensor_of`: gives the tensors of a module on the meta device by name; they are
+    read one by one as the file is written.
     """
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
@@ -35,108 +43,55 @@ def write_graph(
             input_names=list(inputs),
             output_names=list(outputs),
             dynamic_shapes={name: dict.fromkeys(dynamic.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs},
-            opset_version=OPSET,
+            opset_version=opset,
             dynamo=True,
-            optimize=True,
+            optimize=tensor_of is None,  # which computes with the tensors
         )
-    model = program.model_proto
-    _name_axes(model, dynamic)
-    _forget_origin(model)
-    _compact_weights(model)
-    onnx.checker.check_model(model, full_check=True)
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    model = program.model
+    if tensor_of is not None:
+        optimizer.inline(model)
+        for name, value in model.graph.initializers.items():
+            if value.const_value.raw.is_meta:
+                value.const_value = _read_late(tensor_of, name, value)
+        turn_products(model.graph)
+    _name_axes(model.graph, dynamic)
+    # Stack traces and absolute paths of the exporting machine.
+    ClearMetadataAndDocStringPass()(model)
+    store_weights(model.graph, weights)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    data = path.with_name(f"{path.name}.data")
+    ir.save(model, path, external_data=data.name if size > INLINE else None, size_threshold_bytes=SMALL)
+    onnx.checker.check_model(str(path), full_check=True)
+    return [path, data] if size > INLINE else [path]
 
 
 def node_counts(path: Path) -> dict[str, int]:
     """How many nodes of each operator a graph has."""
     counts: dict[str, int] = {}
-    for node in onnx.load(path).graph.node:
+    for node in onnx.load(path, load_external_data=False).graph.node:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return counts
 
 
-def _name_axes(model: onnx.ModelProto, dynamic: Mapping[str, Mapping[int, str]]) -> None:
+def _read_late(tensor_of: Callable[[str], Tensor], name: str, value: ir.Value) -> ir.LazyTensor:
+    def read() -> ir.Tensor:
+        tensor = tensor_of(name)
+        return ir.tensor((tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy())
+
+    return ir.LazyTensor(read, value.dtype, value.shape, name=name)
+
+
+def _name_axes(graph: ir.Graph, dynamic: Mapping[str, Mapping[int, str]]) -> None:
     renamed: dict[str, str] = {}
-    for value in model.graph.input:
+    for value in graph.inputs:
         for axis, name in dynamic.get(value.name, {}).items():
-            renamed[value.type.tensor_type.shape.dim[axis].dim_param] = name
-    for value in [*model.graph.input, *model.graph.output]:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = renamed.get(dim.dim_param, dim.dim_param)
-    del model.graph.value_info[:]  # it still has the old names, and engines infer shapes themselves
-
-
-def _forget_origin(model: onnx.ModelProto) -> None:
-    """Drops stack traces and absolute paths of the exporting machine."""
-    del model.metadata_props[:]
-    model.doc_string = ""
-    model.graph.doc_string = ""
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for tensor in model.graph.initializer:
-        del tensor.metadata_props[:]
-    for value in [*model.graph.input, *model.graph.output]:
-        del value.metadata_props[:]
-    del model.graph.metadata_props[:]
-
-
-def _matrices(model: onnx.ModelProto) -> list[tuple[int, str, np.ndarray]]:
-    return [
-        (i, tensor.name, numpy_helper.to_array(tensor))
-        for i, tensor in enumerate(model.graph.initializer)
-        if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= SMALL
-    ]
-
-
-def _compact_weights(model: onnx.ModelProto) -> None:
-    """Stores matrices as int8 with one scale an output channel where that loses nothing, as fp16 elsewhere.
-
-    Engines widen both as they load. A table read by Gather is looked up as int8 and scaled row by row instead, so that only the rows in
-    use become floats.
-    """
-    readers = {name: node for node in model.graph.node for name in node.input}
-    widened: list[onnx.NodeProto] = []
-    lookups: dict[str, list[onnx.NodeProto]] = {}
-    for i, name, values in _matrices(model):
-        reader = readers[name]
-        # A table has one scale a row; a MatMul's weight is (inputs, outputs).
-        axis = {"Gather": 0, "MatMul": 1}.get(reader.op_type)
-        rounded = None if axis is None or values.ndim != 2 else _int8(values, axis)
-        if rounded is None:
-            stored = numpy_helper.from_array(values.astype(np.float16), f"{name}.fp16")
-            widened.append(helper.make_node("Cast", [stored.name], [name], to=TensorProto.FLOAT))
-        else:
-            steps, scale = rounded
-            stored = numpy_helper.from_array(steps, f"{name}.int8")
-            model.graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
-            if axis == 0:
-                lookups[reader.output[0]] = _lookup(name, reader.input[1], reader.output[0])
-            else:
-                widened.append(helper.make_node("DequantizeLinear", [stored.name, f"{name}.scale"], [name], axis=1))
-        model.graph.initializer[i].CopyFrom(stored)
-    nodes = [new for node in model.graph.node for new in lookups.get(node.output[0], [node])]
-    del model.graph.node[:]
-    model.graph.node.extend([*widened, *nodes])
-
-
-def _int8(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Steps (as `values`) and scale of a matrix whose values are int8 steps along `axis` already; None of any other matrix."""
-    scale = np.maximum(np.abs(values).max(1 - axis, keepdims=True), np.float32(1e-12)) / np.float32(127)
-    steps = np.rint(values / scale)
-    if np.abs(steps * scale - values).max() > 1e-6 * np.abs(values).max():
-        return None
-    return steps.astype(np.int8), scale if axis == 0 else scale.reshape(-1)
-
-
-def _lookup(table: str, ids: str, rows: str) -> list[onnx.NodeProto]:
-    return [
-        helper.make_node("Gather", [f"{table}.int8", ids], [f"{rows}.int8"], axis=0),
-        helper.make_node("Gather", [f"{table}.scale", ids], [f"{rows}.scale"], axis=0),
-        helper.make_node("Cast", [f"{rows}.int8"], [f"{rows}.float"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", [f"{rows}.float", f"{rows}.scale"], [rows]),
-    ]
+            renamed[str(value.shape[axis])] = name
+    for value in [*graph.inputs, *graph.outputs]:
+        value.shape = ir.Shape([dim if isinstance(dim, int) else renamed.get(str(dim), str(dim)) for dim in value.shape])
+    for node in graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None  # it still has the old names, and engines infer shapes themselves
 
 
 @contextlib.contextmanager

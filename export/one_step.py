@@ -1,33 +1,89 @@
-"""From a network's one answer to a clean latent."""
+"""From a network's answers to a clean latent: in one step, or in a few with fresh noise between them."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
+
+Prediction = Literal["epsilon", "v", "x0", "flow"]
 
 
 @dataclass(frozen=True)
 class OneStepRule:
-    """How a one-step student is called and read.
+    """How a student is called and read.
 
-    `alpha` and `sigma` read the answer and may belong to another timestep than the one that is fed (a trap of public checkpoints).
+    It starts from x_t = input_scale * noise, is called as network(x_t, timestep), and alpha and sigma read its answer. They may belong to
+    another timestep than the one that is fed (a trap of public checkpoints). `input_scale` is 1 (raw noise) or, for Euler students,
+    sigma: Euler calls with x / sqrt(s^2 + 1), x = s * noise and s = sigma / alpha, which is sigma * noise.
+    `later`: the further steps of a student of 2 to 4 steps, each starting from alpha * x0 + sigma * fresh noise.
     """
 
-    prediction: Literal["epsilon", "v", "x0", "flow"]
+    prediction: Prediction
     timestep: float
     alpha: float
     sigma: float
     input_scale: float = 1.0
+    later: tuple["OneStepRule", ...] = ()
 
-    def x0(self, noise: Tensor, answer: Tensor) -> Tensor:
-        """The clean latent (B, C, h, w), always in fp32: epsilon errors grow by sigma / alpha here, 157 for PixArt at t = 999."""
-        noise, answer = noise.float(), answer.float()
+    @property
+    def steps(self) -> tuple["OneStepRule", ...]:
+        """All steps in the order of the calls, this one first."""
+        return (self, *self.later)
+
+    @property
+    def error_gain(self) -> float:
+        """The size of the change in the clean latent for a change of size 1 in the answer of this step."""
         match self.prediction:
             case "epsilon":
-                return (noise - self.sigma * answer) / self.alpha
+                return self.sigma / self.alpha
             case "v":
-                return self.alpha * noise - self.sigma * answer
+                return self.sigma
+            case _:
+                return 1.0
+
+    def x0(self, noise: Tensor, answer: Tensor) -> Tensor:
+        """The clean latent (B, C, h, w) of this step, always in fp32: epsilon errors grow by sigma / alpha here, 157 for PixArt at t = 999.
+
+        flow: the answer is x0 - noise, read by one Euler step (InstaFlow).
+        """
+        x_t, answer = self.input_scale * noise.float(), answer.float()
+        match self.prediction:
+            case "epsilon":
+                return (x_t - self.sigma * answer) / self.alpha
+            case "v":
+                return self.alpha * x_t - self.sigma * answer
             case "x0":
                 return answer
             case "flow":
-                return noise + answer
+                return x_t + answer
+
+    def run(self, network: Callable[[int, Tensor], Tensor], noise: Tensor, renoise: Tensor | None = None) -> Tensor:
+        """The clean latent (B, C, h, w) in fp32 after all S steps; network(i, x_t) is the student's answer at steps[i].timestep.
+
+        noise (B, C, h, w); renoise (B, S - 1, C, h, w), read where S > 1 (DMD2, section 4.4; multistep sampling of consistency models).
+        diffusers' LCMScheduler also mixes c_skip = 0.25 / ((10 t)^2 + 0.25) of x_t into x0, 3e-9 at t = 999 and 4e-8 at t = 249, which is
+        left out here.
+        """
+        x0 = self.x0(noise, network(0, self.input_scale * noise))
+        for i, step in enumerate(self.later):
+            assert renoise is not None, "a student of several steps reads renoise"
+            x_t = step.alpha * x0 + step.sigma * renoise[:, i]
+            x0 = step.x0(x_t, network(i + 1, x_t))
+        return x0
+
+
+def linear_schedule(start: float, end: float, steps: int = 1000) -> np.ndarray:
+    """alphas_cumprod (steps,) in float64 of betas that grow linearly (DDPM)."""
+    return np.cumprod(1 - np.linspace(start, end, steps))
+
+
+def scaled_linear_schedule(start: float, end: float, steps: int = 1000) -> np.ndarray:
+    """alphas_cumprod (steps,) in float64 of betas whose square roots grow linearly (latent diffusion)."""
+    return np.cumprod(1 - np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2)
+
+
+SCHEDULES = {"sd": scaled_linear_schedule(0.00085, 0.012), "pixart": linear_schedule(0.0001, 0.02)}
+"""alphas_cumprod of the two families: SD 1.5, SD 2.1 and SDXL; PixArt alpha and sigma."""

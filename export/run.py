@@ -1,91 +1,106 @@
-"""A folder of weights to a bundle: load, write graphs, measure parity, promise; in that order."""
+"""A student's weights to a bundle: load, write graphs, measure, promise; in that order."""
 
 import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from snoopi_rt import __version__
-from snoopi_rt.bundle import MANIFEST, Build, Bundle, File, Latent, Scale, Text
+from snoopi_rt.bundle import GRAPHS, MANIFEST, Bundle, Latent, Scale, Tile
 from snoopi_rt.bundle import Guidance as GuidancePromise
-from snoopi_rt.engines import installed, load_engine
+from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import EngineMissing, InputError
-from snoopi_rt.export.backbones import Backbone, find_backbone
-from snoopi_rt.export.graph import write_graph
-from snoopi_rt.export.guidance import find_guidance
-from snoopi_rt.export.parity import TOLERANCE, measure
+from snoopi_rt.export import cases
+from snoopi_rt.export.backbones import FACTOR, Backbone, Student, find_backbone
+from snoopi_rt.export.builds import Graph, build, check_precision
+from snoopi_rt.export.guidance import Guidance
+from snoopi_rt.export.origin import Origin
+from snoopi_rt.export.parity import FP32_TOLERANCE, LATENT_TOLERANCE, PICTURE_TOLERANCE, Arrays, relative_l2, rms
+from snoopi_rt.manifest import text_rule
+from snoopi_rt.prompts import write_prompts
 from snoopi_rt.tokenizer import Tokenizer
 
-PARITY_PROMPTS = ("", "a cat", "a blurry photo of a red apple on a blue background", "a 3d render of a rocket in the night sky")
 MEASURED_ON = ("cpu", "openvino")
-DYNAMIC = {
-    "ids": {0: "batch", 1: "tokens"},
-    "noise": {0: "batch"},
-    "prompt_states": {0: "batch", 1: "tokens"},
-    "prompt_mask": {0: "batch", 1: "tokens"},
-    "negative_states": {0: "batch", 1: "negative_tokens"},
-    "negative_mask": {0: "batch", 1: "negative_tokens"},
-    "negative_scale": {0: "batch"},
-    "latent": {0: "batch"},
-}
+MAX_BATCH = 64
+TEXT_CASES = 2
+"""How many scored prompts a text encoder is judged by: each takes a whole forward of the generator."""
+DECODER_CASES = 4
+TILE = Tile(size=64, overlap=16)
+"""AutoencoderKL needs 2.6 GB of activations for 512 x 512 pixels, and four times that for twice the sides."""
 
 
-def export(weights: Path, out: Path, backbone: str, guidance: str = "nasa", force: bool = False) -> Bundle:
-    """Writes the student in the folder `weights` to the bundle `out` and returns it.
+@dataclass(frozen=True)
+class Wishes:
+    """What a user may choose of a bundle. `precision`: names by graph, in the order of preference; none: the backbone's.
 
-    Raises InputError (unknown backbone or guidance, missing weights, `out` in use), OutputError where a graph is too far from PyTorch.
+    `sizes`: (height, width), the first is the default; none: the preset's. `prompts`: those whose states the bundle carries;
+    `prompts_only` leaves the text encoder out.
+    """
+
+    guidance: str = "nasa"
+    precision: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ()
+    tolerance: float = LATENT_TOLERANCE
+    prompts: tuple[str, ...] = ()
+    prompts_only: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is exported, all of it checked before anything is loaded."""
+
+    origin: Origin
+    wishes: Wishes
+    backbone: Backbone
+    guidance: Guidance
+    sizes: tuple[tuple[int, int], ...]
+    precision: Mapping[str, Sequence[str]]
+    engines: tuple[str, ...]
+
+    @classmethod
+    def of(cls, origin: Origin, wishes: Wishes) -> "Plan":
+        """The plan; raises InputError for names that are not known and sizes that cannot be, EngineMissing where nothing can measure."""
+        backbone, preset = find_backbone(origin.preset.backbone), origin.preset
+        sizes = wishes.sizes or ((preset.size, preset.size),)
+        for height, width in sizes:
+            if height % backbone.side or width % backbone.side or min(height, width) <= 0:
+                raise InputError(f"size {width}x{height}: the sides of {backbone.name} are multiples of {backbone.side} pixels")
+        precision = {graph: wishes.precision.get(graph, [backbone.precision[graph]]) for graph in GRAPHS}
+        for name in (name for names in precision.values() for name in names):
+            check_precision(name)
+        if wishes.prompts_only and not wishes.prompts:
+            raise InputError("a bundle without text encoder needs the prompts that it shall know: --prompts FILE")
+        engines = tuple(name for name in installed() if name in MEASURED_ON)
+        if not engines:
+            raise EngineMissing('export measures parity on an engine, and none is installed: pip install "snoopi-rt[export]"')
+        return cls(origin, wishes, backbone, preset.guidance(wishes.guidance), sizes, precision, engines)
+
+
+def export(origin: Origin, out: Path, wishes: Wishes | None = None, say: Callable[[str], None] = lambda line: None) -> Bundle:
+    """Writes a student to the bundle `out` and returns it; `say` is told what was measured.
+
+    Raises InputError (unknown names, weights that do not fit, `out` in use), OutputError where a graph is too far from PyTorch.
     Nothing is under the name `out` until all of it is; with `force` an old bundle there is replaced.
     """
-    chosen, kind = find_backbone(backbone), find_guidance(guidance)
-    if out.exists() and not (force and (out / MANIFEST).exists()):
+    plan = Plan.of(origin, wishes or Wishes())
+    if out.exists() and not (plan.wishes.force and (out / MANIFEST).exists()):
         raise InputError(f"{out} exists: choose another folder, or --force to replace it if it is a bundle")
-    engines = [name for name in installed() if name in MEASURED_ON]
-    if not engines:
-        raise EngineMissing('export measures parity on an engine, and none is installed: pip install "snoopi-rt[export]"')
-    modules = chosen.load(weights, chosen.rule)
+    student = plan.backbone.load(origin.weights, origin.preset, plan.sizes)
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-
-    tokenizer = Tokenizer(modules.tokenizer, chosen.max_tokens, chosen.lowercase)
-    ids = [torch.from_numpy(tokenizer(prompt)) for prompt in PARITY_PROMPTS]
-    with torch.no_grad():
-        states = [modules.text_encoder(row) for row in ids]
-    cases = _generator_cases(states, chosen, with_negative=kind.attend is not None)
-    reference = modules.reference(kind, states[0])
-    with torch.no_grad():
-        latents = reference(**cases[0])
-    parts: dict[str, tuple[nn.Module, nn.Module, list[dict[str, Tensor]], str]] = {
-        "text_encoder": (modules.text_encoder, modules.text_encoder, [{"ids": row.expand(2, -1)} for row in ids], "states"),
-        "generator": (modules.generator(kind, states[0]).eval(), reference, cases, "latent"),
-        "decoder": (modules.decoder, modules.decoder, [{"latent": latents}], "image"),
-    }
-    graphs: dict[str, tuple[Build, ...]] = {}
-    with tqdm(total=2 * len(parts), unit="step") as bar:
-        for name, (module, wanted, examples, output) in parts.items():
-            path = beside / f"{name}.onnx"
-            bar.set_description(f"write {name}")
-            write_graph(module, examples[-1], [output], DYNAMIC, path)
-            bar.update()
-            bar.set_description(f"measure {name}")
-            graphs[name] = (_build(name, path, wanted, examples, engines),)
-            bar.update()
-    shutil.copyfile(modules.tokenizer, beside / "tokenizer.json")
-    bundle = Bundle(
-        name=out.name,
-        backbone=chosen.name,
-        licence=chosen.licence,
-        text=Text(File.of(beside / "tokenizer.json"), chosen.max_tokens, chosen.lowercase),
-        latent=Latent(chosen.channels, chosen.factor),
-        sizes=chosen.sizes,
-        max_batch=64,
-        guidance=GuidancePromise(kind.kind, Scale(chosen.default_scale[kind.kind], 0.0, kind.max_scale if kind.attend else 0.0), {}),
-        provenance={"weights": weights.name, "exporter": f"snoopi-rt {__version__}, torch {torch.__version__}"},
-        graphs=graphs,
-    )
-    bundle.save(beside)
+    try:
+        _fill(beside, out.name, plan, student, say).save(beside)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     old = out.with_name(f".{out.name}.old")
     if out.exists():
         out.replace(old)
@@ -94,34 +109,131 @@ def export(weights: Path, out: Path, backbone: str, guidance: str = "nasa", forc
     return Bundle.load(out)
 
 
-def _build(name: str, path: Path, reference: nn.Module, cases: list[dict[str, Tensor]], engines: list[str]) -> Build:
-    parity = measure(name, reference, path, cases, engines)
-    engine = load_engine(engines[0], path)
-    promise = Build(tuple(engines), "fp32", "onnx", (File.of(path),), engine.inputs, engine.outputs, parity, TOLERANCE[name])
-    engine.close()
-    return promise
+def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[str], None]) -> Bundle:
+    """All files of a bundle but its bundle.json, which is returned."""
+    text = student.write_tokenizer(folder / "tokenizer.json")
+    tokenizer = Tokenizer(folder / "tokenizer.json", text.max_tokens, text.lowercase, text.pad)
+    carried = list(dict.fromkeys(text_rule(prompt, text.lowercase) for prompt in plan.wishes.prompts))
+    say(f"encoding {len(cases.TEXTS) + len(carried)} prompts")
+    ids = {prompt: torch.from_numpy(tokenizer(prompt, truncate=prompt not in carried)) for prompt in (*cases.TEXTS, *carried)}
+    states = dict(zip(ids, student.encode(list(ids.values())), strict=True))
+    graphs = {}
+    for graph in _graphs(plan, student, ids, states):
+        graphs[graph.name] = build(graph, plan.precision[graph.name], folder, plan.engines, say)
+    prompts = None
+    if carried:
+        prompts = write_prompts(folder, {each: {key: value.numpy() for key, value in states[each].items()} for each in carried})
+    if plan.wishes.prompts_only:
+        (folder / "tokenizer.json").unlink()
+        text = replace(text, tokenizer=None)
+    kind = plan.guidance
+    return Bundle(
+        name=name,
+        backbone=plan.backbone.name,
+        licence=plan.origin.licence,
+        text=text,
+        latent=Latent(student.channels, FACTOR),
+        sizes=plan.sizes,
+        max_batch=MAX_BATCH,
+        guidance=GuidancePromise(kind.kind, Scale(kind.default_scale, 0.0, kind.max_scale), dict(kind.fixed)),
+        provenance={**plan.origin.provenance, "exporter": f"snoopi-rt {__version__}, torch {torch.__version__}"},
+        graphs=graphs,
+        prompts=prompts,
+        tile=TILE if max(max(size) for size in plan.sizes) > TILE.size * FACTOR else None,
+    )
 
 
-def _generator_cases(states: list[Tensor], backbone: Backbone, with_negative: bool) -> list[dict[str, Tensor]]:
-    """Batches of 2 that differ in prompt, length, mask and scale, on real token states."""
-    random = torch.Generator().manual_seed(0)
-    (height, width), cases = backbone.sizes[0], []
-    _, short, long, other = states
-    for prompts, negatives in (((long, other), (short, short)), ((short, long), (other, short))):
-        prompt, prompt_mask = _padded(prompts)
-        case = {
-            "noise": torch.randn(2, backbone.channels, height // backbone.factor, width // backbone.factor, generator=random),
-            "prompt_states": prompt,
-            "prompt_mask": prompt_mask,
-        }
-        if with_negative:
-            case["negative_states"], case["negative_mask"] = _padded(negatives)
-            case["negative_scale"] = torch.tensor([0.0, 0.7])
-        cases.append(case)
-    return cases
+def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Mapping[str, dict[str, Tensor]]) -> Iterator[Graph]:
+    """What there is to build, one after the other, so that what one needs is gone before the next."""
+    wishes, backbone = plan.wishes, plan.backbone
+    height, width = plan.sizes[0]
+    latent, steps = (student.channels, height // FACTOR, width // FACTOR), len(plan.origin.preset.rule.steps)
+    given = cases.generator_cases(states, plan.guidance, latent, steps, backbone.masks)
+    reference = student.reference(plan.guidance, states[""]["states"])
+    latents = [_run(reference, case) for case in tqdm(given.scored, desc="reference", unit="case", leave=False)]
+    wanted = [{"latent": latent.numpy()} for latent in latents]
+
+    def change(i: int, found: Arrays) -> float:
+        return rms(found["latent"] - wanted[i]["latent"])
+
+    def change_by_text(i: int, found: Arrays) -> float:
+        case = {**given.scored[i], **{f"prompt_{name}": torch.from_numpy(value) for name, value in found.items()}}
+        return rms(_run(reference, case).numpy() - wanted[i]["latent"])
+
+    def picture(latent: np.ndarray) -> np.ndarray:
+        return _run(student.decoder, {"latent": torch.from_numpy(latent)}).numpy()
+
+    padded = len({row.shape[1] for row in ids.values()}) == 1
+    shared: dict[str, Any] = {"opset": backbone.opset, "dynamic": dynamic_axes(plan.sizes, padded)}
+    if not wishes.prompts_only:
+        prompts = cases.SCORED[:TEXT_CASES]
+        yield Graph(
+            name="text_encoder",
+            module=student.text_encoder,
+            outputs=student.text_outputs,
+            example={"ids": ids[prompts[0]].expand(2, -1)},
+            calibration=[{"ids": ids[prompt]} for prompt in cases.CALIBRATION],
+            scored=[{"ids": ids[prompt]} for prompt in prompts],
+            wanted=[{name: value.numpy() for name, value in states[prompt].items()} for prompt in prompts],
+            error=change_by_text,
+            latent_error=change_by_text,
+            tolerance=wishes.tolerance,
+            fp32_tolerance=FP32_TOLERANCE["text_encoder"],
+            tensor_of=student.tensor_of,
+            **shared,
+        )
+    yield Graph(
+        name="generator",
+        module=student.generator(plan.guidance, states[""]["states"]).eval(),
+        outputs=("latent",),
+        example=given.example,
+        calibration=given.calibration,
+        scored=given.scored,
+        wanted=wanted,
+        error=change,
+        latent_error=change,
+        picture=picture,
+        tolerance=wishes.tolerance,
+        fp32_tolerance=FP32_TOLERANCE["generator"],
+        **shared,
+    )
+    scored = latents[:DECODER_CASES]
+    images = [{"image": picture(latent.numpy())} for latent in scored]
+    yield Graph(
+        name="decoder",
+        module=student.decoder,
+        outputs=("image",),
+        example={"latent": torch.cat([scored[0], scored[0]])},
+        # The student's pictures of other prompts.
+        calibration=[{"latent": _run(reference, case)} for case in given.calibration[:DECODER_CASES]],
+        scored=[{"latent": latent} for latent in scored],
+        wanted=images,
+        error=lambda i, found: relative_l2(found["image"], images[i]["image"]),
+        tolerance=PICTURE_TOLERANCE,
+        fp32_tolerance=FP32_TOLERANCE["decoder"],
+        **shared,
+    )
 
 
-def _padded(rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor([row.shape[1] for row in rows])
-    padded = torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
-    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+@torch.no_grad()
+def _run(module: nn.Module, case: Mapping[str, Tensor]) -> Tensor:
+    return module(**case)
+
+
+def dynamic_axes(sizes: Sequence[tuple[int, int]], padded: bool) -> dict[str, dict[int, str]]:
+    """The free axes of each input: batch, tokens unless they are padded, and the latent's sides where there are several sizes."""
+    latent = {0: "batch"}
+    if len(sizes) > 1:
+        latent |= {2: "height", 3: "width"}
+    return {
+        "ids": {0: "batch"} if padded else {0: "batch", 1: "tokens"},
+        "noise": latent,
+        "renoise": {0: "batch", **{axis + 1: name for axis, name in latent.items() if axis}},
+        "latent": latent,
+        "prompt_states": {0: "batch", 1: "tokens"},
+        "prompt_mask": {0: "batch", 1: "tokens"},
+        "prompt_pooled": {0: "batch"},
+        "negative_states": {0: "batch", 1: "negative_tokens"},
+        "negative_mask": {0: "batch", 1: "negative_tokens"},
+        "negative_scale": {0: "batch"},
+    }

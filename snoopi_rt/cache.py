@@ -4,9 +4,13 @@ Knows no meaning of what it keeps. A cache that cannot be used keeps nothing and
 """
 
 import contextlib
+import json
 import os
+import secrets
+import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +19,17 @@ from snoopi_rt.files import write_whole
 LIMIT = 10 * 2**30
 KINDS = ("engines", "hashes", "measurements", "states")
 WRITES_PER_TRIM = 256
+FILES = "files.json"
+"""In a folder of compiled files: their sizes and times, written last. A file that differs is damaged."""
+ROOM = 2
+"""How many times its expected size must be free on the disk before a folder is filled: no cache is worth a full disk."""
 
 
 class Cache:
-    """Bytes by kind and file name in one folder, at most `limit` bytes, oldest out. Threads and processes may share it."""
+    """Bytes by kind and file name, and folders of compiled files by name; at most `limit` bytes, what was not used for longest goes first.
+
+    Threads and processes may share it.
+    """
 
     def __init__(self, folder: Path | None = None, limit: int = LIMIT) -> None:
         self.path = default_folder() if folder is None else folder
@@ -40,7 +51,7 @@ class Cache:
 
     def write(self, kind: str, name: str, data: bytes) -> None:
         """Keeps the bytes, if that is possible."""
-        folder = self.folder(kind)
+        folder = self._folder(kind)
         if folder is None:
             return
         with contextlib.suppress(OSError):
@@ -49,16 +60,44 @@ class Cache:
             self.trim()
         self._writes += 1
 
-    def folder(self, kind: str) -> Path | None:
-        """The folder of one kind, made if need be, or None where there is no usable cache."""
-        folder = self.path / kind
-        if self.problem() is not None:
+    def find(self, name: str) -> Path | None:
+        """The folder of compiled files of that name, or None; one whose files are not as they were written is removed."""
+        folder = self.path / "engines" / name
+        if not self._private() or not folder.is_dir():
             return None
         try:
-            folder.mkdir(mode=0o700, exist_ok=True)
-        except OSError:
-            return None
-        return folder
+            if json.loads((folder / FILES).read_bytes()) == _stamps(folder):
+                os.utime(folder)
+                return folder
+        except (OSError, ValueError):
+            pass
+        self.drop(name)
+        return None
+
+    @contextlib.contextmanager
+    def fill(self, name: str, size: int) -> Iterator[Path | None]:
+        """A new folder for about `size` bytes of compiled files, which `find` gives when the block has ended without an error.
+
+        None where there is no usable cache or not enough room. A folder takes at most half the limit, else two that are needed together
+        would push each other out at every start; one that turns out larger is not kept, and not tried again.
+        """
+        folder, new = self._folder("engines"), None
+        with contextlib.suppress(OSError):
+            if folder is not None and self._fits(folder, name, size):
+                new = Path(tempfile.mkdtemp(dir=folder, prefix=f".{name[:16]}.", suffix=".tmp"))
+        try:
+            yield new
+            if new is not None:
+                self._publish(new, new.with_name(name))
+        finally:
+            if new is not None:
+                shutil.rmtree(new, ignore_errors=True)
+
+    def drop(self, name: str) -> None:
+        """Removes the compiled files of that name."""
+        folder = self.path / "engines" / name
+        if self._private() and folder.is_dir():
+            _remove(folder)
 
     def problem(self) -> str | None:
         """Why nothing can be kept in the folder, which is made if need be; None where all is well."""
@@ -72,33 +111,60 @@ class Cache:
 
     def sizes(self) -> dict[str, int]:
         """The bytes on disk of each kind."""
-        return {kind: sum(size for _, size, _ in self._files(kind)) for kind in KINDS}
+        return {kind: sum(size for _, size, _ in self._entries(kind)) for kind in KINDS}
 
     def trim(self) -> None:
-        """Removes the files that were not used for the longest time until the rest is within the limit."""
-        files = sorted(file for kind in KINDS for file in self._files(kind))
-        excess = sum(size for _, size, _ in files) - self.limit
-        for _, size, path in files:
+        """Removes the files and folders that were not used for the longest time until the rest is within the limit."""
+        entries = sorted(entry for kind in KINDS for entry in self._entries(kind))
+        excess = sum(size for _, size, _ in entries) - self.limit
+        for _, size, path in entries:
             if excess <= 0:
                 break
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            _remove(path)
             excess -= size
 
     def clear(self) -> None:
         """Removes everything that was kept; what else lies in the folder stays, and so does all in a folder that others can write."""
         for kind in KINDS:
-            for _, _, path in self._files(kind):
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+            for _, _, path in self._entries(kind):
+                _remove(path)
 
-    def _files(self, kind: str) -> Iterator[tuple[float, int, str]]:
-        for folder, _, names in os.walk(self.path / kind) if self._private() else ():
-            for name in names:
-                path = os.path.join(folder, name)
+    def _folder(self, kind: str) -> Path | None:
+        """The folder of one kind, made if need be, or None where there is no usable cache."""
+        folder = self.path / kind
+        if self.problem() is not None:
+            return None
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError:
+            return None
+        return folder
+
+    def _fits(self, folder: Path, name: str, size: int) -> bool:
+        turned_out_too_large = (folder / name).is_file()
+        return not turned_out_too_large and size <= self.limit // 2 and shutil.disk_usage(folder).free > ROOM * size
+
+    def _publish(self, new: Path, folder: Path) -> None:
+        with contextlib.suppress(OSError):
+            stamps = _stamps(new)
+            if sum(size for size, _ in stamps.values()) > self.limit // 2:
+                write_whole(folder, b"too large")
+                return
+            write_whole(new / FILES, json.dumps(stamps).encode())
+            new.rename(folder)
+        self.trim()
+
+    def _entries(self, kind: str) -> Iterator[tuple[float, int, Path]]:
+        """The time of the last use, the bytes and the path of each file and folder of one kind."""
+        if not self._private():
+            return
+        with contextlib.suppress(OSError), os.scandir(self.path / kind) as entries:
+            for entry in entries:
                 with contextlib.suppress(OSError):
-                    status = os.lstat(path)
-                    yield status.st_mtime, status.st_size, path
+                    status, path = entry.stat(follow_symlinks=False), Path(entry.path)
+                    folder = entry.is_dir(follow_symlinks=False)
+                    size = sum(size for size, _ in _stamps(path).values()) if folder else status.st_size
+                    yield status.st_mtime, size, path
 
     def _private(self) -> bool:
         """Whether nobody else can plant a file here: it is trusted for hashes of files."""
@@ -109,6 +175,24 @@ class Cache:
         except OSError:
             return False
         return status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o022
+
+
+def _stamps(folder: Path) -> dict[str, list[int]]:
+    """The size and time of each file but FILES. Not a hash: a start must not read gigabytes that it maps into memory next."""
+    with os.scandir(folder) as entries:
+        found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries if entry.name != FILES}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, or a folder in one step for those who look for it: they find all of it or nothing."""
+    with contextlib.suppress(OSError):
+        if not path.is_dir() or path.is_symlink():
+            path.unlink()
+            return
+        going = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        path.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
 
 
 def default_folder() -> Path:

@@ -1,24 +1,49 @@
-"""Which engine `auto` means on this machine: the fastest that was measured, else the first that is installed."""
+"""Which engine `auto` means on this machine, and in which precisions: what was measured to be fastest, else the first that is installed."""
 
 import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from snoopi_rt.bundle import Bundle
 from snoopi_rt.cache import Cache
-from snoopi_rt.engines import check_engine, installed
+from snoopi_rt.engines import check_engine, installed, versions
 from snoopi_rt.engines.base import BundleError
+from snoopi_rt.engines.compiled import processor
+from snoopi_rt.engines.threads import available_threads
 
 ORDER = ("cpu", "openvino")
 
 
-def choose_engine(bundle: Bundle, cache: Cache) -> str:
-    """The engine; raises EngineMissing where none is installed and BundleError where the bundle serves none that is."""
+@dataclass(frozen=True)
+class Choice:
+    """An engine, and the precision of each graph of the bundle."""
+
+    engine: str
+    precision: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The fastest build of each graph on one engine, by its precision, and the seconds that an image takes with them."""
+
+    precision: dict[str, str]
+    seconds: float
+
+
+def choose(bundle: Bundle, cache: Cache) -> Choice:
+    """The engine and precisions; raises EngineMissing where no engine is installed and BundleError where the bundle serves none that is."""
     here = set(installed()) & set(bundle.engines())
-    measured = {name: seconds for name, seconds in measurements(bundle, cache).items() if name in here}
-    return min(measured, key=lambda name: measured[name]) if measured else usable(bundle)[0]
+    measured = {engine: found for engine, found in measurements(bundle, cache).items() if engine in here}
+    if measured:
+        engine = min(measured, key=lambda name: measured[name].seconds)
+        return Choice(engine, measured[engine].precision)
+    engine = usable(bundle)[0]
+    return Choice(engine, {graph: bundle.build(graph, engine).precision for graph in bundle.graphs})
 
 
 def usable(bundle: Bundle) -> list[str]:
-    """The installed engines that the bundle serves, of those that work on every machine; raises as `choose_engine` does."""
+    """The installed engines that the bundle serves, of those that work on every machine; raises as `choose` does."""
     here = [name for name in ORDER if name in installed()]
     if not here:
         check_engine(ORDER[0])
@@ -28,15 +53,41 @@ def usable(bundle: Bundle) -> list[str]:
     return candidates
 
 
-def measurements(bundle: Bundle, cache: Cache) -> dict[str, float]:
-    """The seconds an image took on each engine that was measured here with this bundle; what cannot be read was not measured."""
+def measurements(bundle: Bundle, cache: Cache) -> dict[str, Measured]:
+    """What each engine took with this bundle on this machine as it is now; what cannot be read was not measured."""
     try:
-        found = json.loads(cache.read("measurements", f"{bundle.hash}.json") or b"{}")
-    except ValueError:
+        document = json.loads(cache.read("measurements", _file(bundle)) or b"{}")
+        # Told last: it costs some milliseconds, and most bundles were not measured.
+        if not document or document["machine"] != machine():
+            return {}
+        records = document["engines"].items()
+    except (AttributeError, KeyError, TypeError, ValueError):
         return {}
-    return {name: seconds for name, seconds in found.items() if type(seconds) is float} if isinstance(found, dict) else {}
+    found = {}
+    for engine, record in records:
+        with suppress(BundleError, KeyError, TypeError, ValueError):
+            found[engine] = _measured(bundle, engine, record)
+    return found
 
 
-def remember(bundle: Bundle, cache: Cache, seconds: dict[str, float]) -> None:
-    """Keeps measurements beside those of other engines."""
-    cache.write("measurements", f"{bundle.hash}.json", json.dumps({**measurements(bundle, cache), **seconds}).encode())
+def remember(bundle: Bundle, cache: Cache, measured: dict[str, Measured]) -> None:
+    """Keeps measurements beside those of other engines on this machine."""
+    engines = {engine: asdict(found) for engine, found in {**measurements(bundle, cache), **measured}.items()}
+    cache.write("measurements", _file(bundle), json.dumps({"machine": machine(), "engines": engines}).encode())
+
+
+def machine() -> dict[str, Any]:
+    """All that makes a measurement worthless when it changes: processor, threads and the engines' versions."""
+    return {"processor": processor(), "threads": available_threads(), "engines": versions()}
+
+
+def _file(bundle: Bundle) -> str:
+    return f"{bundle.hash}.json"
+
+
+def _measured(bundle: Bundle, engine: str, record: dict[str, Any]) -> Measured:
+    """The measurement; raises BundleError, KeyError, TypeError or ValueError where it is none of this bundle's builds."""
+    precision = {graph: bundle.build(graph, engine, record["precision"][graph]).precision for graph in bundle.graphs}
+    if type(record["seconds"]) is not float:
+        raise TypeError("seconds must be a number")
+    return Measured(precision, record["seconds"])

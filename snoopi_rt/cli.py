@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from snoopi_rt import __version__
-from snoopi_rt.cli_build import data, export, train
+from snoopi_rt.cli_build import data, train
+from snoopi_rt.cli_export import export, presets
 from snoopi_rt.engines.base import InputError, SnoopiError
 
 PATIENCE = 2.0
@@ -40,22 +41,27 @@ class Commands(click.Group):
 
 
 class Size(click.ParamType):
-    """HEIGHTxWIDTH in pixels."""
+    """WIDTHxHEIGHT in pixels, to (height, width)."""
 
-    name = "HxW"
+    name = "WxH"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
-        height, _, width = value.partition("x")
+        width, _, height = value.partition("x")
         if not (height.isdecimal() and width.isdecimal()):
-            self.fail(f"{value!r} is not HEIGHTxWIDTH, such as 128x128", param, ctx)
+            self.fail(f"{value!r} is not WIDTHxHEIGHT, such as 128x128", param, ctx)
         return int(height), int(width)
 
 
 bundle_option = click.option("--bundle", metavar="FOLDER", help="The bundle's folder.  [default: the one that came with snoopi-rt]")
+engine_option = click.option(
+    "--engine", default="auto", metavar="NAME", help="cpu, openvino, or cuda if the bundle serves it; auto: the fastest by bench, else cpu."
+)
 precision_option = click.option(
-    "--precision", metavar="NAME", help="A precision of the bundle, such as fp32.  [default: the bundle's first]"
+    "--precision",
+    metavar="NAME",
+    help="A precision of the bundle, such as fp32, or one a graph: generator=int8,text_encoder=int4.  [default: the bundle's first]",
 )
 threads_option = click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: the engine decides]")
 
@@ -67,7 +73,7 @@ def main(debug: bool) -> None:
     """One-step text-to-image with negative prompts."""
 
 
-for command in (data, train, export):
+for command in (data, train, export, presets):
     main.add_command(command)
 
 
@@ -81,13 +87,11 @@ for command in (data, train, export):
     "-o", "--output", type=click.Path(path_type=Path), default="image", help="The file or its folder; no ending means that of --format."
 )
 @click.option("--format", type=click.Choice(["png", "jpeg", "webp"]), help="The file's format.  [default: from the name, else png]")
-@click.option("--size", type=Size(), help="Height and width, such as 128x128.  [default: the bundle's first]")
+@click.option("--size", type=Size(), help="Width and height in pixels, such as 768x512.  [default: the bundle's first]")
 @click.option("--truncate", is_flag=True, help="Cut a prompt that is too long.")
 @click.option("--force", is_flag=True, help="Replace files that are there.")
 @bundle_option
-@click.option(
-    "--engine", default="auto", metavar="NAME", help="cpu, openvino, or cuda if the bundle serves it; auto: the fastest by bench, else cpu."
-)
+@engine_option
 @precision_option
 @threads_option
 def generate(
@@ -118,14 +122,39 @@ def generate(
     paths = [output] if count == 1 else [output.with_stem(f"{output.stem}-{each}") for each in seeds]
     for path in paths:
         image.check_writable(path, force)
-    with _progress() as progress, load(bundle, engine, precision, threads) as pipe:
-        for start in range(0, count, pipe.bundle.max_batch):
+    with _progress() as progress, load(bundle, engine, precision, threads, low_memory=True) as pipe:
+        for start in range(0, count, pipe.max_batch):
             progress["doing"] = f"image {start + 1} of {count}"
-            batch = paths[start : start + pipe.bundle.max_batch]
+            batch = paths[start : start + pipe.max_batch]
             result = pipe.generate(prompt, neg, neg_scale, first + start, len(batch), size, truncate)
             for index, path in enumerate(batch):
                 image.save(result.images[index], path, result.metadata(index), force)
                 click.echo(f"{path}  seed {result.seeds[index]}")
+
+
+@main.command(epilog="Example: snoopi-rt prompts --bundle my-bundle --file presets.txt")
+@click.option("--file", type=click.Path(path_type=Path), required=True, help="A prompt a line; blank lines and # comments are skipped.")
+@bundle_option
+@engine_option
+@precision_option
+@threads_option
+def prompts(file: Path, bundle: str | None, engine: str, precision: str | None, threads: int | None) -> None:
+    """Encode the prompts of a file once, so that no later run needs the text encoder for them."""
+    from snoopi_rt.pipeline import load
+    from snoopi_rt.request import prompt_lines
+
+    asked, new, refused = prompt_lines(file), 0, 0
+    with _progress() as progress, load(bundle, engine, precision, threads, low_memory=True) as pipe:
+        for done, (number, prompt) in enumerate(asked.items(), 1):
+            progress["doing"] = f"prompt {done} of {len(asked)}"
+            try:
+                new += pipe.keep(prompt)
+            except InputError as error:
+                refused += 1
+                click.echo(f"error: {file} line {number}: {error}", err=True)
+    click.echo(f"{new} new, {len(asked) - refused - new} kept before")
+    if refused:
+        click.get_current_context().exit(2)
 
 
 @main.command(epilog="Example: snoopi-rt info image.png")
@@ -177,8 +206,8 @@ def cache(clear: bool) -> None:
 @click.option("--engine", "engines", multiple=True, metavar="NAME", help="May be given several times.  [default: all that can be used]")
 @precision_option
 @threads_option
-@click.option("--runs", type=int, default=20, metavar="N", help="Images for each figure.")
-def bench(bundle: str | None, engines: tuple[str, ...], precision: str | None, threads: int | None, runs: int) -> None:
+@click.option("--runs", type=int, metavar="N", help="Images for each figure.  [default: 20, fewer where they are slow]")
+def bench(bundle: str | None, engines: tuple[str, ...], precision: str | None, threads: int | None, runs: int | None) -> None:
     """Measure each stage, the cold start and the memory; the last line is one JSON document."""
     from snoopi_rt.bench import bench as measure
     from snoopi_rt.bench import table

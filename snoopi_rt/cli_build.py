@@ -1,17 +1,14 @@
-"""The commands that make a bundle: data, train, export. The PyTorch side is imported inside them."""
+"""The commands that make a student: data and train. The PyTorch side is imported inside them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from snoopi_rt.engines.base import EngineMissing, InputError, OutputError, SnoopiError
+from snoopi_rt.cli_export import building, folder, out_option
+from snoopi_rt.engines.base import InputError
 
-folder = click.Path(file_okay=False, path_type=Path)
-out_option = click.option("--out", type=folder, required=True, metavar="FOLDER", help="Where to write.")
 data_option = click.option("--data", type=folder, required=True, metavar="FOLDER", help="What `data emoji` wrote.")
 compile_option = click.option("--compile", "compiled", is_flag=True, help="Use torch.compile: faster, needs a C++ compiler.")
 
@@ -27,7 +24,7 @@ def data() -> None:
 @click.option("--seed", type=int, default=0, metavar="N", help="The same seed gives the same pictures.")
 def emoji(out: Path, count: int, seed: int) -> None:
     """Fetch emoji drawings with npm and draw captioned pictures from them."""
-    with _building("data emoji", "train", out):
+    with building("data emoji", "train", out):
         from snoopi_rt.export.training.emoji import build
 
         build(out, count, seed)
@@ -56,7 +53,7 @@ set_option = click.option(
 @compile_option
 def autoencoder(data: Path, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
     """Train the autoencoder that turns pictures into latents and back."""
-    with _building("train autoencoder", "train", out):
+    with building("train autoencoder", "train", out):
         from snoopi_rt.export.training import autoencoder as stage
 
         stage.train(data, out, _recipe(stage.Recipe, settings), compiled)
@@ -70,7 +67,7 @@ def autoencoder(data: Path, out: Path, settings: tuple[str, ...], compiled: bool
 @compile_option
 def teacher(data: Path, autoencoder: Path, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
     """Train the multi-step teacher."""
-    with _building("train teacher", "train", out):
+    with building("train teacher", "train", out):
         from snoopi_rt.export.training import teacher as stage
 
         stage.train(data, autoencoder, out, _recipe(stage.Recipe, settings), compiled)
@@ -84,25 +81,10 @@ def teacher(data: Path, autoencoder: Path, out: Path, settings: tuple[str, ...],
 @compile_option
 def student(data: Path, teacher: Path, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
     """Distil the teacher into a one-step student by PG-SB. Only the captions of --data are read."""
-    with _building("train student", "train", out):
+    with building("train student", "train", out):
         from snoopi_rt.export.training import student as stage
 
         stage.train(data, teacher, out, _recipe(stage.Recipe, settings), compiled)
-
-
-@click.command(epilog="Example: snoopi-rt export --backbone small --weights runs/student --out my-bundle")
-@click.option("--backbone", required=True, metavar="NAME", help="The architecture of the weights; small.")
-@click.option("--weights", type=folder, required=True, metavar="FOLDER", help="The student's weights.")
-@out_option
-@click.option("--guidance", default="nasa", metavar="KIND", help="How a negative prompt acts: nasa, projected or none.")
-@click.option("--force", is_flag=True, help="Replace a bundle that is there.")
-def export(backbone: str, weights: Path, out: Path, guidance: str, force: bool) -> None:
-    """Turn a student's weights into a bundle, checked against PyTorch."""
-    with _building("export", "export", out):
-        from snoopi_rt.export.run import export as write
-
-        bundle = write(weights, out, backbone, guidance, force)
-    click.echo(bundle.described())
 
 
 def _recipe(kind: type, settings: tuple[str, ...]) -> Any:
@@ -118,16 +100,3 @@ def _recipe(kind: type, settings: tuple[str, ...]) -> Any:
         except ValueError:
             raise InputError(f"setting {key} is {value!r}, which is not {types[key].__name__}") from None
     return kind(**given)
-
-
-@contextmanager
-def _building(command: str, extra: str, out: Path) -> Iterator[None]:
-    """Say which extra a command needs where a package is missing, and why a folder cannot be written."""
-    try:
-        yield
-    except SnoopiError:
-        raise
-    except ImportError as error:
-        raise EngineMissing(f'{command} needs {error.name}: pip install "snoopi-rt[{extra}]"') from error
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error

@@ -3,97 +3,71 @@
 Knows no formula, no backbone and no engine package: it feeds the inputs that the bundle's graphs list.
 """
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
-from snoopi_rt import __version__
-from snoopi_rt.bundle import Bundle
+from snoopi_rt.bundle import GRAPHS, Bundle
 from snoopi_rt.cache import Cache
-from snoopi_rt.choice import choose_engine
+from snoopi_rt.choice import choose
 from snoopi_rt.engines import known_engine, load_engine
-from snoopi_rt.engines.base import BundleError, Engine, OutputError
+from snoopi_rt.engines.base import Engine, OutputError
+from snoopi_rt.feeds import generator_feeds, in_batches
+from snoopi_rt.precision import format_precision, select_builds
 from snoopi_rt.prompts import PromptEncoder, States
-from snoopi_rt.request import Request, image_size, integer, requests
-from snoopi_rt.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from snoopi_rt.request import Request, image_size, integer, prompt_text, requests
+from snoopi_rt.result import Result
+from snoopi_rt.stage import Stage
+from snoopi_rt.tiles import decode_tiled
 
 EMBEDDED = Path(__file__).parent / "bundles" / "small"
-STAGES = ("text_encoder", "generator", "decoder")
-
-
-@dataclass(frozen=True)
-class Result:
-    """Images (n, H, W, 3) uint8 and, image by image, what made them; `timings` are seconds by stage, and in `total`.
-
-    `provider` is what the engine really ran on, in the words of its package.
-    """
-
-    images: np.ndarray
-    prompts: list[str]
-    negatives: list[str | None]
-    scales: list[float | None]
-    seeds: list[int]
-    timings: dict[str, float]
-    engine: str
-    provider: str
-    precision: str | None
-    bundle: str
-    bundle_hash: str
-    truncated: bool
-
-    def pil(self) -> "list[Image]":
-        """The images as Pillow images."""
-        from PIL import Image
-
-        return [Image.fromarray(image) for image in self.images]
-
-    def metadata(self, index: int) -> dict[str, str]:
-        """What is needed to make image `index` again, as text; what was not given is absent."""
-        height, width = self.images.shape[1:3]
-        given = {
-            "prompt": self.prompts[index],
-            "negative_prompt": self.negatives[index],
-            "negative_scale": self.scales[index],
-            "seed": self.seeds[index],
-            "size": f"{height}x{width}",
-            "truncate": "yes" if self.truncated else None,
-            "engine": self.engine,
-            "precision": self.precision,
-            "bundle": self.bundle,
-            "bundle_hash": self.bundle_hash,
-            "snoopi_rt": __version__,
-        }
-        return {key: str(value) for key, value in given.items() if value is not None}
+STAGES = GRAPHS
 
 
 class Pipeline:
-    """A bundle on an engine. Many threads may call one pipeline; `snoopi_rt.load` makes it."""
+    """A bundle on an engine. Many threads may call one pipeline; `snoopi_rt.load` makes it.
+
+    `open_engine` opens a graph. With `low_memory` the text encoder and the other two are never open at once: each is opened when its turn
+    comes, and one call runs at a time.
+    """
 
     def __init__(
-        self, bundle: Bundle, open_engine: Callable[[str], Engine], engine: str, precision: str | None = None, cache: Cache | None = None
+        self,
+        bundle: Bundle,
+        open_engine: Callable[[str], Engine],
+        engine: str,
+        precision: str | Mapping[str, str] | None = None,
+        cache: Cache | None = None,
+        low_memory: bool = False,
     ) -> None:
-        self.bundle, self.engine, self.precision = bundle, engine, precision
-        self._generator, self._decoder = open_engine("generator"), open_engine("decoder")
-        self.provider = ", ".join(dict.fromkeys([self._generator.provider, self._decoder.provider]))
-        build = bundle.build("text_encoder", engine, precision)
-        text = bundle.text
-        self._encode = PromptEncoder(
-            lambda: Tokenizer(bundle.folder / text.tokenizer.path, text.max_tokens, text.lowercase),
-            lambda: open_engine("text_encoder"),
-            tuple(spec.name for spec in build.outputs),
-            f"{build.hash} {engine}",
-            Cache() if cache is None else cache,
-        )
+        builds = select_builds(bundle, engine, precision)
+        self.bundle, self.engine, self.precision = bundle, engine, format_precision(builds)
+        self.max_batch = min(bundle.max_batch, *(builds[graph].max_batch or bundle.max_batch for graph in ("generator", "decoder")))
+        self._low_memory = low_memory
+        self._turn: AbstractContextManager[Any] = threading.Lock() if low_memory else nullcontext()
+        self._generator, self._decoder = Stage(lambda: open_engine("generator")), Stage(lambda: open_engine("decoder"))
+
+        def open_text_encoder() -> Engine:
+            if low_memory:
+                self._generator.release()
+                self._decoder.release()
+            return open_engine("text_encoder")
+
+        self._prompts = PromptEncoder(bundle, builds.get("text_encoder"), open_text_encoder, Cache() if cache is None else cache)
+        if not low_memory:
+            self._generator.open()
+            self._decoder.open()
+
+    @property
+    def provider(self) -> str:
+        """What generator and decoder really run on, in the words of the engine's package."""
+        return ", ".join(dict.fromkeys([self._generator.open().provider, self._decoder.open().provider]))
 
     def generate(
         self,
@@ -114,10 +88,11 @@ class Pipeline:
         asked = requests(prompt, negative_prompt, negative_scale, seed, n, self.bundle.guidance)
         size = image_size(size, self.bundle.sizes)
         timings = dict.fromkeys(STAGES, 0.0)
-        with _timed(timings, "text_encoder"):
-            texts = dict.fromkeys(text for request in asked for text in (request.prompt, request.negative) if text is not None)
-            states = {text: self._encode(text, truncate) for text in texts}
-        images = [self._images(batch, states, size, timings) for batch in self._batches(asked, states)]
+        with self._turn:
+            states = self._encode(asked, truncate, timings)
+            batches = in_batches(asked, states, self._generator.open().inputs, self.max_batch)
+            images = [self._images(batch, states, size, timings) for batch in batches]
+            provider = self.provider
         timings["total"] = time.perf_counter() - start
         return Result(
             images=np.concatenate(images),
@@ -127,7 +102,7 @@ class Pipeline:
             seeds=[request.seed for request in asked],
             timings=timings,
             engine=self.engine,
-            provider=self.provider,
+            provider=provider,
             precision=self.precision,
             bundle=self.bundle.name,
             bundle_hash=self.bundle.hash,
@@ -136,14 +111,23 @@ class Pipeline:
 
     __call__ = generate
 
+    def keep(self, prompt: str, truncate: bool = False) -> bool:
+        """Sees to it that the prompt's states are on disk, for this and later processes; whether that took the text encoder.
+
+        Raises InputError for what cannot be asked, OutputError where the cache folder does not take the states.
+        """
+        with self._turn:
+            return self._prompts.keep(prompt_text(prompt), truncate)
+
     def warmup(self) -> Self:
-        """Opens and runs all three stages once, so that the next image takes its usual time; returns the pipeline."""
-        self.generate("warm", seed=0)
+        """Opens and runs all stages once, so that the next image takes its usual time; returns the pipeline."""
+        known = self.bundle.prompts.texts if self.bundle.prompts and "text_encoder" not in self.bundle.graphs else ("warm",)
+        self.generate(known[0], seed=0)
         return self
 
     def close(self) -> None:
         """Frees the engines; a later call raises EngineError."""
-        for part in (self._encode, self._generator, self._decoder):
+        for part in (self._prompts, self._generator, self._decoder):
             part.close()
 
     def __enter__(self) -> Self:
@@ -152,28 +136,37 @@ class Pipeline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _batches(self, asked: list[Request], states: dict[str, States]) -> Iterator[list[Request]]:
-        """The requests in order, at most `max_batch` at once; a graph without masks gets prompts of one length at once."""
-        names = {spec.name for spec in self._generator.inputs}
-
-        def lengths(request: Request) -> tuple[int, int]:
-            prompt, negative = _states(request, states)
-            return (0 if "prompt_mask" in names else prompt.shape[1]), (0 if "negative_mask" in names else negative.shape[1])
-
-        for _, group in groupby(asked, lengths):
-            batch = list(group)
-            for start in range(0, len(batch), self.bundle.max_batch):
-                yield batch[start : start + self.bundle.max_batch]
+    def _encode(self, asked: list[Request], truncate: bool, timings: dict[str, float]) -> dict[str, States]:
+        """The states of all texts that are asked for."""
+        texts = dict.fromkeys(text for request in asked for text in (request.prompt, request.negative) if text is not None)
+        with _timed(timings, "text_encoder"):
+            try:
+                return {text: self._prompts.encode(text, truncate) for text in texts}
+            finally:
+                if self._low_memory:
+                    self._prompts.release()
 
     def _images(self, batch: list[Request], states: dict[str, States], size: tuple[int, int], timings: dict[str, float]) -> np.ndarray:
         with _timed(timings, "generator"):
-            latent = np.asarray(self._generator(**self._feeds(batch, states, size))["latent"])
+            generator = self._generator.open()
+            latent = np.asarray(generator(**generator_feeds(batch, states, generator.inputs, self.bundle.latent, size))["latent"])
             self._refuse(batch, ~np.isfinite(latent).all(axis=(1, 2, 3)), "generator gave NaN or infinity")
         with _timed(timings, "decoder"):
-            images = np.asarray(self._decoder(latent=latent)["image"])
+            images = self._decode(latent)
             # NaN becomes one value as uint8. A decoder's noise makes a plain picture that is meant practically impossible.
             self._refuse(batch, images.min(axis=(1, 2, 3)) == images.max(axis=(1, 2, 3)), "decoder gave one value for all pixels")
             return images
+
+    def _decode(self, latent: np.ndarray) -> np.ndarray:
+        """The images of latents, in tiles where the bundle wants that."""
+        decoder, tile = self._decoder.open(), self.bundle.tile
+
+        def decode(part: np.ndarray) -> np.ndarray:
+            return np.asarray(decoder(latent=part)["image"])
+
+        if tile is None:
+            return decode(latent)
+        return decode_tiled(decode, latent, tile.size, tile.overlap, self.bundle.latent.factor)
 
     def _refuse(self, batch: list[Request], broken: np.ndarray, what: str) -> None:
         """Raises OutputError where one of the batch is broken, (B,) bool."""
@@ -181,83 +174,44 @@ class Pipeline:
             seeds = ", ".join(str(request.seed) for request, bad in zip(batch, broken, strict=True) if bad)
             raise OutputError(f"{what} on engine {self.engine!r} for seed {seeds}: no picture was made")
 
-    def _feeds(self, batch: list[Request], states: dict[str, States], size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """The generator's inputs (design.md 4), those that it lists."""
-        prompts, negatives = zip(*(_states(request, states) for request in batch), strict=True)
-        prompt_states, prompt_mask = _padded(prompts)
-        negative_states, negative_mask = _padded(negatives)
-        shapes = {spec.name: spec.shape for spec in self._generator.inputs}
-        latent, factor = self.bundle.latent, self.bundle.latent.factor
-        shape = (latent.channels, size[0] // factor, size[1] // factor)
-        steps = shapes["renoise"][1] or 0 if "renoise" in shapes else 0
-        noise, renoise = zip(*(draw_noise(request.seed, shape, steps) for request in batch), strict=True)
-        feeds: dict[str, Any] = {
-            "noise": np.stack(noise),
-            "renoise": np.stack(renoise),
-            "prompt_states": prompt_states,
-            "prompt_mask": prompt_mask,
-            "negative_states": negative_states,
-            "negative_mask": negative_mask,
-            "negative_scale": np.array([0.0 if request.scale is None else request.scale for request in batch], np.float32),
-        }
-        if "prompt_pooled" in shapes:
-            feeds["prompt_pooled"] = np.concatenate([states[request.prompt]["pooled"] for request in batch])
-        if unknown := shapes.keys() - feeds.keys():
-            raise BundleError(f"the generator takes {min(unknown)!r}, which this snoopi-rt cannot give")
-        return {name: feeds[name] for name in shapes}
-
 
 def load(
-    bundle: str | Path | Bundle | None = None, engine: str = "auto", precision: str | None = None, threads: int | None = None
+    bundle: str | Path | Bundle | None = None,
+    engine: str = "auto",
+    precision: str | None = None,
+    threads: int | None = None,
+    low_memory: bool = False,
 ) -> Pipeline:
     """The pipeline of a bundle (a folder; None = the embedded one) on an engine.
 
-    `engine` "auto" takes the fastest that `snoopi-rt bench` measured here, else `cpu`, then `openvino`; `precision` is one of the bundle's;
-    `threads` bounds the CPU threads. Raises BundleError, EngineMissing, EngineError, InputError.
+    `engine` "auto" takes the fastest that `snoopi-rt bench` measured here, with its precisions, else `cpu`, then `openvino`; `precision` is
+    one of the bundle's, or one a graph ("generator=int8,text_encoder=int4"); `threads` bounds the CPU threads; with `low_memory` the
+    memory's peak is that of the text encoder or that of the rest, not both: a new prompt then waits for models to be opened again.
+    Raises BundleError, EngineMissing, EngineError, InputError.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.load(EMBEDDED if bundle is None else bundle)
     cache = Cache()
-    return open_pipeline(opened, choose_engine(opened, cache) if engine == "auto" else engine, precision, threads, cache)
+    chosen: str | Mapping[str, str] | None = precision
+    if engine == "auto":
+        choice = choose(opened, cache)
+        engine, chosen = choice.engine, choice.precision if precision is None else precision
+    return open_pipeline(opened, engine, chosen, threads, cache, low_memory)
 
 
-def open_pipeline(bundle: Bundle, engine: str, precision: str | None, threads: int | None, cache: Cache) -> Pipeline:
+def open_pipeline(
+    bundle: Bundle, engine: str, precision: str | Mapping[str, str] | None, threads: int | None, cache: Cache, low_memory: bool = False
+) -> Pipeline:
     """The pipeline of a bundle on an engine by its own name, with its files in the cache. Raises as `load` does."""
     known_engine(engine)
     if threads is not None:
         integer("threads", threads, 1)
+    builds = select_builds(bundle, engine, precision)
 
     def open_engine(graph: str) -> Engine:
-        build = bundle.build(graph, engine, precision)
-        return load_engine(engine, bundle.folder / build.files[0].path, build.precision, threads, cache.folder("engines"))
+        build = builds[graph]
+        return load_engine(engine, bundle.folder / build.files[0].path, build.precision, threads, cache, build.hash)
 
-    return Pipeline(bundle, open_engine, engine, precision, cache)
-
-
-def draw_noise(seed: int, shape: tuple[int, ...], steps: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The noise of one image and that of its `steps` later steps, float32 `shape` and (steps, *shape).
-
-    RandomState is the one generator whose stream numpy promises never to change.
-    """
-    stream = np.random.RandomState(seed)
-    return stream.standard_normal(shape).astype(np.float32), stream.standard_normal((steps, *shape)).astype(np.float32)
-
-
-def _states(request: Request, states: dict[str, States]) -> tuple[np.ndarray, np.ndarray]:
-    """The prompt's and the negative's states; no negative is one zero token, which scale 0 leaves without effect."""
-    prompt = states[request.prompt]["states"]
-    negative = np.zeros_like(prompt[:, :1]) if request.negative is None else states[request.negative]["states"]
-    return prompt, negative
-
-
-def _padded(states: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """States of (1, T, D) each as one (B, max T, D), zeros behind, and the mask of what is real (B, max T)."""
-    longest = max(state.shape[1] for state in states)
-    padded = np.zeros((len(states), longest, states[0].shape[2]), np.float32)
-    mask = np.zeros((len(states), longest), bool)
-    for row, state in enumerate(states):
-        padded[row, : state.shape[1]] = state[0]
-        mask[row, : state.shape[1]] = True
-    return padded, mask
+    return Pipeline(bundle, open_engine, engine, precision, cache, low_memory)
 
 
 @contextmanager

@@ -1,64 +1,117 @@
-"""Prompts to text states, computed once: kept in memory, and on disk by the text build's hash."""
+"""Prompts to text states, computed once: carried by the bundle, kept in memory, or on disk by the text build's hash and the text rule."""
 
 import hashlib
 import io
+import json
 import threading
+import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from snoopi_rt.bundle import Build, Bundle, File, Prompts
 from snoopi_rt.cache import Cache
-from snoopi_rt.engines.base import Engine, OutputError
+from snoopi_rt.engines.base import BundleError, Engine, InputError, OutputError
+from snoopi_rt.manifest import text_rule
+from snoopi_rt.stage import Stage
 from snoopi_rt.tokenizer import Tokenizer
 
 States = dict[str, np.ndarray]
 IN_MEMORY = 256
+CARRIED = "prompts.npz"
+NAMED = 10
+"""How many of the known prompts an error names."""
 
 
 class PromptEncoder:
-    """Token ids to the text encoder's outputs, (1, T, D) and the like; the encoder is opened at the first prompt that is nowhere yet."""
+    """The states of prompts, (1, T, D) and the like by output name; tokenizer and text encoder are opened when a prompt needs them.
 
-    def __init__(
-        self, open_tokenizer: Callable[[], Tokenizer], open_engine: Callable[[], Engine], names: tuple[str, ...], key: str, cache: Cache
-    ) -> None:
-        self._open_tokenizer, self._open_engine = open_tokenizer, open_engine
-        self._names, self._key, self._cache = names, key, cache
-        self._kept: OrderedDict[bytes, States] = OrderedDict()
-        # Opening the encoder takes long: meanwhile other threads get the prompts that are kept.
-        self._lock, self._opening = threading.Lock(), threading.Lock()
+    `build` is the text encoder's, None where the bundle has none.
+    """
 
-    def __call__(self, prompt: str, truncate: bool) -> States:
-        """The states by output name, to be read only. Raises InputError (see Tokenizer) and OutputError where one is NaN."""
+    def __init__(self, bundle: Bundle, build: Build | None, open_engine: Callable[[], Engine], cache: Cache) -> None:
+        self._bundle, self._cache = bundle, cache
+        self._encoder = Stage(open_engine)
+        self._names = () if build is None else tuple(spec.name for spec in build.outputs)
+        self._key = "" if build is None else json.dumps([build.hash, asdict(bundle.text)])
+        self._carried = {text: row for row, text in enumerate(bundle.prompts.texts if bundle.prompts else ())}
+        self._kept: OrderedDict[str | bytes, States] = OrderedDict()
+        # Opening takes long: meanwhile other threads get the prompts that are kept.
+        self._lock = threading.Lock()
+
+    def encode(self, prompt: str, truncate: bool = False) -> States:
+        """The states, to be read only.
+
+        Raises InputError (see Tokenizer; or a prompt that a bundle without text encoder does not carry) and OutputError where one is NaN.
+        """
+        text = text_rule(prompt, self._bundle.text.lowercase)
+        if text in self._carried:
+            return self._remembered(text) or self._remember(text, read_prompt(self._bundle, self._carried[text]))
+        ids = self._ids(text, truncate)
+        key = ids.tobytes()
+        return self._remembered(key) or self._remember(key, self._from_disk(ids) or self._compute(ids))
+
+    def keep(self, prompt: str, truncate: bool = False) -> bool:
+        """Sees to it that the prompt's states outlive this process; whether that took the text encoder.
+
+        Raises what `encode` raises, and OutputError where the cache does not take them.
+        """
+        if text_rule(prompt, self._bundle.text.lowercase) in self._carried:
+            return False
+        ids = self._ids(prompt, truncate)
+        if self._from_disk(ids) is not None:
+            return False
+        self._compute(ids)
+        if self._from_disk(ids) is None:
+            raise OutputError(f"prompt states cannot be kept in {self._cache.path}: {self._cache.problem() or 'is the disk full?'}")
+        return True
+
+    def release(self) -> None:
+        """Frees the text encoder until another prompt needs it."""
+        self._encoder.release()
+
+    def close(self) -> None:
+        """Frees the text encoder for good."""
+        self._encoder.close()
+
+    def _ids(self, text: str, truncate: bool) -> np.ndarray:
+        if self._bundle.text.tokenizer is None:
+            known = [repr(each) for each in self._carried]
+            more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
+            raise InputError(
+                f"prompt {text!r} is not one of the {len(known)} that bundle {self._bundle.name!r} knows (it has no text encoder): "
+                f"{', '.join(known[:NAMED])}{more}"
+            )
         with self._lock:
             tokenizer = self._tokenizer
-        ids = tokenizer(prompt, truncate)
+        return tokenizer(text, truncate)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        text = self._bundle.text
+        assert text.tokenizer is not None
+        return Tokenizer(self._bundle.folder / text.tokenizer.path, text.max_tokens, text.lowercase, text.pad)
+
+    def _remembered(self, key: str | bytes) -> States | None:
         with self._lock:
-            states = self._kept.pop(ids.tobytes(), None)
-        states = states or self._from_disk(ids) or self._compute(ids)
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def _remember(self, key: str | bytes, states: States) -> States:
         with self._lock:
-            self._kept[ids.tobytes()] = states
+            self._kept[key] = states
             if len(self._kept) > IN_MEMORY:
                 self._kept.popitem(last=False)
         return states
 
-    def close(self) -> None:
-        """Frees the encoder, if it was opened."""
-        if "_engine" in self.__dict__:
-            self._engine.close()
-
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return self._open_tokenizer()
-
-    @cached_property
-    def _engine(self) -> Engine:
-        return self._open_engine()
-
     def _compute(self, ids: np.ndarray) -> States:
-        with self._opening:
-            engine = self._engine
+        engine = self._encoder.open()
         states = {name: np.asarray(value) for name, value in engine(ids=ids).items()}
         for name, value in states.items():
             if not np.isfinite(value).all():
@@ -80,3 +133,25 @@ class PromptEncoder:
 
     def _file(self, ids: np.ndarray, name: str) -> str:
         return f"{hashlib.sha256(self._key.encode() + ids.tobytes()).hexdigest()}-{name}.npy"
+
+
+def write_prompts(folder: Path, encoded: Mapping[str, States]) -> Prompts:
+    """Writes the states of prompts (by the text after the text rule) into a bundle's folder; what its bundle.json says about them."""
+    path = folder / CARRIED
+    arrays: dict[str, Any] = {f"{row}.{name}": value for row, states in enumerate(encoded.values()) for name, value in states.items()}
+    np.savez(path, **arrays)
+    return Prompts(File.of(path), tuple(encoded))
+
+
+def read_prompt(bundle: Bundle, row: int) -> States:
+    """The states of the prompt in that place of `bundle.prompts`. Raises BundleError where the file does not hold them."""
+    assert bundle.prompts is not None
+    path = bundle.folder / bundle.prompts.file.path
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            states = {name.partition(".")[2]: arrays[name] for name in arrays.files if name.partition(".")[0] == str(row)}
+    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise BundleError(f"cannot read {path}: {error}") from error
+    if not states:
+        raise BundleError(f"{path} does not hold the prompt {bundle.prompts.texts[row]!r}")
+    return states

@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from snoopi_rt.bundle import Guidance
@@ -36,7 +37,7 @@ def requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, 
         if negative is None and row["negative_scale"] is not None and not shared:
             raise InputError(f"negative scale {row['negative_scale']} without a negative prompt: give both, or neither")
         first = draw_seed() if row["seed"] is None else integer("seed", row["seed"], 0)
-        text = _prompt(row["prompt"])
+        text = prompt_text(row["prompt"])
         result += [Request(text, negative, None if negative is None else scale, (first + index) % SEEDS) for index in range(count)]
     return result
 
@@ -46,9 +47,34 @@ def image_size(size: Sequence[int] | None, sizes: tuple[tuple[int, int], ...]) -
     if size is None:
         return sizes[0]
     if not isinstance(size, list | tuple) or tuple(size) not in sizes:
-        asked = "x".join(map(str, size)) if isinstance(size, list | tuple) else size
-        raise InputError(f"size {asked} is not supported, choose from {', '.join(f'{h}x{w}' for h, w in sizes)} (height x width)")
+        asked = "x".join(map(str, reversed(size))) if isinstance(size, list | tuple) else size
+        known = ", ".join(f"{width}x{height}" for height, width in sizes)
+        raise InputError(f"size {asked} is not supported, choose from {known} (width x height)")
     return size[0], size[1]
+
+
+def prompt_text(prompt: Any) -> str:
+    """The prompt; raises InputError where it is no text, or an empty one."""
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt must be text, got {prompt!r}")
+    if not prompt.strip():
+        raise InputError("prompt is empty: say what to draw")
+    return prompt
+
+
+def prompt_lines(path: Path) -> dict[int, str]:
+    """The prompts in a text file by line number, without blank lines and those that begin with #; raises InputError where there is none.
+
+    A line that is not UTF-8 is among them: the tokenizer refuses it.
+    """
+    try:
+        lines = path.read_text("utf-8-sig", "surrogateescape").split("\n")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    prompts = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")}
+    if not prompts:
+        raise InputError(f"{path} holds no prompt")
+    return prompts
 
 
 def draw_seed() -> int:
@@ -64,14 +90,6 @@ def _rows(**columns: Any) -> list[dict[str, Any]]:
     if count == 0:
         raise InputError(f"{next(iter(lengths))} is an empty list")
     return [{name: column[row] if name in lengths else column for name, column in columns.items()} for row in range(count)]
-
-
-def _prompt(prompt: Any) -> str:
-    if not isinstance(prompt, str):
-        raise InputError(f"prompt must be text, got {prompt!r}")
-    if not prompt.strip():
-        raise InputError("prompt is empty: say what to draw")
-    return prompt
 
 
 def _negative(negative: Any, guidance: Guidance) -> str | None:

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from snoopi_rt.engines.base import BundleError, InputError
+from snoopi_rt.manifest import text_rule
 
 
 class Tokenizer:
     """The tokenizer.json at `path`, without the padding and truncation that it may have been saved with. Threads may share it."""
 
-    def __init__(self, path: Path, max_tokens: int, lowercase: bool) -> None:
+    def __init__(self, path: Path, max_tokens: int, lowercase: bool, pad: int | None = None) -> None:
         import tokenizers
 
         try:
@@ -19,15 +20,16 @@ class Tokenizer:
             raise BundleError(f"{path} is not a tokenizer: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._max_tokens, self._lowercase = max_tokens, lowercase
+        self._max_tokens, self._lowercase, self._pad = max_tokens, lowercase, pad
 
     def __call__(self, prompt: str, truncate: bool = False) -> np.ndarray:
-        """The ids, int64 (1, T), special tokens included; `truncate` cuts to the limit but keeps a special token at the end.
+        """The ids, int64 (1, T), special tokens included; with `pad` T is the limit, else the prompt's own length.
 
+        `truncate` cuts to the limit but keeps a special token at the end.
         Raises InputError for text that is not Unicode and for a prompt beyond the limit.
         """
         try:
-            encoding = self._tokenizer.encode(prompt.lower() if self._lowercase else prompt)
+            encoding = self._tokenizer.encode(text_rule(prompt, self._lowercase))
         except (TypeError, UnicodeEncodeError) as error:
             raise InputError(f"prompt is not valid Unicode text: {prompt!a}") from error
         ids, limit = encoding.ids, self._max_tokens
@@ -38,4 +40,6 @@ class Tokenizer:
                 )
             last = encoding.special_tokens_mask[-1]
             ids = ids[: limit - last] + ids[len(ids) - last :]
+        if self._pad is not None:
+            ids += [self._pad] * (limit - len(ids))
         return np.array([ids], dtype=np.int64)

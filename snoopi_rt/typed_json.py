@@ -1,8 +1,11 @@
-"""Frozen dataclasses to and from JSON by their annotations: what is missing, unknown or of another type is an error that says where."""
+"""Frozen dataclasses to and from JSON by their annotations: what is missing, unknown or of another type is an error that says where.
+
+A field with a default may be missing: that is how a document written before the field was there is read.
+"""
 
 import json
 import math
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -25,15 +28,19 @@ def from_json(kind: type[T], document: dict[str, Any]) -> T:
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
+    optional = get_origin(kind) is UnionType  # X | None is the only union there is
+    if optional and value is None:
+        return None
+    kind = get_args(kind)[0] if optional else kind
     origin, args = get_origin(kind), get_args(kind)
     if is_dataclass(kind) and isinstance(value, dict):
         build: Any = kind
-        hints, prefix, names = get_type_hints(kind), f"{where}." if where else "", _saved(kind)
-        if missing := [name for name in names if name not in value]:
+        hints, prefix, defaults = get_type_hints(kind), f"{where}." if where else "", _saved(kind)
+        if missing := [name for name, default in defaults.items() if name not in value and default is MISSING]:
             raise BundleError(f"key {prefix}{missing[0]} is missing")
-        if unknown := [name for name in value if name not in names]:
+        if unknown := [name for name in value if name not in defaults]:
             raise BundleError(f"unknown key {prefix}{unknown[0]}")
-        return build(**{name: _parse(hints[name], value[name], f"{prefix}{name}") for name in names})
+        return build(**{name: _parse(hints[name], value[name], f"{prefix}{name}") for name in defaults if name in value})
     if origin is tuple and isinstance(value, list):
         items = args[:1] * len(value) if args[-1] is ... else args
         if len(items) == len(value):
@@ -43,13 +50,14 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     if kind is float:
         if type(value) in (int, float) and math.isfinite(value):
             return float(value)
-    elif value in args if origin is Literal else type(value) in (args if origin is UnionType else (kind,)):
+    elif value in args if origin is Literal else type(value) is kind:
         return value
-    raise BundleError(f"key {where} must be {_named(kind)}, got {json.dumps(value)[:60]}")
+    raise BundleError(f"key {where} must be {_named(kind)}{' or null' if optional else ''}, got {json.dumps(value)[:60]}")
 
 
-def _saved(kind: Any) -> list[str]:
-    return [entry.name for entry in fields(kind) if entry.metadata.get("saved", True)]
+def _saved(kind: Any) -> dict[str, Any]:
+    """The fields of the document with their defaults."""
+    return {entry.name: entry.default for entry in fields(kind) if entry.metadata.get("saved", True)}
 
 
 def _named(kind: Any) -> str:
@@ -57,5 +65,4 @@ def _named(kind: Any) -> str:
         return "one of " + ", ".join(get_args(kind))
     if get_origin(kind) is tuple:
         return "a list" if get_args(kind)[-1] is ... else f"a list of {len(get_args(kind))}"
-    names = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false", int | None: "an integer or null"}
-    return names.get(kind, "an object")
+    return {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}.get(kind, "an object")

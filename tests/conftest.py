@@ -1,7 +1,8 @@
 """A whole bundle of three tiny graphs whose mathematics is written twice: as ONNX and in numpy."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ try:
 except ModuleNotFoundError as error:
     raise pytest.UsageError("snoopi_rt is not installed: run `pip install -e .` in the repository") from error
 
-from snoopi_rt.bundle import Build, Bundle, File, Guidance, Latent, Parity, Scale, Text
+from snoopi_rt.bundle import Build, Bundle, File, Guidance, Latent, Parity, Prompts, Scale, Text
 from snoopi_rt.cache import Cache
 from snoopi_rt.pipeline import Pipeline
+from snoopi_rt.prompts import write_prompts
+from snoopi_rt.tokenizer import Tokenizer
 
 WORDS = ["[CLS]", "[SEP]", "[UNK]", "a", "red", "blue", "fox", "cat", "blurry", "warm"]
 WIDTH, FACTOR = 4, 2
@@ -142,9 +145,10 @@ def _value(spec: TensorSpec, graph: str) -> onnx.ValueInfoProto:
 
 def write_tokenizer(path: Path) -> None:
     """Whole words between [CLS] and [SEP], saved with the padding and truncation that a trainer leaves behind."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
 
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(WORDS[:3])
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)])
@@ -201,6 +205,27 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def folder(original: Bundle, tmp_path: Path) -> Path:
     """A copy of the tiny bundle's folder that a test may damage."""
     return Path(shutil.copytree(original.folder, tmp_path / "tiny"))
+
+
+def carried(folder: Path, texts: Sequence[str]) -> Prompts:
+    """The prompts written into the tiny bundle's folder."""
+    tokenizer = Tokenizer(folder / "tokenizer.json", 6, lowercase=True)
+    return write_prompts(folder, {text: encode(tokenizer(text)) for text in texts})
+
+
+@pytest.fixture
+def carrying(original: Bundle, folder: Path) -> Bundle:
+    """The tiny bundle with the states of three prompts beside its text encoder."""
+    return replace(original, prompts=carried(folder, ["a red fox", "a cat", "blurry"])).save(folder)
+
+
+@pytest.fixture
+def prompts_only(carrying: Bundle) -> Bundle:
+    """The tiny bundle with the states of three prompts and nothing for others."""
+    for name in ("text_encoder.onnx", "tokenizer.json", "bundle.json"):
+        (carrying.folder / name).unlink()
+    graphs = {graph: carrying.graphs[graph] for graph in ("generator", "decoder")}
+    return replace(carrying, graphs=graphs, text=replace(carrying.text, tokenizer=None)).save(carrying.folder)
 
 
 @pytest.fixture(scope="session")

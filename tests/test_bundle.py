@@ -13,10 +13,11 @@ import onnx
 import pytest
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
-from snoopi_rt.bundle import Build, Bundle, File
+from snoopi_rt.bundle import Build, Bundle, File, Parity, Tile
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import BundleError, InputError
 from snoopi_rt.onnx_links import external_data
+from snoopi_rt.pipeline import EMBEDDED
 
 
 def refused(folder: Path, message: str) -> None:
@@ -51,7 +52,9 @@ def test_the_manifest_is_the_documented_json(original: Bundle) -> None:
     assert document["format"] == 1
     assert document["snoopi_rt"] == "0.1.0"
     assert document["sizes"] == [[16, 16], [16, 24]]
-    assert document["text"]["max_tokens"] == 6
+    assert document["text"].items() >= {"max_tokens": 6, "lowercase": True, "pad": None}.items()
+    assert document["prompts"] is document["tile"] is generator(document)["max_batch"] is None
+    assert generator(document)["parity"] == {"relative_l2": 0.0, "max_abs": 0.0, "latent_error": None, "psnr": None}
     assert document["guidance"] == {"kind": "nasa", "scale": {"default": 0.5, "min": 0.0, "max": 1.0}, "fixed": {}}
     assert generator(document)["files"][0].keys() == {"path", "sha256", "size"}
     assert generator(document)["inputs"][0] == {"name": "noise", "shape": [None, 4, None, None], "dtype": "float32"}
@@ -93,6 +96,17 @@ def test_an_unknown_format_is_refused(folder: Path, number: Any) -> None:
         (lambda d: d.update(text=None), "key text must be an object, got null"),
         (lambda d: d["text"].update(lowercase=1), "key text.lowercase must be true or false, got 1"),
         (lambda d: d["latent"].update(channels=True), "key latent.channels must be an integer, got true"),
+        (lambda d: d["text"].update(pad="x"), 'key text.pad must be an integer or null, got "x"'),
+        (lambda d: d["text"].update(tokenizer=7), "key text.tokenizer must be an object or null, got 7"),
+        (lambda d: d["text"].update(tokenizer=None), "a bundle has a text_encoder and a tokenizer, or neither and prompts"),
+        (lambda d: d["graphs"].pop("text_encoder"), "the graphs must be text_encoder, generator, decoder, not generator, decoder"),
+        (
+            lambda d: d.update(prompts={"file": d["text"]["tokenizer"], "texts": ["a"]}),
+            "prompts must be in an .npz file, not tokenizer.json",
+        ),
+        (lambda d: d.update(tile={"size": 8, "overlap": 8}), "tiles of 8 latent pixels cannot share 8"),
+        (lambda d: d.update(tile={"size": 8}), "key tile.overlap is missing"),
+        (lambda d: generator(d).update(max_batch=0), "generator.onnx: max_batch must be positive"),
         (lambda d: d["guidance"].update(kind="magic"), "key guidance.kind must be one of nasa, nag, vsf, projected, none"),
         (lambda d: d["guidance"]["scale"].update(max=float("nan")), "key guidance.scale.max must be a finite number, got NaN"),
         (lambda d: d["guidance"]["scale"].update(default=3), "scale 3.0 is outside 0.0 to 1.0"),
@@ -112,7 +126,18 @@ def test_an_unknown_format_is_refused(folder: Path, number: Any) -> None:
         (lambda d: generator(d)["files"].append(generator(d)["files"][0]), "a build lists one file twice: generator.onnx, generator.onnx"),
         (lambda d: generator(d)["files"][0].update(path="decoder.onnx"), "decoder.onnx is listed twice with different contents"),
         (lambda d: generator(d).update(format="openvino-ir"), "an openvino-ir build must list an .xml file and its .bin"),
-        (lambda d: generator(d)["parity"].update(relative_l2=0.5), "generator.onnx is 0.5 off PyTorch, beyond its tolerance 0.0001"),
+        (
+            lambda d: generator(d)["parity"].update(relative_l2=0.5),
+            "generator.onnx is 0.5 (relative L2) off PyTorch, beyond its tolerance 0.0001",
+        ),
+        (
+            lambda d: generator(d)["parity"].update(latent_error=0.2),
+            "generator.onnx is 0.2 (latent error) off PyTorch, beyond its tolerance 0.0001",
+        ),
+        (
+            lambda d: generator(d)["parity"].update(psnr="high"),
+            'key graphs.generator[0].parity.psnr must be a finite number or null, got "high"',
+        ),
     ],
 )
 def test_a_wrong_manifest_says_where(folder: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
@@ -244,14 +269,13 @@ def with_builds(bundle: Bundle, **builds: tuple[Build, ...]) -> Bundle:
     return replace(bundle, graphs={**bundle.graphs, **builds})
 
 
-def test_a_precision_is_taken_by_the_graphs_that_have_it(original: Bundle) -> None:
+def test_a_build_is_found_by_graph_engine_and_precision(original: Bundle) -> None:
     first = original.build("generator", "cpu")
     half = replace(first, precision="bf16", engines=("openvino",))
     bundle = with_builds(original, generator=(first, half))
     assert bundle.build("generator", "openvino") is first
     assert bundle.build("generator", "openvino", "bf16") is half
-    assert bundle.build("decoder", "openvino", "bf16").precision == "fp32"
-    with pytest.raises(InputError, match="bundle 'tiny' has no precision 'bf16' for engine 'cpu', choose from fp32"):
+    with pytest.raises(InputError, match="bundle 'tiny' has no generator in precision 'bf16' for engine 'cpu', choose from fp32"):
         bundle.build("generator", "cpu", "bf16")
 
 
@@ -267,3 +291,60 @@ def test_an_engine_without_a_build_lists_those_that_are_served(original: Bundle)
 def test_the_hash_of_a_build_changes_with_its_files(original: Bundle) -> None:
     build = original.build("text_encoder", "cpu")
     assert build.hash != replace(build, files=(replace(build.files[0], sha256="0" * 64),)).hash
+
+
+@pytest.mark.parametrize("absent", ["prompts", "tile"])
+def test_a_manifest_from_before_a_field_was_there_is_read(original: Bundle, folder: Path, absent: str) -> None:
+    def older(document: dict[str, Any]) -> None:
+        del document[absent], document["text"]["pad"], generator(document)["max_batch"]
+        for graph in document["graphs"].values():
+            graph[0]["parity"] = {"relative_l2": 0.0, "max_abs": 0.0}
+
+    edit(folder, older)
+    assert replace(Bundle.load(folder), folder=original.folder, hash=original.hash) == original
+
+
+def test_a_build_is_judged_by_its_latent_error_where_that_was_measured(original: Bundle) -> None:
+    build = original.build("generator", "cpu")
+    judged = replace(build, parity=Parity(relative_l2=0.5, max_abs=9.0, latent_error=0.04), tolerance=0.05)
+    assert judged.error == 0.04
+    assert replace(build, parity=Parity(relative_l2=0.03, max_abs=9.0, psnr=20.0), tolerance=0.05).error == 0.03
+    for beyond in (0.06, float("nan")):
+        with pytest.raises(BundleError, match=r"\(latent error\) off PyTorch, beyond its tolerance 0.05"):
+            replace(judged, parity=Parity(0.0, 0.0, beyond))
+
+
+def test_everything_measured_is_described(original: Bundle) -> None:
+    build = original.build("generator", "cpu")
+    bundle = with_builds(
+        replace(original, tile=Tile(8, 2)),
+        generator=(replace(build, precision="int8", parity=Parity(2e-2, 1.0, 0.041), tolerance=0.05, max_batch=1),),
+        decoder=(replace(original.build("decoder", "cpu"), parity=Parity(1e-5, 1.0, psnr=48.25)),),
+    )
+    said = bundle.described()
+    assert "int8 arithmetic, latent error 4.1e-02 (at most 5e-02), relative L2 to PyTorch 2.0e-02, batch up to 1" in said
+    assert "fp32 arithmetic, relative L2 to PyTorch 1.0e-05 (at most 1e-04), PSNR 48.2 dB" in said
+    assert "decoded in tiles of 16x16 that share 4 pixels" in said
+
+
+def test_carried_prompts_are_described(carrying: Bundle, prompts_only: Bundle) -> None:
+    assert "prompts up to 6 tokens, carries the states of 3\n" in carrying.described()
+    assert "prompts up to 6 tokens, carries the states of 3 and no text encoder for others\n" in prompts_only.described()
+
+
+def test_a_prompt_that_is_not_as_the_text_rule_leaves_it_is_refused(prompts_only: Bundle) -> None:
+    for text in ("A cat", " a cat", ""):
+        edit(prompts_only.folder, lambda document, text=text: document["prompts"].update(texts=[text]))  # type: ignore[misc]
+        refused(prompts_only.folder, f"the prompt {text!r} is not as the text rule leaves it")
+    for texts in ([], ["a cat", "a cat"]):
+        edit(prompts_only.folder, lambda document, texts=texts: document["prompts"].update(texts=texts))  # type: ignore[misc]
+        refused(prompts_only.folder, "the prompts that a bundle carries must be there, each once")
+
+
+def test_damage_in_the_carried_states_is_refused(prompts_only: Bundle) -> None:
+    flip_a_byte(prompts_only.folder / "prompts.npz")
+    refused(prompts_only.folder, f"{prompts_only.folder / 'prompts.npz'} is damaged: ")
+
+
+def test_the_embedded_bundle_keeps_every_promise() -> None:
+    Bundle.load(EMBEDDED).verify()

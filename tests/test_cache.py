@@ -1,7 +1,9 @@
 """The cache keeps bytes in one private folder, and does without where it cannot."""
 
 import os
+import shutil
 import stat
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -46,7 +48,10 @@ def test_a_folder_that_cannot_be_made_is_done_without(tmp_path: Path) -> None:
     cache.trim()
     cache.clear()
     assert cache.read("states", "a.npy") is None
-    assert cache.folder("engines") is None
+    with cache.fill("model", 1) as folder:
+        assert folder is None
+    assert cache.find("model") is None
+    cache.drop("model")
     assert sum(cache.sizes().values()) == 0
 
 
@@ -124,3 +129,116 @@ def test_readers_never_see_half_a_file() -> None:
     done.set()
     reader.join()
     assert seen <= {None, b"a" * 100_000, b"b" * 100_000}
+
+
+def fill(cache: Cache, name: str, size: int, files: int = 2) -> Path:
+    with cache.fill(name, size) as folder:
+        assert folder is not None
+        for number in range(files):
+            (folder / f"part{number}").write_bytes(bytes(size // files))
+    return cache.path / "engines" / name
+
+
+def test_a_folder_is_found_once_it_is_whole() -> None:
+    cache = Cache()
+    with cache.fill("model", 10) as folder:
+        assert folder is not None
+        (folder / "weights").write_bytes(b"w" * 10)
+        assert cache.find("model") is None
+    found = cache.find("model")
+    assert found is not None
+    assert (found / "weights").read_bytes() == b"w" * 10
+    assert stat.S_IMODE(found.stat().st_mode) == 0o700
+    cache.drop("model")
+    assert cache.find("model") is None
+    assert list((cache.path / "engines").iterdir()) == []
+
+
+def test_a_folder_whose_making_failed_leaves_nothing() -> None:
+    with pytest.raises(ZeroDivisionError), Cache().fill("model", 10) as folder:
+        assert folder is not None
+        (folder / "weights").write_bytes(b"half")
+        raise ZeroDivisionError
+    assert list((Cache().path / "engines").iterdir()) == []
+
+
+def test_a_folder_that_changed_is_removed() -> None:
+    path = fill(Cache(), "model", 10)
+    (path / "part1").write_bytes(b"other")
+    assert Cache().find("model") is None
+    assert not path.exists()
+
+
+def test_a_folder_goes_as_a_whole_and_the_one_used_last_stays() -> None:
+    cache = Cache(limit=1000)
+    for age, name in enumerate(("new", "middle", "old")):
+        os.utime(fill(cache, name, 300), (1000 - age, 1000 - age))
+    assert cache.find("old") is not None
+    fill(cache, "newest", 300)
+    assert {path.name for path in (cache.path / "engines").iterdir()} == {"new", "old", "newest"}
+    assert cache.find("old") is not None
+    assert cache.sizes()["engines"] <= 1000
+
+
+def test_folders_and_files_share_one_limit() -> None:
+    cache = Cache(limit=1000)
+    os.utime(fill(cache, "model", 400), (1000, 1000))
+    cache.write("states", "a", bytes(800))
+    cache.trim()
+    assert cache.find("model") is None
+    assert cache.read("states", "a") is not None
+
+
+def test_a_folder_takes_at_most_half_the_limit_and_one_that_turned_out_larger_is_not_tried_again() -> None:
+    cache = Cache(limit=1000)
+    kept = fill(cache, "small", 300)
+    with cache.fill("large", 501) as folder:
+        assert folder is None
+    with cache.fill("larger than expected", 100) as folder:
+        assert folder is not None
+        (folder / "weights").write_bytes(bytes(600))
+    assert cache.find("larger than expected") is None
+    with cache.fill("larger than expected", 100) as folder:
+        assert folder is None
+    assert cache.find("small") == kept
+    assert cache.sizes()["engines"] < 500
+
+
+def test_a_disk_without_room_is_not_filled() -> None:
+    cache = Cache(limit=2**62)
+    cache.write("states", "a", b"")
+    with cache.fill("model", shutil.disk_usage(cache.path).free) as folder:
+        assert folder is None
+
+
+def test_clear_removes_folders_and_what_a_crash_left_of_them() -> None:
+    cache = Cache()
+    fill(cache, "model", 10)
+    (cache.path / "engines" / ".model.abc.tmp").mkdir()
+    (cache.path / "engines" / ".model.abc.tmp" / "half").write_bytes(b"half")
+    assert cache.sizes()["engines"] > 10
+    cache.clear()
+    assert list((cache.path / "engines").iterdir()) == []
+
+
+def test_processes_share_folders() -> None:
+    """Some fill one name, some drop it: whoever finds it finds all of it."""
+    code = """
+import sys
+from snoopi_rt.cache import Cache
+cache, letter = Cache(), sys.argv[1].encode()
+for _ in range(100):
+    with cache.fill("model", 2000) as folder:
+        for part in "ab":
+            (folder / part).write_bytes(letter * 1000)
+    found = cache.find("model")
+    try:
+        sizes = {len((found / part).read_bytes()) for part in "ab"} if found else {1000}
+    except FileNotFoundError:  # dropped by another in between
+        sizes = {1000}
+    assert sizes == {1000}
+    cache.drop("model")
+"""
+    running = [subprocess.Popen([sys.executable, "-c", code, letter]) for letter in "xyz"]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert [path for path in (Cache().path / "engines").iterdir() if path.name != "model"] == []

@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from snoopi_rt import image
+from snoopi_rt import image, pipeline
 from snoopi_rt.bench import cold_start
 from snoopi_rt.bundle import Bundle
 from snoopi_rt.cache import Cache
-from snoopi_rt.choice import measurements
+from snoopi_rt.choice import Measured, measurements
 from snoopi_rt.cli import main
 from snoopi_rt.engines import installed
 
@@ -39,7 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @needs_engine
 def test_generate_writes_an_image_that_says_how_it_was_made(original: Bundle, here: Path) -> None:
-    result = run("generate", "a red fox", "--neg", "blurry", "--seed", 7, "--size", "16x24", "-o", "fox.png", "--bundle", original.folder)
+    result = run("generate", "a red fox", "--neg", "blurry", "--seed", 7, "--size", "24x16", "-o", "fox.png", "--bundle", original.folder)
     assert result.stdout == "fox.png  seed 7\n"
     first = np.asarray(Image.open(here / "fox.png"))
     told = run("info", "fox.png")
@@ -108,11 +108,17 @@ def test_an_existing_file_is_not_overwritten_without_force(original: Bundle, her
         (["a cat", "--neg-scale", "0.5"], 2, "error: negative scale 0.5 without a negative prompt"),
         (["a cat", "-n", "0"], 2, "error: n must be an integer of at least 1, got 0"),
         (["a cat", "--seed", "-1"], 2, "error: seed must be an integer of at least 0, got -1"),
-        (["a cat", "--size", "32x32"], 2, "error: size 32x32 is not supported, choose from 16x16, 16x24"),
-        (["a cat", "--size", "big"], 2, "'big' is not HEIGHTxWIDTH, such as 128x128"),
+        (["a cat", "--size", "32x32"], 2, "error: size 32x32 is not supported, choose from 16x16, 24x16"),
+        (["a cat", "--size", "big"], 2, "'big' is not WIDTHxHEIGHT, such as 128x128"),
         (["a cat", "--engine", "gpu"], 2, "error: unknown engine 'gpu', choose from cpu, openvino, cuda, tensorrt"),
         (["a cat", "--engine", "tensorrt"], 1, "error: engine 'tensorrt' is not supported by this version"),
         (["a cat", "--precision", "fp8"], 2, "error: bundle 'tiny' has no precision 'fp8'"),
+        (
+            ["a cat", "--precision", "unet=fp32"],
+            2,
+            "error: precision 'unet=fp32': unknown graph 'unet', choose from text_encoder, generator",
+        ),
+        (["a cat", "--precision", "decoder=int8"], 2, "error: bundle 'tiny' has no decoder in precision 'int8' for engine 'cpu'"),
         (["a cat", "--threads", "0"], 2, "error: threads must be an integer of at least 1, got 0"),
         (["a cat", "-o", "nowhere/cat.png"], 1, "error: cannot write nowhere/cat.png: nowhere is not a folder"),
         (["a cat", "-o", "cat.gif"], 2, "error: cat.gif must end in .png, .jpg, .jpeg, .webp"),
@@ -127,6 +133,60 @@ def test_a_known_error_is_one_line_and_a_code(original: Bundle, here: Path, word
     if message.startswith("error"):
         assert len(result.stderr.splitlines()) == 1
     assert list(here.iterdir()) == []
+
+
+@needs_engine
+def test_prompts_of_a_file_are_encoded_once(original: Bundle, here: Path) -> None:
+    (here / "presets.txt").write_bytes("\ufeff# animals\r\na red fox\r\n\r\n  A cat \n#a dog\na cat".encode())
+    words = ("prompts", "--bundle", original.folder, "--file", "presets.txt", "--engine", HERE[0])
+    assert run(*words).stdout == "2 new, 1 kept before\n"
+    assert run(*words).stdout == "0 new, 3 kept before\n"
+    encoder = original.folder / "text_encoder.onnx"
+    hidden = encoder.rename(here / "hidden.onnx")
+    try:
+        with pipeline.open_pipeline(original, HERE[0], None, None, Cache()) as pipe:
+            assert len(pipe(["a red fox", "a cat"]).images) == 2
+    finally:
+        hidden.rename(encoder)
+
+
+@needs_engine
+def test_a_bad_line_of_a_file_is_named_and_costs_the_others_nothing(original: Bundle, here: Path) -> None:
+    (here / "presets.txt").write_bytes(b"a cat\n\na a a a a\na red fox\n\xff\nblurry\n")
+    words = ("prompts", "--bundle", original.folder, "--file", "presets.txt", "--engine", HERE[0])
+    result = run(*words, code=2)
+    assert result.stdout == "3 new, 0 kept before\n"
+    long, foreign = result.stderr.splitlines()
+    assert long.startswith("error: presets.txt line 3: prompt has 7 tokens, the limit is 6")
+    assert foreign.startswith("error: presets.txt line 5: prompt is not valid Unicode text")
+    assert run(*words, code=2).stdout == "0 new, 3 kept before\n"
+
+
+@pytest.mark.parametrize(("data", "message"), [(b"", "holds no prompt"), (b"# nothing\n\n", "holds no prompt"), (None, "No such file")])
+def test_a_file_without_prompts_is_one_line(original: Bundle, here: Path, data: bytes | None, message: str) -> None:
+    if data is not None:
+        (here / "presets.txt").write_bytes(data)
+    result = run("prompts", "--bundle", original.folder, "--file", "presets.txt", code=2)
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@needs_engine
+def test_prompts_that_cannot_be_kept_are_an_error(original: Bundle, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "file").write_bytes(b"")
+    (here / "presets.txt").write_text("a cat")
+    monkeypatch.setenv("SNOOPI_RT_CACHE", "file")
+    words = ("prompts", "--bundle", original.folder, "--file", "presets.txt", "--engine", HERE[0])
+    assert "prompt states cannot be kept in file/snoopi-rt-cache: it cannot be made: Not a directory" in run(*words, code=1).stderr
+
+
+@needs_engine
+def test_a_bundle_with_prompts_only_draws_those_and_names_them_for_others(prompts_only: Bundle, here: Path) -> None:
+    run("generate", "A cat", "--neg", "blurry", "-o", "cat.png", "--bundle", prompts_only.folder)
+    assert (here / "cat.png").is_file()
+    result = run("generate", "a dog", "--bundle", prompts_only.folder, code=2)
+    assert "(it has no text encoder): 'a red fox', 'a cat', 'blurry'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_a_folder_without_a_bundle_ends_with_code_one(here: Path) -> None:
@@ -197,7 +257,8 @@ def test_bench_ends_with_one_json_document_and_remembers(original: Bundle, here:
     assert measured["cold_start"]["first"] > 0
     assert measured["cold_start"]["peak_memory"] is None or measured["cold_start"]["peak_memory"] > 2**20
     assert measured["provider"]
-    assert measurements(original, Cache()) == {HERE[0]: measured["plain"]["total"]["p50"]}
+    best = Measured(dict.fromkeys(original.graphs, "fp32"), measured["plain"]["total"]["p50"])
+    assert measurements(original, Cache()) == {HERE[0]: best}
     assert Cache().sizes()["states"] == 0, "its random prompts are nobody's"
 
 
@@ -206,7 +267,10 @@ def test_bench_ends_with_one_json_document_and_remembers(original: Bundle, here:
 def test_bench_remembers_only_what_load_does_by_itself(
     original: Bundle, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...]
 ) -> None:
-    monkeypatch.setattr("snoopi_rt.bench.cold_start", lambda *given: {"first": 1.0, "again": 1.0, "peak_memory": None})
+    monkeypatch.setattr(
+        "snoopi_rt.bench.cold_start",
+        lambda *given: dict.fromkeys(("first", "again", "peak_memory", "peak_again")) | {"first": 1.0, "again": 1.0},
+    )
     run("bench", "--bundle", original.folder, "--engine", HERE[0], "--runs", 1, *words)
     assert measurements(original, Cache()) == {}
 

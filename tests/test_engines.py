@@ -202,6 +202,45 @@ def test_openvino_reports_the_precision_that_it_runs_in(original: Bundle) -> Non
     assert load_engine("openvino", original.folder / "generator.onnx", "bf16").provider in ("CPU bf16", "CPU f32")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_openvino_computes_in_bf16_where_the_processor_can_and_says_where_it_cannot(precision: str) -> None:
+    from snoopi_rt.engines.ov import arithmetic
+
+    assert arithmetic(precision, ["FP32", "BF16"]) == ("bf16", "")
+    assert arithmetic(precision, ["FP32", "FP16"]) == ("f32", " (this processor has no bf16)")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8-weights", "int4-weights", None])
+def test_openvino_computes_all_other_precisions_in_f32(precision: str | None) -> None:
+    from snoopi_rt.engines.ov import arithmetic
+
+    assert arithmetic(precision, ["FP32", "BF16", "FP16"]) == ("f32", "")
+
+
+@pytest.mark.skipif("openvino" not in HERE or sys.platform != "linux", reason="needs openvino and /proc")
+def test_openvino_needs_no_more_memory_after_many_token_lengths() -> None:
+    from snoopi_rt.pipeline import EMBEDDED
+
+    def memory() -> int:
+        return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+
+    engine = load_engine("openvino", EMBEDDED / "generator.onnx", "fp32", 2)
+    shapes = {spec.name: spec.shape for spec in engine.inputs}
+    stream, after = np.random.RandomState(0), {}
+    for call in range(100):
+        tokens = dict(zip(("prompt", "negative"), stream.randint(1, 120, 2).tolist(), strict=True))
+        given: dict[str, np.ndarray] = {
+            "noise": np.zeros([side or 1 for side in shapes["noise"]], np.float32),
+            "negative_scale": np.zeros(1, np.float32),
+        }
+        for side, length in tokens.items():
+            given[f"{side}_states"] = np.zeros((1, length, shapes[f"{side}_states"][2] or 0), np.float32)
+            given[f"{side}_mask"] = np.ones((1, length), bool)
+        engine(**{name: given[name] for name in shapes})
+        after[call] = memory()
+    assert after[99] - after[40] < 6e6
+
+
 def test_importing_the_engines_imports_no_engine(tmp_path: Path) -> None:
     code = "import sys, snoopi_rt.engines; assert not {'onnxruntime', 'openvino', 'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -113,5 +113,5 @@ def test_a_results_metadata_is_text_and_leaves_out_what_was_not_given(pipe: Pipe
     assert json.loads(json.dumps(plain)) == plain
     assert plain["seed"] == "3"
     assert plain["size"] == "16x16"
-    assert not {"negative_prompt", "negative_scale", "precision", "truncate"} & plain.keys()
+    assert not {"negative_prompt", "negative_scale", "truncate"} & plain.keys()
     assert pipe("a cat", "blurry", 0, seed=3).metadata(0)["negative_scale"] == "0.0"

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,13 +15,14 @@ import numpy as np
 import pytest
 
 import snoopi_rt
-from snoopi_rt.bundle import Bundle
+from snoopi_rt.bundle import Bundle, Tile
 from snoopi_rt.cache import Cache
-from snoopi_rt.choice import remember
+from snoopi_rt.choice import Measured, remember
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import BundleError, EngineError, EngineMissing, InputError, OutputError, TensorSpec
 from snoopi_rt.engines.fake import FakeEngine
-from snoopi_rt.pipeline import Pipeline, draw_noise
+from snoopi_rt.feeds import draw_noise
+from snoopi_rt.pipeline import Pipeline
 
 HERE = [name for name in installed() if name != "cuda"]
 Functions = dict[str, Callable[..., dict[str, np.ndarray]]]
@@ -275,8 +277,8 @@ def test_nan_inside_the_decoder_is_an_error_and_never_a_black_picture(original: 
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"seed": 1.5}, "seed must be an integer of at least 0, got 1.5"),
         ({"seed": False}, "seed must be an integer of at least 0, got False"),
-        ({"size": (32, 32)}, "size 32x32 is not supported, choose from 16x16, 16x24 (height x width)"),
-        ({"size": 16}, "size 16 is not supported, choose from 16x16, 16x24"),
+        ({"size": (32, 32)}, "size 32x32 is not supported, choose from 16x16, 24x16 (width x height)"),
+        ({"size": 16}, "size 16 is not supported, choose from 16x16, 24x16"),
         ({"prompt": ["a cat"] * 2, "seed": [1, 2, 3]}, "lists must have one length, got prompt 2, seed 3"),
     ],
 )
@@ -321,18 +323,20 @@ def test_a_closed_pipeline_says_so(pipe: Pipeline) -> None:
         pipe("a cat")
 
 
-def test_auto_takes_cpu_first_then_what_was_measured_to_be_fastest(original: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("snoopi_rt.choice.installed", lambda: ("cpu", "openvino"))
-    choose = snoopi_rt.choice.choose_engine  # type: ignore[attr-defined]
-    assert choose(original, Cache()) == "cpu"
-    remember(original, Cache(), {"cpu": 0.2})
-    remember(original, Cache(), {"openvino": 0.1, "cuda": 0.01})
-    assert choose(original, Cache()) == "openvino"
-    for damaged in (b"[1]", b"7", b'{"openvino": "fast", "cpu": null}', b"{"):
-        Cache().write("measurements", f"{original.hash}.json", damaged)
-        assert choose(original, Cache()) == "cpu"
-    monkeypatch.setattr("snoopi_rt.choice.installed", lambda: ("openvino",))
-    assert choose(replace(original, hash="another"), Cache()) == "openvino"
+@pytest.mark.parametrize("name", HERE)
+def test_auto_runs_the_builds_that_were_measured_here_unless_others_are_asked_for(original: Bundle, name: str) -> None:
+    build = original.build("generator", name)
+    bundle = replace(original, graphs={**original.graphs, "generator": (build, replace(build, precision="int8"))})
+    with snoopi_rt.load(bundle) as pipe:
+        assert pipe.precision == "fp32"
+    precision = {"text_encoder": "fp32", "generator": "int8", "decoder": "fp32"}
+    remember(bundle, Cache(), {name: Measured(precision, 0.1)})
+    with snoopi_rt.load(bundle) as pipe:
+        assert (pipe.engine, pipe.precision) == (name, "text_encoder=fp32,generator=int8,decoder=fp32")
+    with snoopi_rt.load(bundle, precision="generator=fp32") as pipe:
+        assert (pipe.engine, pipe.precision) == (name, "fp32")
+    with snoopi_rt.load(bundle, name) as pipe:
+        assert pipe.precision == "fp32"
 
 
 def test_auto_without_any_engine_says_which_command_installs_one(original: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,5 +355,159 @@ def test_load_refuses_threads_below_one_and_unknown_engines(original: Bundle) ->
 
 def test_an_engine_that_the_bundle_does_not_serve_lists_those_that_it_serves(original: Bundle) -> None:
     for precision in (None, "fp32"):
-        with pytest.raises(BundleError, match="bundle 'tiny' has no generator for engine 'cuda', it serves cpu, openvino"):
+        with pytest.raises(BundleError, match="bundle 'tiny' has no text_encoder for engine 'cuda', it serves cpu, openvino"):
             snoopi_rt.load(original, "cuda", precision)
+
+
+def test_a_clip_bundle_gets_padded_prompts(original: Bundle, functions: Functions) -> None:
+    given: list[list[list[int]]] = []
+
+    def encode(ids: np.ndarray) -> dict[str, np.ndarray]:
+        given.append(ids.tolist())
+        return functions["text_encoder"](ids)
+
+    build = original.build("text_encoder", "cpu")
+    fake = FakeEngine(encode, build.inputs, build.outputs)
+    bundle = replace(original, text=replace(original.text, pad=1))
+    others = {graph: FakeEngine(functions[graph], *_specs(original, graph)) for graph in ("generator", "decoder")}
+    Pipeline(bundle, {**others, "text_encoder": fake}.__getitem__, "cpu")("a cat", "blurry")
+    assert given == [[[0, 3, 7, 1, 1, 1]], [[0, 8, 1, 1, 1, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("generator", "decoder", "sizes"), [(None, None, [4, 1]), (2, None, [2, 2, 1]), (None, 1, [1] * 5), (64, 3, [3, 2])]
+)
+def test_the_smallest_batch_of_bundle_and_builds_is_obeyed(
+    original: Bundle, fakes: dict[str, FakeEngine], functions: Functions, generator: int | None, decoder: int | None, sizes: list[int]
+) -> None:
+    batches: list[int] = []
+
+    def generate(**arrays: np.ndarray) -> dict[str, np.ndarray]:
+        batches.append(len(arrays["noise"]))
+        return functions["generator"](**arrays)
+
+    limits = {"generator": generator, "decoder": decoder}
+    graphs = {graph: (replace(builds[0], max_batch=limits.get(graph)),) for graph, builds in original.graphs.items()}
+    fakes["generator"] = FakeEngine(generate, fakes["generator"].inputs, fakes["generator"].outputs)
+    images = Pipeline(replace(original, graphs=graphs), fakes.__getitem__, "cpu")("a cat", seed=1, n=5).images
+    assert batches == sizes
+    np.testing.assert_array_equal(images[4], expected(functions, "a cat", None, 0.0, 5))
+
+
+@pytest.mark.parametrize(("tile", "calls"), [(None, 1), (Tile(12, 2), 1), (Tile(8, 2), 2)])
+def test_a_latent_larger_than_a_tile_is_decoded_in_tiles(
+    original: Bundle, fakes: dict[str, FakeEngine], functions: Functions, tile: Tile | None, calls: int
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def decode(latent: np.ndarray) -> dict[str, np.ndarray]:
+        shapes.append(latent.shape[2:])
+        return functions["decoder"](latent)
+
+    fakes["decoder"] = FakeEngine(decode, fakes["decoder"].inputs, fakes["decoder"].outputs)
+    image = Pipeline(replace(original, tile=tile), fakes.__getitem__, "cpu")("a cat", seed=1, size=(16, 24)).images[0]
+    assert len(shapes) == calls
+    assert tile is None or max(map(max, shapes)) <= tile.size
+    assert np.abs(image.astype(int) - expected(functions, "a cat", None, 0.0, 1, 16, 24)).max() <= 1
+
+
+class Opened:
+    """Opens fake engines and notes which are open at once."""
+
+    def __init__(self, bundle: Bundle, functions: Functions) -> None:
+        self.bundle, self.functions = bundle, functions
+        self.now: list[str] = []
+        self.moments: list[set[str]] = []
+
+    def __call__(self, graph: str) -> FakeEngine:
+        opened = self
+
+        class Noted(FakeEngine):
+            def close(self) -> None:
+                super().close()
+                opened.now.remove(graph)
+
+        self.now.append(graph)
+        self.moments.append(set(self.now))
+        return Noted(self.functions[graph], *_specs(self.bundle, graph))
+
+
+def _specs(bundle: Bundle, graph: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    build = bundle.build(graph, "cpu")
+    return build.inputs, build.outputs
+
+
+def test_low_memory_never_has_the_text_encoder_open_beside_the_rest(original: Bundle, functions: Functions) -> None:
+    opened = Opened(original, functions)
+    with Pipeline(original, opened, "cpu", low_memory=True) as pipe:
+        assert opened.moments == []
+        image = pipe("a cat", "blurry", seed=1).images[0]
+        np.testing.assert_array_equal(image, expected(functions, "a cat", "blurry", 0.5, 1))
+        alone = [{"text_encoder"}, {"generator"}, {"generator", "decoder"}]
+        assert opened.moments == alone
+        pipe("a cat", seed=2)
+        assert opened.moments == alone, "a known prompt opens nothing"
+        pipe("a red fox", seed=2)
+        assert opened.moments == alone * 2
+    assert opened.now == []
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_closed_pipeline_opens_nothing_again(original: Bundle, functions: Functions, low_memory: bool) -> None:
+    opened = Opened(original, functions)
+    with Pipeline(original, opened, "cpu", low_memory=low_memory) as pipe:
+        pipe("a cat")
+    for prompt in ("a cat", "a red fox"):
+        with pytest.raises(EngineError, match="this pipeline is closed"):
+            pipe(prompt)
+    assert opened.now == []
+
+
+def test_low_memory_frees_the_text_encoder_when_a_prompt_is_refused(original: Bundle, functions: Functions) -> None:
+    opened = Opened(original, functions)
+    pipe = Pipeline(original, opened, "cpu", low_memory=True)
+    with pytest.raises(InputError, match="the limit is 6"):
+        pipe(["a cat", "a a a a a"])
+    assert opened.now == []
+
+
+def test_low_memory_keeps_its_promise_to_many_threads(original: Bundle, pipe: Pipeline, functions: Functions) -> None:
+    prompts = ["red", "blue", "fox", "cat", "a fox", "a cat", "a red", "a blue"]
+    images = {prompt: pipe(prompt, seed=1).images for prompt in prompts}
+    Cache().clear()
+    opened = Opened(original, functions)
+
+    def open_slowly(graph: str) -> FakeEngine:
+        time.sleep(0.002)
+        return opened(graph)
+
+    with Pipeline(original, open_slowly, "cpu", low_memory=True) as low, ThreadPoolExecutor(8) as threads:
+        for prompt, result in zip(prompts, threads.map(lambda prompt: low(prompt, seed=1), prompts), strict=True):
+            np.testing.assert_array_equal(result.images, images[prompt])
+    assert opened.moments.count({"text_encoder"}) == len(prompts)
+    assert all(moment == {"text_encoder"} or "text_encoder" not in moment for moment in opened.moments)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_low_memory_gives_the_same_image(original: Bundle, name: str) -> None:
+    with snoopi_rt.load(original, name) as usual, snoopi_rt.load(original, name, low_memory=True) as low:
+        images = usual("a cat", "blurry", seed=1).images
+        Cache().clear()
+        np.testing.assert_array_equal(low("a cat", "blurry", seed=1).images, images)
+        assert low.provider == usual.provider
+
+
+def test_warmup_of_a_bundle_with_prompts_only_takes_one_of_them(prompts_only: Bundle, fakes: dict[str, FakeEngine]) -> None:
+    Pipeline(prompts_only, fakes.__getitem__, "cpu").warmup()
+    assert [fakes[graph].calls for graph in ("text_encoder", "generator", "decoder")] == [0, 1, 1]
+
+
+def test_a_result_says_the_precision_of_every_graph_so_that_it_can_be_asked_for_again(
+    original: Bundle, fakes: dict[str, FakeEngine]
+) -> None:
+    assert Pipeline(original, fakes.__getitem__, "cpu")("a cat").precision == "fp32"
+    build = original.build("generator", "cpu")
+    bundle = replace(original, graphs={**original.graphs, "generator": (build, replace(build, precision="int8"))})
+    said = Pipeline(bundle, fakes.__getitem__, "cpu", "int8")("a cat").metadata(0)["precision"]
+    assert said == "text_encoder=fp32,generator=int8,decoder=fp32"
+    assert Pipeline(bundle, fakes.__getitem__, "cpu", said).precision == said

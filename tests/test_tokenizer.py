@@ -37,6 +37,26 @@ def test_truncation_keeps_the_last_special_token(tokenizer: Tokenizer) -> None:
     assert tokenizer("a red fox a cat a cat", truncate=True).tolist() == [[0, 3, 4, 6, 3, 1]]
 
 
+def test_outer_white_space_is_no_part_of_a_prompt(original: Bundle) -> None:
+    from tokenizers import Tokenizer as Saved
+    from tokenizers import pre_tokenizers
+
+    path = original.folder.parent / "sees_white_space.json"
+    saved = Saved.from_file(str(original.folder / "tokenizer.json"))
+    saved.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    saved.save(str(path))
+    tokenizer = Tokenizer(path, max_tokens=6, lowercase=True)
+    assert tokenizer("a cat").tolist() == [[0, 3, 2, 7, 1]]
+    assert tokenizer(" \tA cat\n").tolist() == [[0, 3, 2, 7, 1]]
+
+
+def test_a_pad_fills_every_prompt_to_the_limit_and_a_cut_one_not_beyond(original: Bundle) -> None:
+    tokenizer = Tokenizer(original.folder / "tokenizer.json", max_tokens=6, lowercase=True, pad=0)
+    assert tokenizer("a cat").tolist() == [[0, 3, 7, 1, 0, 0]]
+    assert tokenizer("a a a a").tolist() == [[0, 3, 3, 3, 3, 1]]
+    assert tokenizer("a a a a cat", truncate=True).tolist() == [[0, 3, 3, 3, 3, 1]]
+
+
 def test_text_that_is_not_unicode_is_an_input_error(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="prompt is not valid Unicode text"):
         tokenizer("a \udcff fox")

@@ -1,71 +1,95 @@
-"""The architectures that snoopi-rt exports, as data: how a folder becomes modules, and how the student is called and read."""
+"""The architectures that snoopi-rt exports, as data: how folders of weights become modules with one-step rule and guidance."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.guidance import Guidance
-from snoopi_rt.export.one_step import OneStepRule
-from snoopi_rt.export.text import minilm
+from snoopi_rt.export.preset import Preset
+from snoopi_rt.bundle import Text
 
 
 @dataclass(frozen=True)
-class Modules:
+class Weights:
+    """Where a student's tensors are. `folder`: a diffusers model. `network`: a file or folder that stands in for its transformer or UNet.
+
+    `loras`: files merged into the network, with their weights. `decoder`: the folder of another vae.
+    """
+
+    folder: Path
+    network: Path | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
+    decoder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Student:
     """The torch side of a student, fp32 and in evaluation mode.
 
-    text_encoder: ids (B, T) to states (B, T, D), with all that depends on the prompt alone. generator(guidance, empty_states) is the
-    network that is exported, reference(guidance, empty_states) the same as diffusers computes it; both take the inputs of the graph
-    `generator`. decoder: latent (B, C, h, w) to image (B, H, W, 3) uint8.
+    text_encoder: ids (B, T) to what `text_outputs` names, with all that depends on the prompt alone; on the meta device where `tensor_of`
+    gives its parameters by name, which is how an encoder larger than the memory is written. encode: the same for one prompt's ids, as
+    fp32 tensors. generator(guidance, empty_states) is the network that is exported, reference(guidance, empty_states) the same as diffusers
+    computes it; both take the inputs of the graph `generator`. decoder: latent (B, C, h, w) to image (B, H, W, 3) uint8.
+    write_tokenizer(path) writes tokenizer.json and gives the rule of its prompts.
     """
 
     text_encoder: nn.Module
+    text_outputs: tuple[str, ...]
+    encode: Callable[[list[Tensor]], list[dict[str, Tensor]]]
     generator: Callable[[Guidance, Tensor], nn.Module]
     reference: Callable[[Guidance, Tensor], nn.Module]
     decoder: nn.Module
-    tokenizer: Path
+    write_tokenizer: Callable[[Path], Text]
+    channels: int
+    tensor_of: Callable[[str], Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """One architecture with its one-step rule. `default_scale`: negative scale by kind of guidance, measured for these weights."""
+    """One architecture. `module` has `load(weights, preset, sizes) -> Student`.
+
+    side: what the sides of an image are multiples of. masks: the graph takes token masks, so that prompts of different lengths share a
+    batch. precision: what each graph is exported in where nothing is said. tiny_decoder: hub id of its TAESD. opset: see graph.py.
+    """
 
     name: str
-    licence: str
-    load: Callable[[Path, OneStepRule], Modules]
-    rule: OneStepRule
-    max_tokens: int
-    lowercase: bool
-    channels: int
-    factor: int
-    sizes: tuple[tuple[int, int], ...]
-    default_scale: Mapping[str, float]
+    module: str
+    parts: tuple[str, ...]
+    side: int
+    precision: dict[str, str]
+    tiny_decoder: str | None = None
+    masks: bool = False
+    opset: int = 23
+
+    def load(self, weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -> Student:
+        """The modules of a student. Raises InputError for weights that are missing or do not fit."""
+        return import_module(f"snoopi_rt.export.backbones.{self.module}").load(weights, preset, sizes)
 
 
-def _load_small(folder: Path, rule: OneStepRule) -> Modules:
-    from snoopi_rt.export.backbones.small import load
-
-    return load(folder, rule)
-
+FACTOR = 8
+"""Pixels a latent pixel: the same for every autoencoder here."""
+_AUTO = {"text_encoder": "fp16", "generator": "auto", "decoder": "auto"}
+_CLIP = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 BACKBONES = {
     backbone.name: backbone
     for backbone in (
+        Backbone("small", "small", ("transformer", "vae"), FACTOR * 2, dict.fromkeys(_AUTO, "fp16"), masks=True, opset=20),
         Backbone(
-            name="small",
-            licence="Apache-2.0; trained on Fluent Emoji (MIT) and Noto Emoji (Apache-2.0), text encoder all-MiniLM-L6-v2 (Apache-2.0)",
-            load=_load_small,
-            # Zero terminal SNR: at the last timestep the input is pure noise and the clean latent is -v.
-            rule=OneStepRule("v", timestep=999, alpha=0.0, sigma=1.0),
-            max_tokens=minilm.MAX_TOKENS,
-            lowercase=True,
-            channels=8,
-            factor=8,
-            sizes=((128, 128),),
-            default_scale={"nasa": 1.0, "projected": 1.0, "none": 0.0},
+            "pixart",
+            "pixart_alpha",
+            ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
+            FACTOR * 2,
+            {**_AUTO, "text_encoder": "int8-weights"},
+            "madebyollin/taesd",
         ),
+        Backbone("sd15", "stable_diffusion", _CLIP, FACTOR * 8, _AUTO, "madebyollin/taesd"),
+        Backbone("sd21", "stable_diffusion", _CLIP, FACTOR * 8, _AUTO, "madebyollin/taesd"),
+        Backbone("sdxl", "stable_diffusion", (*_CLIP, "text_encoder_2", "tokenizer_2"), FACTOR * 8, _AUTO, "madebyollin/taesdxl"),
     )
 }
 

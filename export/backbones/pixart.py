@@ -1,160 +1,215 @@
-"""PixArt with its one timestep folded away and guidance in every cross-attention: the network that is exported.
+"""PixArt with its timesteps folded away and guidance in every cross-attention: the network that is exported.
 
 At one timestep every modulation is a constant: scale and shift become LayerNorm's own weight and bias, and each gate goes into the output
-projection behind it. What is left has no timestep at all. `tests/test_export.py` holds it against diffusers' own network.
+projection behind it. What is left has no timestep at all. `tests/test_pixart.py` holds it against diffusers' own network.
 """
+
+from collections.abc import Callable
 
 import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from snoopi_rt.export.attention import GuidedAttention, merge_heads, split_heads
+from snoopi_rt.export.fold import gated, linear, modulated_norm, stacked
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
-from snoopi_rt.kernels import attention
+from snoopi_rt.kernels import attention, fused_attention
 
 
 class GuidedPixArt(nn.Module):
     """The student as diffusers computes it, with guidance: what the folded network and the exported graph are checked against.
 
-    Takes and gives what FoldedPixArt does. Sets the attention processors of `network`.
+    Takes and gives what FoldedPixArt does. Sets the attention processors of `network`. `size`: height and width of the image, on which the
+    1024 models are conditioned.
     """
 
-    def __init__(self, network: PixArtTransformer2DModel, rule: OneStepRule, guidance: Guidance, empty_states: Tensor):
+    def __init__(
+        self, network: PixArtTransformer2DModel, rule: OneStepRule, guidance: Guidance, empty_states: Tensor, size: tuple[int, int]
+    ):
         super().__init__()
-        self.network, self.rule = network, rule
+        self.network, self.rule, self.size = network, rule, size
         network.set_attn_processor(GuidedAttention(guidance, empty_states))
 
     def forward(
         self,
         noise: Tensor,
         prompt_states: Tensor,
-        prompt_mask: Tensor,
+        prompt_mask: Tensor | None = None,
         negative_states: Tensor | None = None,
         negative_mask: Tensor | None = None,
         negative_scale: Tensor | None = None,
+        renoise: Tensor | None = None,
     ) -> Tensor:
         negative = None if negative_states is None else (negative_states, negative_mask, negative_scale)
-        answer = self.network(
-            self.rule.input_scale * noise,
-            encoder_hidden_states=prompt_states,
-            timestep=torch.full((len(noise),), self.rule.timestep),
-            encoder_attention_mask=prompt_mask.to(noise.dtype),
-            cross_attention_kwargs={"negative": negative},
-            return_dict=False,
-        )[0]
-        return self.rule.x0(noise, answer[:, : noise.shape[1]])
+
+        def network(step: int, latent: Tensor) -> Tensor:
+            answer = self.network(
+                latent,
+                encoder_hidden_states=prompt_states,
+                timestep=torch.full((len(noise),), self.rule.steps[step].timestep),
+                encoder_attention_mask=None if prompt_mask is None else prompt_mask.to(noise.dtype),
+                cross_attention_kwargs={"negative": negative},
+                added_cond_kwargs=size_condition(self.network, self.size, len(noise)),
+                return_dict=False,
+            )[0]
+            return answer[:, : noise.shape[1]]
+
+        return self.rule.run(network, noise, renoise)
 
 
 class FoldedPixArt(nn.Module):
-    """`noise, prompt_states, prompt_mask, negative_states, negative_mask, negative_scale -> latent`; see design of the graphs.
+    """`noise, prompt_states, negative_states, negative_scale, renoise -> latent`; see design of the graphs.
 
-    noise (B, C, h, w); states (B, T, D) and (B, U, D) behind the caption projection; masks (B, T) and (B, U) bool; scale (B,); latent
-    (B, C, h, w) fp32. A guidance of kind none takes only the first three.
-    `empty_states` (1, T0, D): the empty prompt, for guidance that measures from it.
+    noise (B, C, h, w); states (B, T, D) and (B, U, D) behind the caption projection; scale (B,); renoise (B, S - 1, C, h, w) for S steps;
+    latent (B, C, h, w) fp32. Masks (B, T) and (B, U) bool, where given, say which tokens count. A guidance of kind none takes no negative.
+    `empty_states` (1, T0, D): the empty prompt, for guidance that measures from it. `attention`: see kernels/ops/reference.py.
     """
 
-    def __init__(self, network: PixArtTransformer2DModel, rule: OneStepRule, guidance: Guidance, empty_states: Tensor):
+    def __init__(
+        self,
+        network: PixArtTransformer2DModel,
+        rule: OneStepRule,
+        guidance: Guidance,
+        empty_states: Tensor,
+        size: tuple[int, int],
+        attention: Callable[..., Tensor] = fused_attention,
+    ):
         super().__init__()
-        self.rule = rule
-        self.channels = network.config.in_channels
-        self.patch = network.config.patch_size
-        self.patchify = network.pos_embed.proj
-        self.positions = nn.Buffer(network.pos_embed.pos_embed.clone())
-        modulation, embedded = network.adaln_single(
-            torch.tensor([rule.timestep]), {"resolution": None, "aspect_ratio": None}, batch_size=1, hidden_dtype=torch.float32
-        )
-        self.blocks = nn.ModuleList(FoldedBlock(block, modulation, guidance, empty_states) for block in network.transformer_blocks)
-        shift, scale = (network.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
-        self.norm = _modulated_norm(network.norm_out, scale, shift)
-        # A network that also learns the variance answers 2 C channels; the first C are the mean.
-        self.project = _first_channels(network.proj_out, self.patch**2, network.out_channels, self.channels)
+        self.rule, self.patch = rule, network.config.patch_size
+        self.patchify, self.positions = network.pos_embed.proj, Positions(network)
+        with torch.no_grad():
+            self.steps = nn.ModuleList(
+                FoldedTransformer(network, step.timestep, guidance, empty_states, size, attention) for step in rule.steps
+            )
 
     def forward(
         self,
         noise: Tensor,
         prompt_states: Tensor,
-        prompt_mask: Tensor,
+        prompt_mask: Tensor | None = None,
         negative_states: Tensor | None = None,
         negative_mask: Tensor | None = None,
         negative_scale: Tensor | None = None,
+        renoise: Tensor | None = None,
     ) -> Tensor:
         # One key and one value product serve both prompts.
-        states = prompt_states if negative_states is None else torch.cat([prompt_states, negative_states], 1)
-        hidden = self.patchify(self.rule.input_scale * noise).flatten(2).transpose(1, 2) + self.positions
+        states, negative = prompt_states, None
+        if negative_states is not None:
+            states, negative = torch.cat([prompt_states, negative_states], 1), (prompt_states.shape[1], negative_mask, negative_scale)
+
+        def network(step: int, latent: Tensor) -> Tensor:
+            patches = self.patchify(latent)
+            h, w = patches.shape[2:]
+            answer = self.steps[step](patches.flatten(2).transpose(1, 2) + self.positions(h, w), states, prompt_mask, negative)
+            answer = answer.unflatten(2, (self.patch, self.patch, noise.shape[1])).unflatten(1, (h, w))
+            return answer.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+        return self.rule.run(network, noise, renoise)
+
+
+class FoldedTransformer(nn.Module):
+    """Patches (B, N, D) and text to patches (B, N, p * p * C), at one timestep."""
+
+    def __init__(
+        self,
+        network: PixArtTransformer2DModel,
+        timestep: float,
+        guidance: Guidance,
+        empty_states: Tensor,
+        size: tuple[int, int],
+        attention: Callable[..., Tensor],
+    ):
+        super().__init__()
+        condition = size_condition(network, size, 1)
+        modulation, embedded = network.adaln_single(torch.tensor([timestep]), condition, batch_size=1, hidden_dtype=torch.float32)
+        self.blocks = nn.ModuleList(
+            FoldedBlock(block, modulation, guidance, empty_states, attention) for block in network.transformer_blocks
+        )
+        shift, scale = (network.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
+        self.norm = modulated_norm(network.norm_out, scale, shift)
+        # A network that also learns the variance answers 2 C channels; the first C are the mean.
+        self.project = _first_channels(network.proj_out, network.out_channels, network.config.in_channels)
+
+    def forward(self, hidden: Tensor, states: Tensor, mask: Tensor | None, negative: tuple[int, Tensor | None, Tensor] | None) -> Tensor:
         for block in self.blocks:
-            hidden = block(hidden, states, prompt_mask, negative_mask, negative_scale)
-        patches = self.project(self.norm(hidden))
-        h, w, p = noise.shape[2] // self.patch, noise.shape[3] // self.patch, self.patch
-        answer = patches.view(-1, h, w, p, p, self.channels).permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, h * p, w * p)
-        return self.rule.x0(noise, answer)
+            hidden = block(hidden, states, mask, negative)
+        return self.project(self.norm(hidden))
 
 
 class FoldedBlock(nn.Module):
     """One transformer block at one timestep: self-attention, guided cross-attention, feed-forward."""
 
-    def __init__(self, block: nn.Module, modulation: Tensor, guidance: Guidance, empty_states: Tensor):
+    def __init__(self, block: nn.Module, modulation: Tensor, guidance: Guidance, empty_states: Tensor, attention: Callable[..., Tensor]):
         super().__init__()
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
             block.scale_shift_table[None] + modulation.reshape(1, 6, -1)
         ).chunk(6, dim=1)
-        self.guidance, self.heads = guidance, block.attn1.heads
-        self.norm1 = _modulated_norm(block.norm1, scale_msa, shift_msa)
-        self.qkv = _stacked(block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
-        self.out1 = _gated(block.attn1.to_out[0], gate_msa)
+        self.guidance, self.heads, self.attention = guidance, block.attn1.heads, attention
+        self.norm1 = modulated_norm(block.norm1, scale_msa, shift_msa)
+        self.qkv = stacked(block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+        self.out1 = gated(block.attn1.to_out[0], gate_msa)
         self.query = block.attn2.to_q
         self.key, self.value = block.attn2.to_k, block.attn2.to_v
         self.out2 = block.attn2.to_out[0]
-        self.norm2 = _modulated_norm(block.norm2, scale_mlp, shift_mlp)
+        self.norm2 = modulated_norm(block.norm2, scale_mlp, shift_mlp)
         self.widen = block.ff.net[0].proj
-        self.narrow = _gated(block.ff.net[2], gate_mlp)
+        self.narrow = gated(block.ff.net[2], gate_mlp)
         if guidance.measures_from_empty:
-            self.key_empty = nn.Buffer(split_heads(self.key(empty_states), self.heads).detach())
-            self.value_empty = nn.Buffer(split_heads(self.value(empty_states), self.heads).detach())
+            self.key_empty = nn.Buffer(split_heads(self.key(empty_states), self.heads))
+            self.value_empty = nn.Buffer(split_heads(self.value(empty_states), self.heads))
 
-    def forward(
-        self, hidden: Tensor, states: Tensor, prompt_mask: Tensor, negative_mask: Tensor | None, negative_scale: Tensor | None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, states: Tensor, mask: Tensor | None, negative: tuple[int, Tensor | None, Tensor] | None) -> Tensor:
         q, k, v = (split_heads(x, self.heads) for x in self.qkv(self.norm1(hidden)).chunk(3, -1))
-        hidden = hidden + self.out1(merge_heads(attention(q, k, v)))
-        hidden = hidden + self.out2(merge_heads(self._cross(hidden, states, prompt_mask, negative_mask, negative_scale)))
+        hidden = hidden + self.out1(merge_heads(self.attention(q, k, v)))
+        hidden = hidden + self.out2(merge_heads(self._cross(hidden, states, mask, negative)))
         return hidden + self.narrow(nn.functional.gelu(self.widen(self.norm2(hidden)), approximate="tanh"))
 
-    def _cross(self, hidden: Tensor, states: Tensor, prompt_mask: Tensor, negative_mask: Tensor | None, scale: Tensor | None) -> Tensor:
+    def _cross(self, hidden: Tensor, states: Tensor, mask: Tensor | None, negative: tuple[int, Tensor | None, Tensor] | None) -> Tensor:
         q, k, v = (
             split_heads(self.query(hidden), self.heads),
             split_heads(self.key(states), self.heads),
             split_heads(self.value(states), self.heads),
         )
-        if self.guidance.attend is None or negative_mask is None:
-            return attention(q, k, v, prompt_mask)
-        t = prompt_mask.shape[1]
+        if self.guidance.attend is None or negative is None:
+            return self.attention(q, k, v, mask)
+        t, negative_mask, scale = negative
         empty = (self.key_empty, self.value_empty) if self.guidance.measures_from_empty else ()
-        return self.guidance.attend(q, k[:, :, :t], v[:, :, :t], prompt_mask, k[:, :, t:], v[:, :, t:], negative_mask, scale, *empty)
+        prompt, other = (k[:, :, :t], v[:, :, :t], mask), (k[:, :, t:], v[:, :, t:], negative_mask)
+        return self.guidance.attend(q, *prompt, *other, scale, *empty, attention=self.attention)
 
 
-def _modulated_norm(norm: nn.Module, scale: Tensor, shift: Tensor) -> nn.LayerNorm:
-    folded = nn.LayerNorm(scale.shape[-1], eps=norm.eps)
-    folded.weight.data, folded.bias.data = (1 + scale).flatten().detach().clone(), shift.flatten().detach().clone()
-    return folded
+class Positions(nn.Module):
+    """The sinusoidal positions (1, h * w, D) of a grid of patches; those of the network's own size are kept, others are computed."""
+
+    def __init__(self, network: PixArtTransformer2DModel):
+        super().__init__()
+        embed = network.pos_embed
+        self.own, self.kept = (embed.height, embed.width), nn.Buffer(embed.pos_embed.clone())
+        self.extent = embed.base_size / embed.interpolation_scale
+        quarter = embed.pos_embed.shape[-1] // 4
+        self.frequencies = nn.Buffer((10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)).float())
+
+    def forward(self, h: int, w: int) -> Tensor:
+        if isinstance(h, int) and (h, w) == self.own:
+            return self.kept
+        across, down = self._along(w)[None].expand(h, -1, -1), self._along(h)[:, None].expand(-1, w, -1)
+        return torch.cat([across, down], -1).flatten(0, 1)[None]
+
+    def _along(self, count: int) -> Tensor:
+        angles = (torch.arange(count, dtype=torch.float32) * self.extent / count)[:, None] * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], -1)
 
 
-def _gated(linear: nn.Linear, gate: Tensor) -> nn.Linear:
-    folded = nn.Linear(linear.in_features, linear.out_features)
-    folded.weight.data, folded.bias.data = (gate.view(-1, 1) * linear.weight).detach(), (gate.flatten() * linear.bias).detach()
-    return folded
+def size_condition(network: PixArtTransformer2DModel, size: tuple[int, int], batch: int) -> dict[str, Tensor | None]:
+    """What the 1024 models of PixArt-alpha are conditioned on besides the timestep: resolution (B, 2) and aspect ratio (B, 1)."""
+    if not network.config.use_additional_conditions:
+        return {"resolution": None, "aspect_ratio": None}
+    resolution = torch.tensor([size], dtype=torch.float32)
+    return {"resolution": resolution.expand(batch, -1), "aspect_ratio": (resolution[:, :1] / resolution[:, 1:]).expand(batch, -1)}
 
 
-def _stacked(*linears: nn.Linear) -> nn.Linear:
-    folded = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears))
-    folded.weight.data = torch.cat([linear.weight for linear in linears]).detach()
-    folded.bias.data = torch.cat([linear.bias for linear in linears]).detach()
-    return folded
-
-
-def _first_channels(linear: nn.Linear, patch_area: int, out_channels: int, channels: int) -> nn.Linear:
+def _first_channels(layer: nn.Linear, out_channels: int, channels: int) -> nn.Linear:
     """The rows of a patch projection that give the first `channels` of `out_channels`; a patch is laid out as (p, p, channel)."""
-    folded = nn.Linear(linear.in_features, patch_area * channels)
-    folded.weight.data = linear.weight.view(patch_area, out_channels, -1)[:, :channels].flatten(0, 1).detach()
-    folded.bias.data = linear.bias.view(patch_area, out_channels)[:, :channels].flatten().detach()
-    return folded
+    weight = layer.weight.unflatten(0, (-1, out_channels))[:, :channels].flatten(0, 1)
+    return linear(weight, layer.bias.unflatten(0, (-1, out_channels))[:, :channels].flatten())

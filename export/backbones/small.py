@@ -1,16 +1,21 @@
 """The backbone `small`: MiniLM token states, PixArt's own transformer at 6 M parameters, AutoencoderTiny."""
 
+import shutil
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from snoopi_rt.export.backbones import Modules
+from snoopi_rt.bundle import File, Text
+from snoopi_rt.export.backbones import Student, Weights
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt
-from snoopi_rt.export.one_step import OneStepRule
+from snoopi_rt.export.checkpoint import load_module
+from snoopi_rt.export.decoder import Decoder
+from snoopi_rt.export.preset import Preset
 from snoopi_rt.export.text import minilm
 from snoopi_rt.export.weights import require
+from snoopi_rt.kernels import attention
 
 
 class TextEncoder(nn.Module):
@@ -28,30 +33,31 @@ class TextEncoder(nn.Module):
         return self.projection(embedded)
 
 
-class Decoder(nn.Module):
-    """latent (B, 8, h, w) to image (B, 8 h, 8 w, 3) uint8."""
-
-    def __init__(self, autoencoder: AutoencoderTiny):
-        super().__init__()
-        self.decoder, self.scale = autoencoder.decoder, autoencoder.config.scaling_factor
-
-    def forward(self, latent: Tensor) -> Tensor:
-        image = self.decoder(latent / self.scale).permute(0, 2, 3, 1)
-        return (image * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def load(folder: Path, rule: OneStepRule) -> Modules:
+def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -> Student:
     """The modules of a folder that `train student` wrote (transformer/, vae/). Raises InputError where a part is missing."""
     for part in ("transformer", "vae"):
-        require(folder / part, "train student")
-    network = PixArtTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval().requires_grad_(False)
-    autoencoder = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
+        require(weights.folder / part, "train student")
+    network = load_module(weights.folder / "transformer", PixArtTransformer2DModel, weights.network)
+    autoencoder = load_module(weights.folder / "vae", AutoencoderTiny)
     encoder = TextEncoder(minilm.load_text_encoder(), network.caption_projection)
     network.caption_projection = None
-    return Modules(
+
+    @torch.no_grad()
+    def encode(prompts: list[Tensor]) -> list[dict[str, Tensor]]:
+        return [{"states": encoder(ids)} for ids in prompts]
+
+    def write_tokenizer(path: Path) -> Text:
+        shutil.copyfile(minilm.folder() / "tokenizer.json", path)
+        return Text(File.of(path), preset.max_tokens, lowercase=True)
+
+    return Student(
         text_encoder=encoder,
-        generator=lambda guidance, empty: FoldedPixArt(network, rule, guidance, empty),
-        reference=lambda guidance, empty: GuidedPixArt(network, rule, guidance, empty),
+        text_outputs=("states",),
+        encode=encode,
+        # Token rows are short here: attention written out is the faster one.
+        generator=lambda guidance, empty: FoldedPixArt(network, preset.rule, guidance, empty, sizes[0], attention),
+        reference=lambda guidance, empty: GuidedPixArt(network, preset.rule, guidance, empty, sizes[0]),
         decoder=Decoder(autoencoder),
-        tokenizer=minilm.folder() / "tokenizer.json",
+        write_tokenizer=write_tokenizer,
+        channels=network.config.in_channels,
     )

@@ -1,5 +1,12 @@
 """Attention with a negative prompt: what every faster form must equal."""
 
-from snoopi_rt.kernels.reference import attention, nasa_attention, projected_attention
+from snoopi_rt.kernels.reference import (
+    attention,
+    fused_attention,
+    nag_attention,
+    nasa_attention,
+    projected_attention,
+    vsf_attention,
+)
 
-__all__ = ["attention", "nasa_attention", "projected_attention"]
+__all__ = ["attention", "fused_attention", "nag_attention", "nasa_attention", "projected_attention", "vsf_attention"]

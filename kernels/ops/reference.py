@@ -1,8 +1,12 @@
 """Attention with a negative prompt in plain torch: the meaning that exported graphs and kernels are compared with.
 
 Shapes: q (B, H, N, d); k, v (B, H, T, d); masks (B, T) bool, True where a token counts, or None where all do; scale (B,).
-Results (B, H, N, d), before the output projection. A branch without any token gives 0.
+Results (B, H, N, d), before the output projection. A branch without any token gives 0. Where scale is 0 every kind equals the positive
+attention bit for bit. `attention` is the form of softmax(q k^T / sqrt(d)) v that a kind is built from: the function of that name, or
+`fused_attention`.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,12 +29,78 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return torch.matmul(weights, v)
 
 
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attention` as torch's own operator, which from opset 23 on is one Attention node in an exported graph."""
+    if k.shape[0] != q.shape[0]:
+        k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
+    if mask is not None:
+        # ONNX Runtime refuses to broadcast a mask over the queries; and only a bool mask gives 0 for a fully masked row.
+        mask = mask[:, None, None, :].expand(-1, -1, q.shape[2], -1)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 def nasa_attention(
-    q: Tensor, k_pos: Tensor, v_pos: Tensor, mask_pos: Tensor | None, k_neg: Tensor, v_neg: Tensor, mask_neg: Tensor | None, scale: Tensor
+    q: Tensor,
+    k_pos: Tensor,
+    v_pos: Tensor,
+    mask_pos: Tensor | None,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    mask_neg: Tensor | None,
+    scale: Tensor,
+    attention: Callable[..., Tensor] = attention,
 ) -> Tensor:
-    """Z+ - scale * Z- (SNOOPI v3, equations 7 to 9). Equals Z+ bit for bit where scale is 0."""
+    """Z+ - scale * Z- (SNOOPI v3, equations 7 to 9)."""
+    return attention(q, k_pos, v_pos, mask_pos) - _per_image(scale) * attention(q, k_neg, v_neg, mask_neg)
+
+
+def nag_attention(
+    q: Tensor,
+    k_pos: Tensor,
+    v_pos: Tensor,
+    mask_pos: Tensor | None,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    mask_neg: Tensor | None,
+    scale: Tensor,
+    tau: float,
+    alpha: float,
+    attention: Callable[..., Tensor] = attention,
+) -> Tensor:
+    """alpha * Zn + (1 - alpha) * Z+, Zn being Zt = Z+ + scale * (Z+ - Z-) with |Zt| capped at tau |Z+| (NAG, equations 7 to 10).
+
+    scale is the paper's phi; the authors' code says nag_scale = phi + 1. |.| is the L1 norm of a query token over all heads. tau >= 1.
+    """
     positive = attention(q, k_pos, v_pos, mask_pos)
-    return positive - scale[:, None, None, None] * attention(q, k_neg, v_neg, mask_neg)
+    guided = positive + _per_image(scale) * (positive - attention(q, k_neg, v_neg, mask_neg))
+    # Means instead of sums: the same ratio, and no overflow in fp16.
+    size, cap = guided.abs().mean((1, 3), keepdim=True), tau * positive.abs().mean((1, 3), keepdim=True)
+    guided = torch.where(size > cap, guided * (cap / size), guided)
+    # Not alpha * Zn + (1 - alpha) * Z+, which rounds where scale is 0.
+    return positive + alpha * (guided - positive)
+
+
+def vsf_attention(
+    q: Tensor,
+    k_pos: Tensor,
+    v_pos: Tensor,
+    mask_pos: Tensor | None,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    mask_neg: Tensor | None,
+    scale: Tensor,
+    attention: Callable[..., Tensor] = attention,
+) -> Tensor:
+    """softmax(q [K+; K-]^T / sqrt(d)) [V+; -scale * V-], one softmax over both prompts (VSF, ICLR 2026); Z+ where scale is 0.
+
+    The select is part of the kind: without it a negative at scale 0 would still take weight from the prompt.
+    """
+    positive = attention(q, k_pos, v_pos, mask_pos)
+    mask = None
+    if mask_pos is not None or mask_neg is not None:
+        mask = torch.cat([_all_tokens(k_pos) if mask_pos is None else mask_pos, _all_tokens(k_neg) if mask_neg is None else mask_neg], 1)
+    flipped = attention(q, torch.cat([k_pos, k_neg], 2), torch.cat([v_pos, -_per_image(scale) * v_neg], 2), mask)
+    return torch.where(_per_image(scale) == 0, positive, flipped)
 
 
 def projected_attention(
@@ -44,6 +114,7 @@ def projected_attention(
     scale: Tensor,
     k_null: Tensor,
     v_null: Tensor,
+    attention: Callable[..., Tensor] = attention,
 ) -> Tensor:
     """Z+ - scale * max(0, <c, d>) / (|d|^2 + eps) * d with c = Z+ - Z0, d = Z- - Z0, over all heads of a query token; Z0 attends to "".
 
@@ -55,4 +126,12 @@ def projected_attention(
     direction = attention(q, k_neg, v_neg, mask_neg) - null
     shared = ((positive - null) * direction).sum((1, 3), keepdim=True).clamp(min=0)
     weight = shared / (direction.square().sum((1, 3), keepdim=True) + EPS)
-    return positive - scale[:, None, None, None] * weight * direction
+    return positive - _per_image(scale) * weight * direction
+
+
+def _per_image(scale: Tensor) -> Tensor:
+    return scale[:, None, None, None]
+
+
+def _all_tokens(k: Tensor) -> Tensor:
+    return torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)

@@ -1,0 +1,49 @@
+"""What engines make of a model and keep between starts: where, and under which name."""
+
+import hashlib
+import json
+import platform
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+
+class CompiledModels(Protocol):
+    """Folders of files by name, each whole or not there. Threads and processes share them."""
+
+    def find(self, name: str) -> Path | None:
+        """The folder, which counts as used now; None where there is none, or its files are not as they were written."""
+
+    def fill(self, name: str, size: int) -> AbstractContextManager[Path | None]:
+        """A new folder, kept under the name when the block ends without an error; None where about `size` bytes cannot be kept."""
+
+    def drop(self, name: str) -> None:
+        """Removes the folder: what is in it does not work."""
+
+
+def model_files(path: Path) -> list[Path]:
+    """The model file and the file of weights beside it, if it has one (NAME.onnx.data, NAME.bin)."""
+    beside = (path.with_name(f"{path.name}.data"), path.with_suffix(".bin"))
+    return [path, *(file for file in beside if file.is_file() and file != path)]
+
+
+def compiled_name(path: Path, key: str, *circumstances: str) -> str:
+    """A name that changes with the model's files, `key` (what the caller knows of their contents), the processor and the circumstances.
+
+    Raises OSError where there is no model file.
+    """
+    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in model_files(path)]
+    return hashlib.sha256(json.dumps([files, key, processor(), circumstances]).encode()).hexdigest()
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's model and what it can do: compiled models and measurements are of one processor."""
+    # Other lines, such as the clock, change from one start to the next.
+    lasting = ("model name", "stepping", "flags", "CPU implementer", "CPU part", "CPU revision", "Features")
+    try:
+        with open(cpuinfo) as file:
+            first = file.read(2**14).partition("\n\n")[0]
+    except OSError:
+        first = ""
+    lines = [line for line in first.splitlines() if line.partition(":")[0].strip() in lasting]
+    return "\n".join(lines or (platform.system(), platform.machine(), platform.processor()))

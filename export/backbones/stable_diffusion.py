@@ -1,0 +1,61 @@
+"""The backbones `sd15`, `sd21` and `sdxl`: a UNet and one or two CLIP text encoders."""
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from snoopi_rt.bundle import Text
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.export.backbones import Student, Weights
+from snoopi_rt.export.backbones.network import load_decoder, load_network
+from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet
+from snoopi_rt.export.checkpoint import load_module
+from snoopi_rt.export.preset import Preset
+from snoopi_rt.export.text.clip import ClipTextEncoder, SdxlTextEncoder
+from snoopi_rt.export.text.rule import clip_rule
+
+
+def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -> Student:
+    """The modules of a Stable Diffusion folder. Raises InputError as load_module does."""
+    network = load_network(weights, UNet2DConditionModel, "unet")
+    conditioned = network.config.addition_embed_type is not None
+    if conditioned and len(sizes) > 1:
+        raise InputError("this UNet is conditioned on the image's size, which is folded into its graph: export one --size a bundle")
+    time_ids = None
+    if conditioned:
+        height, width = sizes[0]
+        own = (height, width) == (preset.size, preset.size) and preset.time_ids
+        time_ids = torch.tensor([preset.time_ids if own else (height, width, 0, 0, height, width)], dtype=torch.float32)
+    encoder, outputs = _text_encoder(weights.folder, conditioned)
+
+    @torch.no_grad()
+    def encode(prompts: list[Tensor]) -> list[dict[str, Tensor]]:
+        found = [encoder(ids) for ids in prompts]
+        return [dict(zip(outputs, states if conditioned else (states,), strict=True)) for states in found]
+
+    def write_tokenizer(path: Path) -> Text:
+        return clip_rule(weights.folder / "tokenizer", path)
+
+    return Student(
+        text_encoder=encoder,
+        text_outputs=outputs,
+        encode=encode,
+        generator=lambda guidance, empty: FoldedUNet(network, preset.rule, guidance, empty, time_ids),
+        reference=lambda guidance, empty: GuidedUNet(network, preset.rule, guidance, empty, time_ids),
+        decoder=load_decoder(weights, preset),
+        write_tokenizer=write_tokenizer,
+        channels=network.config.in_channels,
+    )
+
+
+def _text_encoder(folder: Path, two: bool) -> tuple[nn.Module, tuple[str, ...]]:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    first = load_module(folder / "text_encoder", CLIPTextModel)
+    if not two:
+        return ClipTextEncoder(first), ("states",)
+    second = load_module(folder / "text_encoder_2", CLIPTextModelWithProjection)
+    one, other = (CLIPTokenizer.from_pretrained(folder / part) for part in ("tokenizer", "tokenizer_2"))
+    return SdxlTextEncoder(first, second, one.eos_token_id, (one.pad_token_id, other.pad_token_id)), ("states", "pooled")

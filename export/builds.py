@@ -1,0 +1,160 @@
+"""One graph to its builds: each precision written, measured on every engine that it is for, and kept if it is near enough to PyTorch."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from snoopi_rt.bundle import Build, File
+from snoopi_rt.engines import load_engine
+from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.export.graph import write_graph
+from snoopi_rt.export.parity import Arrays, measure
+from snoopi_rt.export.quantise import calibrate, layers, quantise
+from snoopi_rt.export.storage import Storage
+
+Cases = Sequence[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How one precision is stored and on which engines it runs. Arithmetic is fp32 but for bf16, and between the int8 products of int8."""
+
+    engines: tuple[str, ...]
+    weights: Storage = "fp16"
+    file: str | None = None
+
+
+PRECISIONS = {
+    "fp32": Precision(("cpu", "openvino"), "fp32"),
+    "fp16": Precision(("cpu", "openvino")),
+    "bf16": Precision(("openvino",), file="fp16"),
+    "int8": Precision(("openvino",)),
+    "int8-weights": Precision(("cpu", "openvino"), "int8"),
+    "int4-weights": Precision(("cpu", "openvino"), "int4"),
+}
+AUTO = ("int8", "bf16")
+"""The fast precisions, fastest first: `auto` takes the first that is near enough, and fp16 (else fp32) for every engine."""
+KEPT = (0.0, 0.05, 0.15, 0.35)
+"""Shares of the layers, worst first, that int8 leaves as they are where all of them would be too many."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What is known of a graph before it is written.
+
+    example: inputs with a batch of 2. calibration, scored: cases of batch 1; wanted: PyTorch's outputs of `scored`, in fp32.
+    error(i, outputs): what `tolerance` bounds for a build that is not fp32, of scored case i. tensor_of: see write_graph.
+    """
+
+    name: str
+    module: nn.Module
+    outputs: tuple[str, ...]
+    dynamic: Mapping[str, Mapping[int, str]]
+    example: Mapping[str, Tensor]
+    calibration: Cases
+    scored: Cases
+    wanted: Sequence[Arrays]
+    error: Callable[[int, Arrays], float]
+    tolerance: float
+    fp32_tolerance: float
+    opset: int
+    latent_error: Callable[[int, Arrays], float] | None = None
+    picture: Callable[[np.ndarray], np.ndarray] | None = None
+    tensor_of: Callable[[str], Tensor] | None = None
+
+
+def check_precision(name: str) -> None:
+    """Returns for a precision that a graph can be exported in, else raises InputError."""
+    if name not in ("auto", *PRECISIONS):
+        raise InputError(f"unknown precision {name!r}, choose from auto, {', '.join(PRECISIONS)}")
+
+
+def build(graph: Graph, precisions: Sequence[str], folder: Path, engines: Sequence[str], say: Callable[[str], None]) -> tuple[Build, ...]:
+    """The graph's builds in the order of `precisions`, their files in `folder`; `engines` are those on which parity is measured.
+
+    Raises OutputError where a precision that was asked for by name is beyond its tolerance.
+    """
+    made: dict[str, Build] = {}
+    for precision in precisions:
+        for name in ([*AUTO, "fp16", "fp32"] if precision == "auto" else [precision]):
+            needless = precision == "auto" and (made.keys() & AUTO if name in AUTO else name == "fp32" and "fp16" in made)
+            usable = [engine for engine in PRECISIONS[name].engines if engine in engines]
+            if needless or name in made or (precision == "auto" and not usable):
+                continue
+            if not usable:
+                raise InputError(f"precision {name} of {graph.name} is for {', '.join(PRECISIONS[name].engines)}, which is not installed")
+            try:
+                made[name] = _build(graph, name, folder, usable, say)
+                say(f"{graph.name}: {made[name].described()}")
+            except OutputError as error:
+                if precision != "auto" or name == "fp32":
+                    raise
+                say(f"{graph.name}: {name} is not taken: {error}")
+    _drop_unused(graph, made, folder)
+    return tuple(made.values())
+
+
+def _build(graph: Graph, name: str, folder: Path, engines: Sequence[str], say: Callable[[str], None]) -> Build:
+    precision = PRECISIONS[name]
+    path = folder / f"{graph.name}-{precision.file or name}.onnx"
+    tolerance = graph.fp32_tolerance if name == "fp32" else graph.tolerance
+    module = _quantised(graph, say) if name == "int8" else graph.module
+    files = [path, path.with_name(f"{path.name}.data")]
+    if not path.exists():
+        files = write_graph(module, graph.example, graph.outputs, graph.dynamic, path, precision.weights, graph.opset, graph.tensor_of)
+    latent_error = None if name == "fp32" else graph.latent_error
+    cases = [{key: value.numpy() for key, value in case.items()} for case in graph.scored]
+    parity = measure(graph.name, path, name, engines, cases, graph.wanted, latent_error, graph.picture)
+    error = parity.relative_l2 if parity.latent_error is None else parity.latent_error
+    if not error <= tolerance:
+        figure = "relative L2" if parity.latent_error is None else "latent error"
+        raise OutputError(
+            f"graph {graph.name} in {name} is {error:.2g} ({figure}) off PyTorch on {', '.join(engines)}, allowed is {tolerance:.2g}"
+        )
+    engine = load_engine(engines[0], path, name)
+    try:
+        listed = tuple(File.of(file) for file in files if file.exists())
+        return Build(tuple(engines), name, "onnx", listed, engine.inputs, engine.outputs, parity, tolerance)
+    finally:
+        engine.close()
+
+
+@torch.no_grad()
+def _quantised(graph: Graph, say: Callable[[str], None]) -> nn.Module:
+    """The module with as many int8 layers as its tolerance allows, simulated in fp32. Raises OutputError where too few would be left."""
+    if graph.tensor_of is not None:
+        raise InputError(f"{graph.name} of this size is exported in int8-weights or int4-weights, not int8: its activations have outliers")
+    shared = {id(tensor): tensor for tensor in (*graph.module.parameters(), *graph.module.buffers())}
+    seen, keep, worst_first = calibrate(graph.module, graph.calibration), [], []
+    for share in KEPT:
+        keep = worst_first[: int(share * len(worst_first))]
+        module = copy.deepcopy(graph.module, dict(shared))
+        errors = quantise(module, seen, keep)
+        worst_first = worst_first or sorted(errors, key=lambda name: -errors[name])
+        error = max(
+            graph.error(i, _arrays(module(**case), graph.outputs)) for i, case in enumerate(graph.scored[:2])
+        )
+        # Activations between the products are in bf16 later, which takes its share of the tolerance.
+        if error <= 0.7 * graph.tolerance:
+            say(f"{graph.name}: {len(errors)} of {len(layers(graph.module))} layers in int8, simulated error {error:.2g}")
+            return module
+        if error > 10 * graph.tolerance:
+            break
+    raise OutputError(f"graph {graph.name} in int8 is {error:.2g} off PyTorch (simulated, {len(keep)} layers kept), allowed is {graph.tolerance:.2g}")
+
+
+def _arrays(outputs: Tensor | tuple[Tensor, ...], names: Sequence[str]) -> Arrays:
+    return {name: value.numpy() for name, value in zip(names, outputs if isinstance(outputs, tuple) else (outputs,), strict=True)}
+
+
+def _drop_unused(graph: Graph, made: Mapping[str, Build], folder: Path) -> None:
+    """Removes files of builds that were not taken."""
+    listed = {file.path for each in made.values() for file in each.files}
+    for file in folder.glob(f"{graph.name}-*"):
+        if file.name not in listed:
+            file.unlink()

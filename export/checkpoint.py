@@ -1,0 +1,162 @@
+"""Weights on disk into torch modules, strictly: a part of a diffusers folder, or a network's weights from a file beside it."""
+
+import json
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.export.source import weight_files
+from snoopi_rt.export.weights import CONFIG
+
+# The first PixArt checkpoints name the class that diffusers then had, and hold a tensor that only training used.
+_FORMER_CLASSES = {"Transformer2DModel": "PixArtTransformer2DModel"}
+_UNUSED_KEYS = {"caption_projection.y_embedding"}
+
+
+def load_module(folder: Path, kind: type, weights_file: Path | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A module of a diffusers or transformers class with every weight from disk, in evaluation mode and without gradients.
+
+    folder: one part of a diffusers model. weights_file: the weights from elsewhere, a file (a state dict, also one inside a dict or under
+    a common prefix) or a folder like the first. Weights stored in `dtype` stay mapped from the file, others are converted one by one.
+    Raises InputError for another class, for pickled objects, and for weights that are missing, unexpected or of another shape.
+    """
+    from diffusers import ModelMixin
+
+    weights = weights_file or folder
+    config = _read_config(weights if (weights / CONFIG).is_file() else folder, kind)
+    loaded = _read_folder(weights) if weights.is_dir() else read_weights(weights)
+    load = _load_diffusers if issubclass(kind, ModelMixin) else _load_transformers
+    return load(kind, config, loaded, weights, dtype).eval().requires_grad_(False)
+
+
+def read_weights(file: Path) -> dict[str, Any]:
+    """What a file of weights holds, mapped and not read. Raises InputError, above all for a pickle of anything but tensors."""
+    if not file.is_file():
+        raise InputError(f"no weights file {file}")
+    if file.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+        raise InputError(f"weights file {file} must end in .safetensors, .bin, .pt or .pth")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    # A pickle that is refused, a file that is cut short and one of another format differ by version of torch.
+    except Exception as error:
+        kind = "a whole safetensors file" if file.suffix == ".safetensors" else "a plain state dict of torch (other pickles could run code)"
+        raise InputError(f"weights file {file} is not {kind}: fetch it again or convert it to safetensors") from error
+    if not isinstance(loaded, Mapping):
+        raise InputError(f"weights file {file} holds a {type(loaded).__name__}, not a state dict")
+    return dict(loaded)
+
+
+def first_few(names: Collection[str]) -> str:
+    """At most five of the names, for an error's one line."""
+    return ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _load_diffusers(kind: Any, config: dict, loaded: Mapping, weights: Path, dtype: torch.dtype) -> nn.Module:
+    from accelerate import init_empty_weights
+
+    # Only parameters stay empty: buffers that no file holds, such as PixArt's positions, are computed by the constructor.
+    with init_empty_weights(), _quiet():
+        module = kind.from_config(config)
+    tensors = _find_network(loaded, set(module.state_dict()), weights)
+    module._fix_state_dict_keys_on_load(tensors)
+    want = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    reshaped = [(name, tensors[name].shape, shape) for name, shape in want.items() if name in tensors and tensors[name].shape != shape]
+    _require_fit(kind, weights, want.keys() - tensors, tensors.keys() - want, reshaped)
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    module.load_state_dict(tensors, assign=True)
+    return module
+
+
+def _load_transformers(kind: Any, config: dict, loaded: Mapping, weights: Path, dtype: torch.dtype) -> nn.Module:
+    with _quiet():
+        module, found = kind.from_pretrained(
+            None,
+            config=kind.config_class.from_dict(config),
+            state_dict=next(_state_dicts(loaded), {}),
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    _require_fit(kind, weights, found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
+    return module
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' reports on keys and configs, of which the one line of an error says what matters."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _require_fit(kind: type, weights: Path, missing: Collection[str], unexpected: Collection[str], reshaped: Iterable[tuple]) -> None:
+    shapes = [f"{name} {tuple(have)} not {tuple(want)}" for name, have, want in reshaped]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    if told := [f"{what}: {len(names)} ({first_few(names)})" for what, names in problems.items() if names]:
+        raise InputError(f"weights {weights} do not fit {kind.__name__}: keys {'; '.join(told)}; choose the backbone that they belong to")
+
+
+def _read_config(folder: Path, kind: Any) -> dict:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"no {CONFIG} in {folder}: it is not a part of a diffusers model") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    # diffusers names the class in a config, transformers the architecture that several classes share.
+    architecture = getattr(kind, "config_class", None)
+    found, want = (config.get("model_type"), architecture.model_type) if architecture else (config.get("_class_name"), kind.__name__)
+    if _FORMER_CLASSES.get(found, found) != want:
+        raise InputError(f"{folder} holds a {found}, not a {want}: choose the backbone that it belongs to")
+    return config
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    names = weight_files(path.name for path in folder.iterdir())
+    if not names:
+        raise InputError(f"no weights in {folder}: it needs a .safetensors or .bin file in diffusers layout")
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if not name.endswith(".json"):
+            tensors |= read_weights(folder / name)
+        elif absent := set(json.loads((folder / name).read_text())["weight_map"].values()) - set(names):
+            raise InputError(f"{folder} lacks {first_few(absent)}, which {name} lists: fetch the folder again")
+    return tensors
+
+
+def _find_network(loaded: Mapping, want: set[str], source: Path) -> dict[str, Tensor]:
+    """The one state dict in `loaded` whose keys are `want` behind a common prefix, else the largest as it is."""
+    longest = max(want, key=len)
+    states = list(_state_dicts(loaded))
+    fitting = []
+    for state in states:
+        for prefix in {name.removesuffix(longest) for name in state if name.endswith(longest)}:
+            bare = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            bare = {name: tensor for name, tensor in bare.items() if name not in _UNUSED_KEYS - want}
+            if bare.keys() == want and all(name.startswith(prefix) for name in state):
+                fitting.append(bare)
+    if len(fitting) > 1:
+        raise InputError(f"weights file {source} holds {len(fitting)} networks that fit: save the one to export alone")
+    return fitting[0] if fitting else max(states, key=len, default={})
+
+
+def _state_dicts(loaded: Mapping) -> Iterator[dict[str, Tensor]]:
+    if loaded and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()):
+        yield dict(loaded)
+    else:
+        for value in loaded.values():
+            if isinstance(value, Mapping):
+                yield from _state_dicts(value)

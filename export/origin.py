@@ -1,0 +1,80 @@
+"""What is exported: a preset with its settings, and where its weights come from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.export.backbones import Weights, find_backbone
+from snoopi_rt.export.lora import parse_lora
+from snoopi_rt.export.preset import Preset, override
+from snoopi_rt.export.presets import default_preset, find_preset
+from snoopi_rt.export.scheduler_check import check_scheduler
+from snoopi_rt.export.source import find_source
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A student as it is before export. `provenance`: what a bundle says about it."""
+
+    preset: Preset
+    weights: Weights
+    licence: str
+    provenance: dict[str, str]
+
+
+def find_origin(
+    backbone: str | None = None,
+    weights: str | None = None,
+    preset: str | None = None,
+    settings: Sequence[str] = (),
+    weights_file: Path | None = None,
+    loras: Sequence[str] = (),
+    decoder: str = "full",
+    accept_licence: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Origin:
+    """The student that was asked for, its weights on this machine.
+
+    weights: a folder or hub id; none: the preset's own. decoder: "full" (the folder's vae), "tiny" (the backbone's TAESD), or the folder or
+    hub id of one. Raises InputError for what is unknown, contradicts itself, cannot be fetched or needs its licence accepted.
+    """
+    if backbone is None and preset is None:
+        raise InputError("say what to export: --backbone NAME, or --preset NAME")
+    row = find_preset(preset, backbone) if preset is not None else default_preset(find_backbone(backbone or "").name)
+    chosen, merged = override(row, settings), tuple(parse_lora(lora) for lora in loras)
+    architecture = find_backbone(chosen.backbone)
+    if weights_file is not None and not weights_file.exists():
+        raise InputError(f"no weights file {weights_file}")
+    network = weights_file
+    if weights is not None:
+        source = find_source(weights, parts=architecture.parts)
+        licence = source.licence or f"not stated in the weights; that of preset {row.name} is {row.licence}"
+    else:
+        say(f"preset {row.name}: {row.weights or row.base}, licence {row.licence}")
+        if row.non_commercial and not accept_licence:
+            raise InputError(f"the weights of preset {row.name} are not free for commercial use ({row.licence}): add --accept-licence")
+        if not row.weights and weights_file is None:
+            raise InputError(f"the weights of preset {row.name} are on no hub: give them as --weights or --weights-file ({row.note})")
+        licence = row.licence
+        if row.file and network is None:
+            network = find_source(row.weights, parts=(row.file,)).folder / row.file
+        source = find_source(row.base or row.weights, parts=architecture.parts)
+    confirmed = check_scheduler(chosen, source.folder / "scheduler")
+    agrees = f"; its scheduler agrees on {', '.join(confirmed)}" if confirmed else ""
+    say(f"rule of preset {row.name}{''.join(f', {setting}' for setting in settings)}{agrees}")
+    tiny = None
+    if decoder != "full":
+        hub = architecture.tiny_decoder if decoder == "tiny" else decoder
+        if hub is None:
+            raise InputError(f"backbone {architecture.name} has no tiny decoder: leave --decoder out, or name a folder")
+        tiny = find_source(hub, parts=(".",)).folder
+    provenance = {
+        "weights": source.name,
+        "revision": source.revision or "",
+        "weights_file": network.name if network else "",
+        "loras": ", ".join(f"{file.name}:{weight:g}" for file, weight in merged),
+        "decoder": "" if tiny is None else decoder,
+        "preset": " ".join([row.name, *settings]),
+    }
+    return Origin(chosen, Weights(source.folder, network, merged, tiny), licence, {key: value for key, value in provenance.items() if value})

@@ -1,0 +1,273 @@
+"""The embedded and the public one-step and few-step students as rows of data.
+
+What a row says was read from the sources that it names; where a number was not found there, its note says so.
+"""
+
+import math
+from typing import Any
+
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.export.one_step import SCHEDULES
+from snoopi_rt.export.preset import Preset, override, written
+from snoopi_rt.export.scheduler_check import check_scheduler
+
+__all__ = ["DEFAULT_PRESET", "PRESETS", "Preset", "check_scheduler", "default_preset", "find_preset", "override", "table"]
+
+# Negative scales: SNOOPI v3 (SD 1.5 0.1, SD 2.1 0.2, PixArt 0.5), and v1, table 8, for a student that it names; nothing is published for
+# SDXL, which takes SD 2.1's. NAG: its table 5, SD 2.1 taking SD 1.5's and PixArt alpha PixArt sigma's. vsf and projected: 1, not tuned.
+_SD15: dict[str, Any] = {"backbone": "sd15", "nasa_scale": 0.1}
+_SD21: dict[str, Any] = {"backbone": "sd21"}
+_SDXL: dict[str, Any] = {
+    "backbone": "sdxl",
+    "base": "stabilityai/stable-diffusion-xl-base-1.0",
+    "size": 1024,
+    "time_ids": (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0),
+    "vae_scaling": 0.13025,
+    "nag_alpha": 0.5,
+}
+_PIXART: dict[str, Any] = {
+    "backbone": "pixart",
+    "base": "PixArt-alpha/PixArt-XL-2-512x512",
+    "schedule": "pixart",
+    "out_channels": 8,
+    "max_tokens": 120,
+    "nasa_scale": 0.5,
+    "nag_scale": 4.0,
+}
+# What diffusers' Euler schedulers do at timestep_spacing trailing, in this project's terms (OneStepRule).
+_EULER: dict[str, Any] = {
+    "input_scale": math.sqrt(1 - SCHEDULES["sd"][999]),
+    "from_scheduler": ("prediction", "alpha", "timestep", "input_scale"),
+}
+_STABILITY: dict[str, Any] = {"licence": "Stability AI Community / Non-Commercial", "non_commercial": True}
+_CC_BY_NC: dict[str, Any] = {"licence": "CC BY-NC 4.0", "non_commercial": True}
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="small",
+            backbone="small",
+            weights="",
+            licence="Apache-2.0; trained on Fluent Emoji (MIT) and Noto Emoji (Apache-2.0), text encoder all-MiniLM-L6-v2 (Apache-2.0)",
+            prediction="v",
+            # Zero terminal SNR: at the last timestep the input is pure noise and the clean latent is -v.
+            alpha=(0.0,),
+            from_scheduler=(),
+            channels=8,
+            out_channels=8,
+            vae_scaling=1.0,
+            size=128,
+            max_tokens=32,
+            nasa_scale=1.0,
+            nag_alpha=0.5,
+            source="train student; negative scales measured on the embedded model",
+            note="weights are made by train student: give the folder as --weights",
+            run_with_real_weights=True,
+        ),
+        Preset(
+            **_PIXART | {"nasa_scale": 0.45},
+            name="pixart-dmd",
+            weights="PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512",
+            file="transformer/diffusion_pytorch_model.bin",
+            licence="OpenRAIL",
+            timestep=(400.0,),
+            source="PixArt-sigma asset/docs/pixart_dmd.md and app/app_pixart_dmd.py; hub listing",
+            note="the weights are a pickled state dict",
+        ),
+        Preset(
+            **_PIXART | {"nasa_scale": 0.2},
+            name="yoso-pixart",
+            weights="Luo-Yihong/yoso_pixart512",
+            file="diffusion_pytorch_model.safetensors",
+            licence="none stated",
+            non_commercial=True,
+            prediction="v",
+            from_scheduler=("alpha",),
+            source="hub card, which sets the scheduler's prediction_type to v by hand; config.json lies at the root of the repository",
+            note="file name inferred from the diffusers layout",
+        ),
+        Preset(
+            **_PIXART | {"nasa_scale": 0.2, "base": "PixArt-alpha/PixArt-XL-2-1024-MS", "size": 1024},
+            name="yoso-pixart-1024",
+            weights="Luo-Yihong/yoso_pixart1024",
+            file="diffusion_pytorch_model.safetensors",
+            licence="none stated",
+            non_commercial=True,
+            prediction="v",
+            from_scheduler=("alpha",),
+            source="hub card and github.com/Luo-Yihong/YOSO: the 512 student merged with PixArt-XL-2-1024-MS, not trained at 1024",
+            note="file name inferred; negative scale measured at 512",
+        ),
+        Preset(
+            **_PIXART | {"base": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "size": 1024, "max_tokens": 300, "vae_scaling": 0.13025},
+            name="nitro-pixart",
+            weights="amd/Nitro-1-PixArt",
+            file="pixart-sigma-nitro.safetensors",
+            licence="Apache-2.0",
+            timestep=(400.0,),
+            source="hub card: PixArt sigma, one step",
+            note="timestep unverified: the card was not read in full; file name from before the repository was renamed",
+        ),
+        Preset(
+            **_SD21 | _EULER | _STABILITY,
+            name="sd-turbo",
+            weights="stabilityai/sd-turbo",
+            source="hub card and scheduler_config.json (EulerDiscrete, trailing)",
+            note="licence as remembered, present text not read",
+        ),
+        Preset(
+            **_SD21 | _CC_BY_NC,
+            name="swiftbrush",
+            weights="thuanz123/swiftbrush",
+            alpha=(math.sqrt(0.0047),),
+            from_scheduler=("prediction",),
+            source="github.com/VinAIResearch/SwiftBrush infer.py, which writes alphas_cumprod as 0.0047",
+        ),
+        Preset(
+            **_SD21 | _STABILITY | {"nasa_scale": 0.3},
+            name="swiftbrush-v2",
+            weights="",
+            base="stabilityai/sd-turbo",
+            source="SwiftBrush v2 evaluation code: alphas_cumprod[999] of sd-turbo's scheduler, raw noise",
+            note="weights on Google Drive only, under the key unet_ema: give them as --weights-file",
+        ),
+        Preset(
+            **_SD21,
+            name="nitro-sd",
+            weights="amd/Nitro-1-SD",
+            file="nitro-1-sd.bin",
+            base="stabilityai/stable-diffusion-2-1-base",
+            licence="Apache-2.0, base OpenRAIL++",
+            source="hub card and github.com/AMD-AIG-AIMA/AMD-Diffusion-Distillation README: DDPM, timesteps=[999]",
+        ),
+        Preset(
+            **_SD21 | _EULER,
+            name="sdxs",
+            weights="IDKiro/sdxs-512-0.9",
+            licence="OpenRAIL++",
+            source="hub card and scheduler_config.json (EulerDiscrete, trailing, epsilon)",
+            note="cut-down UNet, decoder TAESD; teacher sd-turbo; the card advises fp32",
+        ),
+        Preset(
+            **_SD15 | _EULER,
+            name="sdxs-dreamshaper",
+            weights="IDKiro/sdxs-512-dreamshaper",
+            licence="OpenRAIL++",
+            source="hub card and github.com/IDKiro/sdxs demo.py: one step, no guidance",
+            note="cut-down UNet, decoder TAESD; rule taken from sdxs: its own scheduler file was not read and is checked at export",
+        ),
+        Preset(
+            **_SD15 | _CC_BY_NC | {"nasa_scale": 0.04},
+            name="dmd2-sd15",
+            weights="tianweiy/DMD2",
+            file=(
+                "model/sdv1.5/laion6.25_sd_baseline_8node_guidance1.75_lr5e-7_seed10_dfake10_diffusion1000_gan1e-3_resume_fid8.35"
+                "_checkpoint_model_041000/pytorch_model.bin"
+            ),
+            base="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            alpha=(math.sqrt(0.0047),),
+            from_scheduler=("prediction",),
+            source="github.com/tianweiy/DMD2 experiments/sdv1.5 and its code, which writes alphas_cumprod as 0.0047",
+        ),
+        Preset(
+            **_SD15 | _CC_BY_NC | {"nasa_scale": 0.19},
+            name="instaflow",
+            weights="XCLiu/instaflow_0_9B_from_sd_1_5",
+            prediction="flow",
+            timestep=(1000.0,),
+            from_scheduler=(),
+            source="hub card (licence) and copies of pipeline_rf: one Euler step from noise, no scheduler",
+        ),
+        Preset(
+            **_SDXL | _EULER | _STABILITY | {"base": "", "size": 512, "time_ids": (512.0, 512.0, 0.0, 0.0, 512.0, 512.0)},
+            name="sdxl-turbo",
+            weights="stabilityai/sdxl-turbo",
+            source="hub card (sai-nc-community) and scheduler_config.json (EulerAncestral, trailing)",
+            note="time_ids as remembered: the pipeline's default at 512",
+        ),
+        Preset(
+            **_SDXL | _CC_BY_NC,
+            name="dmd2-sdxl",
+            weights="tianweiy/DMD2",
+            file="dmd2_sdxl_1step_unet_fp16.bin",
+            timestep=(399.0,),
+            source="github.com/tianweiy/DMD2 README: LCM, timesteps=[399]",
+        ),
+        Preset(
+            **_SDXL | _CC_BY_NC,
+            name="dmd2-sdxl-4step",
+            weights="tianweiy/DMD2",
+            file="dmd2_sdxl_4step_unet_fp16.bin",
+            timestep=(999.0, 749.0, 499.0, 249.0),
+            source="github.com/tianweiy/DMD2 demo/text_to_image_sdxl.py; diffusers' LCMScheduler by itself takes 999, 759, 499, 259",
+            note="file name as remembered",
+        ),
+        Preset(
+            **_SDXL,
+            name="hyper-sdxl",
+            weights="ByteDance/Hyper-SD",
+            file="Hyper-SDXL-1step-Unet.safetensors",
+            licence="OpenRAIL++",
+            timestep=(800.0,),
+            source="hub card: LCM, timesteps=[800]",
+            note="licence as on an early card",
+        ),
+        Preset(
+            **_SDXL | _CC_BY_NC,
+            name="nitrosd-realism",
+            weights="ChenDY/NitroFusion",
+            file="nitrosd-realism_unet.safetensors",
+            timestep=(249.0,),
+            source="github.com/ChenDarYen/NitroFusion README and its ComfyUI node: fed and read at floor(999 * 250 / 1000)",
+        ),
+        Preset(
+            **_SDXL,
+            name="nitrosd-vibrant",
+            weights="ChenDY/NitroFusion",
+            file="nitrosd-vibrant_unet.safetensors",
+            licence="OpenRAIL++",
+            timestep=(499.0,),
+            source="github.com/ChenDarYen/NitroFusion README and its ComfyUI node: fed and read at floor(999 * 500 / 1000)",
+        ),
+    )
+}
+DEFAULT_PRESET = {"small": "small", "pixart": "pixart-dmd", "sd15": "sdxs-dreamshaper", "sd21": "sd-turbo", "sdxl": "hyper-sdxl"}
+"""What a backbone is exported as where nothing else is said."""
+
+
+def find_preset(name: str, backbone: str | None = None) -> Preset:
+    """The preset of that name. Raises InputError, naming the known ones, also where it is for another backbone than `backbone`."""
+    known = [preset for preset in PRESETS.values() if backbone in (None, preset.backbone)]
+    if name in PRESETS and PRESETS[name] in known:
+        return PRESETS[name]
+    wrong = f"preset {name!r} is for backbone {PRESETS[name].backbone}, not {backbone}" if name in PRESETS else f"unknown preset {name!r}"
+    raise InputError(f"{wrong}, choose from {', '.join(preset.name for preset in known) or 'none'}")
+
+
+def default_preset(backbone: str) -> Preset:
+    """The student that a backbone stands for. Raises InputError for a backbone without one."""
+    if backbone not in DEFAULT_PRESET:
+        raise InputError(f"backbone {backbone!r} has no preset, those with one are {', '.join(DEFAULT_PRESET)}")
+    return PRESETS[DEFAULT_PRESET[backbone]]
+
+
+def table() -> str:
+    """All presets as aligned lines, the defaults of a backbone marked with a star."""
+    rows = [("preset", "backbone", "prediction", "timestep", "error grows", "size", "nasa scale", "licence", "run with real weights")]
+    for preset in PRESETS.values():
+        rows.append(
+            (
+                preset.name + "*" * (preset.name in DEFAULT_PRESET.values()),
+                preset.backbone,
+                preset.prediction,
+                written(preset.timestep),
+                ",".join(f"{step.error_gain:.1f}" for step in preset.rule.steps),
+                str(preset.size),
+                written(preset.nasa_scale),
+                preset.licence.split(";")[0],
+                "yes" if preset.run_with_real_weights else "no",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,137 @@
+"""How the weights of a graph lie in its file: fp32, fp16, or packed to 8 or 4 bits; one at a time, so that no second copy is held."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+Storage = Literal["fp32", "fp16", "int8", "int4"]
+
+SMALL = 1024  # elements; smaller tensors (norms, biases) stay fp32
+BLOCK = 64  # weights that share a step size where they are packed
+BITS = {"int8": 8, "int4": 4}
+
+
+def turn_products(graph: ir.Graph) -> None:
+    """Makes every MatMul of x and Transpose(weight) one of x and a weight that is stored the other way round."""
+    for value in list(graph.initializers.values()):
+        readers = value.consumers()
+        if len(readers) == 1 and readers[0].op_type == "Transpose" and len(value.shape) == 2:
+            value.const_value = _late(value.const_value, value.name, lambda array: np.ascontiguousarray(array.T), turned=True)
+            value.shape = value.const_value.shape
+            readers[0].outputs[0].replace_all_uses_with(value)
+            graph.remove(readers[0], safe=True)
+
+
+def store_weights(graph: ir.Graph, storage: Storage) -> None:
+    """Changes the form of all large weights but for fp32.
+
+    fp16: int8 with one scale an output channel where that loses nothing, fp16 elsewhere; engines widen both as they load. A table read by
+    Gather is looked up as int8 and scaled row by row instead, so that only the rows in use become floats.
+    int8, int4: the weights of MatMul in blocks of 8 or 4 bit steps, which ONNX Runtime and OpenVINO unpack product by product; the rest as
+    for fp16.
+    """
+    if storage == "fp32":
+        return
+    first = graph[0]
+    for name, value in list(graph.initializers.items()):
+        if value.dtype != ir.DataType.FLOAT or value.const_value.size < SMALL:
+            continue
+        readers = value.consumers()
+        kinds = {node.op_type for node in readers} if len(value.shape) == 2 else set()
+        if kinds == {"MatMul"} and storage in BITS:
+            for reader in readers:
+                _pack(graph, reader, value, BITS[storage])
+        elif kinds == {"Gather"} and (steps := _int8(value.const_value.numpy(), 0)):
+            for reader in readers:
+                _look_up(graph, reader, name, *steps)
+        elif kinds == {"MatMul"} and (steps := _int8(value.const_value.numpy(), 1)):
+            stored = [_constant(graph, f"{name}.int8", steps[0]), _constant(graph, f"{name}.scale", steps[1].reshape(-1))]
+            _replace(graph, first, value, ir.node("DequantizeLinear", stored, {"axis": 1}))
+        elif np.abs(value.const_value.numpy()).max() < np.finfo(np.float16).max:
+            half = _late(value.const_value, f"{name}.fp16", lambda array: array.astype(np.float16), ir.DataType.FLOAT16)
+            _replace(graph, first, value, ir.node("Cast", [_initializer(graph, half)], {"to": ir.DataType.FLOAT}))
+        else:
+            continue
+        del graph.initializers[name]
+
+
+def pack(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (out, blocks, BLOCK * bits / 8) uint8 and their sizes (out * blocks,) float32 of a weight (in, out), as MatMulNBits reads them."""
+    zero, inputs = 2 ** (bits - 1), len(weight)
+    blocks = np.pad(weight.T, ((0, 0), (0, -inputs % BLOCK))).reshape(weight.shape[1], -1, BLOCK)
+    scale = np.maximum(np.abs(blocks).max(-1, keepdims=True), np.float32(1e-12)) / np.float32(zero - 1)
+    steps = (np.rint(blocks / scale) + zero).astype(np.uint8)
+    return (steps if bits == 8 else steps[..., 0::2] | steps[..., 1::2] << 4), scale.reshape(-1)
+
+
+def _pack(graph: ir.Graph, reader: ir.Node, value: ir.Value, bits: int) -> None:
+    (inputs, outputs), source = value.const_value.shape, value.const_value
+    blocks = -(-inputs // BLOCK)
+    steps = ir.LazyTensor(
+        lambda: ir.tensor(pack(source.numpy(), bits)[0]),
+        ir.DataType.UINT8,
+        ir.Shape([outputs, blocks, BLOCK * bits // 8]),
+        name=f"{value.name}.steps",
+    )
+    scale = ir.LazyTensor(
+        lambda: ir.tensor(pack(source.numpy(), bits)[1]), ir.DataType.FLOAT, ir.Shape([outputs * blocks]), name=f"{value.name}.scale"
+    )
+    # ONNX Runtime's 8 bit kernel is 20 times slower unless it may round each row of x to int8 blocks; its 4 bit kernel is not.
+    attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK, "accuracy_level": 4 if bits == 8 else 0}
+    inputs_of = [reader.inputs[0], _initializer(graph, steps), _initializer(graph, scale)]
+    node = ir.node("MatMulNBits", inputs_of, attributes, domain="com.microsoft")
+    graph.insert_before(reader, node)
+    graph.opset_imports["com.microsoft"] = 1
+    reader.outputs[0].replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+    graph.remove(reader, safe=True)
+
+
+def _int8(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps (as `values`) and scale of a matrix whose values are int8 steps along `axis` already; None of any other matrix."""
+    scale = np.maximum(np.abs(values).max(1 - axis, keepdims=True), np.float32(1e-12)) / np.float32(127)
+    steps = np.rint(values / scale)
+    if np.abs(steps * scale - values).max() > 1e-6 * np.abs(values).max():
+        return None
+    return steps.astype(np.int8), scale
+
+
+def _late(
+    source: ir.TensorProtocol,
+    name: str,
+    change: Callable[[np.ndarray], np.ndarray],
+    dtype: ir.DataType | None = None,
+    turned: bool = False,
+) -> ir.LazyTensor:
+    """The tensor changed when it is written."""
+    shape = ir.Shape(list(source.shape)[:: -1 if turned else 1])
+    return ir.LazyTensor(lambda: ir.tensor(change(source.numpy())), dtype or source.dtype, shape, name=name)
+
+
+def _constant(graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
+    return _initializer(graph, ir.tensor(values, name=name))
+
+
+def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _replace(graph: ir.Graph, first: ir.Node, value: ir.Value, node: ir.Node) -> None:
+    """Puts the node before all others, and its output where the value was read."""
+    graph.insert_before(first, node)
+    node.outputs[0].name = f"{value.name}.wide"
+    value.replace_all_uses_with(node.outputs[0])
+
+
+def _look_up(graph: ir.Graph, reader: ir.Node, table: str, steps: np.ndarray, scale: np.ndarray) -> None:
+    ids, rows = reader.inputs[1], reader.outputs[0]
+    found = ir.node("Gather", [_constant(graph, f"{table}.int8", steps), ids], {"axis": 0})
+    scales = ir.node("Gather", [_constant(graph, f"{table}.scale", scale), ids], {"axis": 0})
+    wide = ir.node("Cast", [found.outputs[0]], {"to": ir.DataType.FLOAT})
+    product = ir.node("Mul", [wide.outputs[0], scales.outputs[0]])
+    graph.insert_before(reader, [found, scales, wide, product])
+    rows.replace_all_uses_with(product.outputs[0], replace_graph_outputs=True)
+    graph.remove(reader, safe=True)

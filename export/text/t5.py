@@ -1,0 +1,119 @@
+"""T5 as PixArt reads it: prompt ids at their true length to projected token states; and a T5 too large for memory, piece by piece.
+
+Nothing here computes in fp16: T5's states grow beyond 65504, and what comes of that is a black image.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.export.checkpoint import read_weights
+from snoopi_rt.export.source import weight_files
+
+
+class T5TextEncoder(nn.Module):
+    """ids (B, T) to states (B, T, D): the last hidden state of a T5EncoderModel, then the network's caption projection.
+
+    Every id counts: prompts run at their true length. Raises InputError for weights in fp16.
+    """
+
+    def __init__(self, model: nn.Module, projection: nn.Module):
+        super().__init__()
+        self.encoder, self.projection = model.encoder, projection
+        # Each distance's bucket as a number: transformers takes a logarithm, which in OpenVINO's bf16 puts tokens into other buckets
+        # (relative L2 of the states at 60 tokens: 0.14, from this table 0.008).
+        self.reach = model.config.relative_attention_max_distance
+        distances = torch.arange(-self.reach, self.reach + 1, device="cpu")
+        attention, count = self.encoder.block[0].layer[0].SelfAttention, model.config.relative_attention_num_buckets
+        buckets = attention._relative_position_bucket(distances, bidirectional=True, num_buckets=count, max_distance=self.reach)
+        self.register_buffer("buckets", buckets, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.encoder.final_layer_norm.weight.dtype == torch.float16:
+            raise InputError("T5 overflows in fp16: export its text encoder in fp32, bf16, int8 or int4")
+        states, bias = self.encoder.embed_tokens(ids), self._position_bias(ids.shape[1])
+        for block in self.encoder.block:
+            states = block(states, None, bias)[0]
+        return self.projection(self.encoder.final_layer_norm(states))
+
+    def _position_bias(self, length: int) -> Tensor:
+        """What the distance of two tokens adds to their attention, (1, heads, T, T); all beyond `reach` are alike."""
+        position = torch.arange(length, device=self.buckets.device)
+        distance = (position - position[:, None]).clamp(-self.reach, self.reach)
+        by_distance = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias(self.buckets)
+        return F.embedding(distance + self.reach, by_distance).permute(2, 0, 1)[None]
+
+
+def skeleton(folder: Path, projection: nn.Module) -> T5TextEncoder:
+    """The text encoder of a T5 folder with its parameters on the meta device, where they need no memory; T5Weights has their values."""
+    from transformers import T5EncoderModel
+
+    with torch.device("meta"):
+        model = T5EncoderModel(_config(folder))
+    return T5TextEncoder(model, copy.deepcopy(projection).to("meta")).eval().requires_grad_(False)
+
+
+class T5Weights:
+    """The parameters of a T5TextEncoder by name, each read from the folder's files when it is asked for, in the dtype it has there.
+
+    Raises InputError as read_weights does, and for a parameter that the folder lacks.
+    """
+
+    def __init__(self, folder: Path, projection: nn.Module | None = None):
+        self._folder = folder
+        files = [folder / name for name in weight_files(path.name for path in folder.iterdir()) if not name.endswith(".json")]
+        self._file_of = {key: file for file in files for key in read_weights(file)}
+        self._projection = {} if projection is None else {f"projection.{name}": value for name, value in projection.state_dict().items()}
+
+    def __call__(self, name: str) -> Tensor:
+        return self._projection[name] if name in self._projection else self._mapped(name).clone()
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """Rows `index` (N,) of a matrix, (N, D), without reading the others."""
+        return self._mapped(name)[index]
+
+    def _mapped(self, name: str) -> Tensor:
+        # Checkpoints hold the table that encoder and decoder share under one of two names, or under both.
+        names = (name, "shared.weight") if name == "encoder.embed_tokens.weight" else (name,)
+        key = next((key for key in names if key in self._file_of), None)
+        if key is None:
+            raise InputError(f"{self._folder} holds no T5 encoder: {name} is missing")
+        # Mapped anew each time: what was read of a file would count as this process's memory for as long as it stays mapped.
+        return read_weights(self._file_of[key])[key]
+
+
+@torch.no_grad()
+def reference_states(folder: Path, ids: Tensor) -> Tensor:
+    """The last hidden state (B, T, D) of a folder's T5EncoderModel for ids (B, T) in fp32, with one layer in memory at a time.
+
+    Computed by transformers' own blocks, position bias included: what exported builds are measured against.
+    """
+    from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
+
+    config, weight_of = _config(folder), T5Weights(folder)
+
+    def loaded(module: nn.Module, prefix: str) -> nn.Module:
+        weights = {name: weight_of(f"{prefix}.{name}").float() for name in module.state_dict()}
+        module.load_state_dict(weights, assign=True)
+        return module.eval()
+
+    used, position = ids.unique(return_inverse=True)
+    states, bias = weight_of.rows("encoder.embed_tokens.weight", used).float()[position], None
+    for number in range(config.num_layers):
+        with torch.device("meta"):
+            block = T5Block(config, has_relative_attention_bias=number == 0)
+        states, bias, _ = loaded(block, f"encoder.block.{number}")(states, None, bias)
+    return loaded(T5LayerNorm(config.d_model, config.layer_norm_epsilon), "encoder.final_layer_norm")(states)
+
+
+def _config(folder: Path) -> Any:
+    from transformers import T5Config
+
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} holds no T5 encoder: it has no config.json")
+    return T5Config.from_pretrained(folder, attn_implementation="eager")

@@ -1,0 +1,57 @@
+"""A bundle's files as they are on disk: the manifest's text, and whether each file is the one that was promised."""
+
+import json
+import stat
+from pathlib import Path
+
+from snoopi_rt.cache import Cache
+from snoopi_rt.engines.base import BundleError
+from snoopi_rt.files import sha256
+from snoopi_rt.manifest import MANIFEST, File, require
+from snoopi_rt.onnx_links import external_data
+
+
+def read_manifest(folder: Path) -> bytes:
+    """The bytes of the folder's bundle.json. Raises BundleError where there is none."""
+    path = folder / MANIFEST
+    require(folder.is_dir(), f"no bundle at {folder}: no such folder")
+    require(path.exists(), f"no bundle at {folder}: it has no {MANIFEST}")
+    require(not path.is_symlink(), f"{path} is a symbolic link")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from error
+
+
+def check_file(folder: Path, file: File, cache: Cache | None) -> list[str]:
+    """The external data that the file names; a hash that the cache knows for (size, mtime, inode) is trusted.
+
+    Raises BundleError where it is not the file that was promised.
+    """
+    path = folder / file.path
+    try:
+        status = path.lstat()
+        require(not stat.S_ISLNK(status.st_mode), f"{path} is a symbolic link, which a bundle may not hold")
+        require(stat.S_ISREG(status.st_mode), f"{path} is not a file")
+        require(status.st_size == file.size, f"{path} is damaged: {status.st_size} bytes instead of {file.size}")
+        key = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{file.sha256}.json"
+        if cache is not None and (record := _record(cache.read("hashes", key))) is not None:
+            return record
+        require(sha256(path) == file.sha256, f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
+        external = external_data(path) if path.suffix == ".onnx" else []
+        if cache is not None:
+            cache.write("hashes", key, json.dumps(external).encode())
+    except FileNotFoundError:
+        raise BundleError(f"{path} is missing") from None
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from error
+    return external
+
+
+def _record(data: bytes | None) -> list[str] | None:
+    """The external data noted with a verified hash; None where nothing is noted, or the note is damaged."""
+    try:
+        names = json.loads(data or b"null")
+    except ValueError:
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None

@@ -1,0 +1,128 @@
+"""The commands that make a bundle of a student: export and presets. The PyTorch side is imported inside them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from snoopi_rt.engines.base import EngineMissing, InputError, OutputError, SnoopiError
+
+folder = click.Path(file_okay=False, path_type=Path)
+file = click.Path(dir_okay=False, path_type=Path)
+out_option = click.option("--out", type=folder, required=True, metavar="FOLDER", help="Where to write.")
+
+
+@click.command(epilog="Example: snoopi-rt presets")
+def presets() -> None:
+    """List the public students that are known by name; * is what a backbone stands for."""
+    with building("presets", "export", Path()):
+        from snoopi_rt.export.presets import table
+
+        click.echo(table())
+
+
+@click.command(epilog="Example: snoopi-rt export --preset pixart-dmd --out pixart-dmd --decoder tiny")
+@click.option("--backbone", metavar="NAME", help="small, pixart, sd15, sd21 or sdxl.  [default: the preset's]")
+@click.option("--preset", metavar="NAME", help="How a public student is called and read; see `snoopi-rt presets`.  [default: the backbone's]")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the preset, such as timestep=400; an unknown key lists all.")
+@click.option("--weights", metavar="FOLDER|ID", help="A diffusers folder or hub id.  [default: the preset's]")
+@click.option("--weights-file", type=click.Path(path_type=Path), metavar="FILE", help="The transformer's or UNet's weights, from elsewhere.")
+@click.option("--lora", "loras", multiple=True, metavar="FILE[:W]", help="A LoRA to merge, with its weight.  [default: 1]")
+@out_option
+@click.option("--guidance", default="nasa", metavar="KIND", help="How a negative prompt acts: nasa, nag, vsf, projected or none.")
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    metavar="[GRAPH=]NAME",
+    help="auto, fp32, fp16, bf16, int8, int8-weights or int4-weights; several make several builds.  [default: the backbone's]",
+)
+@click.option("--tolerance", type=float, metavar="X", help="What a build may change in the clean latent, in deviations.  [default: 0.05]")
+@click.option("--decoder", default="full", metavar="full|tiny|ID", help="The weights' own decoder, a tiny one (TAESD), or that of a folder or hub id.")
+@click.option("--size", "sizes", metavar="WxH[,WxH...]", help="Sizes that the bundle supports, the first by default.  [default: the preset's]")
+@click.option("--prompts", type=file, metavar="FILE", help="Prompts, one a line, whose states the bundle carries.")
+@click.option("--prompts-only", is_flag=True, help="Leave the text encoder out: the bundle knows the --prompts and no others.")
+@click.option("--accept-licence", is_flag=True, help="Accept a licence that forbids commercial use.")
+@click.option("--force", is_flag=True, help="Replace a bundle that is there.")
+def export(
+    backbone: str | None,
+    preset: str | None,
+    settings: tuple[str, ...],
+    weights: str | None,
+    weights_file: Path | None,
+    loras: tuple[str, ...],
+    out: Path,
+    guidance: str,
+    precisions: tuple[str, ...],
+    tolerance: float | None,
+    decoder: str,
+    sizes: str | None,
+    prompts: Path | None,
+    prompts_only: bool,
+    accept_licence: bool,
+    force: bool,
+) -> None:
+    """Turn a student's weights into a bundle, checked against PyTorch."""
+    with building("export", "export", out):
+        from snoopi_rt.export.origin import find_origin
+        from snoopi_rt.export.parity import LATENT_TOLERANCE
+        from snoopi_rt.export.run import Wishes
+        from snoopi_rt.export.run import export as write
+
+        wishes = Wishes(
+            guidance,
+            _precisions(precisions),
+            _sizes(sizes),
+            LATENT_TOLERANCE if tolerance is None else tolerance,
+            _lines(prompts),
+            prompts_only,
+            force,
+        )
+        bundle = write(find_origin(backbone, weights, preset, settings, weights_file, loras, decoder, accept_licence, _say), out, wishes, _say)
+    click.echo(bundle.described())
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _precisions(given: tuple[str, ...]) -> dict[str, list[str]]:
+    """The precisions of each graph in the order in which they were given."""
+    from snoopi_rt.precision import parse_precision
+
+    chosen: dict[str, list[str]] = {}
+    for text in given:
+        for graph, name in parse_precision(text).items():
+            chosen.setdefault(graph, []).append(name)
+    return chosen
+
+
+def _sizes(text: str | None) -> tuple[tuple[int, int], ...]:
+    """(height, width) of each size in `text`, which says the width first."""
+    sizes = []
+    for size in text.split(",") if text else ():
+        width, _, height = size.strip().partition("x")
+        if not (width.isdecimal() and height.isdecimal()):
+            raise InputError(f"size {size!r} is not WIDTHxHEIGHT, such as 512x512")
+        sizes.append((int(height), int(width)))
+    return tuple(dict.fromkeys(sizes))
+
+
+def _lines(path: Path | None) -> tuple[str, ...]:
+    from snoopi_rt.request import prompt_lines
+
+    return () if path is None else tuple(prompt_lines(path).values())
+
+
+@contextmanager
+def building(command: str, extra: str, out: Path) -> Iterator[None]:
+    """Say which extra a command needs where a package is missing, and why a folder cannot be written."""
+    try:
+        yield
+    except SnoopiError:
+        raise
+    except ImportError as error:
+        raise EngineMissing(f'{command} needs {error.name}: pip install "snoopi-rt[{extra}]"') from error
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error

@@ -1,0 +1,184 @@
+"""What bundle.json says, part by part, as frozen dataclasses that refuse what cannot be. Knows no engine package and no array."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from snoopi_rt.engines.base import BundleError, TensorSpec
+from snoopi_rt.files import sha256
+
+MANIFEST = "bundle.json"
+GRAPHS = ("text_encoder", "generator", "decoder")
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises BundleError with the message where the condition does not hold."""
+    if not condition:
+        raise BundleError(message)
+
+
+def text_rule(prompt: str, lowercase: bool) -> str:
+    """The text that is tokenized and looked up: without outer white space, in lower case where the bundle says so.
+
+    As diffusers' T5 pipelines do it; CLIP's and BERT's tokenizers drop outer white space themselves.
+    """
+    return (prompt.lower() if lowercase else prompt).strip()
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the folder: a plain name, its SHA-256 in hexadecimal, its size in bytes."""
+
+    path: str
+    sha256: str
+    size: int
+
+    def __post_init__(self) -> None:
+        plain = PLAIN_NAME.fullmatch(self.path) is not None and self.path != MANIFEST
+        require(plain, f"{self.path!r} is not a plain file name inside the bundle")
+
+    @classmethod
+    def of(cls, path: Path) -> "File":
+        """The entry for a file as it is on disk now."""
+        return cls(path.name, sha256(path), path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class Text:
+    """How a prompt becomes ids: tokenizer.json (None: the bundle knows its own prompts only), the longest prompt in tokens, and whether
+    it is lower-cased first. `pad` fills every prompt to that length with this id, as CLIP wants it; None leaves its own length.
+    """
+
+    tokenizer: File | None
+    max_tokens: int
+    lowercase: bool
+    pad: int | None = None
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The latent of an image (H, W) has shape (channels, H / factor, W / factor)."""
+
+    channels: int
+    factor: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A latent larger than `size` pixels is decoded in tiles of that size that share `overlap` pixels, which bounds the memory."""
+
+    size: int
+    overlap: int
+
+    def __post_init__(self) -> None:
+        require(0 <= self.overlap < self.size, f"tiles of {self.size} latent pixels cannot share {self.overlap}")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The range of a guidance scale and the value used where none is given."""
+
+    default: float
+    min: float
+    max: float
+
+    def __post_init__(self) -> None:
+        require(self.min <= self.default <= self.max, f"scale {self.default} is outside {self.min} to {self.max}")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the generator uses a negative prompt; `fixed` holds the constants of that kind that are in the graph."""
+
+    kind: Literal["nasa", "nag", "vsf", "projected", "none"]
+    scale: Scale
+    fixed: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts whose states the bundle carries, after the text rule, in the order of the .npz file that holds them."""
+
+    file: File
+    texts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        require(self.file.path.endswith(".npz"), f"prompts must be in an .npz file, not {self.file.path}")
+        require(bool(self.texts) and len(set(self.texts)) == len(self.texts), "the prompts that a bundle carries must be there, each once")
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The measured distance of a graph from PyTorch's answer.
+
+    `latent_error` is what a build changes in the clean latent, rms, in units of a clean latent's deviation; `psnr` is that of the decoder's
+    image in dB, a finite number. None where not measured.
+    """
+
+    relative_l2: float
+    max_abs: float
+    latent_error: float | None = None
+    psnr: float | None = None
+
+
+@dataclass(frozen=True)
+class Build:
+    """One form of a graph: the engines that it suits and its files, the first of which is the one to open.
+
+    `tolerance` is the largest `error` that it was allowed; `max_batch` bounds the batch where this build, unlike others, needs it.
+    """
+
+    engines: tuple[str, ...]
+    precision: str
+    format: Literal["onnx", "openvino-ir"]
+    files: tuple[File, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parity: Parity
+    tolerance: float
+    max_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.engines and self.files and self.inputs and self.outputs), "a build needs engines, files, inputs and outputs")
+        names = [file.path for file in self.files]
+        for what, given in ("file", names), ("input", [s.name for s in self.inputs]), ("output", [s.name for s in self.outputs]):
+            require(len(set(given)) == len(given), f"a build lists one {what} twice: {', '.join(given)}")
+        main = Path(names[0])
+        if self.format == "onnx":
+            require(main.suffix == ".onnx", f"the first file of an onnx build must be an .onnx file, not {main}")
+        else:
+            complete = main.suffix == ".xml" and str(main.with_suffix(".bin")) in names
+            require(complete, f"an openvino-ir build must list an .xml file and its .bin, not {', '.join(names)}")
+        require(self.max_batch is None or self.max_batch > 0, f"{main}: max_batch must be positive")
+        measure = "relative L2" if self.parity.latent_error is None else "latent error"
+        within = self.error <= self.tolerance
+        require(within, f"{main} is {self.error} ({measure}) off PyTorch, beyond its tolerance {self.tolerance}")
+
+    @property
+    def error(self) -> float:
+        """The figure that the build is judged by: the latent error where it was measured, else the relative L2."""
+        return self.parity.relative_l2 if self.parity.latent_error is None else self.parity.latent_error
+
+    @cached_property
+    def hash(self) -> str:
+        """The SHA-256 of everything said about this build, its files' hashes included."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def described(self) -> str:
+        """What the build is and how far it is from PyTorch, for people."""
+        size = sum(file.size for file in self.files) / 1e6
+        parity, limit = self.parity, f" (at most {self.tolerance:.0e})"
+        figures = [f"relative L2 to PyTorch {parity.relative_l2:.1e}"]
+        if parity.latent_error is not None:
+            figures.insert(0, f"latent error {parity.latent_error:.1e}")
+        figures[0] += limit
+        if parity.psnr is not None:
+            figures.append(f"PSNR {parity.psnr:.1f} dB")
+        if self.max_batch is not None:
+            figures.append(f"batch up to {self.max_batch}")
+        return f"{self.format} for {', '.join(self.engines)}, {size:.1f} MB, {self.precision} arithmetic, {', '.join(figures)}"

@@ -1,0 +1,138 @@
+"""Writes a diffusers folder of a backbone at its full size with random weights: what speed, memory and parity are measured on.
+
+The classes and sizes are those of the public checkpoints, the weights are drawn by each class's own initialisation from one seed. Pictures
+of such a student are noise. python tools/random_student.py pixart --out runs/random/pixart
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+import torch
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import tiny_students
+
+from snoopi_rt.export.weights import save_tensors
+
+SD_UNET = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+UNETS = {
+    "sd15": {**SD_UNET, "attention_head_dim": 8, "cross_attention_dim": 768},
+    "sd21": {**SD_UNET, "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True},
+    "sdxl": {
+        **SD_UNET,
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (5, 10, 20),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+CLIPS = {
+    "sd15": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12, "hidden_act": "quick_gelu"},
+    "sd21": {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23, "hidden_act": "gelu"},
+    "bigg": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_attention_heads": 20,
+        "num_hidden_layers": 32,
+        "hidden_act": "gelu",
+        "projection_dim": 1280,
+    },
+}
+VAE = {
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "sample_size": 512,
+}
+T5_XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+SHARD = 2 * 2**30
+
+
+@click.command()
+@click.argument("backbone", type=click.Choice(["pixart", *UNETS]))
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--seed", default=0)
+@click.option("--t5-layers", default=24, help="Fewer make a smaller text encoder of the same width.")
+def main(backbone: str, out: Path, seed: int, t5_layers: int) -> None:
+    """Write the folder."""
+    from diffusers import AutoencoderKL, PixArtTransformer2DModel, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    scaling = 0.13025 if backbone == "sdxl" else 0.18215
+    AutoencoderKL(**VAE, scaling_factor=scaling).save_pretrained(out / "vae")
+    tiny_autoencoder(out / "taesd")
+    if backbone == "pixart":
+        network: nn.Module = PixArtTransformer2DModel(sample_size=64, caption_channels=4096, use_additional_conditions=False)
+        nn.init.normal_(network.proj_out.weight, std=0.02)
+        network.save_pretrained(out / "transformer")
+        t5(out / "text_encoder", {**T5_XXL, "num_layers": t5_layers}, seed)
+        tiny_students.t5_tokenizer(out / "tokenizer")
+        tiny_students._scheduler(out, "pixart")
+        return
+    UNet2DConditionModel(**UNETS[backbone]).save_pretrained(out / "unet")
+    shared = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
+    first = CLIPTextConfig(**CLIPS["sd21" if backbone == "sd21" else "sd15"], **shared)
+    CLIPTextModel(first).save_pretrained(out / "text_encoder")
+    tiny_students.clip_tokenizer(out / "tokenizer", "!" if backbone == "sd21" else tiny_students.EOS)
+    if backbone == "sdxl":
+        CLIPTextModelWithProjection(CLIPTextConfig(**CLIPS["bigg"], **shared)).save_pretrained(out / "text_encoder_2")
+        tiny_students.clip_tokenizer(out / "tokenizer_2", "!")
+    tiny_students._scheduler(out, "sd")
+
+
+def tiny_autoencoder(folder: Path) -> None:
+    """TAESD's own sizes."""
+    from diffusers import AutoencoderTiny
+
+    AutoencoderTiny().save_pretrained(folder)
+
+
+def t5(folder: Path, sizes: dict[str, int], seed: int) -> None:
+    """A T5 v1.1 encoder in bf16, one shard in memory at a time."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(**sizes, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in T5EncoderModel(config).state_dict().items() if "embed_tokens" not in name}
+    folder.mkdir(parents=True, exist_ok=True)
+    random, shard, index, held = torch.Generator().manual_seed(seed), {}, {}, 0
+    for name, shape in tqdm(shapes.items(), desc="text encoder", unit="tensor"):
+        # As T5's own initialisation: products keep the size of their input, q also takes the softmax's missing 1 / sqrt(d).
+        fan = shape[-1] * (sizes["d_kv"] if name.endswith(".q.weight") else 1)
+        std = 1.0 if name == "shared.weight" else fan**-0.5
+        shard[name] = torch.ones(shape) if "layer_norm" in name else torch.randn(shape, generator=random) * std
+        shard[name] = shard[name].to(torch.bfloat16)
+        held += 2 * shape.numel()
+        if held > SHARD or name == list(shapes)[-1]:
+            file = f"model-{len(set(index.values())) + 1:05}.safetensors"
+            save_tensors(folder / file, shard, {"format": "pt"})
+            index |= dict.fromkeys(shard, file)
+            shard, held = {}, 0
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
