@@ -65,6 +65,19 @@ def write_graph(
     return [path, data] if size > INLINE else [path]
 
 
+def fix_batch(path: Path, out: Path) -> None:
+    """Writes the graph for a batch of 1 alone to `out`, beside `path`, whose file of weights serves both.
+
+    Engines choose faster kernels for shapes that they know: OpenVINO's PixArt takes 5 % less.
+    """
+    model = onnx.load(path, load_external_data=False)
+    for value in [*model.graph.input, *model.graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == "batch":
+                dim.dim_value = 1
+    out.write_bytes(model.SerializeToString(deterministic=True))
+
+
 def node_counts(path: Path) -> dict[str, int]:
     """How many nodes of each operator a graph has."""
     counts: dict[str, int] = {}

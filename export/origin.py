@@ -77,4 +77,6 @@ def find_origin(
         "decoder": "" if tiny is None else decoder,
         "preset": " ".join([row.name, *settings]),
     }
-    return Origin(chosen, Weights(source.folder, network, merged, tiny), licence, {key: value for key, value in provenance.items() if value})
+    return Origin(
+        chosen, Weights(source.folder, network, merged, tiny), licence, {key: value for key, value in provenance.items() if value}
+    )

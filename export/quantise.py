@@ -26,7 +26,10 @@ class Activation(nn.Module):
     def __init__(self, low: float, high: float, smooth: Tensor | None = None):
         super().__init__()
         if -low < 0.25 * high:
-            scale, zero = (high - min(low, 0.0)) / 255, torch.tensor(round(255 * -min(low, 0.0) / (high - min(low, 0.0))), dtype=torch.uint8)
+            scale, zero = (
+                (high - min(low, 0.0)) / 255,
+                torch.tensor(round(255 * -min(low, 0.0) / (high - min(low, 0.0))), dtype=torch.uint8),
+            )
         else:
             scale, zero = max(-low, high) / 127, torch.tensor(0, dtype=torch.int8)
         self.scale, self.zero = nn.Buffer(torch.tensor(max(scale, 1e-12))), nn.Buffer(zero)

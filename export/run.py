@@ -21,7 +21,7 @@ from snoopi_rt.export.backbones import FACTOR, Backbone, Student, find_backbone
 from snoopi_rt.export.builds import Graph, build, check_precision
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.origin import Origin
-from snoopi_rt.export.parity import FP32_TOLERANCE, LATENT_TOLERANCE, PICTURE_TOLERANCE, Arrays, relative_l2, rms
+from snoopi_rt.export.parity import FP32_TOLERANCE, LATENT_TOLERANCE, PICTURE_TOLERANCE, Arrays, rms
 from snoopi_rt.manifest import text_rule
 from snoopi_rt.prompts import write_prompts
 from snoopi_rt.tokenizer import Tokenizer
@@ -208,7 +208,7 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
         calibration=[{"latent": _run(reference, case)} for case in given.calibration[:DECODER_CASES]],
         scored=[{"latent": latent} for latent in scored],
         wanted=images,
-        error=lambda i, found: relative_l2(found["image"], images[i]["image"]),
+        error=lambda i, found: rms(found["image"].astype(np.float32) - images[i]["image"]) / 255,
         tolerance=PICTURE_TOLERANCE,
         fp32_tolerance=FP32_TOLERANCE["decoder"],
         **shared,

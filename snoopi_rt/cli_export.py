@@ -24,10 +24,16 @@ def presets() -> None:
 
 @click.command(epilog="Example: snoopi-rt export --preset pixart-dmd --out pixart-dmd --decoder tiny")
 @click.option("--backbone", metavar="NAME", help="small, pixart, sd15, sd21 or sdxl.  [default: the preset's]")
-@click.option("--preset", metavar="NAME", help="How a public student is called and read; see `snoopi-rt presets`.  [default: the backbone's]")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the preset, such as timestep=400; an unknown key lists all.")
+@click.option(
+    "--preset", metavar="NAME", help="How a public student is called and read; see `snoopi-rt presets`.  [default: the backbone's]"
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the preset, such as timestep=400; an unknown key lists all."
+)
 @click.option("--weights", metavar="FOLDER|ID", help="A diffusers folder or hub id.  [default: the preset's]")
-@click.option("--weights-file", type=click.Path(path_type=Path), metavar="FILE", help="The transformer's or UNet's weights, from elsewhere.")
+@click.option(
+    "--weights-file", type=click.Path(path_type=Path), metavar="FILE", help="The transformer's or UNet's weights, from elsewhere."
+)
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:W]", help="A LoRA to merge, with its weight.  [default: 1]")
 @out_option
 @click.option("--guidance", default="nasa", metavar="KIND", help="How a negative prompt acts: nasa, nag, vsf, projected or none.")
@@ -39,8 +45,12 @@ def presets() -> None:
     help="auto, fp32, fp16, bf16, int8, int8-weights or int4-weights; several make several builds.  [default: the backbone's]",
 )
 @click.option("--tolerance", type=float, metavar="X", help="What a build may change in the clean latent, in deviations.  [default: 0.05]")
-@click.option("--decoder", default="full", metavar="full|tiny|ID", help="The weights' own decoder, a tiny one (TAESD), or that of a folder or hub id.")
-@click.option("--size", "sizes", metavar="WxH[,WxH...]", help="Sizes that the bundle supports, the first by default.  [default: the preset's]")
+@click.option(
+    "--decoder", default="full", metavar="full|tiny|ID", help="The weights' own decoder, a tiny one (TAESD), or that of a folder or hub id."
+)
+@click.option(
+    "--size", "sizes", metavar="WxH[,WxH...]", help="Sizes that the bundle supports, the first by default.  [default: the preset's]"
+)
 @click.option("--prompts", type=file, metavar="FILE", help="Prompts, one a line, whose states the bundle carries.")
 @click.option("--prompts-only", is_flag=True, help="Leave the text encoder out: the bundle knows the --prompts and no others.")
 @click.option("--accept-licence", is_flag=True, help="Accept a licence that forbids commercial use.")
@@ -79,7 +89,9 @@ def export(
             prompts_only,
             force,
         )
-        bundle = write(find_origin(backbone, weights, preset, settings, weights_file, loras, decoder, accept_licence, _say), out, wishes, _say)
+        bundle = write(
+            find_origin(backbone, weights, preset, settings, weights_file, loras, decoder, accept_licence, _say), out, wishes, _say
+        )
     click.echo(bundle.described())
 
 

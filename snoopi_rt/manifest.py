@@ -116,14 +116,26 @@ class Prompts:
 class Parity:
     """The measured distance of a graph from PyTorch's answer.
 
-    `latent_error` is what a build changes in the clean latent, rms, in units of a clean latent's deviation; `psnr` is that of the decoder's
-    image in dB, a finite number. None where not measured.
+    `latent_error` is what a build changes in the clean latent, rms, in units of a clean latent's deviation; `psnr` is that of the image in
+    dB, a finite number. None where not measured.
     """
 
     relative_l2: float
     max_abs: float
     latent_error: float | None = None
     psnr: float | None = None
+
+    @property
+    def error(self) -> float:
+        """The figure that a build is judged by: the latent error, else the picture's, rms in units of full white, else the relative L2."""
+        if self.latent_error is not None:
+            return self.latent_error
+        return self.relative_l2 if self.psnr is None else 10 ** (-self.psnr / 20)
+
+    def judged(self) -> str:
+        """That figure and what it is."""
+        kind = "relative L2" if self.psnr is None else "rms of full white"
+        return f"{self.error:.2g} ({'latent error' if self.latent_error is not None else kind})"
 
 
 @dataclass(frozen=True)
@@ -155,14 +167,8 @@ class Build:
             complete = main.suffix == ".xml" and str(main.with_suffix(".bin")) in names
             require(complete, f"an openvino-ir build must list an .xml file and its .bin, not {', '.join(names)}")
         require(self.max_batch is None or self.max_batch > 0, f"{main}: max_batch must be positive")
-        measure = "relative L2" if self.parity.latent_error is None else "latent error"
-        within = self.error <= self.tolerance
-        require(within, f"{main} is {self.error} ({measure}) off PyTorch, beyond its tolerance {self.tolerance}")
-
-    @property
-    def error(self) -> float:
-        """The figure that the build is judged by: the latent error where it was measured, else the relative L2."""
-        return self.parity.relative_l2 if self.parity.latent_error is None else self.parity.latent_error
+        within = self.parity.error <= self.tolerance
+        require(within, f"{main} is {self.parity.judged()} off PyTorch, beyond its tolerance {self.tolerance}")
 
     @cached_property
     def hash(self) -> str:
@@ -172,13 +178,13 @@ class Build:
     def described(self) -> str:
         """What the build is and how far it is from PyTorch, for people."""
         size = sum(file.size for file in self.files) / 1e6
-        parity, limit = self.parity, f" (at most {self.tolerance:.0e})"
+        parity, limit = self.parity, f"{self.tolerance:.0e}"
         figures = [f"relative L2 to PyTorch {parity.relative_l2:.1e}"]
         if parity.latent_error is not None:
             figures.insert(0, f"latent error {parity.latent_error:.1e}")
-        figures[0] += limit
         if parity.psnr is not None:
             figures.append(f"PSNR {parity.psnr:.1f} dB")
+        figures.append(f"judged {parity.judged()} of at most {limit}")
         if self.max_batch is not None:
             figures.append(f"batch up to {self.max_batch}")
         return f"{self.format} for {', '.join(self.engines)}, {size:.1f} MB, {self.precision} arithmetic, {', '.join(figures)}"

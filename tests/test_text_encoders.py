@@ -348,9 +348,9 @@ def t5_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def test_t5_reference_one_layer_at_a_time_equals_the_whole_model(t5_folder: Path) -> None:
     model = t5_model()
-    for length in LENGTHS:
-        ids = torch.randint(0, 64, (2, length))
-        assert relative(reference_states(t5_folder, ids), model(ids).last_hidden_state) < 1e-6
+    prompts = [torch.randint(0, 64, (2, length)) for length in LENGTHS]
+    for ids, states in zip(prompts, reference_states(t5_folder, prompts), strict=True):
+        assert relative(states, model(ids).last_hidden_state) < 1e-6
 
 
 def test_t5_skeleton_needs_no_memory_and_its_weights_are_found_by_name(t5_folder: Path, projection: nn.Module) -> None:
@@ -382,7 +382,7 @@ def test_t5_weights_may_be_a_plain_state_dict_of_torch(tmp_path: Path) -> None:
 
 def test_a_folder_without_t5_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no T5 encoder: it has no config\.json"):
-        reference_states(tmp_path, torch.zeros(1, 1, dtype=torch.long))
+        reference_states(tmp_path, [torch.zeros(1, 1, dtype=torch.long)])
 
 
 @pytest.mark.parametrize("t5_folder", ["shards"], indirect=True)

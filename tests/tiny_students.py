@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,76 +19,100 @@ VAE = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
 SCHEDULERS = {
-    "pixart": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon"},
-    "sd": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"},
+    "pixart": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "clip_sample": False},
+    "sd": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "steps_offset": 1},
 }
 
 
-def pixart(folder: Path, sample_size: int = 8, conditions: bool = False, scaling: float = 0.18215) -> Path:
-    """PixArt alpha at 64 x 64 pixels; `conditions`: as its 1024 models, with resolution and aspect ratio."""
+def pixart(
+    folder: Path, sample_size: int = 8, scaling: float = 0.18215, tiny_vae: bool = False, prediction: str = "epsilon", **config: Any
+) -> Path:
+    """PixArt alpha; with `sample_size` 128 as its 1024 models, conditioned on resolution and aspect ratio."""
+    network = pixart_network(sample_size, **config)
+    network.save_pretrained(folder / "transformer")
+    _vae(folder / "vae", scaling, tiny_vae)
+    t5(folder / "text_encoder", 24)
+    t5_tokenizer(folder / "tokenizer")
+    _scheduler(folder, "pixart", prediction)
+    _index(folder, "PixArtAlphaPipeline", transformer="PixArtTransformer2DModel", text_encoder="T5EncoderModel", tokenizer="T5Tokenizer")
+    return folder
+
+
+def pixart_network(sample_size: int = 8, **config: Any) -> Any:
+    """A PixArtTransformer2DModel for 4 latent channels that also learns the variance, in evaluation mode."""
     from diffusers import PixArtTransformer2DModel
 
     torch.manual_seed(0)
+    defaults = {
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "caption_channels": 24,
+        "use_additional_conditions": sample_size == 128,
+    }
     network = PixArtTransformer2DModel(
         num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        cross_attention_dim=32,
+        attention_head_dim=24,
+        cross_attention_dim=48,
         sample_size=sample_size,
         patch_size=2,
-        caption_channels=24,
-        use_additional_conditions=conditions,
+        **{**defaults, **config},
     )
-    nn.init.normal_(network.proj_out.weight, std=0.1)
-    network.save_pretrained(folder / "transformer")
-    _vae(folder / "vae", scaling)
-    t5(folder / "text_encoder", 24)
-    t5_tokenizer(folder / "tokenizer")
-    _scheduler(folder, "pixart")
-    return folder
+    # As diffusers starts them, the modulations and the last layer are nearly nothing, and so would be what is wrong with them.
+    for name, parameter in network.named_parameters():
+        if "scale_shift_table" in name or "adaln_single.linear" in name or name.startswith("proj_out"):
+            nn.init.normal_(parameter, std=0.3)
+    return network.eval().requires_grad_(False)
 
 
-def stable_diffusion(folder: Path, two: bool = False, linear: bool = True) -> Path:
-    """SD 1.5 (`linear` False), SD 2.1, or SDXL (`two` text encoders) at 64 x 64 pixels."""
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    sizes = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "norm_num_groups": 4}
-    if two:
-        network = UNet2DConditionModel(
-            **sizes,
-            block_out_channels=(16, 32),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(2, 4),
-            transformer_layers_per_block=(1, 2),
-            use_linear_projection=True,
-            cross_attention_dim=32 + 48,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=24 + 6 * 8,
-        )
-    else:
-        network = UNet2DConditionModel(
-            **sizes,
-            block_out_channels=(16, 32),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            attention_head_dim=4 if not linear else (2, 4),
-            use_linear_projection=linear,
-            cross_attention_dim=32,
-        )
-    network.save_pretrained(folder / "unet")
-    _vae(folder / "vae", 0.13025 if two else 0.18215)
+def stable_diffusion(
+    folder: Path, kind: str = "sd21", tiny_vae: bool = False, scheduler: str = "DDPMScheduler", levels: int = 2, **config: Any
+) -> Path:
+    """`kind` sd15, sd21 or sdxl."""
+    unet(kind, levels, **config).save_pretrained(folder / "unet")
+    two = kind == "sdxl"
+    _vae(folder / "vae", 0.13025 if two else 0.18215, tiny_vae)
     _clip(folder / "text_encoder", projected=False)
-    clip_tokenizer(folder / "tokenizer", EOS if two or not linear else "!")
+    clip_tokenizer(folder / "tokenizer", "!" if kind == "sd21" else EOS)
+    parts = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
     if two:
         _clip(folder / "text_encoder_2", projected=True, hidden_size=48, hidden_act="gelu")
         clip_tokenizer(folder / "tokenizer_2", "!")
-    _scheduler(folder, "sd")
+        parts |= {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}
+    _scheduler(folder, "sd", kind=scheduler)
+    _index(folder, "StableDiffusionXLPipeline" if two else "StableDiffusionPipeline", **parts)
     return folder
+
+
+def unet(kind: str, levels: int = 2, **config: Any) -> Any:
+    """A UNet2DConditionModel of `kind` sd15, sd21 or sdxl, in evaluation mode; with one level, all of it has cross-attention."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    # Where the others have cross-attention, SDXL has it not, and the other way round.
+    order = (1, 0) if kind == "sdxl" else (0, 1)
+    down = [("CrossAttnDownBlock2D", "DownBlock2D")[each] for each in order]
+    up = [("UpBlock2D", "CrossAttnUpBlock2D")[each] for each in order]
+    if levels == 1:
+        down, up = ["CrossAttnDownBlock2D"], ["CrossAttnUpBlock2D"]
+    kinds: dict[str, dict[str, Any]] = {
+        "sd15": {"attention_head_dim": 4, "cross_attention_dim": 32},
+        "sd21": {"attention_head_dim": (2, 4)[:levels], "cross_attention_dim": 32, "use_linear_projection": True},
+        "sdxl": {
+            "attention_head_dim": (2, 4)[:levels],
+            "cross_attention_dim": 32 + 48,
+            "transformer_layers_per_block": (1, 2)[:levels],
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 24 + 6 * 8,
+        },
+    }
+    defaults = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "norm_num_groups": 4}
+    network = UNet2DConditionModel(
+        **{**defaults, "block_out_channels": (16, 32)[:levels], "down_block_types": down, "up_block_types": up, **kinds[kind], **config}
+    )
+    return network.eval().requires_grad_(False)
 
 
 def clip_tokenizer(folder: Path, pad: str) -> Path:
@@ -140,15 +165,20 @@ def tiny_autoencoder(folder: Path) -> Path:
     return folder
 
 
-def _vae(folder: Path, scaling: float) -> None:
+def _vae(folder: Path, scaling: float, tiny: bool) -> None:
     from diffusers import AutoencoderKL
 
-    AutoencoderKL(**VAE, scaling_factor=scaling).save_pretrained(folder)
+    if tiny:
+        tiny_autoencoder(folder)
+    else:
+        torch.manual_seed(0)
+        AutoencoderKL(**VAE, scaling_factor=scaling).save_pretrained(folder)
 
 
 def _clip(folder: Path, projected: bool, hidden_size: int = 32, hidden_act: str = "quick_gelu") -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=520,
         hidden_size=hidden_size,
@@ -157,12 +187,29 @@ def _clip(folder: Path, projected: bool, hidden_size: int = 32, hidden_act: str 
         num_hidden_layers=3,
         projection_dim=24,
         hidden_act=hidden_act,
+        bos_token_id=518,
         eos_token_id=519,
+        pad_token_id=519,
     )
     (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).save_pretrained(folder)
 
 
-def _scheduler(folder: Path, kind: str) -> None:
-    from diffusers import DDPMScheduler
+def _scheduler(folder: Path, family: str, prediction: str = "epsilon", kind: str = "DDPMScheduler") -> None:
+    import diffusers
 
-    DDPMScheduler(**SCHEDULERS[kind]).save_pretrained(folder / "scheduler")
+    config = {**SCHEDULERS[family], "prediction_type": prediction}
+    if kind != "DDPMScheduler":
+        config = {**config, "timestep_spacing": "trailing"}
+        del config["clip_sample"]
+    getattr(diffusers, kind)(**config).save_pretrained(folder / "scheduler")
+
+
+def _index(folder: Path, pipeline: str, **parts: str) -> None:
+    """model_index.json, by which diffusers' pipelines are opened."""
+    vae, scheduler = (json.loads((folder / name).read_text())["_class_name"] for name in ("vae/config.json", "scheduler/scheduler_config.json"))
+    libraries = {name: ["transformers" if name.startswith(("text", "tokenizer")) else "diffusers", kind] for name, kind in parts.items()}
+    absent = {} if "transformer" in parts else dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None])
+    if "text_encoder_2" in parts:
+        del absent["safety_checker"]
+    document = {"_class_name": pipeline, "vae": ["diffusers", vae], "scheduler": ["diffusers", scheduler], **libraries, **absent}
+    (folder / "model_index.json").write_text(json.dumps(document))

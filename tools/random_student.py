@@ -106,7 +106,15 @@ def tiny_autoencoder(folder: Path) -> None:
     """TAESD's own sizes."""
     from diffusers import AutoencoderTiny
 
-    AutoencoderTiny().save_pretrained(folder)
+    vae = AutoencoderTiny()
+    with torch.no_grad():
+        # As it is drawn, all its pictures would be nearly black.
+        picture, last = vae.decoder(torch.randn(2, 4, 64, 64)), vae.decoder.layers[-1]
+        gain = 0.5 / picture.std()
+        last.weight *= gain
+        last.bias *= gain
+        last.bias += 0.5 - gain * (picture.mean() + 1) / 2
+    vae.save_pretrained(folder)
 
 
 def t5(folder: Path, sizes: dict[str, int], seed: int) -> None:
@@ -117,21 +125,26 @@ def t5(folder: Path, sizes: dict[str, int], seed: int) -> None:
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in T5EncoderModel(config).state_dict().items() if "embed_tokens" not in name}
     folder.mkdir(parents=True, exist_ok=True)
-    random, shard, index, held = torch.Generator().manual_seed(seed), {}, {}, 0
-    for name, shape in tqdm(shapes.items(), desc="text encoder", unit="tensor"):
-        # As T5's own initialisation: products keep the size of their input, q also takes the softmax's missing 1 / sqrt(d).
-        fan = shape[-1] * (sizes["d_kv"] if name.endswith(".q.weight") else 1)
-        std = 1.0 if name == "shared.weight" else fan**-0.5
-        shard[name] = torch.ones(shape) if "layer_norm" in name else torch.randn(shape, generator=random) * std
-        shard[name] = shard[name].to(torch.bfloat16)
-        held += 2 * shape.numel()
-        if held > SHARD or name == list(shapes)[-1]:
-            file = f"model-{len(set(index.values())) + 1:05}.safetensors"
-            save_tensors(folder / file, shard, {"format": "pt"})
-            index |= dict.fromkeys(shard, file)
-            shard, held = {}, 0
+    shards: list[list[str]] = [[]]
+    for name, shape in shapes.items():
+        if sum(2 * shapes[other].numel() for other in shards[-1]) > SHARD:
+            shards.append([])
+        shards[-1].append(name)
+    random, index = torch.Generator().manual_seed(seed), {}
+    for number, names in enumerate(tqdm(shards, desc="text encoder", unit="shard"), 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_tensors(folder / file, {name: t5_tensor(name, shapes[name], sizes["d_kv"], random) for name in names}, {"format": "pt"})
+        index |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config.save_pretrained(folder)
+
+
+def t5_tensor(name: str, shape: torch.Size, d_kv: int, random: torch.Generator) -> torch.Tensor:
+    """As T5's own initialisation: products keep the size of their input, and q takes the softmax's missing 1 / sqrt(d) too."""
+    if "layer_norm" in name:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    fan = shape[-1] * (d_kv if name.endswith(".q.weight") else 1)
+    return (torch.randn(shape, generator=random) * (1.0 if name == "shared.weight" else fan**-0.5)).to(torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from snoopi_rt.bundle import Text
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.preset import Preset
-from snoopi_rt.bundle import Text
 
 
 @dataclass(frozen=True)

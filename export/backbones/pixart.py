@@ -14,7 +14,7 @@ from snoopi_rt.export.attention import GuidedAttention, merge_heads, split_heads
 from snoopi_rt.export.fold import gated, linear, modulated_norm, stacked
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
-from snoopi_rt.kernels import attention, fused_attention
+from snoopi_rt.kernels import fused_attention
 
 
 class GuidedPixArt(nn.Module):

@@ -17,7 +17,7 @@ from snoopi_rt.export.text.t5 import T5Weights, reference_states, skeleton
 
 
 def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -> Student:
-    """The modules of a PixArt folder. The text encoder stays on disk: T5-XXL has 4.7 B parameters. Raises InputError as load_module does."""
+    """The modules of a PixArt folder. Its text encoder stays on disk: 4.7 B parameters. Raises InputError as load_module does."""
     network = load_network(weights, PixArtTransformer2DModel, "transformer")
     if network.config.use_additional_conditions and len(sizes) > 1:
         raise InputError("this PixArt is conditioned on the image's size, which is folded into its graph: export one --size a bundle")
@@ -27,7 +27,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
 
     @torch.no_grad()
     def encode(prompts: list[Tensor]) -> list[dict[str, Tensor]]:
-        return [{"states": projection(states)} for states in [reference_states(weights.folder / "text_encoder", ids) for ids in prompts]]
+        return [{"states": projection(states)} for states in reference_states(weights.folder / "text_encoder", prompts)]
 
     def write_tokenizer(path: Path) -> Text:
         return t5_rule(weights.folder / "tokenizer", path, preset.max_tokens)

@@ -152,7 +152,7 @@ class FoldedUNet(nn.Module):
 
 
 class FoldedResnet(nn.Module):
-    """A ResNet block at known timesteps: the first convolution has one bias a step. With `columns`, those of Condition.added come on top."""
+    """A ResNet block at known timesteps: its first convolution has one bias a step. `columns` of Condition.added, if any, come on top."""
 
     def __init__(self, block: ResnetBlock2D, embedded: Tensor, columns: slice | None):
         super().__init__()
@@ -196,7 +196,7 @@ def check_config(network: UNet2DConditionModel) -> None:
     config = network.config
     for key, value in UNSUPPORTED.items():
         if config.get(key) != value:
-            raise InputError(f"this UNet has {key} {config[key]!r}, which is not supported: snoopi-rt exports SD 1.5, SD 2.1 and SDXL UNets")
+            raise InputError(f"this UNet has {key} {config[key]!r}, which is not supported: known are those of SD 1.5, SD 2.1 and SDXL")
     if config.addition_embed_type not in (None, "text_time"):
         raise InputError(f"this UNet has addition_embed_type {config.addition_embed_type!r}, supported are none and 'text_time' (SDXL)")
 

@@ -4,12 +4,14 @@ Nothing here computes in fp16: T5's states grow beyond 65504, and what comes of 
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.checkpoint import read_weights
@@ -88,10 +90,11 @@ class T5Weights:
 
 
 @torch.no_grad()
-def reference_states(folder: Path, ids: Tensor) -> Tensor:
-    """The last hidden state (B, T, D) of a folder's T5EncoderModel for ids (B, T) in fp32, with one layer in memory at a time.
+def reference_states(folder: Path, prompts: Sequence[Tensor]) -> list[Tensor]:
+    """The last hidden state (B, T, D) of a folder's T5EncoderModel for each of `prompts`, ids (B, T), in fp32.
 
-    Computed by transformers' own blocks, position bias included: what exported builds are measured against.
+    One layer is in memory at a time, and serves all prompts. Computed by transformers' own blocks, position bias included: what exported
+    builds are measured against.
     """
     from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
@@ -102,13 +105,18 @@ def reference_states(folder: Path, ids: Tensor) -> Tensor:
         module.load_state_dict(weights, assign=True)
         return module.eval()
 
-    used, position = ids.unique(return_inverse=True)
-    states, bias = weight_of.rows("encoder.embed_tokens.weight", used).float()[position], None
-    for number in range(config.num_layers):
+    used = torch.cat([ids.flatten() for ids in prompts]).unique()
+    table = weight_of.rows("encoder.embed_tokens.weight", used).float()
+    states = [table[torch.searchsorted(used, ids)] for ids in prompts]
+    biases: list[Tensor | None] = [None] * len(states)
+    for number in tqdm(range(config.num_layers), desc="text reference", unit="layer", leave=False):
         with torch.device("meta"):
             block = T5Block(config, has_relative_attention_bias=number == 0)
-        states, bias, _ = loaded(block, f"encoder.block.{number}")(states, None, bias)
-    return loaded(T5LayerNorm(config.d_model, config.layer_norm_epsilon), "encoder.final_layer_norm")(states)
+        loaded(block, f"encoder.block.{number}")
+        for i, bias in enumerate(biases):
+            states[i], biases[i], _ = block(states[i], None, bias)
+    norm = loaded(T5LayerNorm(config.d_model, config.layer_norm_epsilon), "encoder.final_layer_norm")
+    return [norm(each) for each in states]
 
 
 def _config(folder: Path) -> Any:
