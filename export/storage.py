@@ -58,7 +58,7 @@ def store_weights(graph: ir.Graph, storage: Storage) -> None:
 
 
 def pack(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (out, blocks, BLOCK * bits / 8) uint8 and their sizes (out * blocks,) float32 of a weight (in, out), as MatMulNBits reads them."""
+    """Steps (out, blocks, BLOCK * bits / 8) uint8 and their sizes (out * blocks,) float32 of a weight (in, out), for MatMulNBits."""
     zero, inputs = 2 ** (bits - 1), len(weight)
     blocks = np.pad(weight.T, ((0, 0), (0, -inputs % BLOCK))).reshape(weight.shape[1], -1, BLOCK)
     scale = np.maximum(np.abs(blocks).max(-1, keepdims=True), np.float32(1e-12)) / np.float32(zero - 1)

@@ -70,9 +70,8 @@ def feeds(generator: Engine, prompt_tokens: int, negative_tokens: int, scale: fl
         shape = [1 if size is None else size for size in spec.shape]
         if spec.name in lengths:
             shape[1] = spec.shape[1] or lengths[spec.name]
-        given[spec.name] = (
-            np.full(shape, scale, np.float32) if spec.name == "negative_scale" else random.standard_normal(shape).astype(np.float32)
-        )
+        given[spec.name] = random.standard_normal(shape).astype(np.float32)
+    given["negative_scale"][:] = scale
     return given
 
 

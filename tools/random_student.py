@@ -126,7 +126,7 @@ def t5(folder: Path, sizes: dict[str, int], seed: int) -> None:
         shapes = {name: value.shape for name, value in T5EncoderModel(config).state_dict().items() if "embed_tokens" not in name}
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = [[]]
-    for name, shape in shapes.items():
+    for name in shapes:
         if sum(2 * shapes[other].numel() for other in shards[-1]) > SHARD:
             shards.append([])
         shards[-1].append(name)
