@@ -31,6 +31,8 @@ MAX_BATCH = 64
 TEXT_CASES = 2
 """How many scored prompts a text encoder is judged by: each takes a whole forward of the generator."""
 DECODER_CASES = 4
+TINY = 10_000_000
+"""Parameters; TAESD has 1.2 million in its decoder, AutoencoderKL 49."""
 TILE = Tile(size=64, overlap=16)
 """AutoencoderKL needs 2.6 GB of activations for 512 x 512 pixels, and four times that for twice the sides."""
 
@@ -139,7 +141,7 @@ def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[
         provenance={**plan.origin.provenance, "exporter": f"snoopi-rt {__version__}, torch {torch.__version__}"},
         graphs=graphs,
         prompts=prompts,
-        tile=TILE if max(max(size) for size in plan.sizes) > TILE.size * FACTOR else None,
+        tile=_tile(plan, student),
     )
 
 
@@ -197,7 +199,12 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
         fp32_tolerance=FP32_TOLERANCE["generator"],
         **shared,
     )
-    scored = latents[:DECODER_CASES]
+    tile = _tile(plan, student)
+
+    def part(latent: Tensor) -> Tensor:
+        return latent if tile is None else latent[..., : tile.size, : tile.size]
+
+    scored = [part(latent) for latent in latents[:DECODER_CASES]]
     images = [{"image": picture(latent.numpy())} for latent in scored]
     yield Graph(
         name="decoder",
@@ -205,7 +212,7 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
         outputs=("image",),
         example={"latent": torch.cat([scored[0], scored[0]])},
         # The student's pictures of other prompts.
-        calibration=[{"latent": _run(reference, case)} for case in given.calibration[:DECODER_CASES]],
+        calibration=[{"latent": part(_run(reference, case))} for case in given.calibration[:DECODER_CASES]],
         scored=[{"latent": latent} for latent in scored],
         wanted=images,
         error=lambda i, found: rms(found["image"].astype(np.float32) - images[i]["image"]) / 255,
@@ -213,6 +220,12 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
         fp32_tolerance=FP32_TOLERANCE["decoder"],
         **shared,
     )
+
+
+def _tile(plan: Plan, student: Student) -> Tile | None:
+    """The tiles in which large pictures are decoded, unless the decoder is a tiny one."""
+    large = sum(weight.numel() for weight in student.decoder.parameters()) > TINY
+    return TILE if large and max(max(size) for size in plan.sizes) > TILE.size * FACTOR else None
 
 
 @torch.no_grad()

@@ -66,13 +66,15 @@ class Cache:
         if not self._private() or not folder.is_dir():
             return None
         try:
-            if json.loads((folder / FILES).read_bytes()) == _stamps(folder):
-                os.utime(folder)
-                return folder
+            whole = json.loads((folder / FILES).read_bytes()) == _stamps(folder)
         except (OSError, ValueError):
-            pass
-        self.drop(name)
-        return None
+            whole = False
+        if not whole:
+            self.drop(name)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(folder)
+        return folder
 
     @contextlib.contextmanager
     def fill(self, name: str, size: int) -> Iterator[Path | None]:

@@ -159,9 +159,13 @@ def tiny_autoencoder(folder: Path) -> Path:
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
-    AutoencoderTiny(
+    vae = AutoencoderTiny(
         encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4
-    ).save_pretrained(folder)
+    )
+    # Else its pictures are black for the most part.
+    nn.init.normal_(vae.decoder.layers[-1].weight, std=0.3)
+    nn.init.constant_(vae.decoder.layers[-1].bias, 0.5)
+    vae.save_pretrained(folder)
     return folder
 
 
