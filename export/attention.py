@@ -11,7 +11,7 @@ from snoopi_rt.kernels import attention, fused_attention
 
 
 class PlainAttention:
-    """Self- and cross-attention; by default written out, for wherever gradients run on a CPU."""
+    """Self- and cross-attention without regard to a negative; by default written out, for wherever gradients run on a CPU."""
 
     def __init__(self, attention: Callable[..., Tensor] = attention):
         self.attention = attention
@@ -22,6 +22,7 @@ class PlainAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        negative: tuple[Tensor, Tensor | None, Tensor] | None = None,
         **_: object,
     ) -> Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -47,6 +48,7 @@ class GuidedAttention(PlainAttention):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         negative: tuple[Tensor, Tensor | None, Tensor] | None = None,
+        **_: object,
     ) -> Tensor:
         if encoder_hidden_states is None or negative is None or self.guidance.attend is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)

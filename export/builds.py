@@ -136,7 +136,9 @@ def _quantised(graph: Graph, say: Callable[[str], None]) -> nn.Module:
     if graph.tensor_of is not None:
         raise InputError(f"{graph.name} of this size is exported in int8-weights or int4-weights, not int8: its activations have outliers")
     shared = {id(tensor): tensor for tensor in (*graph.module.parameters(), *graph.module.buffers())}
-    seen, keep, worst_first = calibrate(graph.module, graph.calibration), [], []
+    seen = calibrate(graph.module, graph.calibration)
+    keep: list[str] = []
+    worst_first: list[str] = []
     for share in KEPT:
         keep = worst_first[: int(share * len(worst_first))]
         module = copy.deepcopy(graph.module, dict(shared))

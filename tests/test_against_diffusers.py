@@ -110,7 +110,7 @@ CASES = {
             "crops_coords_top_left": (1, 2),
             "target_size": (256, 384),
         },
-        {"timesteps": [999, 749, 499, 259]},
+        {"timesteps": [999, 749, 499, 399]},
         scheduler="LCMScheduler",
         settings=("size=64", "time_ids=512,768,1,2,256,384"),
         wishes=CARRIED,

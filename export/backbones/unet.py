@@ -56,7 +56,11 @@ class GuidedUNet(nn.Module):
         renoise: Tensor | None = None,
     ) -> Tensor:
         negative = None if negative_states is None else (negative_states, None, negative_scale)
-        added = {} if prompt_pooled is None else {"text_embeds": prompt_pooled, "time_ids": self.time_ids.expand(len(noise), -1)}
+        added = (
+            {}
+            if prompt_pooled is None or self.time_ids is None
+            else {"text_embeds": prompt_pooled, "time_ids": self.time_ids.expand(len(noise), -1)}
+        )
 
         def network(step: int, latent: Tensor) -> Tensor:
             return self.network(
@@ -166,7 +170,7 @@ class FoldedResnet(nn.Module):
 
     def forward(self, hidden: Tensor, condition: Condition) -> Tensor:
         inner = silu(self.norm1(hidden))
-        if self.columns is None:
+        if self.columns is None or condition.added is None:
             inner = self.conv1[condition.step](inner)
         else:
             inner = self.conv1[0](inner) + condition.added[:, self.columns, None, None]
