@@ -13,8 +13,8 @@ CONSTANTS = {"tau": 2.5, "alpha": 0.5}
 class PaperAttention:
     """A processor for self- and cross-attention; the latter sees a negative prompt too.
 
-    negative (B, U, D), scale (B,), empty (1, T0, D): the states of the negative prompts and of the empty one. keep (B, U) bool: which of the
-    negative's tokens count. kind "none" is diffusers' AttnProcessor.
+    negative (B, U, D), scale (B,), empty (1, T0, D): the states of the negative prompts and of the empty one. keep (B, U)
+    bool: which of the negative's tokens count. kind "none" is diffusers' AttnProcessor.
     """
 
     def __init__(self, kind: str, negative: Tensor, scale: Tensor, empty: Tensor, keep: Tensor | None = None):

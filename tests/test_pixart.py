@@ -55,7 +55,10 @@ def by_diffusers(made, rule: OneStepRule, kind: str, given: dict[str, Tensor], s
     made.set_attn_processor(PaperAttention(kind, given["negative_states"], given["negative_scale"], EMPTY, given.get("negative_mask")))
     batch, conditions = len(given["noise"]), {"resolution": None, "aspect_ratio": None}
     if made.config.use_additional_conditions:
-        conditions = {"resolution": torch.tensor([size]).float().expand(batch, -1), "aspect_ratio": torch.full((batch, 1), size[0] / size[1])}
+        conditions = {
+            "resolution": torch.tensor([size]).float().expand(batch, -1),
+            "aspect_ratio": torch.full((batch, 1), size[0] / size[1]),
+        }
 
     def answer(step: int, latent: Tensor) -> Tensor:
         mask = given.get("prompt_mask")
@@ -108,8 +111,8 @@ def test_a_different_timestep_and_a_different_size_give_a_different_folded_netwo
     assert all((other - first).abs().max() > 1e-4 for other in others)
 
 
-# The form of the public checkpoints, and that of the backbone `small`: older opset, attention written out, masks.
-FORMS = {"pixart": (fused_attention, 23, False), "small": (attention, 20, True)}
+# How attention is computed, opset, masks, blocks: as for the public checkpoints, and as for the backbone `small`.
+FORMS = {"pixart": (fused_attention, 23, False, 2), "small": (attention, 20, True, 1)}
 X0 = OneStepRule("x0", 400, 0.0, 1.0)
 
 
@@ -121,13 +124,13 @@ def form(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def graph_of(form: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The graph of a kind of guidance, written once."""
-    folder, (attend, opset, masked) = tmp_path_factory.mktemp(form), FORMS[form]
+    folder, (attend, opset, masked, blocks) = tmp_path_factory.mktemp(form), FORMS[form]
 
     def graph(kind: str) -> Path:
         path = folder / f"{kind}.onnx"
         if not path.exists():
             given = {name: value for name, value in inputs(masked).items() if kind != "none" or "negative" not in name}
-            module = FoldedPixArt(network(), X0, GUIDANCE[kind], EMPTY, (64, 64), attend)
+            module = FoldedPixArt(network(num_layers=blocks), X0, GUIDANCE[kind], EMPTY, (64, 64), attend)
             write_graph(module, given, ("latent",), dynamic_axes(((64, 64),), False), path, opset=opset)
         return path
 
@@ -141,14 +144,19 @@ def run(path: Path, given: dict[str, Tensor], engine: str = "cpu") -> np.ndarray
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_graph_is_the_papers_formula_and_at_scale_zero_the_graph_without_negatives_bit_for_bit(form, graph_of, kind):
-    given = inputs(FORMS[form][2])
+    _, _, masked, blocks = FORMS[form]
+    given = inputs(masked)
     found = run(graph_of(kind), given)
-    np.testing.assert_allclose(found, by_diffusers(network(), X0, kind, given).numpy(), atol=2e-5, rtol=1e-4)
+    np.testing.assert_allclose(found, by_diffusers(network(num_layers=blocks), X0, kind, given).numpy(), atol=2e-5, rtol=1e-4)
     plain = run(graph_of("none"), given)
     assert np.array_equal(found[0], plain[0])  # its scale is 0
     off = run(graph_of(kind), {**given, "negative_scale": torch.zeros(len(SCALES))})
     assert np.array_equal(off, plain)
-    np.testing.assert_allclose(run(graph_of(kind), given, "openvino"), found, atol=5e-5, rtol=1e-4)
+
+
+def test_every_engine_agrees(form, graph_of):
+    given = inputs(FORMS[form][2])
+    np.testing.assert_allclose(run(graph_of("nasa"), given, "openvino"), run(graph_of("nasa"), given), atol=5e-5, rtol=1e-4)
 
 
 def test_a_batch_does_not_change_an_image(form, graph_of):
@@ -158,20 +166,18 @@ def test_a_batch_does_not_change_an_image(form, graph_of):
     np.testing.assert_allclose(alone[0], together[2], atol=1e-5)
 
 
-def test_the_timestep_is_folded_into_norms_and_products(form, graph_of):
-    blocks, written_out = 2, FORMS[form][0] is attention
+def test_modulations_are_in_norms_and_projections_and_keys_of_both_prompts_are_one_product(form, graph_of):
+    attend, _, _, blocks = FORMS[form]
+    written_out = attend is attention
     for kind in ("nasa", "none"):
-        counts, guided = node_counts(graph_of(kind)), kind == "nasa"
-        assert not {"Sin", "Cos", "Sigmoid", "Gemm", "Erf"} & counts.keys()  # neither timestep nor positions
+        counts, attentions = node_counts(graph_of(kind)), blocks * (2 + (kind == "nasa"))
+        assert not {"Sin", "Cos", "Sigmoid", "Gemm"} & counts.keys()  # neither timestep nor positions are computed
         assert counts["LayerNormalization"] == 2 * blocks + 1
-        # qkv, out, query, key, value, out, widen, narrow; then the last projection
-        products = 8 * blocks + 1 + 2 * blocks * (2 + guided) * written_out
-        assert counts["MatMul"] == products
-        assert counts.get("Attention", 0) == (0 if written_out else blocks * (2 + guided))
-        # A bias each, three residuals, and NASA's sum; the positions; the bias of the patches is the convolution's.
-        assert counts["Add"] == blocks * (8 + 3 + guided) + 1 + 1
+        # qkv, out, query, key, value, out, widen, narrow, and two products an attention; then the last projection
+        assert counts["MatMul"] == 8 * blocks + 1 + 2 * attentions * written_out
+        assert counts.get("Attention", 0) == attentions * (not written_out)
         assert counts["Conv"] == 1
-        modulations = counts.get("Mul", 0)
-        print(form, kind, counts)
-
-
+    if not written_out:
+        # A bias a product, three residuals; the positions. Nothing multiplies or shifts but that.
+        assert counts["Add"] == blocks * (8 + 3) + 1 + 1
+        assert "Mul" not in counts
