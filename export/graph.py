@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateHashedInitializersPass
 from onnxscript import optimizer
 from torch import Tensor, nn
 
@@ -54,6 +54,9 @@ def write_graph(
             if value.const_value.raw.is_meta:
                 value.const_value = _read_late(tensor_of, name, value)
         turn_products(model.graph)
+    if "renoise" in inputs:
+        # A student of several steps: a matrix that each step reads turned was turned anew for each.
+        DeduplicateHashedInitializersPass()(model)
     _name_axes(model.graph, dynamic)
     # Stack traces and absolute paths of the exporting machine.
     ClearMetadataAndDocStringPass()(model)

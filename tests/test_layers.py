@@ -52,7 +52,7 @@ def violations(part: str, source: str) -> list[str]:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_imports_go_only_where_the_arrows_do(part: str) -> None:
-    found = {path: violations(part, path.read_text()) for path in sorted((ROOT / part).rglob("*.py"))}
+    found = {path: violations(part, path.read_text(encoding="utf-8")) for path in sorted((ROOT / part).rglob("*.py"))}
     assert found or part == "kernels", f"no modules in {part}"
     assert not {str(path): wrong for path, wrong in found.items() if wrong}
 

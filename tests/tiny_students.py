@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# Handing work to other threads takes longer than work of this size.
+torch.set_num_threads(1)
+
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 SENTENCES = ["a red cat on a mat", "a blue dog in the fog", "cats and dogs", "it's a naive photo of the moon", "portrait of a knight"]
 VAE = {
