@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateHashedInitializersPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import optimizer
 from torch import Tensor, nn
 
@@ -54,9 +54,8 @@ def write_graph(
             if value.const_value.raw.is_meta:
                 value.const_value = _read_late(tensor_of, name, value)
         turn_products(model.graph)
-    if "renoise" in inputs:
-        # A student of several steps: a matrix that each step reads turned was turned anew for each.
-        DeduplicateHashedInitializersPass()(model)
+    else:
+        _share_views(model.graph)
     _name_axes(model.graph, dynamic)
     # Stack traces and absolute paths of the exporting machine.
     ClearMetadataAndDocStringPass()(model)
@@ -95,6 +94,17 @@ def _read_late(tensor_of: Callable[[str], Tensor], name: str, value: ir.Value) -
         return ir.tensor((tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy())
 
     return ir.LazyTensor(read, value.dtype, value.shape, name=name)
+
+
+def _share_views(graph: ir.Graph) -> None:
+    """Leaves one of all initializers that show the same memory: each step of a student turned its matrices anew."""
+    kept: dict[tuple, ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        array = value.const_value.numpy()
+        one = kept.setdefault((array.ctypes.data, array.shape, array.strides, array.dtype), value)
+        if one is not value and array.size:
+            value.replace_all_uses_with(one)
+            del graph.initializers[name]
 
 
 def _name_axes(graph: ir.Graph, dynamic: Mapping[str, Mapping[int, str]]) -> None:
