@@ -98,11 +98,12 @@ def _read_late(tensor_of: Callable[[str], Tensor], name: str, value: ir.Value) -
 
 def _share_views(graph: ir.Graph) -> None:
     """Leaves one of all initializers that show the same memory: each step of a student turned its matrices anew."""
+    arrays = {name: value.const_value.numpy() for name, value in graph.initializers.items() if value.const_value.size}
     kept: dict[tuple, ir.Value] = {}
-    for name, value in list(graph.initializers.items()):
-        array = value.const_value.numpy()
+    for name, array in arrays.items():
+        value = graph.initializers[name]
         one = kept.setdefault((array.ctypes.data, array.shape, array.strides, array.dtype), value)
-        if one is not value and array.size:
+        if one is not value:
             value.replace_all_uses_with(one)
             del graph.initializers[name]
 
