@@ -169,7 +169,7 @@ assert "torch" not in sys.modules
 """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     clean |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=clean | environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], env=clean | environment, capture_output=True, encoding="utf-8", timeout=60)
     assert done.returncode == 0, done.stderr
     return done
 
