@@ -137,6 +137,7 @@ def calibrate(network: nn.Module, cases: Sequence[Mapping[str, Tensor]], run: Ca
     return seen
 
 
+@torch.no_grad()
 def quantise(network: nn.Module, seen: Mapping[str, Seen], keep: Sequence[str] = ()) -> dict[str, float]:
     """Replaces the layers that were seen, except `keep`, in place; gives each one's relative error on its kept rows.
 

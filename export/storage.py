@@ -34,7 +34,6 @@ def store_weights(graph: ir.Graph, storage: Storage) -> None:
     """
     if storage == "fp32":
         return
-    first = graph[0]
     for name, value in list(graph.initializers.items()):
         if value.dtype != ir.DataType.FLOAT or value.const_value.size < SMALL:
             continue
@@ -48,10 +47,10 @@ def store_weights(graph: ir.Graph, storage: Storage) -> None:
                 _look_up(graph, reader, name, *steps)
         elif kinds == {"MatMul"} and (steps := _int8(value.const_value.numpy(), 1)):
             stored = [_constant(graph, f"{name}.int8", steps[0]), _constant(graph, f"{name}.scale", steps[1].reshape(-1))]
-            _replace(graph, first, value, ir.node("DequantizeLinear", stored, {"axis": 1}))
+            _replace(graph, value, ir.node("DequantizeLinear", stored, {"axis": 1}))
         elif np.abs(value.const_value.numpy()).max() < np.finfo(np.float16).max:
             half = _late(value.const_value, f"{name}.fp16", lambda array: array.astype(np.float16), ir.DataType.FLOAT16)
-            _replace(graph, first, value, ir.node("Cast", [_initializer(graph, half)], {"to": ir.DataType.FLOAT}))
+            _replace(graph, value, ir.node("Cast", [_initializer(graph, half)], {"to": ir.DataType.FLOAT}))
         else:
             continue
         del graph.initializers[name]
@@ -119,9 +118,9 @@ def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def _replace(graph: ir.Graph, first: ir.Node, value: ir.Value, node: ir.Node) -> None:
+def _replace(graph: ir.Graph, value: ir.Value, node: ir.Node) -> None:
     """Puts the node before all others, and its output where the value was read."""
-    graph.insert_before(first, node)
+    graph.insert_before(graph[0], node)
     node.outputs[0].name = f"{value.name}.wide"
     value.replace_all_uses_with(node.outputs[0])
 

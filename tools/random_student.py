@@ -99,7 +99,7 @@ def main(backbone: str, out: Path, seed: int, t5_layers: int) -> None:
     if backbone == "sdxl":
         CLIPTextModelWithProjection(CLIPTextConfig(**CLIPS["bigg"], **shared)).save_pretrained(out / "text_encoder_2")
         tiny_students.clip_tokenizer(out / "tokenizer_2", "!")
-    tiny_students._scheduler(out, "sd")
+    tiny_students._scheduler(out, "sd", kind="EulerDiscreteScheduler")
 
 
 def tiny_autoencoder(folder: Path) -> None:
