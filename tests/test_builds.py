@@ -1,0 +1,122 @@
+"""Which builds of a graph are made: those asked for, those that `auto` finds near enough, and no files of others."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from snoopi_rt.engines import installed
+from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.export.builds import PRECISIONS, Graph, build, check_precision
+from snoopi_rt.export.parity import relative_l2
+
+ENGINES = [name for name in installed() if name in ("cpu", "openvino")]
+pytestmark = pytest.mark.skipif(len(ENGINES) < 2, reason="needs both engines")
+WIDTH, TOKENS = 64, 256
+
+
+class Network(nn.Module):
+    """Ten layers side by side, of which int8 spoils `fragile`: few values of their input are far larger than the rest."""
+
+    def __init__(self, fragile: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fragile, self.spikes = fragile, nn.Buffer(torch.zeros(TOKENS, WIDTH))
+        # One in each channel, so that no channel could be smoothed.
+        self.spikes[torch.arange(WIDTH) * (TOKENS // WIDTH), torch.arange(WIDTH)] = 40.0
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heavy = x + self.spikes
+        return sum(layer(heavy if number < self.fragile else x) for number, layer in enumerate(self.layers))
+
+
+def graph(fragile: int, tolerance: float, off: float = 1.0) -> Graph:
+    """With answers of PyTorch that are `off` times what they should be."""
+    module = Network(fragile).eval()
+    random = torch.Generator().manual_seed(1)
+    cases = [{"x": 2 * torch.rand(1, TOKENS, WIDTH, generator=random) - 1} for _ in range(6)]
+    with torch.no_grad():
+        wanted = [{"y": off * module(**case).numpy()} for case in cases[4:]]
+    return Graph(
+        name="generator",
+        module=module,
+        outputs=("y",),
+        dynamic={"x": {0: "batch"}},
+        example={"x": torch.randn(2, TOKENS, WIDTH)},
+        calibration=cases[:4],
+        scored=cases[4:],
+        wanted=wanted,
+        error=lambda i, found: relative_l2(found["y"], wanted[i]["y"]),
+        latent_error=lambda i, found: relative_l2(found["y"], wanted[i]["y"]),
+        tolerance=tolerance,
+        fp32_tolerance=1e-4,
+        opset=23,
+    )
+
+
+def made(graph: Graph, precisions: list[str], folder: Path, engines: list[str] = ENGINES) -> tuple[list[str], list[str]]:
+    """The precisions of the builds, and what was said."""
+    said: list[str] = []
+    builds = build(graph, precisions, folder, engines, said.append)
+    assert {file.path for each in builds for file in each.files} == {file.name for file in folder.iterdir()}
+    for each in builds:
+        assert each.parity.error <= each.tolerance == graph.tolerance
+        assert each.engines == tuple(name for name in PRECISIONS[each.precision].engines if name in engines)
+    return [each.precision for each in builds], said
+
+
+def test_auto_takes_the_fastest_near_enough_and_one_for_every_engine(tmp_path: Path) -> None:
+    precisions, said = made(graph(0, 0.05), ["auto"], tmp_path)
+    assert precisions == ["int8", "fp16"]
+    assert said[0].startswith("generator: 10 of 10 layers in int8, simulated error 0.0")
+
+
+def test_layers_that_int8_spoils_are_kept_where_they_are_few(tmp_path: Path) -> None:
+    precisions, said = made(graph(1, 0.015), ["auto"], tmp_path)
+    assert precisions == ["int8", "fp16"]
+    assert said[0].startswith("generator: 9 of 10 layers in int8")
+
+
+def test_auto_goes_on_to_the_next_where_too_many_layers_are_spoilt(tmp_path: Path) -> None:
+    precisions, said = made(graph(10, 0.015), ["auto"], tmp_path)
+    assert precisions == ["bf16", "fp16"]
+    assert said[0].startswith("generator: int8 is not taken: graph generator in int8 is 0.") and "(simulated, 3 layers kept)" in said[0]
+
+
+@pytest.mark.parametrize(("tolerance", "left"), [(1e-3, "fp16"), (2e-5, "fp32")])
+def test_auto_ends_with_wide_arithmetic(tolerance: float, left: str, tmp_path: Path) -> None:
+    precisions, said = made(graph(0, tolerance), ["auto"], tmp_path)
+    assert precisions == [left]
+    assert [line.split()[1] for line in said[:2]] == ["int8", "bf16"] and all("is not taken" in line for line in said[:2])
+
+
+def test_without_openvino_auto_is_what_onnx_runtime_can_run(tmp_path: Path) -> None:
+    assert made(graph(0, 0.05), ["auto"], tmp_path, ["cpu"])[0] == ["fp16"]
+
+
+def test_builds_lie_in_the_order_in_which_they_were_asked_for_and_share_weights(tmp_path: Path) -> None:
+    precisions, _ = made(graph(0, 0.05), ["fp32", "bf16", "fp16", "int8-weights", "bf16"], tmp_path)
+    assert precisions == ["fp32", "bf16", "fp16", "int8-weights"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16", "fp16"])
+def test_a_precision_asked_for_by_name_and_too_far_is_one_clear_line(precision: str, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=rf"^graph generator in {precision} is [^\n]* off PyTorch[^\n]*, allowed is 1e-07$"):
+        made(graph(0, 1e-7), [precision], tmp_path)
+
+
+def test_fp32_has_a_tolerance_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"^graph generator in fp32 is 0.001 \(relative L2\) off PyTorch on cpu, openvino, allowed is 0.0001$"):
+        made(graph(0, 1.0, off=1.001), ["auto", "fp32"], tmp_path)
+
+
+def test_a_precision_for_an_engine_that_is_not_installed_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^precision bf16 of generator is for openvino, which is not installed$"):
+        made(graph(0, 1.0), ["bf16"], tmp_path, ["cpu"])
+
+
+def test_an_unknown_precision_lists_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"^unknown precision 'int3', choose from auto, fp32, fp16, bf16, int8, int8-weights, int4-weights$"):
+        check_precision("int3")
