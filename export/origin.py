@@ -60,6 +60,9 @@ def find_origin(
         if row.file and network is None:
             network = find_source(row.weights, parts=(row.file,)).folder / row.file
         source = find_source(row.base or row.weights, parts=architecture.parts)
+    network_part = architecture.parts[0]
+    if not (source.folder / network_part).is_dir() and network is None:
+        raise InputError(f"{source.folder} has no {network_part}: it is not a model of backbone {architecture.name}")
     confirmed = check_scheduler(chosen, source.folder / "scheduler")
     agrees = f"; its scheduler agrees on {', '.join(confirmed)}" if confirmed else ""
     say(f"rule of preset {row.name}{''.join(f', {setting}' for setting in settings)}{agrees}")

@@ -153,6 +153,8 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
     given = cases.generator_cases(states, plan.guidance, latent, steps, backbone.masks)
     reference = student.reference(plan.guidance, states[""]["states"])
     latents = [_run(reference, case) for case in tqdm(given.scored, desc="reference", unit="case", leave=False)]
+    if not all(latent.isfinite().all() for latent in latents):
+        raise InputError("the student itself gives NaN or infinity in fp32: fetch its weights again, or choose its own --preset")
     wanted = [{"latent": latent.numpy()} for latent in latents]
 
     def change(i: int, found: Arrays) -> float:

@@ -5,6 +5,8 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from torch import nn
 
 Storage = Literal["fp32", "fp16", "int8", "int4"]
 
@@ -56,26 +58,33 @@ def store_weights(graph: ir.Graph, storage: Storage) -> None:
         del graph.initializers[name]
 
 
-def pack(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (out, blocks, BLOCK * bits / 8) uint8 and their sizes (out * blocks,) float32 of a weight (in, out), for MatMulNBits."""
-    zero, inputs = 2 ** (bits - 1), len(weight)
-    blocks = np.pad(weight.T, ((0, 0), (0, -inputs % BLOCK))).reshape(weight.shape[1], -1, BLOCK)
-    scale = np.maximum(np.abs(blocks).max(-1, keepdims=True), np.float32(1e-12)) / np.float32(zero - 1)
-    steps = (np.rint(blocks / scale) + zero).astype(np.uint8)
-    return (steps if bits == 8 else steps[..., 0::2] | steps[..., 1::2] << 4), scale.reshape(-1)
+def block_scale(weight: np.ndarray, bits: int) -> np.ndarray:
+    """The sizes (out, blocks) float32 of the steps of a weight (in, out), for MatMulNBits."""
+    largest = torch.from_numpy(weight).abs()
+    largest = nn.functional.pad(largest, (0, 0, 0, -len(weight) % BLOCK)).unflatten(0, (-1, BLOCK)).amax(1)
+    return (largest.clamp(min=1e-12) / (2 ** (bits - 1) - 1)).t().contiguous().numpy()
+
+
+def pack(weight: np.ndarray, bits: int) -> np.ndarray:
+    """Steps (out, blocks, BLOCK * bits / 8) uint8 of a weight (in, out), for MatMulNBits."""
+    scale = torch.from_numpy(block_scale(weight, bits)).unsqueeze(-1)
+    turned = torch.from_numpy(weight).t().contiguous()
+    blocks = nn.functional.pad(turned, (0, -len(weight) % BLOCK)).unflatten(1, (-1, BLOCK))
+    steps = (blocks / scale).round_().add_(2 ** (bits - 1)).to(torch.uint8)
+    return (steps if bits == 8 else steps[..., 0::2] | steps[..., 1::2] << 4).numpy()
 
 
 def _pack(graph: ir.Graph, reader: ir.Node, value: ir.Value, bits: int) -> None:
     (inputs, outputs), source = value.const_value.shape, value.const_value
     blocks = -(-inputs // BLOCK)
     steps = ir.LazyTensor(
-        lambda: ir.tensor(pack(source.numpy(), bits)[0]),
+        lambda: ir.tensor(pack(source.numpy(), bits)),
         ir.DataType.UINT8,
         ir.Shape([outputs, blocks, BLOCK * bits // 8]),
         name=f"{value.name}.steps",
     )
     scale = ir.LazyTensor(
-        lambda: ir.tensor(pack(source.numpy(), bits)[1]), ir.DataType.FLOAT, ir.Shape([outputs * blocks]), name=f"{value.name}.scale"
+        lambda: ir.tensor(block_scale(source.numpy(), bits).reshape(-1)), ir.DataType.FLOAT, ir.Shape([outputs * blocks]), name=f"{value.name}.scale"
     )
     # ONNX Runtime's 8 bit kernel is 20 times slower unless it may round each row of x to int8 blocks; its 4 bit kernel is not.
     attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK, "accuracy_level": 4 if bits == 8 else 0}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.export import graph
 from snoopi_rt.export.graph import node_counts, write_graph
-from snoopi_rt.export.storage import BLOCK, pack
+from snoopi_rt.export.storage import BLOCK, block_scale, pack
 
 ENGINES = [name for name in installed() if name in ("cpu", "openvino")]
 # int8 and int4 steps in blocks; ONNX Runtime also rounds the other side of an 8 bit product to int8 in blocks.
@@ -61,7 +61,7 @@ def unpacked(steps: np.ndarray, scale: np.ndarray, bits: int, inputs: int) -> np
 def test_packed_weights_are_the_weights_to_half_a_step(bits: int, inputs: int) -> None:
     weight = np.random.RandomState(0).standard_normal((inputs, 24)).astype(np.float32)
     weight[:, 0] = 0
-    steps, scale = pack(weight, bits)
+    steps, scale = pack(weight, bits), block_scale(weight, bits)
     assert steps.dtype == np.uint8 and steps.shape == (24, -(-inputs // BLOCK), BLOCK * bits // 8)
     again = unpacked(steps, scale, bits, inputs)
     assert np.abs(again - weight).max() <= scale.max() / 2 * 1.001
@@ -90,7 +90,7 @@ def test_a_packed_product_is_numpys_with_the_unpacked_weight(engine: str, storag
     with torch.no_grad():
         network.linear.weight.copy_(torch.from_numpy(weight.T))
         again = Network()
-        again.linear.weight.copy_(torch.from_numpy(unpacked(*pack(weight, bits), bits, len(weight)).T))
+        again.linear.weight.copy_(torch.from_numpy(unpacked(pack(weight, bits), block_scale(weight, bits), bits, len(weight)).T))
         again.linear.bias.copy_(network.linear.bias)
     path = written(network, storage, tmp_path / "network.onnx")
     counts = node_counts(path)

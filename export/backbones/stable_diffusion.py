@@ -21,6 +21,8 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
     """The modules of a Stable Diffusion folder. Raises InputError as load_module does."""
     network = load_network(weights, UNet2DConditionModel, "unet")
     conditioned = network.config.addition_embed_type is not None
+    if conditioned != (preset.backbone == "sdxl"):
+        raise InputError(f"this UNet {'is' if conditioned else 'is not'} SDXL's, and preset {preset.name} is for {preset.backbone}")
     if conditioned and len(sizes) > 1:
         raise InputError("this UNet is conditioned on the image's size, which is folded into its graph: export one --size a bundle")
     time_ids = None
