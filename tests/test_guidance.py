@@ -6,7 +6,7 @@ import torch
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.guidance import GUIDANCE, find_guidance
-from snoopi_rt.kernels import attention, fused_attention, nag_attention, nasa_attention, projected_attention, vsf_attention
+from snoopi_rt.kernels import attention, fused_attention, nag_attention, nasa_attention, projected_attention, turned_attention, vsf_attention
 
 # (batch, heads, queries, positive tokens, negative tokens, head size)
 SHAPES = [
@@ -15,7 +15,7 @@ SHAPES = [
     (3, 2, 7, 5, 11, 40),  # nothing aligned, negative longer than the prompt
 ]
 KINDS = ["nasa", "nag", "vsf", "projected"]
-FORMS = {"written out": attention, "fused": fused_attention}
+FORMS = {"written out": attention, "fused": fused_attention, "turned": turned_attention}
 
 
 def tensors(batch, heads, queries, t, u, size):

@@ -16,7 +16,7 @@ from snoopi_rt.export.graph import node_counts, write_graph
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.export.run import dynamic_axes
-from snoopi_rt.kernels import attention, fused_attention
+from snoopi_rt.kernels import attention, fused_attention, turned_attention
 
 RULES = {
     "v": OneStepRule("v", timestep=999, alpha=0.1, sigma=0.995),
@@ -112,7 +112,7 @@ def test_a_different_timestep_and_a_different_size_give_a_different_folded_netwo
 
 
 # How attention is computed, opset, masks, blocks: as for the public checkpoints, and as for the backbone `small`.
-FORMS = {"pixart": (fused_attention, 23, False, 2), "small": (attention, 20, True, 1)}
+FORMS = {"pixart": ((fused_attention, turned_attention), 23, False, 2), "small": ((attention, attention), 20, True, 1)}
 X0 = OneStepRule("x0", 400, 0.0, 1.0)
 
 
@@ -124,13 +124,13 @@ def form(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def graph_of(form: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The graph of a kind of guidance, written once."""
-    folder, (attend, opset, masked, blocks) = tmp_path_factory.mktemp(form), FORMS[form]
+    folder, (attends, opset, masked, blocks) = tmp_path_factory.mktemp(form), FORMS[form]
 
     def graph(kind: str) -> Path:
         path = folder / f"{kind}.onnx"
         if not path.exists():
             given = {name: value for name, value in inputs(masked).items() if kind != "none" or "negative" not in name}
-            module = FoldedPixArt(network(num_layers=blocks), X0, GUIDANCE[kind], EMPTY, (64, 64), attend)
+            module = FoldedPixArt(network(num_layers=blocks), X0, GUIDANCE[kind], EMPTY, (64, 64), *attends)
             write_graph(module, given, ("latent",), dynamic_axes(((64, 64),), False), path, opset=opset)
         return path
 
@@ -167,17 +167,17 @@ def test_a_batch_does_not_change_an_image(form, graph_of):
 
 
 def test_modulations_are_in_norms_and_projections_and_keys_of_both_prompts_are_one_product(form, graph_of):
-    attend, _, _, blocks = FORMS[form]
-    written_out = attend is attention
+    attends, _, _, blocks = FORMS[form]
+    fused = attends[0] is fused_attention
     for kind in ("nasa", "none"):
-        counts, attentions = node_counts(graph_of(kind)), blocks * (2 + (kind == "nasa"))
+        counts, written_out = node_counts(graph_of(kind)), blocks * (1 + (kind == "nasa") + (not fused))
         assert not {"Sin", "Cos", "Sigmoid", "Gemm"} & counts.keys()  # neither timestep nor positions are computed
         assert counts["LayerNormalization"] == 2 * blocks + 1
         # qkv, out, query, key, value, out, widen, narrow, and two products an attention; then the last projection
-        assert counts["MatMul"] == 8 * blocks + 1 + 2 * attentions * written_out
-        assert counts.get("Attention", 0) == attentions * (not written_out)
+        assert counts["MatMul"] == 8 * blocks + 1 + 2 * written_out
+        assert counts.get("Attention", 0) == blocks * fused
         assert counts["Conv"] == 1
-    if not written_out:
+    if fused:
         # A bias a product, three residuals; the positions. Nothing multiplies or shifts but that.
         assert counts["Add"] == blocks * (8 + 3) + 1 + 1
-        assert "Mul" not in counts
+        assert counts["Mul"] == blocks  # keys by 1 / sqrt(d)

@@ -14,7 +14,7 @@ from snoopi_rt.export.attention import GuidedAttention, merge_heads, split_heads
 from snoopi_rt.export.fold import gated, linear, modulated_norm, stacked
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
-from snoopi_rt.kernels import fused_attention
+from snoopi_rt.kernels import fused_attention, turned_attention
 
 
 class GuidedPixArt(nn.Module):
@@ -63,7 +63,8 @@ class FoldedPixArt(nn.Module):
 
     noise (B, C, h, w); states (B, T, D) and (B, U, D) behind the caption projection; scale (B,); renoise (B, S - 1, C, h, w) for S steps;
     latent (B, C, h, w) fp32. Masks (B, T) and (B, U) bool, where given, say which tokens count. A guidance of kind none takes no negative.
-    `empty_states` (1, T0, D): the empty prompt, for guidance that measures from it. `attention`: see kernels/ops/reference.py.
+    `empty_states` (1, T0, D): the empty prompt, for guidance that measures from it. `attention`, `cross_attention`: see
+    kernels/ops/reference.py.
     """
 
     def __init__(
@@ -74,13 +75,14 @@ class FoldedPixArt(nn.Module):
         empty_states: Tensor,
         size: tuple[int, int],
         attention: Callable[..., Tensor] = fused_attention,
+        cross_attention: Callable[..., Tensor] = turned_attention,
     ):
         super().__init__()
         self.rule, self.patch = rule, network.config.patch_size
         self.patchify, self.positions = network.pos_embed.proj, Positions(network)
         with torch.no_grad():
             self.steps = nn.ModuleList(
-                FoldedTransformer(network, step.timestep, guidance, empty_states, size, attention) for step in rule.steps
+                FoldedTransformer(network, step.timestep, guidance, empty_states, size, attention, cross_attention) for step in rule.steps
             )
 
     def forward(
@@ -119,12 +121,13 @@ class FoldedTransformer(nn.Module):
         empty_states: Tensor,
         size: tuple[int, int],
         attention: Callable[..., Tensor],
+        cross_attention: Callable[..., Tensor],
     ):
         super().__init__()
         condition = size_condition(network, size, 1)
         modulation, embedded = network.adaln_single(torch.tensor([timestep]), condition, batch_size=1, hidden_dtype=torch.float32)
         self.blocks = nn.ModuleList(
-            FoldedBlock(block, modulation, guidance, empty_states, attention) for block in network.transformer_blocks
+            FoldedBlock(block, modulation, guidance, empty_states, attention, cross_attention) for block in network.transformer_blocks
         )
         shift, scale = (network.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
         self.norm = modulated_norm(network.norm_out, scale, shift)
@@ -140,12 +143,21 @@ class FoldedTransformer(nn.Module):
 class FoldedBlock(nn.Module):
     """One transformer block at one timestep: self-attention, guided cross-attention, feed-forward."""
 
-    def __init__(self, block: nn.Module, modulation: Tensor, guidance: Guidance, empty_states: Tensor, attention: Callable[..., Tensor]):
+    def __init__(
+        self,
+        block: nn.Module,
+        modulation: Tensor,
+        guidance: Guidance,
+        empty_states: Tensor,
+        attention: Callable[..., Tensor],
+        cross_attention: Callable[..., Tensor],
+    ):
         super().__init__()
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
             block.scale_shift_table[None] + modulation.reshape(1, 6, -1)
         ).chunk(6, dim=1)
-        self.guidance, self.heads, self.attention = guidance, block.attn1.heads, attention
+        self.guidance, self.heads = guidance, block.attn1.heads
+        self.attention, self.cross_attention = attention, cross_attention
         self.norm1 = modulated_norm(block.norm1, scale_msa, shift_msa)
         self.qkv = stacked(block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
         self.out1 = gated(block.attn1.to_out[0], gate_msa)
@@ -172,11 +184,11 @@ class FoldedBlock(nn.Module):
             split_heads(self.value(states), self.heads),
         )
         if self.guidance.attend is None or negative is None:
-            return self.attention(q, k, v, mask)
+            return self.cross_attention(q, k, v, mask)
         t, negative_mask, scale = negative
         empty = (self.key_empty, self.value_empty) if self.guidance.measures_from_empty else ()
         prompt, other = (k[:, :, :t], v[:, :, :t], mask), (k[:, :, t:], v[:, :, t:], negative_mask)
-        return self.guidance.attend(q, *prompt, *other, scale, *empty, attention=self.attention)
+        return self.guidance.attend(q, *prompt, *other, scale, *empty, attention=self.cross_attention)
 
 
 class Positions(nn.Module):

@@ -55,7 +55,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         text_outputs=("states",),
         encode=encode,
         # Token rows are short here: attention written out is the faster one.
-        generator=lambda guidance, empty: FoldedPixArt(network, preset.rule, guidance, empty, sizes[0], attention),
+        generator=lambda guidance, empty: FoldedPixArt(network, preset.rule, guidance, empty, sizes[0], attention, attention),
         reference=lambda guidance, empty: GuidedPixArt(network, preset.rule, guidance, empty, sizes[0]),
         decoder=Decoder(autoencoder),
         write_tokenizer=write_tokenizer,

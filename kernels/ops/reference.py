@@ -2,8 +2,8 @@
 
 Shapes: q (B, H, N, d); k, v (B, H, T, d); masks (B, T) bool, True where a token counts, or None where all do; scale (B,).
 Results (B, H, N, d), before the output projection. A branch without any token gives 0. Where scale is 0 every kind equals the positive
-attention bit for bit. `attention` is the form of softmax(q k^T / sqrt(d)) v that a kind is built from: the function of that name, or
-`fused_attention`.
+attention bit for bit. `attention` is the form of softmax(q k^T / sqrt(d)) v that a kind is built from: the function of that name,
+`fused_attention` or `turned_attention`.
 """
 
 from collections.abc import Callable
@@ -37,6 +37,21 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         # ONNX Runtime refuses to broadcast a mask over the queries; and only a bool mask gives 0 for a fully masked row.
         mask = mask[:, None, None, :].expand(-1, -1, q.shape[2], -1)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def turned_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attention` with its scores turned, (T, N), for many queries and few keys.
+
+    A softmax over rows of 20 tokens is all overhead; over columns it runs along the queries. On PixArt's layers OpenVINO takes a sixth of
+    the time for a negative prompt of 20 tokens (tools/attention_forms.py).
+    """
+    scores = torch.matmul(k * k.shape[-1] ** -0.5, q.transpose(-1, -2))
+    if mask is None:
+        weights = scores.softmax(-2)
+    else:
+        keep = mask[:, None, :, None]
+        weights = scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-2) * keep
+    return torch.matmul(weights.transpose(-1, -2), v)
 
 
 def nasa_attention(
