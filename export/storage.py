@@ -84,7 +84,10 @@ def _pack(graph: ir.Graph, reader: ir.Node, value: ir.Value, bits: int) -> None:
         name=f"{value.name}.steps",
     )
     scale = ir.LazyTensor(
-        lambda: ir.tensor(block_scale(source.numpy(), bits).reshape(-1)), ir.DataType.FLOAT, ir.Shape([outputs * blocks]), name=f"{value.name}.scale"
+        lambda: ir.tensor(block_scale(source.numpy(), bits).reshape(-1)),
+        ir.DataType.FLOAT,
+        ir.Shape([outputs * blocks]),
+        name=f"{value.name}.scale",
     )
     # ONNX Runtime's 8 bit kernel is 20 times slower unless it may round each row of x to int8 blocks; its 4 bit kernel is not.
     attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK, "accuracy_level": 4 if bits == 8 else 0}

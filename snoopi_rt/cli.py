@@ -63,7 +63,7 @@ precision_option = click.option(
     metavar="NAME",
     help="A precision of the bundle, such as fp32, or one a graph: generator=int8,text_encoder=int4.  [default: the bundle's first]",
 )
-threads_option = click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: the engine decides]")
+threads_option = click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: one for each core it may use]")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

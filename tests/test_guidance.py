@@ -6,7 +6,15 @@ import torch
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.guidance import GUIDANCE, find_guidance
-from snoopi_rt.kernels import attention, fused_attention, nag_attention, nasa_attention, projected_attention, turned_attention, vsf_attention
+from snoopi_rt.kernels import (
+    attention,
+    fused_attention,
+    nag_attention,
+    nasa_attention,
+    projected_attention,
+    turned_attention,
+    vsf_attention,
+)
 
 # (batch, heads, queries, positive tokens, negative tokens, head size)
 SHAPES = [

@@ -2,7 +2,8 @@
 
 The peers are built from the same folder of weights: diffusers as it is (fp32, bf16), torch.compile, diffusers' own UNet as an ONNX graph in
 ONNX Runtime (what optimum does) and in OpenVINO with its own choices, static shapes and bf16 (what optimum-intel and openvino.genai do).
-PixArt has no peer outside torch. Prompt states are given, as from a cache.
+PixArt has no peer outside torch. Prompt states are those of the bundle's own text encoder, given as from a cache; the stage `image` is the
+generator and the decoder, for the bundle through its pipeline.
 
 python tools/compare.py --student runs/random/pixart --bundle runs/pixart --out docs/compare/pixart.json
 """
@@ -19,16 +20,23 @@ import click
 import numpy as np
 import torch
 
-from snoopi_rt.bundle import Bundle
+import snoopi_rt
+from snoopi_rt.bundle import Build, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import installed, load_engine
+from snoopi_rt.engines.base import Engine
 from snoopi_rt.export.checkpoint import load_module
-from snoopi_rt.export.preset import override
+from snoopi_rt.export.preset import Preset, override
 from snoopi_rt.export.presets import find_preset
+from snoopi_rt.feeds import draw_noise
+from snoopi_rt.tokenizer import Tokenizer
 
 warnings.filterwarnings("ignore")
-TOKENS = {"pixart": (20, 20), "sd15": (77, 77), "sd21": (77, 77), "sdxl": (77, 77)}
-BASELINE = "diffusers fp32"
+PROMPT, NEGATIVE = "a dog wearing a blue scarf in the snow, photo", "blurry, low quality, deformed hands, watermark"
+TOKENS = 20
+"""Texts are cut to as many where the bundle does not pad them to a length of its own."""
+SEED = 1
+BASELINE, HALF = "diffusers fp32", "diffusers bf16"
 Run = Callable[[], np.ndarray]
 
 
@@ -44,22 +52,47 @@ def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bo
     bundle = Bundle.load(folder)
     row, *settings = bundle.provenance["preset"].split()
     preset = override(find_preset(row), settings)
-    height, width = bundle.sizes[0]
-    random = torch.Generator().manual_seed(1)
-    noise = torch.randn(1, bundle.latent.channels, height // 8, width // 8, generator=random)
-    stages = {"generator": dict(generators(bundle, student, preset, noise, compiled))}
-    latent = stages["generator"][BASELINE]()
-    vae = student / "vae"
-    stages["decoder"] = dict(decoders(bundle, "decoder", vae if tiny is None else tiny, torch.from_numpy(latent)))
+    texts, states = encoded(bundle)
+    latent = bundle.latent
+    shape = (latent.channels, *(side // latent.factor for side in bundle.sizes[0]))
+    noise, renoise = draw_noise(SEED, shape, len(preset.rule.steps) - 1)
+    scale = np.array([bundle.guidance.scale.default], np.float32)
+    given = {"noise": noise[None], "renoise": renoise[None], **states, "negative_scale": scale}
+    vae = student / "vae" if tiny is None else tiny
+    stages = {"generator": dict(generators(bundle, student, preset, given, compiled))}
+    found = stages["generator"][BASELINE]()
+    stages["decoder"] = dict(decoders(bundle, vae, found))
+    stages["image"] = dict(images(bundle, texts, stages["generator"], stages["decoder"]))
     if tiny is not None:
-        stages["full decoder"] = dict(decoders(None, "decoder", vae, torch.from_numpy(latent)))
-    document = {"bundle": bundle.name, "backbone": bundle.backbone, "size": f"{width}x{height}", "runs": runs, "stages": {}}
+        stages["full decoder"] = dict(decoders(None, student / "vae", found))
+    document = {"bundle": bundle.name, "backbone": bundle.backbone, "texts": texts, "runs": runs, "stages": {}}
+    document["tokens"] = {name: value.shape[1] for name, value in states.items() if name.endswith("states")}
     for stage, contenders in stages.items():
         measured = measure(contenders, runs)
         document["stages"][stage] = measured
         click.echo(f"\n{stage}\n{table(measured)}")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def encoded(bundle: Bundle) -> tuple[tuple[str, str], dict[str, np.ndarray]]:
+    """The prompt and the negative as they are used, and what the text encoder makes of them, by name of the generator's inputs."""
+    text, states = bundle.text, {}
+    assert text.tokenizer is not None
+    tokenizer = Tokenizer(bundle.folder / text.tokenizer.path, text.max_tokens, text.lowercase, text.pad)
+    engine = fastest(bundle, "text_encoder")
+    texts = tuple(cut(words, tokenizer, text.pad is None) for words in (PROMPT, NEGATIVE))
+    for kind, words in zip(("prompt", "negative"), texts, strict=True):
+        states |= {f"{kind}_{name}": value for name, value in engine(ids=tokenizer(words)).items()}
+    engine.close()
+    return texts, states
+
+
+def cut(words: str, tokenizer: Tokenizer, to_length: bool) -> str:
+    """The longest beginning of `words` of at most TOKENS tokens."""
+    while to_length and tokenizer(words).shape[1] > TOKENS:
+        words = words[:-1]
+    return words.strip()
 
 
 def measure(contenders: dict[str, Run], runs: int) -> dict[str, dict[str, float]]:
@@ -84,58 +117,60 @@ def measure(contenders: dict[str, Run], runs: int) -> dict[str, dict[str, float]
     }
 
 
-def generators(bundle: Bundle, student: Path, preset: Any, noise: torch.Tensor, compiled: bool) -> Iterator[tuple[str, Run]]:
-    """Every way to the clean latent, by name; those of the bundle with and without a negative prompt at scale 0."""
+def generators(bundle: Bundle, student: Path, preset: Preset, given: dict[str, np.ndarray], compiled: bool) -> Iterator[tuple[str, Run]]:
+    """Every way to the clean latent, by name; those of the bundle without and with the negative prompt."""
     from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 
-    pixart = bundle.backbone == "pixart"
-    network = load_module(student / ("transformer" if pixart else "unet"), PixArtTransformer2DModel if pixart else UNet2DConditionModel)
-    tokens, negative_tokens = TOKENS[bundle.backbone]
-    width = network.caption_projection.linear_2.out_features if pixart else network.config.cross_attention_dim
-    random = torch.Generator().manual_seed(2)
-    states, negative = (torch.randn(1, count, width, generator=random) for count in (tokens, negative_tokens))
-    if pixart:
-        network.caption_projection = None
+    pixart, rule = bundle.backbone == "pixart", preset.rule
+    part, kind = ("transformer", PixArtTransformer2DModel) if pixart else ("unet", UNet2DConditionModel)
+    tensors = {name: torch.from_numpy(value) for name, value in given.items()}
     extra: dict[str, Any] = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} if pixart else {}
-    pooled = torch.randn(1, 1280, generator=random)
     if bundle.backbone == "sdxl":
-        extra = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": torch.tensor([preset.time_ids])}}
-    rule = preset.rule
+        extra = {"added_cond_kwargs": {"text_embeds": tensors["prompt_pooled"], "time_ids": torch.tensor([preset.time_ids])}}
+
+    def loaded(dtype: torch.dtype) -> torch.nn.Module:
+        network = load_module(student / part, kind).to(dtype)
+        if pixart:
+            network.caption_projection = None  # it is in the prompt states
+        return network
 
     def diffusers(model: Callable[..., Any], dtype: torch.dtype) -> Run:
-        given = {key: {name: None if value is None else value.to(dtype) for name, value in kinds.items()} for key, kinds in extra.items()}
+        cast = {key: {name: None if value is None else value.to(dtype) for name, value in kinds.items()} for key, kinds in extra.items()}
+        states = tensors["prompt_states"].to(dtype)
 
         @torch.inference_mode()
         def run() -> np.ndarray:
             def answer(step: int, latent: torch.Tensor) -> torch.Tensor:
                 timestep = torch.tensor([rule.steps[step].timestep])
-                found = model(latent.to(dtype), encoder_hidden_states=states.to(dtype), timestep=timestep, return_dict=False, **given)[0]
+                found = model(latent.to(dtype), encoder_hidden_states=states, timestep=timestep, return_dict=False, **cast)[0]
                 return found[:, : latent.shape[1]].float()
 
-            return rule.run(answer, noise).numpy()
+            return rule.run(answer, tensors["noise"], tensors["renoise"]).numpy()
 
         return run
 
+    network, half = loaded(torch.float32), loaded(torch.bfloat16)
     yield BASELINE, diffusers(network, torch.float32)
-    half = load_module(student / ("transformer" if pixart else "unet"), type(network)).to(torch.bfloat16)
-    if pixart:
-        half.caption_projection = None
-    yield "diffusers bf16", diffusers(half, torch.bfloat16)
+    yield HALF, diffusers(half, torch.bfloat16)
     if compiled:
         yield "torch.compile bf16", diffusers(torch.compile(half), torch.bfloat16)
     if not pixart:
-        yield from unet_peers(network, rule, noise, states, extra, student)
-    feeds = {
-        "noise": noise.numpy(),
-        "prompt_states": states.numpy(),
-        "negative_states": np.zeros_like(negative[:, :1].numpy()),
-        "negative_scale": np.zeros(1, np.float32),
-        "prompt_pooled": pooled.numpy(),
-    }
-    guided = {**feeds, "negative_states": negative.numpy()}
+        yield from unet_peers(network, rule, tensors["noise"], tensors["prompt_states"], extra, student)
+    # As the runtime feeds it: one token at scale 0, or a whole row where the bundle pads.
+    short = given["negative_states"] if bundle.text.pad is not None else given["negative_states"][:, :1]
+    plain = {**given, "negative_states": short, "negative_scale": np.zeros(1, np.float32)}
     for name, engine in builds(bundle, "generator"):
-        yield f"ours {name}", lambda engine=engine: engine(**{spec.name: feeds[spec.name] for spec in engine.inputs})["latent"]
-        yield f"ours {name}, negative", lambda engine=engine: engine(**{spec.name: guided[spec.name] for spec in engine.inputs})["latent"]
+        yield f"ours {name}", _call(engine, plain, "latent")
+        yield f"ours {name}, negative", _call(engine, given, "latent")
+
+
+def images(bundle: Bundle, texts: tuple[str, str], generators: dict[str, Run], decoders: dict[str, Run]) -> Iterator[tuple[str, Run]]:
+    """From cached prompt states to the picture; the bundle's with the fastest builds that it has for OpenVINO."""
+    for name in (BASELINE, HALF):
+        yield name, lambda name=name: (generators[name](), decoders[name]())[1]
+    pipe = snoopi_rt.load(bundle, engine="openvino", low_memory=True)
+    yield "ours", lambda: pipe.generate(texts[0], seed=SEED).images
+    yield "ours, negative", lambda: pipe.generate(texts[0], texts[1], seed=SEED).images
 
 
 def unet_peers(
@@ -173,33 +208,48 @@ def unet_peers(
     yield "OpenVINO bf16 (as optimum-intel)", lambda: read(compiled(given)[0])
 
 
-def decoders(bundle: Bundle | None, graph: str, vae: Path, latent: torch.Tensor) -> Iterator[tuple[str, Run]]:
+def decoders(bundle: Bundle | None, vae: Path, latents: np.ndarray) -> Iterator[tuple[str, Run]]:
     """Every way from the latent to the picture, by name."""
     import diffusers
     import openvino
 
     from snoopi_rt.export.decoder import Decoder
 
+    latent = torch.from_numpy(latents)
     kind = getattr(diffusers, json.loads((vae / "config.json").read_text())["_class_name"])
     full, half = Decoder(load_module(vae, kind)), Decoder(load_module(vae, kind).to(torch.bfloat16))
     yield BASELINE, torch.inference_mode()(lambda: full(latent).numpy())
-    yield "diffusers bf16", torch.inference_mode()(lambda: half(latent.to(torch.bfloat16)).numpy())
+    yield HALF, torch.inference_mode()(lambda: half(latent.to(torch.bfloat16)).numpy())
     with torch.no_grad():
         converted = openvino.convert_model(full, example_input=latent)
     compiled = openvino.Core().compile_model(converted, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
-    yield "OpenVINO bf16 (as optimum-intel)", lambda: compiled({0: latent.numpy()})[0]
-    for name, engine in builds(bundle, graph) if bundle is not None else ():
-        yield f"ours {name}", lambda engine=engine: engine(latent=latent.numpy())["image"]
+    yield "OpenVINO bf16 (as optimum-intel)", lambda: compiled({0: latents})[0]
+    for name, engine in builds(bundle, "decoder") if bundle is not None else ():
+        yield f"ours {name}", _call(engine, {"latent": latents}, "image")
 
 
-def builds(bundle: Bundle, graph: str) -> Iterator[tuple[str, Any]]:
+def builds(bundle: Bundle, graph: str) -> Iterator[tuple[str, Engine]]:
     """Every build of the graph on every installed engine that it is for."""
-    cache = Cache()
     for build in bundle.graphs[graph]:
         for engine in build.engines:
             if engine in installed():
-                path = bundle.folder / build.files[0].path
-                yield f"{engine} {build.precision}", load_engine(engine, path, build.precision, cache=cache, key=build.hash)
+                yield f"{engine} {build.precision}", opened(bundle, build, engine)
+
+
+def fastest(bundle: Bundle, graph: str) -> Engine:
+    """The graph's first build, on OpenVINO where it is for it."""
+    build = bundle.graphs[graph][0]
+    return opened(bundle, build, max(build.engines, key=lambda name: name == "openvino"))
+
+
+def opened(bundle: Bundle, build: Build, engine: str) -> Engine:
+    """One build on one engine, through the cache."""
+    return load_engine(engine, bundle.folder / build.files[0].path, build.precision, cache=Cache(), key=build.hash)
+
+
+def _call(engine: Engine, given: dict[str, np.ndarray], output: str) -> Run:
+    feeds = {spec.name: given[spec.name] for spec in engine.inputs}
+    return lambda: engine(**feeds)[output]
 
 
 def table(measured: dict[str, dict[str, float]]) -> str:

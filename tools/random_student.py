@@ -1,7 +1,8 @@
 """Writes a diffusers folder of a backbone at its full size with random weights: what speed, memory and parity are measured on.
 
 The classes and sizes are those of the public checkpoints, the weights are drawn by each class's own initialisation from one seed. Pictures
-of such a student are noise. python tools/random_student.py pixart --out runs/random/pixart
+of such a student are noise. With --tiny the folder has a few thousand weights, to try the road.
+python tools/random_student.py pixart --out runs/pixart
 """
 
 import json
@@ -73,12 +74,20 @@ SHARD = 2 * 2**30
 @click.argument("backbone", type=click.Choice(["pixart", *UNETS]))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--seed", default=0)
+@click.option("--tiny", is_flag=True, help="A few thousand weights.")
 @click.option("--t5-layers", default=24, help="Fewer make a smaller text encoder of the same width.")
-def main(backbone: str, out: Path, seed: int, t5_layers: int) -> None:
+def main(backbone: str, out: Path, seed: int, tiny: bool, t5_layers: int) -> None:
     """Write the folder."""
     from diffusers import AutoencoderKL, PixArtTransformer2DModel, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    if tiny:
+        tiny_students.tiny_autoencoder(out / "taesd")
+        if backbone == "pixart":
+            tiny_students.pixart(out, num_layers=1)
+        else:
+            tiny_students.stable_diffusion(out, backbone, levels=1, mid_block_type=None, scheduler="EulerDiscreteScheduler")
+        return
     torch.manual_seed(seed)
     scaling = 0.13025 if backbone == "sdxl" else 0.18215
     AutoencoderKL(**VAE, scaling_factor=scaling).save_pretrained(out / "vae")
