@@ -14,6 +14,8 @@ from snoopi_rt.engines.compiled import CompiledModels, compiled_name, model_file
 BF16 = ("bf16", "int8")
 """The precisions that compute in bfloat16 where the processor can: "int8" between its integer products."""
 
+NO_BF16 = " (this processor has no bf16)"
+
 
 class OvEngine:
     """An ONNX file or OpenVINO IR, compiled for the CPU in the arithmetic that `arithmetic` tells.
@@ -82,7 +84,7 @@ def arithmetic(precision: str | None, capabilities: Collection[str]) -> tuple[st
     """OpenVINO's precision hint for a build's precision, and a remark where that is not what the precision stands for."""
     if precision not in BF16:
         return "f32", ""
-    return ("bf16", "") if "BF16" in capabilities else ("f32", " (this processor has no bf16)")
+    return ("bf16", "") if "BF16" in capabilities else ("f32", NO_BF16)
 
 
 def _through(cache: CompiledModels, name: str, path: Path, compile_model: Callable[[Path | None], Any]) -> Any:

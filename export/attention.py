@@ -1,4 +1,4 @@
-"""diffusers attention processors: one for training, one that puts a negative prompt into every cross-attention."""
+"""Attention with a negative prompt: processors for diffusers' own networks, and the modules that stand in their place in a graph."""
 
 from collections.abc import Callable
 

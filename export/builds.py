@@ -5,15 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from snoopi_rt.bundle import Build, File
-from snoopi_rt.engines import load_engine
 from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.engines.ov import NO_BF16
 from snoopi_rt.export.graph import fix_batch, write_graph
-from snoopi_rt.export.parity import Arrays, measure
+from snoopi_rt.export.parity import Arrays, View, measure
 from snoopi_rt.export.quantise import calibrate, layers, quantise
 from snoopi_rt.export.storage import Storage
 
@@ -52,7 +51,8 @@ class Graph:
     """What is known of a graph before it is written.
 
     example: inputs with a batch of 2. calibration, scored: cases of batch 1; wanted: PyTorch's outputs of `scored`, in fp32.
-    error(i, outputs): what `tolerance` bounds for a build that is not fp32, of scored case i. tensor_of: see write_graph.
+    error(i, outputs): what `tolerance` bounds for a build that is not fp32, of scored case i; with a `view` that is its error.
+    alone: one image at a time, whatever the precision. tensor_of: see write_graph.
     """
 
     name: str
@@ -67,8 +67,8 @@ class Graph:
     tolerance: float
     fp32_tolerance: float
     opset: int
-    latent_error: Callable[[int, Arrays], float] | None = None
-    picture: Callable[[np.ndarray], np.ndarray] | None = None
+    view: View | None = None
+    alone: bool = False
     tensor_of: Callable[[str], Tensor] | None = None
 
 
@@ -85,22 +85,32 @@ def build(graph: Graph, precisions: Sequence[str], folder: Path, engines: Sequen
     """
     made: dict[str, Build] = {}
     for precision in precisions:
-        for name in [*AUTO, "fp16", "fp32"] if precision == "auto" else [precision]:
-            needless = precision == "auto" and (made.keys() & AUTO if name in AUTO else name == "fp32" and "fp16" in made)
-            usable = [engine for engine in PRECISIONS[name].engines if engine in engines]
-            if needless or name in made or (precision == "auto" and not usable):
-                continue
-            if not usable:
-                raise InputError(f"precision {name} of {graph.name} is for {', '.join(PRECISIONS[name].engines)}, which is not installed")
-            try:
-                made[name] = _build(graph, name, folder, usable, say)
-                say(f"{graph.name}: {made[name].described()}")
-            except OutputError as error:
-                if precision != "auto" or name == "fp32":
-                    raise
-                say(f"{graph.name}: {name} is not taken: {error}")
+        # Of each group of `auto` the first that is near enough is taken.
+        for group in _auto(graph) if precision == "auto" else ((precision,),):
+            for name in group:
+                usable = [engine for engine in PRECISIONS[name].engines if engine in engines]
+                if not usable and precision != "auto":
+                    raise InputError(
+                        f"precision {name} of {graph.name} is for {', '.join(PRECISIONS[name].engines)}, which is not installed"
+                    )
+                if name not in made and usable:
+                    try:
+                        made[name] = _build(graph, name, folder, usable, say)
+                    except OutputError as error:
+                        if precision != "auto" or name == "fp32":
+                            raise
+                        say(f"{graph.name}: {name} is not taken: {error}")
+                        continue
+                    say(f"{graph.name}: {made[name].described()}")
+                if name in made:
+                    break
     _drop_unused(graph, made, folder)
     return tuple(made.values())
+
+
+def _auto(graph: Graph) -> Sequence[Sequence[str]]:
+    """A fast build if there is one and a wide one for every engine; of a graph larger than the memory one packed build."""
+    return (AUTO, ("fp16", "fp32")) if graph.tensor_of is None else (("int8-weights", "fp16", "fp32"),)
 
 
 def _build(graph: Graph, name: str, folder: Path, engines: Sequence[str], say: Callable[[str], None]) -> Build:
@@ -114,20 +124,20 @@ def _build(graph: Graph, name: str, folder: Path, engines: Sequence[str], say: C
         fix_batch(written, path)
     data = written.with_name(f"{written.name}.data")
     cases = [{key: value.numpy() for key, value in case.items()} for case in graph.scored]
-    parity = measure(graph.name, path, name, engines, cases, graph.wanted, graph.latent_error, graph.picture)
-    on = ", ".join(engines)
+    found = measure(graph.name, path, name, engines, cases, graph.wanted, graph.view)
+    parity, on = found.parity, ", ".join(engines)
+    if any(NO_BF16 in provider for provider in found.providers):
+        if name == "bf16":
+            raise OutputError(f"graph {graph.name} in bf16 cannot be measured here{NO_BF16}")
+        say(f"{graph.name}: {name} was measured with fp32 between its products{NO_BF16}: where there is, the error is larger")
     if name == "fp32" and not parity.relative_l2 <= graph.fp32_tolerance:
         far = f"{parity.relative_l2:.2g} (relative L2) off PyTorch on {on}, allowed is {graph.fp32_tolerance:.2g}"
         raise OutputError(f"graph {graph.name} in fp32 is {far}")
     if not parity.error <= graph.tolerance:
         raise OutputError(f"graph {graph.name} in {name} is {parity.judged()} off PyTorch on {on}, allowed is {graph.tolerance:.2g}")
-    engine = load_engine(engines[0], path, name)
-    try:
-        files = tuple(File.of(file) for file in (path, data) if file.exists())
-        promises = engine.inputs, engine.outputs, parity, graph.tolerance, 1 if precision.alone else None
-        return Build(tuple(engines), name, "onnx", files, *promises)
-    finally:
-        engine.close()
+    files = tuple(File.of(file) for file in (path, data) if file.exists())
+    limit = 1 if precision.alone or graph.alone else None
+    return Build(tuple(engines), name, "onnx", files, found.inputs, found.outputs, parity, graph.tolerance, limit)
 
 
 @torch.no_grad()

@@ -132,9 +132,17 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     for name in names:
         if not name.endswith(".json"):
             tensors |= read_weights(folder / name)
-        elif absent := set(json.loads((folder / name).read_text())["weight_map"].values()) - set(names):
+        elif absent := _listed(folder / name) - set(names):
             raise InputError(f"{folder} lacks {first_few(absent)}, which {name} lists: fetch the folder again")
     return tensors
+
+
+def _listed(index: Path) -> set[str]:
+    """The files that the index of a checkpoint in parts names."""
+    try:
+        return set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is no index of weights: fetch the folder again") from error
 
 
 def _find_network(loaded: Mapping, want: set[str], source: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """How far a build is from PyTorch: by its numbers, by the picture, and by what it does to the clean latent."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,19 +9,45 @@ from tqdm import tqdm
 
 from snoopi_rt.bundle import Parity
 from snoopi_rt.engines import load_engine
-from snoopi_rt.engines.base import OutputError
+from snoopi_rt.engines.base import OutputError, TensorSpec
 
 Arrays = Mapping[str, np.ndarray]
 
 # graph -> largest relative L2 distance of a build in fp32 with fp32 weights, on any engine. Measured on networks of full size with random
 # weights: text_encoder 3e-6, generator 1e-5. The decoder's answer is in whole levels of 255, some of which round the other way: 2e-5.
 FP32_TOLERANCE = {"text_encoder": 1e-4, "generator": 1e-4, "decoder": 1e-3}
-# What any other build may change in the clean latent, in units of its deviation (epsilon students multiply their error by sigma / alpha
+# What any other build may change in the clean latent, whose deviation is about 1 (epsilon students multiply their error by sigma / alpha
 # into it, 14.6 for SD at t = 999), and the decoder in its picture, in units of full white: 0.01 is a PSNR of 40 dB.
 LATENT_TOLERANCE = 0.05
 PICTURE_TOLERANCE = 0.01
 FLAT = 2.0  # levels of 255: an image whose deviation is below this shows nothing
 LOSSLESS = 99.0  # dB, said of pictures that are equal
+
+
+@dataclass(frozen=True)
+class View:
+    """How the outputs of a text encoder or generator are judged by the picture that they make.
+
+    latent(i, outputs): the clean latent that case i's outputs give. wanted: PyTorch's, by case. picture: the image of a latent.
+    """
+
+    latent: Callable[[int, Arrays], np.ndarray]
+    wanted: Sequence[np.ndarray]
+    picture: Callable[[np.ndarray], np.ndarray]
+
+    def error(self, i: int, outputs: Arrays) -> float:
+        """What case i's outputs change in the clean latent, rms: such a latent has a deviation of about 1."""
+        return rms(self.latent(i, outputs) - self.wanted[i])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found of one build, and what the engines said of it."""
+
+    parity: Parity
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    providers: tuple[str, ...]
 
 
 def measure(
@@ -30,28 +57,29 @@ def measure(
     engines: Sequence[str],
     cases: Sequence[Arrays],
     wanted: Sequence[Arrays],
-    latent_error: Callable[[int, Arrays], float] | None = None,
-    picture: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> Parity:
+    view: View | None = None,
+) -> Measured:
     """The worst distance over cases and engines of the graph in `path` from the outputs `wanted`.
 
-    latent_error(i, outputs): the change in the clean latent that case i's outputs make. picture(latent): the image of the first case's
-    answer, for its PSNR. Raises OutputError for NaN or infinity, and for a flat image.
+    Raises OutputError for NaN or infinity, and for a flat image where PyTorch's is not.
     """
-    worst = Parity(0.0, 0.0)
+    worst, providers = Parity(0.0, 0.0), []
     for name in engines:
         engine = load_engine(name, path, precision)
         try:
+            providers.append(engine.provider)
             for i, (case, want) in enumerate(zip(tqdm(cases, desc=f"{name} {precision}", unit="case", leave=False), wanted, strict=True)):
                 found = engine(**{spec.name: case[spec.name] for spec in engine.inputs})
                 worst = _worse(worst, _distance(graph, name, found, want))
-                if latent_error is not None:
-                    worst = _worse(worst, Parity(0.0, 0.0, latent_error=latent_error(i, found)))
-                if picture is not None and i == 0:
-                    worst = _worse(worst, Parity(0.0, 0.0, psnr=psnr(picture(found["latent"]), picture(want["latent"]))))
+                if view is not None:
+                    latent = view.latent(i, found)
+                    worst = _worse(worst, Parity(0.0, 0.0, latent_error=rms(latent - view.wanted[i])))
+                    if i == 0:
+                        worst = _worse(worst, Parity(0.0, 0.0, psnr=psnr(view.picture(latent), view.picture(view.wanted[i]))))
+            specs = engine.inputs, engine.outputs
         finally:
             engine.close()
-    return worst
+    return Measured(worst, *specs, tuple(providers))
 
 
 def rms(change: np.ndarray) -> float:
@@ -77,7 +105,7 @@ def _distance(graph: str, engine: str, found: Arrays, wanted: Arrays) -> Parity:
         have, want = found[name].astype(np.float64), want.astype(np.float64)
         if not np.isfinite(have).all():
             raise OutputError(f"graph {graph} gives NaN or infinity on engine {engine!r}")
-        if graph == "decoder" and have.std((1, 2, 3)).min() < FLAT:
+        if graph == "decoder" and (have.std((1, 2, 3)) < FLAT).any() and (want.std((1, 2, 3)) >= FLAT).all():
             raise OutputError(f"graph decoder gives a flat image on engine {engine!r}")
         image = psnr(found[name], wanted[name]) if graph == "decoder" else None
         distance = _worse(distance, Parity(relative_l2(have, want), float(np.abs(have - want).max()), psnr=image))

@@ -17,8 +17,8 @@ class Preset:
     weights: hub id of the student, empty where it is on no hub; file: its file there, empty where it is a diffusers folder; base: hub id of
     the folder with all other parts, empty where `weights` has them. non_commercial: a licence that a user has to accept, or none stated.
     timestep: one a step, 1 to 4. alpha and sigma: one a step where they are not those of `schedule` at `timestep`.
-    channels, out_channels: of the latent and of the network's answer, whose first `channels` are read. time_ids: SDXL's original size, crop
-    and target size, height first. size: sides in pixels. *_scale: the default negative scale of a kind of guidance, the other nag_* its
+    time_ids: SDXL's original size, crop and target size, height first. size: sides in pixels. max_tokens: of T5's prompts; CLIP's are 77.
+    vae_scaling: what the folder's AutoencoderKL must say. *_scale: the default negative scale of a kind of guidance, the other nag_* its
     constants. from_scheduler: the fields that must agree with the scheduler's file.
     """
 
@@ -36,11 +36,8 @@ class Preset:
     alpha: tuple[float, ...] = ()
     sigma: tuple[float, ...] = ()
     input_scale: float = 1.0
-    channels: int = 4
-    out_channels: int = 4
     time_ids: tuple[float, ...] = ()
     vae_scaling: float = 0.18215
-    vae_shift: float = 0.0
     size: int = 512
     max_tokens: int = 77
     nasa_scale: float = 0.2
@@ -64,7 +61,6 @@ class Preset:
             self._require(all(0 <= value <= 1 for value in given), f"{key} must lie between 0 and 1")
         self._require(one or self.prediction != "flow", "prediction flow is read in one step only")
         self._require(self.input_scale > 0, "input_scale must be above 0")
-        self._require(0 < self.channels <= self.out_channels, "channels must be between 1 and out_channels")
         self._require(len(self.time_ids) in (0, 6), "time_ids has six numbers")
         self._require(min(self.size, self.max_tokens, self.vae_scaling) > 0, "size, max_tokens and vae_scaling must be above 0")
         self._require(self.nag_tau >= 1, "nag_tau must be 1 or more: less would change the picture at scale 0")

@@ -29,7 +29,6 @@ _PIXART: dict[str, Any] = {
     "backbone": "pixart",
     "base": "PixArt-alpha/PixArt-XL-2-512x512",
     "schedule": "pixart",
-    "out_channels": 8,
     "max_tokens": 120,
     "nasa_scale": 0.5,
     "nag_scale": 4.0,
@@ -54,8 +53,6 @@ PRESETS = {
             # Zero terminal SNR: at the last timestep the input is pure noise and the clean latent is -v.
             alpha=(0.0,),
             from_scheduler=(),
-            channels=8,
-            out_channels=8,
             vae_scaling=1.0,
             size=128,
             max_tokens=32,

@@ -107,7 +107,7 @@ def layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return {name: layer for name, layer in found.items() if min(layer.weight.shape[:2]) >= CHANNELS and getattr(layer, "groups", 1) == 1}
 
 
-def calibrate(network: nn.Module, cases: Sequence[Mapping[str, Tensor]], run: Callable[..., object] | None = None) -> dict[str, Seen]:
+def calibrate(network: nn.Module, cases: Sequence[Mapping[str, Tensor]]) -> dict[str, Seen]:
     """What goes into each layer while the network runs on the cases."""
     seen: dict[str, Seen] = {}
 
@@ -130,7 +130,7 @@ def calibrate(network: nn.Module, cases: Sequence[Mapping[str, Tensor]], run: Ca
     try:
         with torch.no_grad():
             for case in tqdm(cases, desc="calibrate", unit="case", leave=False):
-                (run or network)(**case)
+                network(**case)
     finally:
         for handle in handles:
             handle.remove()
@@ -144,12 +144,17 @@ def quantise(network: nn.Module, seen: Mapping[str, Seen], keep: Sequence[str] =
     Smoothing is used where it lowers that error.
     """
     errors: dict[str, float] = {}
+    # A layer that several steps share has several names.
+    places: dict[nn.Module, list[str]] = {}
+    for place, module in network.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(place)
     for name, layer in layers(network).items():
         if name not in seen or name in keep:
             continue
         quantised, errors[name] = _best(layer, seen[name])
-        parent, _, attribute = name.rpartition(".")
-        setattr(network.get_submodule(parent), attribute, quantised)
+        for place in places[layer]:
+            parent, _, attribute = place.rpartition(".")
+            setattr(network.get_submodule(parent), attribute, quantised)
     return errors
 
 

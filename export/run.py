@@ -1,5 +1,6 @@
 """A student's weights to a bundle: load, write graphs, measure, promise; in that order."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,15 +20,16 @@ from snoopi_rt.engines.base import EngineMissing, InputError
 from snoopi_rt.export import cases
 from snoopi_rt.export.backbones import FACTOR, Backbone, Student, find_backbone
 from snoopi_rt.export.builds import Graph, build, check_precision
-from snoopi_rt.export.guidance import Guidance
+from snoopi_rt.export.guidance import Guidance, find_guidance
 from snoopi_rt.export.origin import Origin
-from snoopi_rt.export.parity import FP32_TOLERANCE, LATENT_TOLERANCE, PICTURE_TOLERANCE, Arrays, rms
+from snoopi_rt.export.parity import FP32_TOLERANCE, LATENT_TOLERANCE, PICTURE_TOLERANCE, Arrays, View, rms
 from snoopi_rt.manifest import text_rule
 from snoopi_rt.prompts import write_prompts
 from snoopi_rt.tokenizer import Tokenizer
 
 MEASURED_ON = ("cpu", "openvino")
-MAX_BATCH = 64
+MAX_PIXELS = 64 * 128**2
+"""Of all images of a batch, which bounds its memory: 4 images of 512 x 512."""
 TEXT_CASES = 2
 """How many scored prompts a text encoder is judged by: each takes a whole forward of the generator."""
 DECODER_CASES = 4
@@ -53,6 +55,15 @@ class Wishes:
     prompts_only: bool = False
     force: bool = False
 
+    def __post_init__(self) -> None:
+        find_guidance(self.guidance)
+        for name in (name for names in self.precision.values() for name in names):
+            check_precision(name)
+        if not 0 < self.tolerance < math.inf:
+            raise InputError(f"tolerance {self.tolerance:g} is not a positive number")
+        if self.prompts_only and not self.prompts:
+            raise InputError("a bundle without text encoder needs the prompts that it shall know: --prompts FILE")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -75,10 +86,6 @@ class Plan:
             if height % backbone.side or width % backbone.side or min(height, width) <= 0:
                 raise InputError(f"size {width}x{height}: the sides of {backbone.name} are multiples of {backbone.side} pixels")
         precision = {graph: wishes.precision.get(graph, [backbone.precision[graph]]) for graph in GRAPHS}
-        for name in (name for names in precision.values() for name in names):
-            check_precision(name)
-        if wishes.prompts_only and not wishes.prompts:
-            raise InputError("a bundle without text encoder needs the prompts that it shall know: --prompts FILE")
         engines = tuple(name for name in installed() if name in MEASURED_ON)
         if not engines:
             raise EngineMissing('export measures parity on an engine, and none is installed: pip install "snoopi-rt[export]"')
@@ -92,23 +99,29 @@ def export(origin: Origin, out: Path, wishes: Wishes | None = None, say: Callabl
     Nothing is under the name `out` until all of it is; with `force` an old bundle there is replaced.
     """
     plan = Plan.of(origin, wishes or Wishes())
-    if out.exists() and not (plan.wishes.force and (out / MANIFEST).exists()):
-        raise InputError(f"{out} exists: choose another folder, or --force to replace it if it is a bundle")
+    check_out(out, plan.wishes.force)
     student = plan.backbone.load(origin.weights, origin.preset, plan.sizes)
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         _fill(beside, out.name, plan, student, say).save(beside)
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            out.replace(old)
+        beside.replace(out)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    old = out.with_name(f".{out.name}.old")
-    if out.exists():
-        out.replace(old)
-    beside.replace(out)
     shutil.rmtree(old, ignore_errors=True)
     return Bundle.load(out)
+
+
+def check_out(out: Path, force: bool) -> None:
+    """Returns where a bundle may be written to `out`; raises InputError where something else is there."""
+    if out.exists() and not (force and (out / MANIFEST).exists()):
+        raise InputError(f"{out} exists: choose another folder, or --force to replace it if it is a bundle")
 
 
 def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[str], None]) -> Bundle:
@@ -136,7 +149,7 @@ def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[
         text=text,
         latent=Latent(student.channels, FACTOR),
         sizes=plan.sizes,
-        max_batch=MAX_BATCH,
+        max_batch=max(1, MAX_PIXELS // max(height * width for height, width in plan.sizes)),
         guidance=GuidancePromise(kind.kind, Scale(kind.default_scale, 0.0, kind.max_scale), dict(kind.fixed)),
         provenance={**plan.origin.provenance, "exporter": f"snoopi-rt {__version__}, torch {torch.__version__}"},
         graphs=graphs,
@@ -157,16 +170,14 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
         raise InputError("the student itself gives NaN or infinity in fp32: fetch its weights again, or choose its own --preset")
     wanted = [{"latent": latent.numpy()} for latent in latents]
 
-    def change(i: int, found: Arrays) -> float:
-        return rms(found["latent"] - wanted[i]["latent"])
-
-    def change_by_text(i: int, found: Arrays) -> float:
-        case = {**given.scored[i], **{f"prompt_{name}": torch.from_numpy(value) for name, value in found.items()}}
-        return rms(_run(reference, case).numpy() - wanted[i]["latent"])
+    def from_text(i: int, found: Arrays) -> np.ndarray:
+        return _run(reference, {**given.scored[i], **{f"prompt_{name}": torch.from_numpy(value) for name, value in found.items()}}).numpy()
 
     def picture(latent: np.ndarray) -> np.ndarray:
         return _run(student.decoder, {"latent": torch.from_numpy(latent)}).numpy()
 
+    seen = [latent.numpy() for latent in latents]
+    by_text, by_latent = View(from_text, seen, picture), View(lambda i, found: found["latent"], seen, picture)
     padded = len({row.shape[1] for row in ids.values()}) == 1
     shared: dict[str, Any] = {"opset": backbone.opset, "dynamic": dynamic_axes(plan.sizes, padded)}
     if not wishes.prompts_only:
@@ -179,8 +190,8 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
             calibration=[{"ids": ids[prompt]} for prompt in cases.CALIBRATION],
             scored=[{"ids": ids[prompt]} for prompt in prompts],
             wanted=[{name: value.numpy() for name, value in states[prompt].items()} for prompt in prompts],
-            error=change_by_text,
-            latent_error=change_by_text,
+            error=by_text.error,
+            view=by_text,
             tolerance=wishes.tolerance,
             fp32_tolerance=FP32_TOLERANCE["text_encoder"],
             tensor_of=student.tensor_of,
@@ -194,9 +205,8 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
         calibration=given.calibration,
         scored=given.scored,
         wanted=wanted,
-        error=change,
-        latent_error=change,
-        picture=picture,
+        error=by_latent.error,
+        view=by_latent,
         tolerance=wishes.tolerance,
         fp32_tolerance=FP32_TOLERANCE["generator"],
         **shared,
@@ -218,16 +228,21 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
         scored=[{"latent": latent} for latent in scored],
         wanted=images,
         error=lambda i, found: rms(found["image"].astype(np.float32) - images[i]["image"]) / 255,
-        tolerance=PICTURE_TOLERANCE,
+        # Whoever lets the latent change more lets the picture.
+        tolerance=PICTURE_TOLERANCE * max(1.0, wishes.tolerance / LATENT_TOLERANCE),
         fp32_tolerance=FP32_TOLERANCE["decoder"],
+        alone=_large(student.decoder),
         **shared,
     )
 
 
 def _tile(plan: Plan, student: Student) -> Tile | None:
     """The tiles in which large pictures are decoded, unless the decoder is a tiny one."""
-    large = sum(weight.numel() for weight in student.decoder.parameters()) > TINY
-    return TILE if large and max(max(size) for size in plan.sizes) > TILE.size * FACTOR else None
+    return TILE if _large(student.decoder) and max(max(size) for size in plan.sizes) > TILE.size * FACTOR else None
+
+
+def _large(decoder: nn.Module) -> bool:
+    return sum(weight.numel() for weight in decoder.parameters()) > TINY
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def _derived(config: Any, preset: Preset) -> dict[str, Any]:
         "prediction": DIFFUSERS_PREDICTION.get(prediction, prediction),
         "alpha": () if cumprod is None else tuple(float(cumprod[int(t)].sqrt()) for t in preset.timestep),
     }
-    if derived.keys() < set(preset.from_scheduler):
+    if not set(preset.from_scheduler) <= derived.keys():
         scheduler.set_timesteps(len(preset.timestep))
         start = torch.tensor(float(scheduler.init_noise_sigma))
         derived["timestep"] = tuple(float(t) for t in scheduler.timesteps)

@@ -1,6 +1,6 @@
 """How the weights of a graph lie in its file: fp32, fp16, or packed to 8 or 4 bits; one at a time, so that no second copy is held."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -42,11 +42,9 @@ def store_weights(graph: ir.Graph, storage: Storage) -> None:
         readers = value.consumers()
         kinds = {node.op_type for node in readers} if len(value.shape) == 2 else set()
         if kinds == {"MatMul"} and storage in BITS:
-            for reader in readers:
-                _pack(graph, reader, value, BITS[storage])
+            _pack(graph, readers, value, BITS[storage])
         elif kinds == {"Gather"} and (steps := _int8(value.const_value.numpy(), 0)):
-            for reader in readers:
-                _look_up(graph, reader, name, *steps)
+            _look_up(graph, readers, name, *steps)
         elif kinds == {"MatMul"} and (steps := _int8(value.const_value.numpy(), 1)):
             stored = [_constant(graph, f"{name}.int8", steps[0]), _constant(graph, f"{name}.scale", steps[1].reshape(-1))]
             _replace(graph, value, ir.node("DequantizeLinear", stored, {"axis": 1}))
@@ -74,7 +72,7 @@ def pack(weight: np.ndarray, bits: int) -> np.ndarray:
     return (steps if bits == 8 else steps[..., 0::2] | steps[..., 1::2] << 4).numpy()
 
 
-def _pack(graph: ir.Graph, reader: ir.Node, value: ir.Value, bits: int) -> None:
+def _pack(graph: ir.Graph, readers: Sequence[ir.Node], value: ir.Value, bits: int) -> None:
     (inputs, outputs), source = value.const_value.shape, value.const_value
     blocks = -(-inputs // BLOCK)
     steps = ir.LazyTensor(
@@ -91,12 +89,13 @@ def _pack(graph: ir.Graph, reader: ir.Node, value: ir.Value, bits: int) -> None:
     )
     # ONNX Runtime's 8 bit kernel is 20 times slower unless it may round each row of x to int8 blocks; its 4 bit kernel is not.
     attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK, "accuracy_level": 4 if bits == 8 else 0}
-    inputs_of = [reader.inputs[0], _initializer(graph, steps), _initializer(graph, scale)]
-    node = ir.node("MatMulNBits", inputs_of, attributes, domain="com.microsoft")
-    graph.insert_before(reader, node)
+    packed = [_initializer(graph, steps), _initializer(graph, scale)]
     graph.opset_imports["com.microsoft"] = 1
-    reader.outputs[0].replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
-    graph.remove(reader, safe=True)
+    for reader in readers:
+        node = ir.node("MatMulNBits", [reader.inputs[0], *packed], attributes, domain="com.microsoft")
+        graph.insert_before(reader, node)
+        reader.outputs[0].replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+        graph.remove(reader, safe=True)
 
 
 def _int8(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -137,12 +136,14 @@ def _replace(graph: ir.Graph, value: ir.Value, node: ir.Node) -> None:
     value.replace_all_uses_with(node.outputs[0])
 
 
-def _look_up(graph: ir.Graph, reader: ir.Node, table: str, steps: np.ndarray, scale: np.ndarray) -> None:
-    ids, rows = reader.inputs[1], reader.outputs[0]
-    found = ir.node("Gather", [_constant(graph, f"{table}.int8", steps), ids], {"axis": 0})
-    scales = ir.node("Gather", [_constant(graph, f"{table}.scale", scale), ids], {"axis": 0})
-    wide = ir.node("Cast", [found.outputs[0]], {"to": ir.DataType.FLOAT})
-    product = ir.node("Mul", [wide.outputs[0], scales.outputs[0]])
-    graph.insert_before(reader, [found, scales, wide, product])
-    rows.replace_all_uses_with(product.outputs[0], replace_graph_outputs=True)
-    graph.remove(reader, safe=True)
+def _look_up(graph: ir.Graph, readers: Sequence[ir.Node], table: str, steps: np.ndarray, scale: np.ndarray) -> None:
+    stored, scales = _constant(graph, f"{table}.int8", steps), _constant(graph, f"{table}.scale", scale)
+    for reader in readers:
+        ids, rows = reader.inputs[1], reader.outputs[0]
+        found = ir.node("Gather", [stored, ids], {"axis": 0})
+        sizes = ir.node("Gather", [scales, ids], {"axis": 0})
+        wide = ir.node("Cast", [found.outputs[0]], {"to": ir.DataType.FLOAT})
+        product = ir.node("Mul", [wide.outputs[0], sizes.outputs[0]])
+        graph.insert_before(reader, [found, sizes, wide, product])
+        rows.replace_all_uses_with(product.outputs[0], replace_graph_outputs=True)
+        graph.remove(reader, safe=True)

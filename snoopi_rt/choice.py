@@ -8,9 +8,10 @@ from typing import Any
 from snoopi_rt.bundle import Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import check_engine, installed, versions
-from snoopi_rt.engines.base import BundleError
+from snoopi_rt.engines.base import BundleError, InputError
 from snoopi_rt.engines.compiled import processor
 from snoopi_rt.engines.threads import available_threads
+from snoopi_rt.precision import select_builds
 
 ORDER = ("cpu", "openvino")
 
@@ -31,15 +32,26 @@ class Measured:
     seconds: float
 
 
-def choose(bundle: Bundle, cache: Cache) -> Choice:
-    """The engine and precisions; raises EngineMissing where no engine is installed and BundleError where the bundle serves none that is."""
+def choose(bundle: Bundle, cache: Cache, precision: str | None = None) -> Choice:
+    """The engine and precisions, of engines that have the `precision` that was asked for, if one has.
+
+    Raises EngineMissing where no engine is installed, BundleError where the bundle serves none that is.
+    """
     here = set(installed()) & set(bundle.engines())
     measured = {engine: found for engine, found in measurements(bundle, cache).items() if engine in here}
-    if measured:
-        engine = min(measured, key=lambda name: measured[name].seconds)
-        return Choice(engine, measured[engine].precision)
-    engine = usable(bundle)[0]
+    for engine in sorted(measured, key=lambda name: measured[name].seconds):
+        if _has(bundle, engine, precision):
+            return Choice(engine, measured[engine].precision)
+    candidates = usable(bundle)
+    engine = next((name for name in candidates if _has(bundle, name, precision)), candidates[0])
     return Choice(engine, {graph: bundle.build(graph, engine).precision for graph in bundle.graphs})
+
+
+def _has(bundle: Bundle, engine: str, precision: str | None) -> bool:
+    with suppress(BundleError, InputError):
+        select_builds(bundle, engine, precision)
+        return True
+    return False
 
 
 def usable(bundle: Bundle) -> list[str]:

@@ -48,10 +48,9 @@ class Size(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
-        width, _, height = value.partition("x")
-        if not (height.isdecimal() and width.isdecimal()):
-            self.fail(f"{value!r} is not WIDTHxHEIGHT, such as 128x128", param, ctx)
-        return int(height), int(width)
+        from snoopi_rt.request import parse_size
+
+        return parse_size(value)
 
 
 bundle_option = click.option("--bundle", metavar="FOLDER", help="The bundle's folder.  [default: the one that came with snoopi-rt]")
@@ -61,7 +60,7 @@ engine_option = click.option(
 precision_option = click.option(
     "--precision",
     metavar="NAME",
-    help="A precision of the bundle, such as fp32, or one a graph: generator=int8,text_encoder=int4.  [default: the bundle's first]",
+    help="A precision of the bundle, such as fp32, or one a graph: generator=int8,decoder=fp16.  [default: the bundle's first]",
 )
 threads_option = click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: one for each core it may use]")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from snoopi_rt.engines.base import EngineMissing, InputError, OutputError, SnoopiError
+from snoopi_rt.engines.base import EngineMissing, OutputError, SnoopiError
 
 folder = click.Path(file_okay=False, path_type=Path)
 file = click.Path(dir_okay=False, path_type=Path)
@@ -67,7 +67,7 @@ def export(
     with building("export", "export", out):
         from snoopi_rt.export.origin import find_origin
         from snoopi_rt.export.parity import LATENT_TOLERANCE
-        from snoopi_rt.export.run import Wishes
+        from snoopi_rt.export.run import Wishes, check_out
         from snoopi_rt.export.run import export as write
 
         wishes = Wishes(
@@ -79,9 +79,9 @@ def export(
             prompts_only,
             force,
         )
-        bundle = write(
-            find_origin(backbone, weights, preset, settings, weights_file, loras, decoder, accept_licence, _say), out, wishes, _say
-        )
+        check_out(out, force)  # before anything is fetched
+        origin = find_origin(backbone, weights, preset, settings, weights_file, loras, decoder, accept_licence, _say)
+        bundle = write(origin, out, wishes, _say)
     click.echo(bundle.described())
 
 
@@ -102,12 +102,11 @@ def _precisions(given: tuple[str, ...]) -> dict[str, list[str]]:
 
 def _sizes(text: str | None) -> tuple[tuple[int, int], ...]:
     """(height, width) of each size in `text`, which says the width first."""
+    from snoopi_rt.request import parse_size
+
     sizes = []
     for size in text.split(",") if text else ():
-        width, _, height = size.strip().partition("x")
-        if not (width.isdecimal() and height.isdecimal()):
-            raise InputError(f"size {size!r} is not WIDTHxHEIGHT, such as 512x512")
-        sizes.append((int(height), int(width)))
+        sizes.append(parse_size(size.strip()))
     return tuple(dict.fromkeys(sizes))
 
 

@@ -116,8 +116,8 @@ class Prompts:
 class Parity:
     """The measured distance of a graph from PyTorch's answer.
 
-    `latent_error` is what a build changes in the clean latent, rms, in units of a clean latent's deviation; `psnr` is that of the image in
-    dB, a finite number. None where not measured.
+    `latent_error` is what a build changes in the clean latent, rms, a clean latent having a deviation of about 1; `psnr` is that of the
+    image in dB, a finite number. None where not measured.
     """
 
     relative_l2: float
@@ -187,4 +187,4 @@ class Build:
         figures.append(f"judged {parity.judged()} of at most {limit}")
         if self.max_batch is not None:
             figures.append(f"batch up to {self.max_batch}")
-        return f"{self.format} for {', '.join(self.engines)}, {size:.1f} MB, {self.precision} arithmetic, {', '.join(figures)}"
+        return f"{self.format} for {', '.join(self.engines)}, {size:.1f} MB, precision {self.precision}, {', '.join(figures)}"

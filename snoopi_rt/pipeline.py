@@ -48,7 +48,9 @@ class Pipeline:
     ) -> None:
         builds = select_builds(bundle, engine, precision)
         self.bundle, self.engine, self.precision = bundle, engine, format_precision(builds)
-        self.max_batch = min(bundle.max_batch, *(builds[graph].max_batch or bundle.max_batch for graph in ("generator", "decoder")))
+        self.max_batch, self._max_decoded = (
+            min(bundle.max_batch, builds[graph].max_batch or bundle.max_batch) for graph in ("generator", "decoder")
+        )
         self._low_memory = low_memory
         self._turn: AbstractContextManager[Any] = threading.Lock() if low_memory else nullcontext()
         self._generator, self._decoder = Stage(lambda: open_engine("generator")), Stage(lambda: open_engine("decoder"))
@@ -158,15 +160,18 @@ class Pipeline:
             return images
 
     def _decode(self, latent: np.ndarray) -> np.ndarray:
-        """The images of latents, in tiles where the bundle wants that."""
+        """The images of latents, as many at once as the decoder's build takes, in tiles where the bundle wants that."""
         decoder, tile = self._decoder.open(), self.bundle.tile
 
         def decode(part: np.ndarray) -> np.ndarray:
             return np.asarray(decoder(latent=part)["image"])
 
+        parts = [latent[start : start + self._max_decoded] for start in range(0, len(latent), self._max_decoded)]
         if tile is None:
-            return decode(latent)
-        return decode_tiled(decode, latent, tile.size, tile.overlap, self.bundle.latent.factor)
+            images = [decode(part) for part in parts]
+        else:
+            images = [decode_tiled(decode, part, tile.size, tile.overlap, self.bundle.latent.factor) for part in parts]
+        return images[0] if len(images) == 1 else np.concatenate(images)
 
     def _refuse(self, batch: list[Request], broken: np.ndarray, what: str) -> None:
         """Raises OutputError where one of the batch is broken, (B,) bool."""
@@ -185,7 +190,7 @@ def load(
     """The pipeline of a bundle (a folder; None = the embedded one) on an engine.
 
     `engine` "auto" takes the fastest that `snoopi-rt bench` measured here, with its precisions, else `cpu`, then `openvino`; `precision` is
-    one of the bundle's, or one a graph ("generator=int8,text_encoder=int4"); `threads` bounds the CPU threads; with `low_memory` the
+    one of the bundle's, or one a graph ("generator=int8,decoder=fp16"); `threads` bounds the CPU threads; with `low_memory` the
     memory's peak is that of the text encoder or that of the rest, not both: a new prompt then waits for models to be opened again.
     Raises BundleError, EngineMissing, EngineError, InputError.
     """
@@ -193,7 +198,7 @@ def load(
     cache = Cache()
     chosen: str | Mapping[str, str] | None = precision
     if engine == "auto":
-        choice = choose(opened, cache)
+        choice = choose(opened, cache, precision)
         engine, chosen = choice.engine, choice.precision if precision is None else precision
     return open_pipeline(opened, engine, chosen, threads, cache, low_memory)
 

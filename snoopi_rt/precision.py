@@ -7,7 +7,7 @@ from snoopi_rt.engines.base import InputError
 
 
 def parse_precision(text: str) -> dict[str, str]:
-    """The precision by graph: "int8" is that of all graphs, "generator=int8,text_encoder=int4" those of the graphs that it names.
+    """The precision by graph: "int8" is that of all graphs, "generator=int8,decoder=fp16" those of the graphs that it names.
 
     Raises InputError for an unknown graph, one named twice and a missing name. Which precisions there are, the bundle knows.
     """

@@ -53,6 +53,14 @@ def image_size(size: Sequence[int] | None, sizes: tuple[tuple[int, int], ...]) -
     return size[0], size[1]
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of "WIDTHxHEIGHT"; raises InputError for anything else."""
+    width, _, height = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise InputError(f"size {text!r} is not WIDTHxHEIGHT, such as 512x512")
+    return int(height), int(width)
+
+
 def prompt_text(prompt: Any) -> str:
     """The prompt; raises InputError where it is no text, or an empty one."""
     if not isinstance(prompt, str):

@@ -101,3 +101,10 @@ def test_without_any_engine_the_command_that_installs_one_is_said(bundle: Bundle
     monkeypatch.setattr("snoopi_rt.engines.find_spec", lambda name: None)
     with pytest.raises(EngineMissing, match=re.escape('pip install "snoopi-rt[cpu]"')):
         choose(bundle, Cache())
+
+
+def test_the_engine_has_the_precision_that_was_asked_for(bundle: Bundle) -> None:
+    assert choose(bundle, Cache(), "generator=bf16").engine == "openvino"
+    remember(bundle, Cache(), {"cpu": Measured(FIRST, 0.05), "openvino": Measured(FIRST, 0.1)})
+    assert choose(bundle, Cache(), "generator=bf16").engine == "openvino"
+    assert choose(bundle, Cache(), "int3").engine == "cpu", "which then says that it has none"

@@ -109,7 +109,7 @@ def test_an_existing_file_is_not_overwritten_without_force(original: Bundle, her
         (["a cat", "-n", "0"], 2, "error: n must be an integer of at least 1, got 0"),
         (["a cat", "--seed", "-1"], 2, "error: seed must be an integer of at least 0, got -1"),
         (["a cat", "--size", "32x32"], 2, "error: size 32x32 is not supported, choose from 16x16, 24x16"),
-        (["a cat", "--size", "big"], 2, "'big' is not WIDTHxHEIGHT, such as 128x128"),
+        (["a cat", "--size", "big"], 2, "'big' is not WIDTHxHEIGHT, such as 512x512"),
         (["a cat", "--engine", "gpu"], 2, "error: unknown engine 'gpu', choose from cpu, openvino, cuda, tensorrt"),
         (["a cat", "--engine", "tensorrt"], 1, "error: engine 'tensorrt' is not supported by this version"),
         (["a cat", "--precision", "fp8"], 2, "error: bundle 'tiny' has no precision 'fp8'"),
@@ -216,7 +216,7 @@ def test_info_describes_a_bundle(original: Bundle) -> None:
     assert "tiny: backbone none, licence Apache-2.0" in said
     assert "guidance nasa, scale 0.0 to 1.0, default 0.5" in said
     assert original.hash in said
-    assert "generator: onnx for cpu, openvino, 0.0 MB, fp32 arithmetic, relative L2 to PyTorch 0.0e+00" in said
+    assert "generator: onnx for cpu, openvino, 0.0 MB, precision fp32, relative L2 to PyTorch 0.0e+00" in said
 
 
 def test_info_names_two_packages_that_overwrite_each_other(original: Bundle, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -375,22 +375,30 @@ def test_a_clip_bundle_gets_padded_prompts(original: Bundle, functions: Function
 
 
 @pytest.mark.parametrize(
-    ("generator", "decoder", "sizes"), [(None, None, [4, 1]), (2, None, [2, 2, 1]), (None, 1, [1] * 5), (64, 3, [3, 2])]
+    ("generator", "decoder", "drawn", "decoded"),
+    [(None, None, [4, 1], [4, 1]), (2, None, [2, 2, 1], [2, 2, 1]), (None, 1, [4, 1], [1] * 5), (64, 3, [4, 1], [3, 1, 1])],
 )
-def test_the_smallest_batch_of_bundle_and_builds_is_obeyed(
-    original: Bundle, fakes: dict[str, FakeEngine], functions: Functions, generator: int | None, decoder: int | None, sizes: list[int]
+def test_the_smallest_batch_of_bundle_and_build_is_obeyed(
+    original: Bundle,
+    fakes: dict[str, FakeEngine],
+    functions: Functions,
+    generator: int | None,
+    decoder: int | None,
+    drawn: list[int],
+    decoded: list[int],
 ) -> None:
-    batches: list[int] = []
+    batches: dict[str, list[int]] = {"generator": [], "decoder": []}
+    for graph, first in (("generator", "noise"), ("decoder", "latent")):
 
-    def generate(**arrays: np.ndarray) -> dict[str, np.ndarray]:
-        batches.append(len(arrays["noise"]))
-        return functions["generator"](**arrays)
+        def counted(graph: str = graph, first: str = first, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+            batches[graph].append(len(arrays[first]))
+            return functions[graph](**arrays)
 
+        fakes[graph] = FakeEngine(counted, fakes[graph].inputs, fakes[graph].outputs)
     limits = {"generator": generator, "decoder": decoder}
     graphs = {graph: (replace(builds[0], max_batch=limits.get(graph)),) for graph, builds in original.graphs.items()}
-    fakes["generator"] = FakeEngine(generate, fakes["generator"].inputs, fakes["generator"].outputs)
     images = Pipeline(replace(original, graphs=graphs), fakes.__getitem__, "cpu")("a cat", seed=1, n=5).images
-    assert batches == sizes
+    assert batches == {"generator": drawn, "decoder": decoded}
     np.testing.assert_array_equal(images[4], expected(functions, "a cat", None, 0.0, 5))
 
 

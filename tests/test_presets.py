@@ -88,7 +88,6 @@ def test_every_row_is_complete(preset):
     assert preset.run_with_real_weights == (preset.name == "small")  # no other row was run with its real weights yet
     assert set(preset.from_scheduler) <= {"prediction", "alpha", "timestep", "input_scale"}
     assert bool(preset.time_ids) == (preset.backbone == "sdxl")
-    assert preset.out_channels == (8 if preset.backbone in ("small", "pixart") else 4)
     for kind in GUIDANCE:
         guidance = preset.guidance(kind)
         assert 0 <= guidance.default_scale <= guidance.max_scale
@@ -157,7 +156,7 @@ def test_settings_change_the_rule():
 
 def test_every_field_is_a_fact_or_can_be_set():
     assert {*FACTS, *SETTABLE} == {field.name for field in fields(Preset)} and not {*FACTS} & {*SETTABLE}
-    assert {"timestep", "alpha", "sigma", "prediction", "input_scale", "out_channels", "time_ids", "vae_scaling", "size"} <= {*SETTABLE}
+    assert {"timestep", "alpha", "sigma", "prediction", "input_scale", "time_ids", "vae_scaling", "size"} <= {*SETTABLE}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +179,6 @@ def test_every_field_is_a_fact_or_can_be_set():
         ("alpha=2", "alpha must lie between 0 and 1"),
         ("alpha=0", "prediction epsilon needs an alpha above 0"),
         ("nag_tau=0.5", "nag_tau must be 1 or more"),
-        ("channels=5", "channels must be between 1 and out_channels"),
         ("time_ids=512,512", "time_ids has six numbers"),
         ("size=0", "size, max_tokens and vae_scaling must be above 0"),
     ],
@@ -250,9 +248,10 @@ def test_a_contradiction_names_both_numbers_and_the_way_out(tmp_path, name, conf
 
 
 def test_the_two_ways_out_of_a_contradiction_work(tmp_path):
-    preset, folder = find_preset("nitro-sd"), scheduler(tmp_path, {**DDPM_SD, "prediction_type": "v_prediction"})
-    assert check_scheduler(override(preset, ["prediction=v"]), folder) == ["alpha"]
-    assert check_scheduler(override(preset, ["prediction=epsilon"]), folder) == ["alpha"]
+    for name, config, others in (("nitro-sd", DDPM_SD, ["alpha"]), ("sd-turbo", TURBO, ["alpha", "timestep", "input_scale"])):
+        preset, folder = find_preset(name), scheduler(tmp_path, {**config, "prediction_type": "v_prediction"})
+        assert check_scheduler(override(preset, ["prediction=v"]), folder) == others
+        assert check_scheduler(override(preset, ["prediction=epsilon"]), folder) == others
 
 
 def test_without_its_exception_swiftbrush_would_contradict_its_own_scheduler(tmp_path):

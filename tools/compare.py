@@ -10,9 +10,11 @@ python tools/compare.py --student runs/random/pixart --bundle runs/pixart --out 
 
 import json
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from snoopi_rt.bundle import Build, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.engines.base import Engine
+from snoopi_rt.export.backbones.pixart import size_condition
 from snoopi_rt.export.checkpoint import load_module
 from snoopi_rt.export.preset import Preset, override
 from snoopi_rt.export.presets import find_preset
@@ -38,6 +41,7 @@ TOKENS = 20
 SEED = 1
 BASELINE, HALF = "diffusers fp32", "diffusers bf16"
 Run = Callable[[], np.ndarray]
+Decode = Callable[[np.ndarray], np.ndarray]
 
 
 @click.command()
@@ -61,10 +65,11 @@ def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bo
     vae = student / "vae" if tiny is None else tiny
     stages = {"generator": dict(generators(bundle, student, preset, given, compiled))}
     found = stages["generator"][BASELINE]()
-    stages["decoder"] = dict(decoders(bundle, vae, found))
-    stages["image"] = dict(images(bundle, texts, stages["generator"], stages["decoder"]))
+    decode = dict(decoders(bundle, vae, found))
+    stages["decoder"] = {name: partial(run, found) for name, run in decode.items()}
+    stages["image"] = dict(images(bundle, texts, stages["generator"], decode))
     if tiny is not None:
-        stages["full decoder"] = dict(decoders(None, student / "vae", found))
+        stages["full decoder"] = {name: partial(run, found) for name, run in decoders(None, student / "vae", found)}
     document = {"bundle": bundle.name, "backbone": bundle.backbone, "texts": texts, "runs": runs, "stages": {}}
     document["tokens"] = {name: value.shape[1] for name, value in states.items() if name.endswith("states")}
     for stage, contenders in stages.items():
@@ -124,12 +129,12 @@ def generators(bundle: Bundle, student: Path, preset: Preset, given: dict[str, n
     pixart, rule = bundle.backbone == "pixart", preset.rule
     part, kind = ("transformer", PixArtTransformer2DModel) if pixart else ("unet", UNet2DConditionModel)
     tensors = {name: torch.from_numpy(value) for name, value in given.items()}
-    extra: dict[str, Any] = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} if pixart else {}
+    extra: dict[str, Any] = {}
     if bundle.backbone == "sdxl":
         extra = {"added_cond_kwargs": {"text_embeds": tensors["prompt_pooled"], "time_ids": torch.tensor([preset.time_ids])}}
 
     def loaded(dtype: torch.dtype) -> torch.nn.Module:
-        network = load_module(student / part, kind).to(dtype)
+        network = load_module(student / part, kind, dtype=dtype)
         if pixart:
             network.caption_projection = None  # it is in the prompt states
         return network
@@ -150,31 +155,32 @@ def generators(bundle: Bundle, student: Path, preset: Preset, given: dict[str, n
         return run
 
     network, half = loaded(torch.float32), loaded(torch.bfloat16)
+    if pixart:
+        extra = {"added_cond_kwargs": size_condition(network, bundle.sizes[0], 1)}
     yield BASELINE, diffusers(network, torch.float32)
     yield HALF, diffusers(half, torch.bfloat16)
     if compiled:
         yield "torch.compile bf16", diffusers(torch.compile(half), torch.bfloat16)
-    if not pixart:
-        yield from unet_peers(network, rule, tensors["noise"], tensors["prompt_states"], extra, student)
-    # As the runtime feeds it: one token at scale 0, or a whole row where the bundle pads.
-    short = given["negative_states"] if bundle.text.pad is not None else given["negative_states"][:, :1]
-    plain = {**given, "negative_states": short, "negative_scale": np.zeros(1, np.float32)}
+    if not pixart and len(rule.steps) == 1:
+        yield from unet_peers(network, rule, tensors["noise"], tensors["prompt_states"], extra)
+    # As the runtime feeds it: one token at scale 0.
+    plain = {**given, "negative_states": np.zeros_like(given["negative_states"][:, :1]), "negative_scale": np.zeros(1, np.float32)}
     for name, engine in builds(bundle, "generator"):
         yield f"ours {name}", _call(engine, plain, "latent")
         yield f"ours {name}, negative", _call(engine, given, "latent")
 
 
-def images(bundle: Bundle, texts: tuple[str, str], generators: dict[str, Run], decoders: dict[str, Run]) -> Iterator[tuple[str, Run]]:
+def images(bundle: Bundle, texts: tuple[str, str], generate: dict[str, Run], decode: dict[str, Decode]) -> Iterator[tuple[str, Run]]:
     """From cached prompt states to the picture; the bundle's with the fastest builds that it has for OpenVINO."""
     for name in (BASELINE, HALF):
-        yield name, lambda name=name: (generators[name](), decoders[name]())[1]
+        yield name, lambda name=name: decode[name](generate[name]())
     pipe = snoopi_rt.load(bundle, engine="openvino", low_memory=True)
     yield "ours", lambda: pipe.generate(texts[0], seed=SEED).images
     yield "ours, negative", lambda: pipe.generate(texts[0], texts[1], seed=SEED).images
 
 
 def unet_peers(
-    network: torch.nn.Module, rule: Any, noise: torch.Tensor, states: torch.Tensor, extra: dict[str, Any], student: Path
+    network: torch.nn.Module, rule: Any, noise: torch.Tensor, states: torch.Tensor, extra: dict[str, Any]
 ) -> Iterator[tuple[str, Run]]:
     """diffusers' UNet as a graph that takes the timestep, in ONNX Runtime and OpenVINO, each with its own defaults."""
     import onnxruntime
@@ -189,43 +195,41 @@ def unet_peers(
             return self.network(sample, timestep, encoder_hidden_states, return_dict=False, **extra)[0]
 
     example = {"sample": noise, "timestep": torch.tensor([rule.timestep]), "encoder_hidden_states": states}
-    path = student / ".compare" / "unet.onnx"
-    path.parent.mkdir(exist_ok=True)
-    if not path.exists():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "unet.onnx"
         with torch.no_grad():
             torch.onnx.export(Plain().eval(), kwargs=example, input_names=list(example), dynamo=True, opset_version=18).save(
                 path, external_data=True
             )
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        compiled = openvino.Core().compile_model(str(path), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
     given = {name: value.numpy() for name, value in example.items()}
     given["sample"] = (rule.input_scale * noise).numpy()
 
     def read(answer: np.ndarray) -> np.ndarray:
         return rule.x0(noise, torch.from_numpy(answer)).numpy()
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     yield "ONNX Runtime fp32 (as optimum)", lambda: read(session.run(None, given)[0])
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
     yield "OpenVINO bf16 (as optimum-intel)", lambda: read(compiled(given)[0])
 
 
-def decoders(bundle: Bundle | None, vae: Path, latents: np.ndarray) -> Iterator[tuple[str, Run]]:
-    """Every way from the latent to the picture, by name."""
+def decoders(bundle: Bundle | None, vae: Path, example: np.ndarray) -> Iterator[tuple[str, Decode]]:
+    """Every way from a latent to its picture, by name."""
     import diffusers
     import openvino
 
     from snoopi_rt.export.decoder import Decoder
 
-    latent = torch.from_numpy(latents)
     kind = getattr(diffusers, json.loads((vae / "config.json").read_text())["_class_name"])
-    full, half = Decoder(load_module(vae, kind)), Decoder(load_module(vae, kind).to(torch.bfloat16))
-    yield BASELINE, torch.inference_mode()(lambda: full(latent).numpy())
-    yield HALF, torch.inference_mode()(lambda: half(latent.to(torch.bfloat16)).numpy())
+    full, half = Decoder(load_module(vae, kind)), Decoder(load_module(vae, kind, dtype=torch.bfloat16))
+    yield BASELINE, torch.inference_mode()(lambda latent: full(torch.from_numpy(latent)).numpy())
+    yield HALF, torch.inference_mode()(lambda latent: half(torch.from_numpy(latent).to(torch.bfloat16)).numpy())
     with torch.no_grad():
-        converted = openvino.convert_model(full, example_input=latent)
+        converted = openvino.convert_model(full, example_input=torch.from_numpy(example))
     compiled = openvino.Core().compile_model(converted, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
-    yield "OpenVINO bf16 (as optimum-intel)", lambda: compiled({0: latents})[0]
+    yield "OpenVINO bf16 (as optimum-intel)", lambda latent: compiled({0: latent})[0]
     for name, engine in builds(bundle, "decoder") if bundle is not None else ():
-        yield f"ours {name}", _call(engine, {"latent": latents}, "image")
+        yield f"ours {name}", lambda latent, engine=engine: engine(latent=latent)["image"]
 
 
 def builds(bundle: Bundle, graph: str) -> Iterator[tuple[str, Engine]]:

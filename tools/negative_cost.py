@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from snoopi_rt.bundle import Bundle
+from snoopi_rt.bundle import Build, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import load_engine
 from snoopi_rt.engines.base import Engine
@@ -30,8 +30,13 @@ def main(
     guided: Path, plain: Path, tokens: tuple[int, ...], prompt_tokens: int, engine: str, precision: str | None, pairs: int, out: Path | None
 ) -> None:
     """Print the median of the pairs' ratios."""
-    engines = {name: opened(folder, engine, precision) for name, folder in (("guided", guided), ("plain", plain))}
-    document = {"engine": engine, "pairs": pairs, "prompt_tokens": prompt_tokens, "rows": []}
+    builds = {name: Bundle.load(folder).build("generator", engine, precision) for name, folder in (("guided", guided), ("plain", plain))}
+    if len({build.precision for build in builds.values()}) > 1:
+        raise click.UsageError(
+            f"the bundles' precisions differ: {', '.join(build.precision for build in builds.values())}: say --precision"
+        )
+    engines = {name: opened(folder, engine, builds[name]) for name, folder in (("guided", guided), ("plain", plain))}
+    document = {"engine": engine, "precision": builds["guided"].precision, "pairs": pairs, "prompt_tokens": prompt_tokens, "rows": []}
     base = feeds(engines["guided"], prompt_tokens, 1, 0.0)
     cases = {"no negative": base, **{f"{count} tokens": feeds(engines["guided"], prompt_tokens, count, 0.5) for count in tokens}}
     for name, case in cases.items():
@@ -55,10 +60,8 @@ def main(
         out.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def opened(folder: Path, engine: str, precision: str | None) -> Engine:
+def opened(folder: Path, engine: str, build: Build) -> Engine:
     """The generator of a bundle."""
-    bundle = Bundle.load(folder)
-    build = bundle.build("generator", engine, precision)
     return load_engine(engine, folder / build.files[0].path, build.precision, cache=Cache(), key=build.hash)
 
 

@@ -4,14 +4,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, PixArtTransformer2DModel
+from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from snoopi_rt.bundle import File, Text
 from snoopi_rt.export.backbones import Student, Weights
+from snoopi_rt.export.backbones.network import load_decoder, load_network
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt
-from snoopi_rt.export.checkpoint import load_module
-from snoopi_rt.export.decoder import Decoder
 from snoopi_rt.export.preset import Preset
 from snoopi_rt.export.text import minilm
 from snoopi_rt.export.weights import require
@@ -37,8 +36,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
     """The modules of a folder that `train student` wrote (transformer/, vae/). Raises InputError where a part is missing."""
     for part in ("transformer", "vae"):
         require(weights.folder / part, "train student")
-    network = load_module(weights.folder / "transformer", PixArtTransformer2DModel, weights.network)
-    autoencoder = load_module(weights.folder / "vae", AutoencoderTiny)
+    network = load_network(weights, PixArtTransformer2DModel, "transformer")
     encoder = TextEncoder(minilm.load_text_encoder(), network.caption_projection)
     network.caption_projection = None
 
@@ -57,7 +55,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         # Token rows are short here: attention written out is the faster one.
         generator=lambda guidance, empty: FoldedPixArt(network, preset.rule, guidance, empty, sizes[0], attention, attention),
         reference=lambda guidance, empty: GuidedPixArt(network, preset.rule, guidance, empty, sizes[0]),
-        decoder=Decoder(autoencoder),
+        decoder=load_decoder(weights, preset),
         write_tokenizer=write_tokenizer,
         channels=network.config.in_channels,
     )

@@ -14,7 +14,7 @@ from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet
 from snoopi_rt.export.checkpoint import load_module
 from snoopi_rt.export.preset import Preset
 from snoopi_rt.export.text.clip import ClipTextEncoder, SdxlTextEncoder
-from snoopi_rt.export.text.rule import clip_rule
+from snoopi_rt.export.text.rule import clip_rule, clip_tokenizer
 
 
 def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -> Student:
@@ -53,11 +53,11 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
 
 
 def _text_encoder(folder: Path, two: bool) -> tuple[nn.Module, tuple[str, ...]]:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     first = load_module(folder / "text_encoder", CLIPTextModel)
     if not two:
         return ClipTextEncoder(first), ("states",)
     second = load_module(folder / "text_encoder_2", CLIPTextModelWithProjection)
-    one, other = (CLIPTokenizer.from_pretrained(folder / part) for part in ("tokenizer", "tokenizer_2"))
+    one, other = (clip_tokenizer(folder / part) for part in ("tokenizer", "tokenizer_2"))
     return SdxlTextEncoder(first, second, one.eos_token_id, (one.pad_token_id, other.pad_token_id)), ("states", "pooled")

@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.attention import GuidedAttention, OneProductAttention, SelfAttention
-from snoopi_rt.export.fold import linear
+from snoopi_rt.export.fold import linear, stacked
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.kernels import fused_attention
@@ -189,7 +189,7 @@ class PromptShift(nn.Module):
         with torch.no_grad():
             of_size = network.add_time_proj(time_ids.flatten()).flatten()
             self.first = linear(first.weight[:, :width].clone(), first.bias + first.weight[:, width:] @ of_size)
-            self.project = linear(torch.cat([each.weight for each in projections]), torch.cat([each.bias for each in projections]))
+            self.project = stacked(*projections)
 
     def forward(self, step: int, pooled: Tensor) -> Tensor:
         return self.project(silu(self.embedded[step] + self.second(silu(self.first(pooled)))))

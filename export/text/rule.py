@@ -9,7 +9,7 @@ from snoopi_rt.engines.base import EngineMissing, InputError
 from snoopi_rt.files import write_whole
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 CLIP_TOKENS = 77
 
@@ -19,12 +19,17 @@ def clip_rule(folder: Path, out: Path) -> Text:
 
     Raises InputError where the folder holds no such tokenizer.
     """
+    tokenizer = clip_tokenizer(folder)
+    return Text(_written(tokenizer, out), min(tokenizer.model_max_length, CLIP_TOKENS), lowercase=False, pad=tokenizer.pad_token_id)
+
+
+def clip_tokenizer(folder: Path) -> "CLIPTokenizer":
+    """The tokenizer in the folder; raises InputError where there is none."""
     from transformers import CLIPTokenizer
 
     if not _has(folder, "tokenizer.json") and not _has(folder, "vocab.json", "merges.txt"):
         raise InputError(f"{folder} is no CLIP tokenizer: it has neither tokenizer.json nor vocab.json and merges.txt")
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    return Text(_written(tokenizer, out), min(tokenizer.model_max_length, CLIP_TOKENS), lowercase=False, pad=tokenizer.pad_token_id)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def t5_rule(folder: Path, out: Path, max_tokens: int) -> Text:

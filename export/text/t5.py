@@ -52,11 +52,19 @@ class T5TextEncoder(nn.Module):
 
 
 def skeleton(folder: Path, projection: nn.Module) -> T5TextEncoder:
-    """The text encoder of a T5 folder with its parameters on the meta device, where they need no memory; T5Weights has their values."""
+    """The text encoder of a T5 folder with its parameters on the meta device, where they need no memory; T5Weights has their values.
+
+    Raises InputError where the folder holds no T5 or one of another width than the caption `projection` takes.
+    """
     from transformers import T5EncoderModel
 
+    config, width = _config(folder), projection.linear_1.in_features
+    if config.d_model != width:
+        raise InputError(
+            f"the T5 in {folder} gives states of {config.d_model}, the network takes {width}: choose the one it was trained with"
+        )
     with torch.device("meta"):
-        model = T5EncoderModel(_config(folder))
+        model = T5EncoderModel(config)
     return T5TextEncoder(model, copy.deepcopy(projection).to("meta")).eval().requires_grad_(False)
 
 
@@ -124,4 +132,7 @@ def _config(folder: Path) -> Any:
 
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no T5 encoder: it has no config.json")
-    return T5Config.from_pretrained(folder, attn_implementation="eager")
+    try:
+        return T5Config.from_pretrained(folder, attn_implementation="eager")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'config.json'} is no configuration of a T5 encoder: fetch it again") from error
