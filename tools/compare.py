@@ -63,19 +63,23 @@ def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bo
     scale = np.array([bundle.guidance.scale.default], np.float32)
     given = {"noise": noise[None], "renoise": renoise[None], **states, "negative_scale": scale}
     vae = student / "vae" if tiny is None else tiny
-    stages = {"generator": dict(generators(bundle, student, preset, given, compiled))}
-    found = stages["generator"][BASELINE]()
-    decode = dict(decoders(bundle, vae, found))
-    stages["decoder"] = {name: partial(run, found) for name, run in decode.items()}
-    stages["image"] = dict(images(bundle, texts, stages["generator"], decode))
-    if tiny is not None:
-        stages["full decoder"] = {name: partial(run, found) for name, run in decoders(None, student / "vae", found)}
     document = {"bundle": bundle.name, "backbone": bundle.backbone, "texts": texts, "runs": runs, "stages": {}}
     document["tokens"] = {name: value.shape[1] for name, value in states.items() if name.endswith("states")}
-    for stage, contenders in stages.items():
-        measured = measure(contenders, runs)
-        document["stages"][stage] = measured
-        click.echo(f"\n{stage}\n{table(measured)}")
+
+    def show(stage: str, contenders: dict[str, Run]) -> None:
+        document["stages"][stage] = measure(contenders, runs)
+        click.echo(f"\n{stage}\n{table(document['stages'][stage])}")
+
+    generate = dict(generators(bundle, student, preset, given, compiled))
+    show("generator", generate)
+    # Only what the images need stays in memory.
+    generate = {name: generate[name] for name in (BASELINE, HALF)}
+    found = generate[BASELINE]()
+    decode = dict(decoders(bundle, vae, found))
+    show("decoder", {name: partial(run, found) for name, run in decode.items()})
+    show("image", dict(images(bundle, texts, generate, decode)))
+    if tiny is not None:
+        show("full decoder", {name: partial(run, found) for name, run in decoders(None, student / "vae", found)})
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
 
