@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -121,12 +122,17 @@ def damage_pickle(folder: Path) -> None:
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(os.getcwd))
 
 
-def damage_keys(folder: Path) -> None:
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     from safetensors.torch import load_file, save_file
 
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
-    save_file({name: tensor for name, tensor in tensors.items() if "conv_out" not in name}, file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def damage_keys(folder: Path) -> None:
+    change_weights(folder, lambda tensors: [tensors.pop(name) for name in [*tensors] if "conv_out" in name])
 
 
 def damage_part(folder: Path) -> None:
@@ -139,12 +145,7 @@ def damage_scheduler(folder: Path) -> None:
 
 
 def damage_numbers(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    tensors["conv_out.bias"] = torch.full_like(tensors["conv_out.bias"], torch.nan)
-    save_file(tensors, file)
+    change_weights(folder, lambda tensors: tensors["conv_out.bias"].fill_(torch.nan))
 
 
 @pytest.mark.parametrize(

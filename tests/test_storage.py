@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.export import graph
 from snoopi_rt.export.graph import node_counts, write_graph
-from snoopi_rt.export.storage import BLOCK, block_scale, pack
+from snoopi_rt.export.storage import BLOCK, Storage, block_scale, pack
 
 ENGINES = [name for name in installed() if name in ("cpu", "openvino")]
 # int8 and int4 steps in blocks; ONNX Runtime also rounds the other side of an 8 bit product to int8 in blocks.
-NEAR = {"fp32": 1e-5, "fp16": 5e-4, "int8": 0.012, "int4": 0.12}
+NEAR: dict[Storage, float] = {"fp32": 1e-5, "fp16": 5e-4, "int8": 0.012, "int4": 0.12}
 
 
 class Network(nn.Module):
@@ -38,8 +38,8 @@ class Network(nn.Module):
 IDS = torch.arange(12).reshape(2, 6) * 3
 
 
-def written(network: nn.Module, storage: str, path: Path) -> Path:
-    write_graph(network, {"ids": IDS}, ("y",), {"ids": {0: "batch", 1: "tokens"}}, path, storage)  # type: ignore[arg-type]
+def written(network: nn.Module, storage: Storage, path: Path) -> Path:
+    write_graph(network, {"ids": IDS}, ("y",), {"ids": {0: "batch", 1: "tokens"}}, path, storage)
     return path
 
 
@@ -72,7 +72,7 @@ def test_packed_weights_are_the_weights_to_half_a_step(bits: int, inputs: int) -
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("inputs", [2 * BLOCK, 100])  # 100: the last block is not full
 @pytest.mark.parametrize("storage", NEAR)
-def test_every_storage_is_near_on_every_engine(storage: str, inputs: int, engine: str, tmp_path: Path) -> None:
+def test_every_storage_is_near_on_every_engine(storage: Storage, inputs: int, engine: str, tmp_path: Path) -> None:
     network = Network(inputs)
     path = written(network, storage, tmp_path / "network.onnx")
     found = load_engine(engine, path, "fp32")(ids=IDS.numpy())["y"]
@@ -83,7 +83,7 @@ def test_every_storage_is_near_on_every_engine(storage: str, inputs: int, engine
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("storage", "bits"), [("int8", 8), ("int4", 4)])
-def test_a_packed_product_is_numpys_with_the_unpacked_weight(engine: str, storage: str, bits: int, tmp_path: Path) -> None:
+def test_a_packed_product_is_numpys_with_the_unpacked_weight(engine: str, storage: Storage, bits: int, tmp_path: Path) -> None:
     network = Network()
     weight = network.linear.weight.detach().numpy().T.copy()
     weight[:, 5] *= 30  # a large output channel has blocks of its own
@@ -139,7 +139,7 @@ def test_weights_that_are_int8_steps_already_stay_so_without_loss(engine: str, t
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("storage", NEAR)
-def test_large_weights_lie_in_a_file_of_their_own(storage: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_lie_in_a_file_of_their_own(storage: Storage, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "INLINE", 2**10)
     network = Network()
     path = written(network, storage, tmp_path / "network.onnx")
