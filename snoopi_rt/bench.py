@@ -57,7 +57,7 @@ def bench(
     for engine in engines:
         fixed = select_builds(bundle, engine, precision)
         builds = {
-            graph: [fixed[graph]] if precision else [build for build in bundle.graphs[graph] if engine in build.engines] for graph in fixed
+            graph: [fixed[graph]] if precision else list(bundle.builds(graph, engine)) for graph in fixed
         }
         found = measure_engine(bundle, engine, builds, threads, runs, say)
         say(f"{engine}: two cold starts")

@@ -36,6 +36,9 @@ FORMAT = 1
 READ_SINCE = "0.1.0"
 """The first snoopi-rt that reads FORMAT: what an older one tells its user to install."""
 
+TEXT_ENGINE = "cpu"
+"""Where a text encoder runs that has no build for the engine of the others."""
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -106,16 +109,23 @@ class Bundle:
         self._check_files(None)
 
     def engines(self) -> tuple[str, ...]:
-        """The engines that have a build of every graph."""
-        sets = [{engine for build in builds for engine in build.engines} for builds in self.graphs.values()]
-        return tuple(sorted(set.intersection(*sets)))
+        """The engines that have builds of every graph, as `builds` tells them."""
+        named = {engine for builds in self.graphs.values() for build in builds for engine in build.engines}
+        return tuple(sorted(engine for engine in named if all(self.builds(graph, engine) for graph in self.graphs)))
+
+    def builds(self, graph: str, engine: str) -> tuple[Build, ...]:
+        """The graph's builds for the engine; a text encoder that has none for it runs on `cpu`: it is used once a prompt."""
+        for name in (engine, TEXT_ENGINE) if graph == "text_encoder" else (engine,):
+            if suiting := tuple(build for build in self.graphs[graph] if name in build.engines):
+                return suiting
+        return ()
 
     def build(self, graph: str, engine: str, precision: str | None = None) -> Build:
         """The graph's build for the engine: the one in that precision, or the first where none is given.
 
         Raises BundleError where the graph has no build for the engine, InputError where it has none in that precision.
         """
-        suiting = [build for build in self.graphs[graph] if engine in build.engines]
+        suiting = self.builds(graph, engine)
         if not suiting:
             raise BundleError(f"bundle {self.name!r} has no {graph} for engine {engine!r}, it serves {', '.join(self.engines()) or 'none'}")
         found = next((build for build in suiting if precision in (None, build.precision)), None)

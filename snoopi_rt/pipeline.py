@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from snoopi_rt.bundle import GRAPHS, Bundle
+from snoopi_rt.bundle import GRAPHS, TEXT_ENGINE, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.choice import choose
 from snoopi_rt.engines import known_engine, load_engine
@@ -214,7 +214,8 @@ def open_pipeline(
 
     def open_engine(graph: str) -> Engine:
         build = builds[graph]
-        return load_engine(engine, bundle.folder / build.files[0].path, build.precision, threads, cache, build.hash)
+        name = engine if engine in build.engines else TEXT_ENGINE
+        return load_engine(name, bundle.folder / build.files[0].path, build.precision, threads, cache, build.hash)
 
     return Pipeline(bundle, open_engine, engine, precision, cache, low_memory)
 

@@ -43,7 +43,7 @@ def select_builds(bundle: Bundle, engine: str, precision: str | Mapping[str, str
         return builds
     given = parse_precision(precision) if isinstance(precision, str) else precision
     if isinstance(precision, str) and "=" not in precision:
-        known = {graph: {build.precision for build in bundle.graphs[graph] if engine in build.engines} for graph in builds}
+        known = {graph: {build.precision for build in bundle.builds(graph, engine)} for graph in builds}
         given = {graph: name for graph, name in given.items() if name in known.get(graph, ())}
         if not given:
             names = ", ".join(sorted(set().union(*known.values())))

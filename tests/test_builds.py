@@ -1,5 +1,6 @@
 """Which builds of a graph are made: those asked for, those that `auto` finds near enough, and no files of others."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,17 @@ def made(graph: Graph, precisions: list[str], folder: Path, engines: list[str] =
         assert each.parity.error <= each.tolerance == graph.tolerance
         assert each.engines == tuple(name for name in PRECISIONS[each.precision].engines if name in engines)
     return [each.precision for each in builds], said
+
+
+def test_a_graph_larger_than_the_memory_is_for_onnx_runtime(tmp_path: Path) -> None:
+    whole = graph(0, 1.0)
+    tensors = {**dict(whole.module.named_parameters()), **dict(whole.module.named_buffers())}
+    kept = {name: x.detach().clone() for name, x in tensors.items()}
+    example = {"x": torch.empty(2, TOKENS, WIDTH, device="meta")}
+    large = replace(whole, module=whole.module.to("meta"), example=example, tensor_of=kept.__getitem__)
+    assert [each.engines for each in build(large, ["auto", "int4-weights"], tmp_path, ENGINES, print)] == [("cpu",), ("cpu",)]
+    with pytest.raises(InputError, match="precision int8-weights of generator is for cpu, which is not installed"):
+        build(large, ["int8-weights"], tmp_path, ["openvino"], print)
 
 
 def test_auto_takes_the_fastest_near_enough_and_one_for_every_engine(tmp_path: Path) -> None:

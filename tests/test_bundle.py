@@ -288,6 +288,18 @@ def test_an_engine_without_a_build_lists_those_that_are_served(original: Bundle)
         bundle.build("generator", "cuda", "fp32")
 
 
+def test_a_text_encoder_for_cpu_alone_serves_every_engine_of_the_other_graphs(original: Bundle) -> None:
+    build = replace(original.build("text_encoder", "cpu"), engines=("cpu",))
+    bundle = with_builds(original, text_encoder=(build,))
+    assert bundle.engines() == original.engines() == ("cpu", "openvino")
+    assert bundle.build("text_encoder", "openvino") is build
+    own = replace(build, engines=("openvino",), precision="bf16")
+    assert with_builds(original, text_encoder=(build, own)).build("text_encoder", "openvino") is own
+    for graph in ("generator", "decoder"):
+        narrow = with_builds(original, **{graph: (replace(original.build(graph, "cpu"), engines=("cpu",)),)})
+        assert narrow.engines() == ("cpu",)
+
+
 def test_the_hash_of_a_build_changes_with_its_files(original: Bundle) -> None:
     build = original.build("text_encoder", "cpu")
     assert build.hash != replace(build, files=(replace(build.files[0], sha256="0" * 64),)).hash

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import snoopi_rt
+from snoopi_rt import pipeline
 from snoopi_rt.bundle import Bundle, Tile
 from snoopi_rt.cache import Cache
 from snoopi_rt.choice import Measured, remember
@@ -355,8 +356,25 @@ def test_load_refuses_threads_below_one_and_unknown_engines(original: Bundle) ->
 
 def test_an_engine_that_the_bundle_does_not_serve_lists_those_that_it_serves(original: Bundle) -> None:
     for precision in (None, "fp32"):
-        with pytest.raises(BundleError, match="bundle 'tiny' has no text_encoder for engine 'cuda', it serves cpu, openvino"):
+        with pytest.raises(BundleError, match="bundle 'tiny' has no generator for engine 'cuda', it serves cpu, openvino"):
             snoopi_rt.load(original, "cuda", precision)
+
+
+@pytest.mark.skipif(len(HERE) < 2, reason="needs both engines")
+def test_a_text_encoder_without_a_build_for_the_engine_runs_on_cpu(original: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = replace(original.build("text_encoder", "cpu"), engines=("cpu",))
+    bundle = replace(original, graphs={**original.graphs, "text_encoder": (build,)})
+    opened: dict[str, str] = {}
+
+    def spy(name: str, path: Path, *rest: Any) -> Any:
+        opened[path.stem.partition("-")[0]] = name
+        return load_engine(name, path, *rest)
+
+    load_engine = pipeline.load_engine
+    monkeypatch.setattr(pipeline, "load_engine", spy)
+    with snoopi_rt.load(bundle, "openvino") as pipe:
+        assert pipe("a cat", "blurry", seed=1).engine == "openvino"
+    assert opened == {"text_encoder": "cpu", "generator": "openvino", "decoder": "openvino"}
 
 
 def test_a_clip_bundle_gets_padded_prompts(original: Bundle, functions: Functions) -> None:
