@@ -1,5 +1,6 @@
-"""Times a bundle beside what else a user could run, in one process and in turns: seconds a stage, ratios, and the error in the latent.
+"""Times a bundle beside what else a user could run: seconds a stage, ratios, and the error in the latent.
 
+Each contender is alone in memory with the baseline, diffusers in fp32, and is called in turns with it: two at full size fit, ten do not.
 The peers are built from the same folder of weights: diffusers as it is (fp32, bf16), torch.compile, diffusers' own UNet as an ONNX graph in
 ONNX Runtime (what optimum does) and in OpenVINO with its own choices, static shapes and bf16 (what optimum-intel and openvino.genai do).
 PixArt has no peer outside torch. Prompt states are those of the bundle's own text encoder, given as from a cache; the stage `image` is the
@@ -8,12 +9,15 @@ generator and the decoder, for the bundle through its pipeline.
 python tools/compare.py --student runs/random/pixart --bundle runs/pixart --out docs/compare/pixart.json
 """
 
+import contextlib
+import gc
+import io
 import json
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,8 @@ SEED = 1
 BASELINE, HALF = "diffusers fp32", "diffusers bf16"
 Run = Callable[[], np.ndarray]
 Decode = Callable[[np.ndarray], np.ndarray]
+Contenders = dict[str, Callable[[], Callable[..., np.ndarray]]]
+"""By name what loads a contender: it is in memory as long as its answer is held."""
 
 
 @click.command()
@@ -66,20 +72,18 @@ def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bo
     document = {"bundle": bundle.name, "backbone": bundle.backbone, "texts": texts, "runs": runs, "stages": {}}
     document["tokens"] = {name: value.shape[1] for name, value in states.items() if name.endswith("states")}
 
-    def show(stage: str, contenders: dict[str, Run]) -> None:
-        document["stages"][stage] = measure(contenders, runs)
+    def show(stage: str, contenders: Contenders, *given: np.ndarray) -> np.ndarray:
+        document["stages"][stage], wanted = measure(contenders, runs, given)
         click.echo(f"\n{stage}\n{table(document['stages'][stage])}")
+        return wanted
 
-    generate = dict(generators(bundle, student, preset, given, compiled))
-    show("generator", generate)
-    # Only what the images need stays in memory.
-    generate = {name: generate[name] for name in (BASELINE, HALF)}
-    found = generate[BASELINE]()
-    decode = dict(decoders(bundle, vae, found))
-    show("decoder", {name: partial(run, found) for name, run in decode.items()})
-    show("image", dict(images(bundle, texts, generate, decode)))
+    generate = generators(bundle, student, preset, given, compiled)
+    found = show("generator", generate)
+    decode = decoders(bundle, vae, found)
+    show("decoder", decode, found)
+    show("image", images(bundle, texts, generate, decode))
     if tiny is not None:
-        show("full decoder", {name: partial(run, found) for name, run in decoders(None, student / "vae", found)})
+        show("full decoder", decoders(None, student / "vae", found), found)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -104,144 +108,190 @@ def cut(words: str, tokenizer: Tokenizer, to_length: bool) -> str:
     return words.strip()
 
 
-def measure(contenders: dict[str, Run], runs: int) -> dict[str, dict[str, float]]:
-    """Median and minimum seconds of each, its ratio to the baseline, and the rms distance of what it gives."""
-    wanted = contenders[BASELINE]().astype(np.float64)
-    error = {name: float(np.sqrt(np.mean((run().astype(np.float64) - wanted) ** 2))) for name, run in contenders.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(runs):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    base = statistics.median(seconds[BASELINE])
-    return {
-        name: {
-            "median": statistics.median(taken),
-            "min": min(taken),
-            "ratio": statistics.median(taken) / base,
-            "error": error[name],
-        }
-        for name, taken in seconds.items()
-    }
+def measure(contenders: Contenders, runs: int, given: Sequence[np.ndarray] = ()) -> tuple[dict[str, dict[str, float]], np.ndarray]:
+    """Median and minimum seconds of each, its ratio to the baseline, and the rms distance to what that gives; and what that gives."""
+    baseline = contenders[BASELINE]()
+    wanted, all_base, rows = baseline(*given), [], {BASELINE: {}}
+    for name, load in contenders.items():
+        if name == BASELINE:
+            continue
+        gc.collect()
+        run = load()
+        error = float(np.sqrt(np.mean((run(*given).astype(np.float64) - wanted.astype(np.float64)) ** 2)))
+        pairs = [(seconds(baseline, given), seconds(run, given)) for _ in range(runs)]
+        all_base += [base for base, _ in pairs]
+        taken = [own for _, own in pairs]
+        ratio = statistics.median(own / base for base, own in pairs)
+        rows[name] = {"median": statistics.median(taken), "min": min(taken), "ratio": ratio, "error": error}
+        click.echo(f"{name}: {rows[name]['median']:.3f} s, {ratio:.3f} of the baseline", err=True)
+        del run
+    rows[BASELINE] = {"median": statistics.median(all_base), "min": min(all_base), "ratio": 1.0, "error": 0.0}
+    return rows, wanted
 
 
-def generators(bundle: Bundle, student: Path, preset: Preset, given: dict[str, np.ndarray], compiled: bool) -> Iterator[tuple[str, Run]]:
+def seconds(run: Callable[..., np.ndarray], given: Sequence[np.ndarray]) -> float:
+    """What one call takes."""
+    start = time.perf_counter()
+    run(*given)
+    return time.perf_counter() - start
+
+
+def generators(bundle: Bundle, student: Path, preset: Preset, given: dict[str, np.ndarray], compiled: bool) -> Contenders:
     """Every way to the clean latent, by name; those of the bundle without and with the negative prompt."""
     from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 
     pixart, rule = bundle.backbone == "pixart", preset.rule
     part, kind = ("transformer", PixArtTransformer2DModel) if pixart else ("unet", UNet2DConditionModel)
     tensors = {name: torch.from_numpy(value) for name, value in given.items()}
-    extra: dict[str, Any] = {}
-    if bundle.backbone == "sdxl":
-        extra = {"added_cond_kwargs": {"text_embeds": tensors["prompt_pooled"], "time_ids": torch.tensor([preset.time_ids])}}
 
-    def loaded(dtype: torch.dtype) -> torch.nn.Module:
-        network = load_module(student / part, kind, dtype=dtype)
+    def network(dtype: torch.dtype) -> torch.nn.Module:
+        loaded = load_module(student / part, kind, dtype=dtype)
         if pixart:
-            network.caption_projection = None  # it is in the prompt states
-        return network
+            loaded.caption_projection = None  # it is in the prompt states
+        return loaded
 
-    def diffusers(model: Callable[..., Any], dtype: torch.dtype) -> Run:
-        cast = {key: {name: None if value is None else value.to(dtype) for name, value in kinds.items()} for key, kinds in extra.items()}
-        states = tensors["prompt_states"].to(dtype)
+    def condition(loaded: torch.nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+        kinds = size_condition(loaded, bundle.sizes[0], 1) if pixart else {}
+        if bundle.backbone == "sdxl":
+            kinds = {"text_embeds": tensors["prompt_pooled"], "time_ids": torch.tensor([preset.time_ids])}
+        return {"added_cond_kwargs": {name: None if value is None else value.to(dtype) for name, value in kinds.items()}} if kinds else {}
+
+    def diffusers(dtype: torch.dtype, through: Callable[[torch.nn.Module], Callable[..., Any]] = lambda module: module) -> Run:
+        loaded, states = network(dtype), tensors["prompt_states"].to(dtype)
+        model, extra = through(loaded), condition(loaded, dtype)
 
         @torch.inference_mode()
         def run() -> np.ndarray:
             def answer(step: int, latent: torch.Tensor) -> torch.Tensor:
                 timestep = torch.tensor([rule.steps[step].timestep])
-                found = model(latent.to(dtype), encoder_hidden_states=states, timestep=timestep, return_dict=False, **cast)[0]
+                found = model(latent.to(dtype), encoder_hidden_states=states, timestep=timestep, return_dict=False, **extra)[0]
                 return found[:, : latent.shape[1]].float()
 
             return rule.run(answer, tensors["noise"], tensors["renoise"]).numpy()
 
         return run
 
-    network, half = loaded(torch.float32), loaded(torch.bfloat16)
-    if pixart:
-        extra = {"added_cond_kwargs": size_condition(network, bundle.sizes[0], 1)}
-    yield BASELINE, diffusers(network, torch.float32)
-    yield HALF, diffusers(half, torch.bfloat16)
+    found: Contenders = {BASELINE: partial(diffusers, torch.float32), HALF: partial(diffusers, torch.bfloat16)}
     if compiled:
-        yield "torch.compile bf16", diffusers(torch.compile(half), torch.bfloat16)
+        found["torch.compile bf16"] = partial(diffusers, torch.bfloat16, torch.compile)
     if not pixart and len(rule.steps) == 1:
-        yield from unet_peers(network, rule, tensors["noise"], tensors["prompt_states"], extra)
+        for name, compile_peer in (("ONNX Runtime fp32 (as optimum)", in_onnxruntime), ("OpenVINO bf16 (as optimum-intel)", in_openvino)):
+            found[name] = partial(unet_peer, network, condition, rule, tensors["noise"], tensors["prompt_states"], compile_peer)
     # As the runtime feeds it: one token at scale 0.
     plain = {**given, "negative_states": np.zeros_like(given["negative_states"][:, :1]), "negative_scale": np.zeros(1, np.float32)}
-    for name, engine in builds(bundle, "generator"):
-        yield f"ours {name}", _call(engine, plain, "latent")
-        yield f"ours {name}, negative", _call(engine, given, "latent")
+    for name, load in builds(bundle, "generator").items():
+        for way, feeds in (("", plain), (", negative", given)):
+            found[f"ours {name}{way}"] = partial(_latent_of, load, feeds)
+    return found
 
 
-def images(bundle: Bundle, texts: tuple[str, str], generate: dict[str, Run], decode: dict[str, Decode]) -> Iterator[tuple[str, Run]]:
+def images(bundle: Bundle, texts: tuple[str, str], generate: Contenders, decode: Contenders) -> Contenders:
     """From cached prompt states to the picture; the bundle's with the fastest builds that it has for OpenVINO."""
-    for name in (BASELINE, HALF):
-        yield name, lambda name=name: decode[name](generate[name]())
-    pipe = snoopi_rt.load(bundle, engine="openvino", low_memory=True)
-    yield "ours", lambda: pipe.generate(texts[0], seed=SEED).images
-    yield "ours, negative", lambda: pipe.generate(texts[0], texts[1], seed=SEED).images
+
+    def diffusers(name: str) -> Run:
+        latent, picture = generate[name](), decode[name]()
+        return lambda: picture(latent())
+
+    def ours(*prompts: str) -> Run:
+        pipe = snoopi_rt.load(bundle, engine="openvino", low_memory=True)
+        return lambda: pipe.generate(*prompts, seed=SEED).images
+
+    return {
+        **{name: partial(diffusers, name) for name in (BASELINE, HALF)},
+        "ours": partial(ours, texts[0]),
+        "ours, negative": partial(ours, *texts),
+    }
 
 
-def unet_peers(
-    network: torch.nn.Module, rule: Any, noise: torch.Tensor, states: torch.Tensor, extra: dict[str, Any]
-) -> Iterator[tuple[str, Run]]:
-    """diffusers' UNet as a graph that takes the timestep, in ONNX Runtime and OpenVINO, each with its own defaults."""
-    import onnxruntime
-    import openvino
+def unet_peer(
+    network: Callable[[torch.dtype], torch.nn.Module],
+    condition: Callable[[torch.nn.Module, torch.dtype], dict[str, Any]],
+    rule: Any,
+    noise: torch.Tensor,
+    states: torch.Tensor,
+    compile_peer: Callable[[Path], Callable[[dict[str, np.ndarray]], np.ndarray]],
+) -> Run:
+    """diffusers' UNet as a graph that takes the timestep, in an engine with its own defaults."""
 
     class Plain(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.network = network
+            self.network = network(torch.float32)
+            self.extra = condition(self.network, torch.float32)
 
         def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-            return self.network(sample, timestep, encoder_hidden_states, return_dict=False, **extra)[0]
+            return self.network(sample, timestep, encoder_hidden_states, return_dict=False, **self.extra)[0]
 
     example = {"sample": noise, "timestep": torch.tensor([rule.timestep]), "encoder_hidden_states": states}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "unet.onnx"
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
             torch.onnx.export(Plain().eval(), kwargs=example, input_names=list(example), dynamo=True, opset_version=18).save(
                 path, external_data=True
             )
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        compiled = openvino.Core().compile_model(str(path), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+        gc.collect()
+        peer = compile_peer(path)
     given = {name: value.numpy() for name, value in example.items()}
     given["sample"] = (rule.input_scale * noise).numpy()
-
-    def read(answer: np.ndarray) -> np.ndarray:
-        return rule.x0(noise, torch.from_numpy(answer)).numpy()
-
-    yield "ONNX Runtime fp32 (as optimum)", lambda: read(session.run(None, given)[0])
-    yield "OpenVINO bf16 (as optimum-intel)", lambda: read(compiled(given)[0])
+    return lambda: rule.x0(noise, torch.from_numpy(peer(given))).numpy()
 
 
-def decoders(bundle: Bundle | None, vae: Path, example: np.ndarray) -> Iterator[tuple[str, Decode]]:
+def in_onnxruntime(path: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    """A session with ONNX Runtime's own choices."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda given: session.run(None, given)[0]
+
+
+def in_openvino(path: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    """A model compiled with OpenVINO's own choices."""
+    import openvino
+
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+    return lambda given: compiled(given)[0]
+
+
+def decoders(bundle: Bundle | None, vae: Path, example: np.ndarray) -> Contenders:
     """Every way from a latent to its picture, by name."""
     import diffusers
-    import openvino
 
     from snoopi_rt.export.decoder import Decoder
 
     kind = getattr(diffusers, json.loads((vae / "config.json").read_text())["_class_name"])
-    full, half = Decoder(load_module(vae, kind)), Decoder(load_module(vae, kind, dtype=torch.bfloat16))
-    yield BASELINE, torch.inference_mode()(lambda latent: full(torch.from_numpy(latent)).numpy())
-    yield HALF, torch.inference_mode()(lambda latent: half(torch.from_numpy(latent).to(torch.bfloat16)).numpy())
-    with torch.no_grad():
-        converted = openvino.convert_model(full, example_input=torch.from_numpy(example))
-    compiled = openvino.Core().compile_model(converted, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
-    yield "OpenVINO bf16 (as optimum-intel)", lambda latent: compiled({0: latent})[0]
-    for name, engine in builds(bundle, "decoder") if bundle is not None else ():
-        yield f"ours {name}", lambda latent, engine=engine: engine(latent=latent)["image"]
+
+    def eager(dtype: torch.dtype) -> Decode:
+        decoder = Decoder(load_module(vae, kind, dtype=dtype))
+        return torch.inference_mode()(lambda latent: decoder(torch.from_numpy(latent).to(dtype)).numpy())
+
+    def in_openvino() -> Decode:
+        import openvino
+
+        with torch.no_grad():
+            converted = openvino.convert_model(Decoder(load_module(vae, kind)), example_input=torch.from_numpy(example))
+        compiled = openvino.Core().compile_model(converted, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+        return lambda latent: compiled({0: latent})[0]
+
+    def ours(load: Callable[[], Engine]) -> Decode:
+        engine = load()
+        return lambda latent: engine(latent=latent)["image"]
+
+    return {
+        BASELINE: partial(eager, torch.float32),
+        HALF: partial(eager, torch.bfloat16),
+        "OpenVINO bf16 (as optimum-intel)": in_openvino,
+        **{f"ours {name}": partial(ours, load) for name, load in (builds(bundle, "decoder").items() if bundle else ())},
+    }
 
 
-def builds(bundle: Bundle, graph: str) -> Iterator[tuple[str, Engine]]:
+def builds(bundle: Bundle, graph: str) -> dict[str, Callable[[], Engine]]:
     """Every build of the graph on every installed engine that it is for."""
-    for build in bundle.graphs[graph]:
-        for engine in build.engines:
-            if engine in installed():
-                yield f"{engine} {build.precision}", opened(bundle, build, engine)
+    return {
+        f"{engine} {build.precision}": partial(opened, bundle, build, engine)
+        for build in bundle.graphs[graph]
+        for engine in build.engines
+        if engine in installed()
+    }
 
 
 def fastest(bundle: Bundle, graph: str) -> Engine:
@@ -255,9 +305,10 @@ def opened(bundle: Bundle, build: Build, engine: str) -> Engine:
     return load_engine(engine, bundle.folder / build.files[0].path, build.precision, cache=Cache(), key=build.hash)
 
 
-def _call(engine: Engine, given: dict[str, np.ndarray], output: str) -> Run:
+def _latent_of(load: Callable[[], Engine], given: dict[str, np.ndarray]) -> Run:
+    engine = load()
     feeds = {spec.name: given[spec.name] for spec in engine.inputs}
-    return lambda: engine(**feeds)[output]
+    return lambda: engine(**feeds)["latent"]
 
 
 def table(measured: dict[str, dict[str, float]]) -> str:
