@@ -25,12 +25,12 @@ class Source:
     revision: str | None
 
 
-def find_source(weights: str, revision: str | None = None, parts: Sequence[str] = PARTS) -> Source:
-    """The folder that `weights` names: itself, or the files of hub model `owner/name` that the parts need, fetched where missing.
+def find_source(weights: str, parts: Sequence[str] = PARTS) -> Source:
+    """The folder that `weights` names: itself, or the files of hub model `owner/name` or `owner/name@revision` that the parts need.
 
-    A part is a folder of the model, one of its files, or "." for a model whose files lie at its root; parts that it does not have are
-    left out. Of each part one set of weights is taken: full precision before variants, safetensors before .bin. A file whose connection
-    breaks goes on where it stopped; after a failure, files that were whole are not fetched again.
+    They are fetched where missing. A part is a folder of the model, one of its files, or "." for a model whose files lie at its root; parts
+    that it does not have are left out. Of each part one set of weights is taken: full precision before variants, safetensors before .bin.
+    A file whose connection breaks goes on where it stopped; after a failure, files that were whole are not fetched again.
     Raises InputError where there is no such model or it cannot be reached, OutputError where it cannot be written.
     """
     folder, commit, name = Path(weights).expanduser(), None, weights
@@ -39,10 +39,11 @@ def find_source(weights: str, revision: str | None = None, parts: Sequence[str] 
         files = [path.relative_to(folder).as_posix() for depth in ("*", "*/*") for path in folder.glob(depth) if path.is_file()]
         if not _is_model(files, parts):
             raise InputError(f"folder {folder} is not a diffusers model: it has no model_index.json and none of {', '.join(parts)}")
-    elif folder.is_file() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", weights):
-        raise InputError(f"weights {weights!r} are neither a folder in diffusers layout nor a hub id (owner/name)")
+    elif folder.is_file() or not (hub := re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?", weights)):
+        raise InputError(f"weights {weights!r} are neither a folder in diffusers layout nor a hub id (owner/name or owner/name@revision)")
     else:
-        folder, commit = _fetch(weights, revision, parts)
+        name, revision = hub.groups()
+        folder, commit = _fetch(name, revision, parts)
     return Source(folder, name, _licence(folder / "README.md"), commit)
 
 

@@ -26,7 +26,7 @@ def presets() -> None:
 @click.option("--backbone", metavar="NAME", help="small, pixart, sd15, sd21 or sdxl.  [default: the preset's]")
 @click.option("--preset", metavar="NAME", help="How a public student is called and read, see `presets`.  [default: the backbone's]")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the preset: timestep=400. An unknown key lists all.")
-@click.option("--weights", metavar="FOLDER|ID", help="A diffusers folder or hub id.  [default: the preset's]")
+@click.option("--weights", metavar="FOLDER|ID", help="A diffusers folder or hub id, owner/name[@revision].  [default: the preset's]")
 @click.option("--weights-file", type=click.Path(path_type=Path), metavar="FILE", help="The transformer's or UNet's own weights.")
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:W]", help="A LoRA to merge, with its weight.  [default: 1]")
 @out_option

@@ -194,12 +194,14 @@ def test_a_hub_model_is_fetched_by_parts_and_found_again_without_network(hub: Hu
     hub.shutdown()
     hub.server_close()
     assert fetch(tmp_path, hub.url, "some/tiny") == found
-    assert fetch(tmp_path, hub.url, "some/tiny", None, ("unet",), HF_HUB_OFFLINE="1") == found
+    assert fetch(tmp_path, hub.url, "some/tiny", ("unet",), HF_HUB_OFFLINE="1") == found
+    # The bundle's provenance names the commit: with it the same weights are found again.
+    assert fetch(tmp_path, hub.url, f"some/tiny@{COMMIT}", HF_HUB_OFFLINE="1") == found
 
 
 def test_a_file_goes_on_where_its_connection_broke(hub: Hub, tmp_path: Path) -> None:
     hub.cut, hub.cuts = 11_000_000, 1
-    found = fetch(tmp_path, hub.url, "some/tiny", None, ("unet",))
+    found = fetch(tmp_path, hub.url, "some/tiny", ("unet",))
     first, second = (sent for sent in hub.sent if sent[0].endswith("model.safetensors"))
     assert first[1:] == (0, 11_000_000) and 0 < second[1] <= 11_000_000 and second[1] + second[2] == len(BIG)
     assert (Path(found["folder"]) / "unet/diffusion_pytorch_model.safetensors").read_bytes() == BIG
@@ -224,7 +226,7 @@ def test_root_parts_and_single_files_of_a_hub_model_are_parts_too(hub: Hub, tmp_
         "student.bin": b"x",
         "deep/a.bin": b"x",
     }
-    found = fetch(tmp_path, hub.url, "some/tiny", "v1", (".",))
+    found = fetch(tmp_path, hub.url, "some/tiny@v1", (".",))
     assert held(found["folder"]) == {"config.json", "diffusion_pytorch_model.safetensors"} and found["licence"] is None
     found = fetch(tmp_path, hub.url, "some/tiny", COMMIT, ("deep/a.bin",))
     assert "deep/a.bin" in held(found["folder"]) and "student.bin" not in held(found["folder"])
@@ -235,9 +237,9 @@ def test_everything_that_can_be_wrong_with_a_hub_model_is_one_clear_line(hub: Hu
     for arguments, told in [
         (("some/absent",), "no folder and no hub model 'some/absent': check the name; a private model needs `hf auth login`"),
         (("some/gated",), f"hub model some/gated is gated: accept its terms on {hub.url}/some/gated, then run `hf auth login`"),
-        (("some/tiny", "v9"), f"hub model some/tiny has no revision 'v9': its branches and commits are on {hub.url}/some/tiny"),
+        (("some/tiny@v9",), f"hub model some/tiny has no revision 'v9': its branches and commits are on {hub.url}/some/tiny"),
         (
-            ("some/tiny", None, ("unet", "vae")),
+            ("some/tiny", ("unet", "vae")),
             "hub model some/tiny is not in diffusers layout: it has none of unet, vae; name one that is",
         ),
     ]:
@@ -254,7 +256,7 @@ def test_a_hub_id_without_network_is_one_clear_line(environment: dict[str, str],
 
 
 def test_a_half_fetched_model_without_network_is_one_clear_line(hub: Hub, tmp_path: Path) -> None:
-    fetch(tmp_path, hub.url, "some/tiny", None, ("tokenizer", "model_index.json"))
+    fetch(tmp_path, hub.url, "some/tiny", ("tokenizer", "model_index.json"))
     line = fetch(tmp_path, hub.url, "some/tiny", HF_HUB_OFFLINE="1")
     assert line.startswith("InputError: hub model some/tiny is not (whole) in the download cache") and "\n" not in line
 
