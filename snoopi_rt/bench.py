@@ -56,9 +56,7 @@ def bench(
     results: dict[str, dict[str, Any]] = {}
     for engine in engines:
         fixed = select_builds(bundle, engine, precision)
-        builds = {
-            graph: [fixed[graph]] if precision else list(bundle.builds(graph, engine)) for graph in fixed
-        }
+        builds = {graph: [fixed[graph]] if precision else list(bundle.builds(graph, engine)) for graph in fixed}
         found = measure_engine(bundle, engine, builds, threads, runs, say)
         say(f"{engine}: two cold starts")
         chosen = ",".join(f"{graph}={name}" for graph, name in found["precision"].items())
