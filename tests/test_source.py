@@ -228,7 +228,7 @@ def test_root_parts_and_single_files_of_a_hub_model_are_parts_too(hub: Hub, tmp_
     }
     found = fetch(tmp_path, hub.url, "some/tiny@v1", (".",))
     assert held(found["folder"]) == {"config.json", "diffusion_pytorch_model.safetensors"} and found["licence"] is None
-    found = fetch(tmp_path, hub.url, "some/tiny", COMMIT, ("deep/a.bin",))
+    found = fetch(tmp_path, hub.url, f"some/tiny@{COMMIT}", ("deep/a.bin",))
     assert "deep/a.bin" in held(found["folder"]) and "student.bin" not in held(found["folder"])
 
 
