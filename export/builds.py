@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from snoopi_rt.bundle import Build, File
 from snoopi_rt.engines.base import InputError, OutputError
 from snoopi_rt.engines.ov import NO_BF16
-from snoopi_rt.export.graph import fix_batch, write_graph
+from snoopi_rt.export.graph import specialise, write_graph
 from snoopi_rt.export.parity import Arrays, View, measure
 from snoopi_rt.export.quantise import calibrate, layers, quantise
 from snoopi_rt.export.storage import Storage
@@ -23,7 +23,7 @@ Cases = Sequence[Mapping[str, Tensor]]
 class Precision:
     """How one precision is stored and on which engines it runs. Arithmetic is fp32 but for bf16, and between the int8 products of int8.
 
-    `file`: the precision whose file of weights it reads. `alone`: one image at a time.
+    `file`: the precision whose file of weights it reads. `alone`: one image at a time, its attention shaped for bf16 (see `specialise`).
     """
 
     engines: tuple[str, ...]
@@ -122,7 +122,7 @@ def _build(graph: Graph, name: str, folder: Path, engines: Sequence[str], say: C
         write_graph(module, graph.example, graph.outputs, graph.dynamic, written, precision.weights, graph.opset, graph.tensor_of)
     path = folder / f"{graph.name}-{name}.onnx"
     if precision.alone:
-        fix_batch(written, path)
+        specialise(written, path)
     data = written.with_name(f"{written.name}.data")
     cases = [{key: value.numpy() for key, value in case.items()} for case in graph.scored]
     found = measure(graph.name, path, name, engines, cases, graph.wanted, graph.view)

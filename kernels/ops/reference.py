@@ -36,7 +36,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     if mask is not None:
         # ONNX Runtime refuses to broadcast a mask over the queries; and only a bool mask gives 0 for a fully masked row.
         mask = mask[:, None, None, :].expand(-1, -1, q.shape[2], -1)
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # Given, so that it stands in the graph: heads may be padded there, which would change the default.
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=q.shape[-1] ** -0.5)
 
 
 def turned_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
