@@ -173,11 +173,11 @@ def test_modulations_are_in_norms_and_projections_and_keys_of_both_prompts_are_o
         counts, written_out = node_counts(graph_of(kind)), blocks * (1 + (kind == "nasa") + (not fused))
         assert not {"Sin", "Cos", "Sigmoid", "Gemm"} & counts.keys()  # neither timestep nor positions are computed
         assert counts["LayerNormalization"] == 2 * blocks + 1
-        # qkv, out, query, key, value, out, widen, narrow, and two products an attention; then the last projection
-        assert counts["MatMul"] == 8 * blocks + 1 + 2 * written_out
+        # query, key, value and out of both attentions, widen, narrow, and two products an attention; then the last projection
+        assert counts["MatMul"] == 10 * blocks + 1 + 2 * written_out
         assert counts.get("Attention", 0) == blocks * fused
         assert counts["Conv"] == 1
     if fused:
         # A bias a product, three residuals; the positions. Nothing multiplies or shifts but that.
-        assert counts["Add"] == blocks * (8 + 3) + 1 + 1
+        assert counts["Add"] == blocks * (10 + 3) + 1 + 1
         assert counts["Mul"] == blocks  # keys by 1 / sqrt(d)

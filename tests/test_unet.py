@@ -9,6 +9,7 @@ import onnx
 import pytest
 import tiny_students
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from onnx import numpy_helper
 from paper_attention import KINDS, SCALES, PaperAttention
 from torch import Tensor, nn
@@ -99,8 +100,8 @@ def test_several_steps_share_all_weights_and_each_has_its_own_timestep(unet):
     with torch.no_grad():
         found = module(**given)
     torch.testing.assert_close(found, wanted, atol=5e-5, rtol=1e-4)
-    stored = {each.data_ptr() for each in network.parameters()}
-    own = [name for name, each in module.named_parameters() if each.data_ptr() not in stored]
+    stored = {each.untyped_storage().data_ptr() for each in network.parameters()}
+    own = [name for name, each in module.named_parameters() if each.untyped_storage().data_ptr() not in stored]
     # The convolutions' biases; of SDXL the one product that stands for all blocks' and what is left of the first.
     assert all((".conv1." in name and name.endswith("bias")) or name.startswith("prompt_shift.") for name in own)
     same = OneStepRule("epsilon", 999, 0.3, 0.954, later=tuple(OneStepRule("epsilon", 999, s.alpha, s.sigma) for s in rule.later))
@@ -191,6 +192,7 @@ def test_every_engine_agrees_and_a_batch_does_not_change_an_image(graph_of, unet
 def test_the_timestep_is_folded_into_the_convolutions(graph_of, unet):
     network = tiny_students.unet(unet, **ONE_LAYER)
     convolutions = [each for each in network.modules() if isinstance(each, nn.Conv2d)]
+    blocks = [each for each in network.modules() if isinstance(each, BasicTransformerBlock)]
     linear = [name for name, each in network.named_modules() if isinstance(each, nn.Linear) and "emb" not in name]
     for kind in ("nasa", "none"):
         counts = node_counts(graph_of(unet, kind))
@@ -198,7 +200,8 @@ def test_the_timestep_is_folded_into_the_convolutions(graph_of, unet):
         assert counts["Conv"] == len(convolutions)
         added = 3 if unet == "sdxl" else 0  # the pooled states' two, and one for all blocks
         assert counts.get("Gemm", 0) == added
-        assert counts["MatMul"] == len(linear) + 2 * (1 + (kind == "nasa"))  # two products a cross-attention
+        # One more for each GEGLU, whose halves are two products; and two for each cross-attention.
+        assert counts["MatMul"] == len(linear) + len(blocks) + 2 * (1 + (kind == "nasa"))
         assert counts["Attention"] == 1
 
 

@@ -11,7 +11,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from snoopi_rt.export.attention import GuidedAttention, merge_heads, split_heads
-from snoopi_rt.export.fold import gated, linear, modulated_norm, stacked
+from snoopi_rt.export.fold import gated, linear, modulated_norm
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.kernels import fused_attention, turned_attention
@@ -159,7 +159,8 @@ class FoldedBlock(nn.Module):
         self.guidance, self.heads = guidance, block.attn1.heads
         self.attention, self.cross_attention = attention, cross_attention
         self.norm1 = modulated_norm(block.norm1, scale_msa, shift_msa)
-        self.qkv = stacked(block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+        # Three products: to cut the product of all three apart copies it.
+        self.own_query, self.own_key, self.own_value = block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
         self.out1 = gated(block.attn1.to_out[0], gate_msa)
         self.query = block.attn2.to_q
         self.key, self.value = block.attn2.to_k, block.attn2.to_v
@@ -172,7 +173,8 @@ class FoldedBlock(nn.Module):
             self.value_empty = nn.Buffer(split_heads(self.value(empty_states), self.heads))
 
     def forward(self, hidden: Tensor, states: Tensor, mask: Tensor | None, negative: tuple[int, Tensor | None, Tensor] | None) -> Tensor:
-        q, k, v = (split_heads(x, self.heads) for x in self.qkv(self.norm1(hidden)).chunk(3, -1))
+        normed = self.norm1(hidden)
+        q, k, v = (split_heads(own(normed), self.heads) for own in (self.own_query, self.own_key, self.own_value))
         hidden = hidden + self.out1(merge_heads(self.attention(q, k, v)))
         hidden = hidden + self.out2(merge_heads(self._cross(hidden, states, mask, negative)))
         return hidden + self.narrow(nn.functional.gelu(self.widen(self.norm2(hidden)), approximate="tanh"))

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.attention import GuidedAttention, OneProductAttention, SelfAttention
@@ -112,6 +113,8 @@ class FoldedUNet(nn.Module):
         for _, _, block in found:
             if isinstance(block, BasicTransformerBlock):
                 block.attn1, block.attn2 = SelfAttention(block.attn1), OneProductAttention(block.attn2, guidance, empty_states)
+                if isinstance(block.ff.net[0], GEGLU):
+                    block.ff.net[0] = HalvedGEGLU(block.ff.net[0])
         self.network.time_embedding = self.network.add_embedding = None
 
     def forward(
@@ -176,6 +179,18 @@ class FoldedResnet(nn.Module):
             inner = self.conv1[0](inner) + condition.added[:, self.columns, None, None]
         inner = self.conv2(silu(self.norm2(inner)))
         return ((hidden if self.shortcut is None else self.shortcut(hidden)) + inner) / self.divisor
+
+
+class HalvedGEGLU(nn.Module):
+    """GEGLU as two products: to cut the product of both halves apart copies it, 2 % of SD 2.1's time on OpenVINO."""
+
+    def __init__(self, both: GEGLU):
+        super().__init__()
+        weights, biases = both.proj.weight.chunk(2), both.proj.bias.chunk(2)
+        self.value, self.gate = (linear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.value(hidden) * gelu(self.gate(hidden))
 
 
 class PromptShift(nn.Module):
