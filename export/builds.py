@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from snoopi_rt.bundle import Build, File
 from snoopi_rt.engines.base import InputError, OutputError
 from snoopi_rt.engines.ov import NO_BF16
-from snoopi_rt.export.graph import specialise, write_graph
+from snoopi_rt.export.forms import one_image_bf16, onnxruntime_operators
+from snoopi_rt.export.graph import write_graph
 from snoopi_rt.export.parity import Arrays, View, measure
-from snoopi_rt.export.quantise import calibrate, layers, quantise
+from snoopi_rt.export.quantise import QuantizedConv, calibrate, layers, quantise
 from snoopi_rt.export.storage import Storage
 
 Cases = Sequence[Mapping[str, Tensor]]
@@ -21,22 +22,23 @@ Cases = Sequence[Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Precision:
-    """How one precision is stored and on which engines it runs. Arithmetic is fp32 but for bf16, and between the int8 products of int8.
+    """How one precision is stored and on which engines it runs.
 
-    `file`: the precision whose file of weights it reads. `alone`: one image at a time, its attention shaped for bf16 (see `specialise`).
+    Arithmetic is fp32, but on OpenVINO bf16 in bf16 and between the products of int8. `file`: the precision whose file of weights it reads.
+    `bf16`: on OpenVINO it has a form for one image at a time (see forms.py).
     """
 
     engines: tuple[str, ...]
     weights: Storage = "fp16"
     file: str | None = None
-    alone: bool = False
+    bf16: bool = False
 
 
 PRECISIONS = {
     "fp32": Precision(("cpu", "openvino"), "fp32"),
     "fp16": Precision(("cpu", "openvino")),
-    "bf16": Precision(("openvino",), file="fp16", alone=True),
-    "int8": Precision(("openvino",), alone=True),
+    "bf16": Precision(("openvino",), file="fp16", bf16=True),
+    "int8": Precision(("cpu", "openvino"), bf16=True),
     "int8-weights": Precision(("cpu", "openvino"), "int8"),
     "int4-weights": Precision(("cpu", "openvino"), "int4"),
 }
@@ -44,6 +46,8 @@ AUTO = ("int8", "bf16")
 """The fast precisions, fastest first: `auto` takes the first that is near enough, and fp16 (else fp32) for every engine."""
 LARGE_ENGINES = ("cpu",)
 """Those for a graph larger than the memory: OpenVINO holds packed weights two to three times (T5-XXL: 14.9 GB) and takes twice as long."""
+INT8_CONVOLUTIONS = ("openvino",)
+"""Those that have them between wider tensors; ONNX Runtime's give int8, which is rounded once more."""
 KEPT = (0.0, 0.05, 0.15, 0.35)
 """Shares of the layers, worst first, that int8 leaves as they are where all of them would be too many."""
 
@@ -85,7 +89,7 @@ def build(graph: Graph, precisions: Sequence[str], folder: Path, engines: Sequen
 
     Raises OutputError where a precision that was asked for by name is beyond its tolerance.
     """
-    made: dict[str, Build] = {}
+    made: dict[str, list[Build]] = {}
     for precision in precisions:
         # Of each group of `auto` the first that is near enough is taken.
         for group in _auto(graph) if precision == "auto" else ((precision,),):
@@ -102,11 +106,13 @@ def build(graph: Graph, precisions: Sequence[str], folder: Path, engines: Sequen
                             raise
                         say(f"{graph.name}: {name} is not taken: {error}")
                         continue
-                    say(f"{graph.name}: {made[name].described()}")
+                    for each in made[name]:
+                        say(f"{graph.name}: {each.described()}")
                 if name in made:
                     break
-    _drop_unused(graph, made, folder)
-    return tuple(made.values())
+    taken = tuple(each for builds in made.values() for each in builds)
+    _drop_unused(graph, taken, folder)
+    return taken
 
 
 def _auto(graph: Graph) -> Sequence[Sequence[str]]:
@@ -114,16 +120,27 @@ def _auto(graph: Graph) -> Sequence[Sequence[str]]:
     return (AUTO, ("fp16", "fp32")) if graph.tensor_of is None else (("int8-weights", "fp16", "fp32"),)
 
 
-def _build(graph: Graph, name: str, folder: Path, engines: Sequence[str], say: Callable[[str], None]) -> Build:
+def _build(graph: Graph, name: str, folder: Path, engines: Sequence[str], say: Callable[[str], None]) -> list[Build]:
+    """One build, or one for each engine that has a form of its own."""
     precision = PRECISIONS[name]
     written = folder / f"{graph.name}-{precision.file or name}.onnx"
     module = _quantised(graph, say) if name == "int8" else graph.module
+    if any(isinstance(layer, QuantizedConv) for layer in module.modules()):
+        engines = [engine for engine in engines if engine in INT8_CONVOLUTIONS]
+        if not engines:
+            raise OutputError(f"graph {graph.name} has convolutions, which in int8 are for {', '.join(INT8_CONVOLUTIONS)}, not installed")
     if not written.exists():
         write_graph(module, graph.example, graph.outputs, graph.dynamic, written, precision.weights, graph.opset, graph.tensor_of)
-    path = folder / f"{graph.name}-{name}.onnx"
-    if precision.alone:
-        specialise(written, path)
-    data = written.with_name(f"{written.name}.data")
+    served: dict[Path, list[str]] = {}
+    for engine in engines:
+        own = folder / f"{graph.name}-{name}-{engine}.onnx"
+        changed = onnxruntime_operators(written, own) if engine == "cpu" else precision.bf16 and one_image_bf16(written, own)
+        served.setdefault(own if changed else written, []).append(engine)
+    return [_measured(graph, name, path, written, on, say) for path, on in served.items()]
+
+
+def _measured(graph: Graph, name: str, path: Path, written: Path, engines: Sequence[str], say: Callable[[str], None]) -> Build:
+    """The build of the model in `path`, which is `written` or a form of it. Raises OutputError where it is beyond its tolerance."""
     cases = [{key: value.numpy() for key, value in case.items()} for case in graph.scored]
     found = measure(graph.name, path, name, engines, cases, graph.wanted, graph.view)
     parity, on = found.parity, ", ".join(engines)
@@ -136,8 +153,8 @@ def _build(graph: Graph, name: str, folder: Path, engines: Sequence[str], say: C
         raise OutputError(f"graph {graph.name} in fp32 is {far}")
     if not parity.error <= graph.tolerance:
         raise OutputError(f"graph {graph.name} in {name} is {parity.judged()} off PyTorch on {on}, allowed is {graph.tolerance:.2g}")
-    files = tuple(File.of(file) for file in (path, data) if file.exists())
-    limit = 1 if precision.alone or graph.alone else None
+    files = tuple(File.of(file) for file in (path, written.with_name(f"{written.name}.data")) if file.exists())
+    limit = 1 if graph.alone or (path != written and PRECISIONS[name].bf16 and "openvino" in engines) else None
     return Build(tuple(engines), name, "onnx", files, found.inputs, found.outputs, parity, graph.tolerance, limit)
 
 
@@ -171,9 +188,9 @@ def _arrays(outputs: Tensor | tuple[Tensor, ...], names: Sequence[str]) -> Array
     return {name: value.numpy() for name, value in zip(names, outputs if isinstance(outputs, tuple) else (outputs,), strict=True)}
 
 
-def _drop_unused(graph: Graph, made: Mapping[str, Build], folder: Path) -> None:
+def _drop_unused(graph: Graph, taken: Sequence[Build], folder: Path) -> None:
     """Removes files of builds that were not taken."""
-    listed = {file.path for each in made.values() for file in each.files}
+    listed = {file.path for each in taken for file in each.files}
     for file in folder.glob(f"{graph.name}-*"):
         if file.name not in listed:
             file.unlink()

@@ -10,7 +10,6 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
-from onnx import helper
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import optimizer
 from torch import Tensor, nn
@@ -66,35 +65,6 @@ def write_graph(
     ir.save(model, path, external_data=data.name if size > INLINE else None, size_threshold_bytes=SMALL)
     onnx.checker.check_model(str(path), full_check=True)
     return [path, data] if size > INLINE else [path]
-
-
-def specialise(path: Path, out: Path) -> None:
-    """Writes the graph for one image at a time in bf16 products to `out`, beside `path`, whose file of weights serves both.
-
-    Engines choose faster kernels for shapes that they know: OpenVINO's PixArt takes 5 % less. And where a head's size is no multiple of 16,
-    as PixArt's 72 and SD 1.5's 40, queries and keys are filled with zeros to one of 32: 6 and 7 % less; in fp32 that would be more.
-    """
-    model = onnx.load(path, load_external_data=False)
-    for value in [*model.graph.input, *model.graph.output]:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param == "batch":
-                dim.dim_value = 1
-    nodes = list(model.graph.node)
-    del model.graph.node[:]
-    for node in nodes:
-        scale = next((attribute.f for attribute in node.attribute if attribute.name == "scale"), None)
-        size = round(scale**-2) if node.op_type == "Attention" and scale else 0
-        if size % 16:
-            pads = helper.make_node("Constant", [], [f"{node.name}_pads"], value_ints=[0, 0, 0, 0, 0, 0, 0, -size % 32])
-            padded = [f"{name}_padded_for_{node.name}" for name in node.input[:2]]
-            model.graph.node.append(pads)
-            model.graph.node.extend(
-                helper.make_node("Pad", [name, pads.output[0]], [wide]) for name, wide in zip(node.input[:2], padded, strict=True)
-            )
-            node.input[:2] = padded
-        model.graph.node.append(node)
-    out.write_bytes(model.SerializeToString(deterministic=True))
-    onnx.checker.check_model(str(out))
 
 
 def node_counts(path: Path) -> dict[str, int]:

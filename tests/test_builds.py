@@ -3,12 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.export import graph as graph_module
 from snoopi_rt.export.builds import PRECISIONS, Graph, build, check_precision
 from snoopi_rt.export.parity import View
 
@@ -64,10 +66,13 @@ def made(graph: Graph, precisions: list[str], folder: Path, engines: list[str] =
     said: list[str] = []
     builds = build(graph, precisions, folder, engines, said.append)
     assert {file.path for each in builds for file in each.files} == {file.name for file in folder.iterdir()}
+    served: dict[str, list[str]] = {}
     for each in builds:
         assert each.parity.error <= each.tolerance == graph.tolerance
-        assert each.engines == tuple(name for name in PRECISIONS[each.precision].engines if name in engines)
-    return [each.precision for each in builds], said
+        served.setdefault(each.precision, []).extend(each.engines)
+    for precision, names in served.items():
+        assert names == [name for name in PRECISIONS[precision].engines if name in engines]
+    return list(served), said
 
 
 def test_a_graph_larger_than_the_memory_is_for_onnx_runtime(tmp_path: Path) -> None:
@@ -107,7 +112,41 @@ def test_auto_ends_with_wide_arithmetic(tolerance: float, left: str, tmp_path: P
 
 
 def test_without_openvino_auto_is_what_onnx_runtime_can_run(tmp_path: Path) -> None:
-    assert made(graph(0, 0.05), ["auto"], tmp_path, ["cpu"])[0] == ["fp16"]
+    for fragile, tolerance, left in (0, 0.05, ["int8", "fp16"]), (10, 0.015, ["fp16"]):
+        folder = tmp_path / left[0]
+        folder.mkdir()
+        assert made(graph(fragile, tolerance), ["auto"], folder, ["cpu"])[0] == left
+
+
+def test_each_engine_has_its_form_of_int8_and_all_read_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_module, "INLINE", 2**10)
+    cpu, openvino = build(graph(0, 0.05), ["int8"], tmp_path, ENGINES, print)
+    assert [file.path for file in cpu.files] == ["generator-int8-cpu.onnx", "generator-int8.onnx.data"]
+    assert [file.path for file in openvino.files] == ["generator-int8-openvino.onnx", "generator-int8.onnx.data"]
+    assert (cpu.max_batch, openvino.max_batch) == (None, 1)
+
+
+def test_int8_convolutions_are_for_openvino(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    convolved = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)).eval()
+    cases = [{"input": torch.randn(1, 16, 8, 8)} for _ in range(3)]
+    with torch.no_grad():
+        wanted = [{"y": convolved(**case).numpy()} for case in cases]
+    whole = replace(
+        graph(0, 0.05),
+        module=convolved,
+        dynamic={"input": {0: "batch"}},
+        example={"input": torch.randn(2, 16, 8, 8)},
+        calibration=cases,
+        scored=cases,
+        wanted=wanted,
+        view=None,
+        error=lambda i, found: float(np.sqrt(np.mean((found["y"] - wanted[i]["y"]) ** 2))),
+        tolerance=0.05,
+    )
+    assert [each.engines for each in build(whole, ["int8"], tmp_path, ENGINES, print)] == [("openvino",)]
+    with pytest.raises(OutputError, match=r"^graph generator has convolutions, which in int8 are for openvino, not installed$"):
+        build(whole, ["int8"], tmp_path, ["cpu"], print)
 
 
 def test_builds_lie_in_the_order_in_which_they_were_asked_for_and_share_weights(tmp_path: Path) -> None:

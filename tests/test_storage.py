@@ -13,7 +13,6 @@ from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.export import graph
 from snoopi_rt.export.graph import node_counts, write_graph
 from snoopi_rt.export.storage import BLOCK, Storage, block_scale, pack
-from snoopi_rt.kernels import fused_attention
 
 ENGINES = [name for name in installed() if name in ("cpu", "openvino")]
 # int8 and int4 steps in blocks; ONNX Runtime also rounds the other side of an 8 bit product to int8 in blocks.
@@ -151,32 +150,3 @@ def test_large_weights_lie_in_a_file_of_their_own(storage: Storage, engine: str,
     again.mkdir()
     written(network, storage, again / "network.onnx")
     assert (again / "network.onnx").read_bytes() == path.read_bytes() and (again / data.name).read_bytes() == data.read_bytes()
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_graph_for_one_image_shares_the_weights_of_the_graph_for_any_number(
-    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(graph, "INLINE", 2**10)
-    path, one = written(Network(), "fp16", tmp_path / "any.onnx"), tmp_path / "one.onnx"
-    graph.specialise(path, one)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["any.onnx", "any.onnx.data", "one.onnx"]
-    loaded = load_engine(engine, one, "fp32")
-    assert loaded.inputs[0].shape == (1, None)
-    np.testing.assert_allclose(loaded(ids=IDS[:1].numpy())["y"], load_engine(engine, path, "fp32")(ids=IDS[:1].numpy())["y"], atol=1e-5)
-
-
-@pytest.mark.parametrize(("head", "pads"), [(16, 0), (24, 2), (40, 2), (64, 0), (72, 2), (80, 0)])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_heads_whose_size_bf16_products_do_not_like_are_filled_with_zeros(engine: str, head: int, pads: int, tmp_path: Path) -> None:
-    class Attention(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            q, k, v = x.unflatten(-1, (3, 2, head)).permute(2, 0, 3, 1, 4)
-            return fused_attention(q, k, v).transpose(1, 2).flatten(2)
-
-    x, path, one = torch.randn(2, 10, 6 * head), tmp_path / "any.onnx", tmp_path / "one.onnx"
-    write_graph(Attention(), {"x": x}, ("y",), {"x": {0: "batch"}}, path)
-    graph.specialise(path, one)
-    assert node_counts(path).get("Pad", 0) == 0 and node_counts(one).get("Pad", 0) == pads
-    found = load_engine(engine, one, "fp32")(x=x[:1].numpy())["y"]
-    np.testing.assert_allclose(found, Attention()(x[:1]).numpy(), atol=1e-5)

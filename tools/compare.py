@@ -295,8 +295,8 @@ def builds(bundle: Bundle, graph: str) -> dict[str, Callable[[], Engine]]:
 
 
 def fastest(bundle: Bundle, graph: str) -> Engine:
-    """The graph's first build, on OpenVINO where it is for it."""
-    build = bundle.graphs[graph][0]
+    """The graph's first build, on OpenVINO where one is for it."""
+    build = bundle.build(graph, "openvino")
     return opened(bundle, build, max(build.engines, key=lambda name: name == "openvino"))
 
 
