@@ -51,7 +51,8 @@ def onnxruntime_operators(path: Path, out: Path) -> bool:
     if not replaced:
         return False
     graph.replace(replaced)
-    graph.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    if all(opset.domain != "com.microsoft" for opset in graph.model.opset_import):
+        graph.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     _save(graph.model, list(graph.model.graph.node), out)
     return True
 
@@ -86,13 +87,12 @@ class _Graph:
     def replace(self, nodes: list[onnx.NodeProto]) -> None:
         """Puts each node where the first of its outputs was made, and leaves out what nothing reads any more."""
         new = {node.output[0]: node for node in nodes}
-        own = {node.output[0] for node in self.model.graph.node}
-        added = [node for name, node in new.items() if name not in own]
-        # What is added is read by the others: it is computed right before the first of them.
+        added = {name: new.pop(name) for name in new.keys() - self.makers.keys()}
         ordered: list[onnx.NodeProto] = []
         for node in self.model.graph.node:
             node = new.get(node.output[0], node)
-            ordered += [each for each in added if each.output[0] in node.input and each not in ordered]
+            # What is new is computed right before the first that reads it.
+            ordered += [added.pop(name) for name in node.input if name in added]
             ordered.append(node)
         read, kept = {value.name for value in self.model.graph.output}, []
         for node in reversed(ordered):

@@ -14,6 +14,7 @@ from snoopi_rt.export.attention import merge_heads, split_heads
 from snoopi_rt.export.forms import one_image_bf16, onnxruntime_operators
 from snoopi_rt.export.graph import node_counts, write_graph
 from snoopi_rt.export.quantise import calibrate, quantise
+from snoopi_rt.export.storage import Storage
 from snoopi_rt.kernels import fused_attention
 
 ENGINES = [name for name in installed() if name in ("cpu", "openvino")]
@@ -33,8 +34,8 @@ class SelfAttention(nn.Module):
         return x + self.projections[3](merge_heads(fused_attention(q, k, v, mask)))
 
 
-def written(module: nn.Module, path: Path, **inputs: Tensor) -> Path:
-    write_graph(module, inputs, ("y",), {name: {0: "batch"} for name in inputs}, path, "fp16")
+def written(module: nn.Module, path: Path, weights: Storage = "fp16", **inputs: Tensor) -> Path:
+    write_graph(module, inputs, ("y",), {name: {0: "batch"} for name in inputs}, path, weights)
     return path
 
 
@@ -66,11 +67,13 @@ def test_heads_whose_size_bf16_products_do_not_like_are_filled_with_zeros(engine
 
 
 @needs_onnxruntime
-@pytest.mark.parametrize("tokens", [1, 10, 600])
-def test_attention_goes_block_by_block_in_onnx_runtime(tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tokens", "weights"), [(1, "fp16"), (10, "int8"), (600, "fp32")])
+def test_attention_goes_block_by_block_in_onnx_runtime(
+    tokens: int, weights: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(graph, "INLINE", 2**10)
     x = torch.randn(2, tokens, 48)
-    path, form = written(SelfAttention(), tmp_path / "any.onnx", x=x), tmp_path / "form.onnx"
+    path, form = written(SelfAttention(), tmp_path / "any.onnx", weights, x=x), tmp_path / "form.onnx"
     assert onnxruntime_operators(path, form)
     counts = node_counts(form)
     assert counts["MultiHeadAttention"] == 1 and not {"Attention", "Reshape", "Transpose"} & counts.keys()
