@@ -15,8 +15,8 @@ def one_image_bf16(path: Path, out: Path) -> bool:
     """Writes the graph for one image at a time and bf16 products in OpenVINO to `out`, beside `path`; always gives True.
 
     Engines choose faster kernels for shapes that they know: OpenVINO's PixArt takes 5 % less. And where a head's size is no multiple of 16,
-    as PixArt's 72 and SD 1.5's 40, queries and keys are filled with zeros to one of 32: 6 and 7 % less on a Xeon with AMX; in fp32 that
-    would be more.
+    as PixArt's 72 and SD 1.5's 40, queries and keys are filled with zeros to one of 32: 6 and 7 % less on a Xeon with AMX, 7 %
+    more on an EPYC without; in fp32 that would be more anywhere.
     """
     model = onnx.load(path, load_external_data=False)
     for value in [*model.graph.input, *model.graph.output]:
