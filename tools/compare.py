@@ -70,11 +70,14 @@ def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bo
     given = {"noise": noise[None], "renoise": renoise[None], **states, "negative_scale": scale}
     vae = student / "vae" if tiny is None else tiny
     document = {"bundle": bundle.name, "backbone": bundle.backbone, "texts": texts, "runs": runs, "stages": {}}
+    out.parent.mkdir(parents=True, exist_ok=True)
     document["tokens"] = {name: value.shape[1] for name, value in states.items() if name.endswith("states")}
 
     def show(stage: str, contenders: Contenders, *given: np.ndarray) -> np.ndarray:
         document["stages"][stage], wanted = measure(contenders, runs, given)
         click.echo(f"\n{stage}\n{table(document['stages'][stage])}")
+        # After each stage: the next may take minutes, or the memory.
+        out.write_text(json.dumps(document, indent=1) + "\n")
         return wanted
 
     generate = generators(bundle, student, preset, given, compiled)
@@ -84,8 +87,6 @@ def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bo
     show("image", images(bundle, texts, generate, decode))
     if tiny is not None:
         show("full decoder", decoders(None, student / "vae", found), found)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def encoded(bundle: Bundle) -> tuple[tuple[str, str], dict[str, np.ndarray]]:
