@@ -154,7 +154,7 @@ def _measured(graph: Graph, name: str, path: Path, written: Path, engines: Seque
     if not parity.error <= graph.tolerance:
         raise OutputError(f"graph {graph.name} in {name} is {parity.judged()} off PyTorch on {on}, allowed is {graph.tolerance:.2g}")
     files = tuple(File.of(file) for file in (path, written.with_name(f"{written.name}.data")) if file.exists())
-    limit = 1 if graph.alone or (path != written and PRECISIONS[name].bf16 and "openvino" in engines) else None
+    limit = 1 if graph.alone or (path != written and "openvino" in engines) else None
     return Build(tuple(engines), name, "onnx", files, found.inputs, found.outputs, parity, graph.tolerance, limit)
 
 

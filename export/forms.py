@@ -42,9 +42,9 @@ def onnxruntime_operators(path: Path, out: Path) -> bool:
     """Writes the graph with operators that only ONNX Runtime has, where they serve, to `out`, beside `path`; False where none does.
 
     MultiHeadAttention for every Attention without a mask: Attention writes all N x N scores to memory, MultiHeadAttention goes block by
-    block: 0.6 to 0.7 of the time for SD 2.1's 4,096 queries of 5 heads, as much for PixArt's 1,024. MatMulIntegerToFloat for every product
-    of int8 steps: a third of the time of the product in fp32 where the processor has VNNI. ONNX Runtime fuses some of these itself, but
-    fails on graphs in which several layers read one tensor.
+    block, which takes 0.6 to 0.7 of the time for SD 2.1's 4,096 queries of 5 heads and saves none for PixArt's 1,024.
+    MatMulIntegerToFloat for every product of int8 steps: a third of the time of the product in fp32 where the processor has VNNI.
+    ONNX Runtime fuses some of these itself, but fails on graphs in which several layers read one tensor.
     """
     graph = _Graph(onnx.load(path, load_external_data=False))
     replaced = [*_blockwise_attention(graph), *_integer_products(graph)]
@@ -85,7 +85,7 @@ class _Graph:
         return None if constant is None or constant.external_data else numpy_helper.to_array(constant)
 
     def replace(self, nodes: list[onnx.NodeProto]) -> None:
-        """Puts each node where the first of its outputs was made, and leaves out what nothing reads any more."""
+        """Puts each node where its output was made, what is new before its reader, and leaves out what nothing reads any more."""
         new = {node.output[0]: node for node in nodes}
         added = {name: new.pop(name) for name in new.keys() - self.makers.keys()}
         ordered: list[onnx.NodeProto] = []

@@ -92,15 +92,21 @@ def test_a_graph_without_such_operators_has_no_form_of_its_own(tmp_path: Path) -
 
 @needs_onnxruntime
 def test_what_else_reads_the_tensors_around_an_attention_still_finds_them(tmp_path: Path) -> None:
-    class Reader(SelfAttention):
+    class ReadBefore(SelfAttention):
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
             q, k, v = (split_heads(layer(x), 2) for layer in self.projections[:3])
-            z = fused_attention(q, k, v)
-            return merge_heads(z) + q.sum() + z.sum()
+            return merge_heads(fused_attention(q, k, v)) + q.mean()
 
-    x = torch.randn(2, 10, 48)
-    path = written(Reader(), tmp_path / "any.onnx", x=x)
-    assert not onnxruntime_operators(path, tmp_path / "form.onnx")
+    class ReadAfter(SelfAttention):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            z = fused_attention(*(split_heads(layer(x), 2) for layer in self.projections[:3]))
+            return merge_heads(z) + z.mean()
+
+    x, form = torch.randn(2, 10, 48), tmp_path / "form.onnx"
+    path = written(ReadBefore(), tmp_path / "before.onnx", x=x)
+    assert onnxruntime_operators(path, form)
+    np.testing.assert_allclose(answer("cpu", form, x=x), answer("cpu", path, x=x), atol=1e-5)
+    assert not onnxruntime_operators(written(ReadAfter(), tmp_path / "after.onnx", x=x), tmp_path / "none.onnx")
 
 
 @needs_onnxruntime
