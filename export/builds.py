@@ -14,7 +14,7 @@ from snoopi_rt.engines.ov import NO_BF16
 from snoopi_rt.export.forms import one_image_bf16, onnxruntime_operators
 from snoopi_rt.export.graph import write_graph
 from snoopi_rt.export.parity import Arrays, View, measure
-from snoopi_rt.export.quantise import QuantizedConv, calibrate, layers, quantise
+from snoopi_rt.export.quantise import calibrate, layers, quantise
 from snoopi_rt.export.storage import Storage
 
 Cases = Sequence[Mapping[str, Tensor]]
@@ -124,11 +124,11 @@ def _build(graph: Graph, name: str, folder: Path, engines: Sequence[str], say: C
     """One build, or one for each engine that has a form of its own."""
     precision = PRECISIONS[name]
     written = folder / f"{graph.name}-{precision.file or name}.onnx"
-    module = _quantised(graph, say) if name == "int8" else graph.module
-    if any(isinstance(layer, QuantizedConv) for layer in module.modules()):
+    if name == "int8" and any(isinstance(layer, nn.Conv2d) for layer in layers(graph.module).values()):
         engines = [engine for engine in engines if engine in INT8_CONVOLUTIONS]
         if not engines:
             raise OutputError(f"graph {graph.name} has convolutions, which in int8 are for {', '.join(INT8_CONVOLUTIONS)}, not installed")
+    module = _quantised(graph, say) if name == "int8" else graph.module
     if not written.exists():
         write_graph(module, graph.example, graph.outputs, graph.dynamic, written, precision.weights, graph.opset, graph.tensor_of)
     served: dict[Path, list[str]] = {}
