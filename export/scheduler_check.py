@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from snoopi_rt.engines.base import InputError
+from snoopi_rt.export.one_step import Prediction
 from snoopi_rt.export.preset import Preset, written
 
-DIFFUSERS_PREDICTION = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
+DIFFUSERS_PREDICTION: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
 
 def check_scheduler(preset: Preset, folder: Path) -> list[str]:
@@ -45,13 +46,9 @@ def check_scheduler(preset: Preset, folder: Path) -> list[str]:
 
 def _derived(config: Any, preset: Preset) -> dict[str, Any]:
     """What diffusers' own scheduler makes of its configuration, in the preset's terms."""
-    import diffusers
     import torch
 
-    kind = getattr(diffusers, config.get("_class_name", "DDPMScheduler"), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        kind = diffusers.DDPMScheduler  # a class of the checkpoint's own: its betas still follow the usual names
-    scheduler = kind(**{key: config[key] for key in signature(kind).parameters if key in config})
+    scheduler = _scheduler(config)
     cumprod = getattr(scheduler, "alphas_cumprod", None)  # schedulers of flows have none
     prediction = scheduler.config.get("prediction_type", "epsilon" if cumprod is not None else "flow_prediction")
     if cumprod is not None and preset.timestep[0] >= len(cumprod):
@@ -66,6 +63,25 @@ def _derived(config: Any, preset: Preset) -> dict[str, Any]:
         derived["timestep"] = tuple(float(t) for t in scheduler.timesteps)
         derived["input_scale"] = float(scheduler.scale_model_input(start, scheduler.timesteps[0]))
     return derived
+
+
+def open_scheduler(path: Path) -> Any:
+    """The diffusers scheduler of a scheduler_config.json. Raises InputError for a file that is not there or cannot be read."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return _scheduler(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"cannot read the schedule of {path}: {reason}") from error
+
+
+def _scheduler(config: Any) -> Any:
+    import diffusers
+
+    kind = getattr(diffusers, config.get("_class_name", "DDPMScheduler"), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        kind = diffusers.DDPMScheduler  # a class of the checkpoint's own: its betas still follow the usual names
+    return kind(**{key: config[key] for key in signature(kind).parameters if key in config})
 
 
 def _close(ours: Any, derived: Any) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,10 +22,15 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file, whole or not at all."""
     beside = path.with_name(f".{path.name}.part")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, beside, metadata=dict(metadata or {}))
-    with open(beside, "rb") as written:
-        os.fsync(written.fileno())
-    beside.replace(path)
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, beside, metadata=dict(metadata or {}))
+        with open(beside, "rb") as written:
+            os.fsync(written.fileno())
+        beside.replace(path)
+    except SafetensorError as error:  # which wraps the system's own errors
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def save_diffusers(model: nn.Module, folder: Path) -> None:

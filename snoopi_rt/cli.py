@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from snoopi_rt import __version__
-from snoopi_rt.cli_build import data, train
+from snoopi_rt.cli_build import data, merge, train
 from snoopi_rt.cli_export import export, presets
 from snoopi_rt.engines.base import InputError, SnoopiError
 
@@ -72,7 +72,7 @@ def main(debug: bool) -> None:
     """One-step text-to-image with negative prompts."""
 
 
-for command in (data, train, export, presets):
+for command in (data, train, merge, export, presets):
     main.add_command(command)
 
 

@@ -1,12 +1,12 @@
 """The commands that make a student: data and train. The PyTorch side is imported inside them."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from snoopi_rt.cli_export import building, folder, out_option
+from snoopi_rt.cli_export import building, file, folder, out_option
 from snoopi_rt.engines.base import InputError
 
 data_option = click.option("--data", type=folder, required=True, metavar="FOLDER", help="What `data emoji` wrote.")
@@ -25,7 +25,7 @@ def data() -> None:
 def emoji(out: Path, count: int, seed: int) -> None:
     """Fetch emoji drawings with npm and draw captioned pictures from them."""
     with building("data emoji", "train", out):
-        from snoopi_rt.export.training.emoji import build
+        from snoopi_rt.export.training.small.emoji import build
 
         build(out, count, seed)
     click.echo(f"{count} pictures in {out}; look at {out / 'contact_sheet.png'}")
@@ -33,7 +33,10 @@ def emoji(out: Path, count: int, seed: int) -> None:
 
 @click.group(epilog="Example: snoopi-rt train autoencoder --data runs/emoji --out runs/autoencoder")
 def train() -> None:
-    """Train the small model: autoencoder, then teacher, then student. A run that was stopped goes on where it was."""
+    """Train a one-step student of any teacher, or the small model from pictures: autoencoder, then teacher, then student.
+
+    A run that was stopped goes on where it was.
+    """
 
 
 # The settings and their defaults live in the recipes, which need torch: so one option for all of them.
@@ -54,7 +57,7 @@ set_option = click.option(
 def autoencoder(data: Path, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
     """Train the autoencoder that turns pictures into latents and back."""
     with building("train autoencoder", "train", out):
-        from snoopi_rt.export.training import autoencoder as stage
+        from snoopi_rt.export.training.small import autoencoder as stage
 
         stage.train(data, out, _recipe(stage.Recipe, settings), compiled)
 
@@ -68,35 +71,95 @@ def autoencoder(data: Path, out: Path, settings: tuple[str, ...], compiled: bool
 def teacher(data: Path, autoencoder: Path, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
     """Train the multi-step teacher."""
     with building("train teacher", "train", out):
-        from snoopi_rt.export.training import teacher as stage
+        from snoopi_rt.export.training.small import teacher as stage
 
         stage.train(data, autoencoder, out, _recipe(stage.Recipe, settings), compiled)
 
 
-@train.command(epilog="Example: snoopi-rt train student --data runs/emoji --teacher runs/teacher --out runs/student --compile")
-@data_option
-@click.option("--teacher", type=folder, required=True, metavar="FOLDER", help="What `train teacher` wrote.")
+@train.command(
+    epilog="Example: snoopi-rt train student --teacher runs/teacher --prompts runs/emoji/prompts.txt --out runs/student --compile"
+)
+@click.option("--backbone", default="small", metavar="NAME", help="small, pixart, sd15 or sd21.  [default: small]")
+@click.option(
+    "--teacher", type=folder, required=True, metavar="FOLDER", help="A diffusers folder; of the small model: what `train teacher` wrote."
+)
+@click.option(
+    "--prompts", type=file, required=True, metavar="FILE", help="Prompts: .txt (one a line), .jsonl or .parquet. No picture is needed."
+)
 @out_option
+@click.option("--recipe", "recipe", metavar="NAME", help="Where the settings come from, see `train recipes`.  [default: the backbone's]")
 @set_option
+@click.option("--student", "start", type=folder, metavar="FOLDER", help="Where the student starts from.  [default: the teacher's weights]")
+@click.option("--negatives", type=file, metavar="FILE", help="Negative prompts to train with (NASA-T), and --set nasa_max=1.")
+@click.option("--clip", type=folder, metavar="FOLDER", help="A CLIP model for the clamped CLIP loss, and --set clip_weight=0.1.")
+@click.option("--states", type=folder, metavar="FOLDER", help="Where the text states are kept, for several runs.  [default: in --out]")
 @compile_option
-def student(data: Path, teacher: Path, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
-    """Distil the teacher into a one-step student by PG-SB. Only the captions of --data are read."""
+def student(
+    backbone: str,
+    teacher: Path,
+    prompts: Path,
+    out: Path,
+    recipe: str | None,
+    settings: tuple[str, ...],
+    start: Path | None,
+    negatives: Path | None,
+    clip: Path | None,
+    states: Path | None,
+    compiled: bool,
+) -> None:
+    """Distil a teacher into a one-step student by PG-SB.
+
+    On several GPUs or hosts: `accelerate launch -m snoopi_rt train student ...`. A run that was stopped goes on where it was.
+    """
     with building("train student", "train", out):
-        from snoopi_rt.export.training import student as stage
+        from snoopi_rt.export.training.distil import Task
+        from snoopi_rt.export.training.distil import train as distil
+        from snoopi_rt.export.training.recipe import DEFAULT, described, find_recipe
 
-        stage.train(data, teacher, out, _recipe(stage.Recipe, settings), compiled)
+        if backbone not in DEFAULT:
+            raise InputError(f"backbone {backbone!r} cannot be trained here, choose from {', '.join(DEFAULT)}")
+        base = find_recipe(recipe or DEFAULT[backbone])
+        chosen = _recipe(type(base), settings, base)
+        click.echo(described(chosen), err=True)
+        preset = distil(Task(backbone, teacher, prompts, out, start, negatives, clip, states), chosen, compiled)
+    click.echo(f"the student is in {out}: snoopi-rt export --preset {preset} --weights {out} --out BUNDLE")
 
 
-def _recipe(kind: type, settings: tuple[str, ...]) -> Any:
-    """The stage's recipe with the given settings. Raises InputError for an unknown name or a value of another type."""
-    types: dict[str, type] = {field.name: type(field.default) for field in fields(kind)}
+@train.command(epilog="Example: snoopi-rt train recipes")
+def recipes() -> None:
+    """Show every recipe of `train student` in full."""
+    with building("train recipes", "train", Path()):
+        from snoopi_rt.export.training.recipe import table
+
+        click.echo(table())
+
+
+@click.command(epilog="Example: snoopi-rt merge runs/a runs/b --weight 0.5 --backbone sd21 --out runs/merged")
+@click.argument("first", type=folder)
+@click.argument("second", type=folder)
+@click.option("--backbone", default="small", metavar="NAME", help="small, pixart, sd15 or sd21.  [default: small]")
+@click.option("--weight", type=click.FloatRange(0, 1), default=0.5, metavar="W", help="Of the first.  [default: 0.5]")
+@out_option
+def merge(first: Path, second: Path, backbone: str, weight: float, out: Path) -> None:
+    """Average the weights of two students of one teacher (SwiftBrush v2)."""
+    with building("merge", "train", out):
+        from snoopi_rt.export.training.merge import merge as write
+
+        write(backbone, first, second, weight, out)
+    click.echo(f"the student is in {out}; it is exported as {first} was")
+
+
+def _recipe(kind: type, settings: tuple[str, ...], base: Any = None) -> Any:
+    """The stage's recipe, or `base`, with the given settings. Raises InputError for an unknown name or a value of another type."""
+    base = base or kind()
+    types: dict[str, type] = {field.name: type(getattr(base, field.name)) for field in fields(kind)}
     given = {}
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in types:
             raise InputError(f"unknown setting {key!r}, choose from {', '.join(types)}")
         try:
-            given[key] = types[key](value)
+            given[key] = value in ("1", "true", "yes") if types[key] is bool else types[key](value)
         except ValueError:
             raise InputError(f"setting {key} is {value!r}, which is not {types[key].__name__}") from None
-    return kind(**given)
+    return replace(base, **given)

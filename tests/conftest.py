@@ -251,8 +251,8 @@ def tiny_sprites() -> dict:
     """A disc in a colour of its own for every concept and style: stands in for the drawings that npm would fetch."""
     from PIL import Image, ImageDraw
 
-    from snoopi_rt.export.training.concepts import CONCEPTS
-    from snoopi_rt.export.training.emoji import DRAWINGS, SIZE
+    from snoopi_rt.export.training.small.concepts import CONCEPTS
+    from snoopi_rt.export.training.small.emoji import DRAWINGS, SIZE
 
     sprites = {}
     for number, key in enumerate((concept.name, drawing.style) for concept in CONCEPTS for drawing in DRAWINGS):
@@ -268,7 +268,7 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of untrained weights in the layout of the backbone `small`, to be read only."""
     import torch
 
-    from snoopi_rt.export.training import autoencoder, teacher
+    from snoopi_rt.export.training.small import autoencoder, teacher
     from snoopi_rt.export.weights import save_diffusers
 
     folder = tmp_path_factory.mktemp("weights") / "student"

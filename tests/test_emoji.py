@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from snoopi_rt.engines.base import InputError, SnoopiError
-from snoopi_rt.export.training import emoji, pixel_metrics
-from snoopi_rt.export.training.concepts import CONCEPTS, with_article
+from snoopi_rt.export.training.small import emoji, pixel_metrics
+from snoopi_rt.export.training.small.concepts import CONCEPTS, with_article
 
 
 @pytest.fixture(scope="module")

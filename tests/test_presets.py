@@ -125,9 +125,9 @@ def test_the_embedded_student_is_read_at_zero_terminal_snr():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(InputError, match=r"unknown preset 'sd-turob', choose from small, pixart-dmd, .*nitrosd-vibrant"):
+    with pytest.raises(InputError, match=r"unknown preset 'sd-turob', choose from small, pgsb-sd15, .*nitrosd-vibrant"):
         find_preset("sd-turob")
-    with pytest.raises(InputError, match=r"unknown preset 'dmd2', choose from sdxs-dreamshaper, dmd2-sd15, instaflow$"):
+    with pytest.raises(InputError, match=r"unknown preset 'dmd2', choose from pgsb-sd15, sdxs-dreamshaper, dmd2-sd15, instaflow$"):
         find_preset("dmd2", "sd15")
     with pytest.raises(InputError, match="backbone 'flux' has no preset, those with one are small, pixart, sd15, sd21, sdxl"):
         default_preset("flux")
@@ -137,7 +137,9 @@ def test_unknown_names_list_the_known_ones():
 
 def test_a_preset_for_another_backbone_is_refused():
     assert find_preset("sd-turbo", "sd21").name == "sd-turbo"
-    with pytest.raises(InputError, match="preset 'sd-turbo' is for backbone sd21, not pixart, choose from pixart-dmd, yoso-pixart"):
+    with pytest.raises(
+        InputError, match="preset 'sd-turbo' is for backbone sd21, not pixart, choose from pgsb-pixart, pixart-dmd, yoso-pixart"
+    ):
         find_preset("sd-turbo", "pixart")
 
 

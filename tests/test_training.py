@@ -5,17 +5,22 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
+from PIL import Image
 from torch import nn
 
 from snoopi_rt.engines.base import InputError, OutputError
-from snoopi_rt.export.training import loop
+from snoopi_rt.export.training import loop, teachers
+from snoopi_rt.export.training.distil import Task, train
 from snoopi_rt.export.training.loop import Recipe, Stage, run
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
+from snoopi_rt.export.training.recipe import RECIPES
 
 
 def tiny_stage(folder: Path, steps: int = 8, kill_at: int | None = None, poison_at: int | None = None, lr: float = 1e-2) -> None:
@@ -35,7 +40,11 @@ def tiny_stage(folder: Path, steps: int = 8, kill_at: int | None = None, poison_
 
     stage = Stage("tiny", folder, Recipe(steps, 16, lr), {"data": "abc"}, sample_every=4)
     loop.SAVE_EVERY_S = 0.0
-    run(stage, {"network": weights}, step, lambda path: path.write_bytes(b"picture") and None)
+    run(stage, {"network": weights}, step, picture)
+
+
+def picture(path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(path)
 
 
 def losses(folder: Path) -> list[float]:
@@ -92,16 +101,22 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert rates[-1] < 1e-4 and rates == [*sorted(rates[:100]), *sorted(rates[100:], reverse=True)]
 
 
+def distilled(root: Path, out: Path, **settings: object) -> None:
+    """Three steps of PG-SB of the road's teacher."""
+    recipe = replace(RECIPES["small"], steps=3, batch=4, collapse=0.0, **settings)
+    train(Task("small", root / "teacher", root / "pictures" / "prompts.txt", out), recipe)
+
+
 @pytest.fixture(scope="module")
 def road(tmp_path_factory, tiny_sprites):
     """A folder with a picture set and the three stages after a few steps: not a good student, but a real one."""
-    from snoopi_rt.export.training import autoencoder, emoji, student, teacher
+    from snoopi_rt.export.training.small import autoencoder, emoji, teacher
 
     root = tmp_path_factory.mktemp("road")
     emoji.write_set(root / "pictures", tiny_sprites, count=48, seed=0)
     autoencoder.train(root / "pictures", root / "autoencoder", autoencoder.Recipe(steps=3, batch=4))
     teacher.train(root / "pictures", root / "autoencoder", root / "teacher", teacher.Recipe(steps=3, batch=4))
-    student.train(root / "pictures", root / "teacher", root / "student", student.Recipe(steps=3, batch=4))
+    distilled(root, root / "student")
     return root
 
 
@@ -109,48 +124,44 @@ def road(tmp_path_factory, tiny_sprites):
 def test_a_stage_leaves_samples_log_and_checkpoint(road, stage):
     assert list((road / stage / "samples").glob("*.png"))
     assert len(losses_of(road / stage)) == 3
-    assert (road / stage / "checkpoint.safetensors").exists()
+    assert max(path.name for path in (road / stage / "checkpoints").iterdir()) == "0000003.safetensors"
+    assert list((road / stage / "tensorboard").iterdir())
 
 
 def losses_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_captions_are_met_as_often_as_the_pictures_have_them(road):
-    from snoopi_rt.export.training.emoji import read_rows
-    from snoopi_rt.export.training.latents import load_captions
+def test_the_prompts_are_the_training_captions_as_often_as_the_pictures_have_them(road):
+    from snoopi_rt.export.training.small.emoji import read_rows
 
-    captions = load_captions(road / "pictures")
     texts = [row.caption for row in read_rows(road / "pictures") if row.split == "train"]
-    assert len(captions.of_picture) == len(texts)
-    same_row = {int(row): text for row, text in zip(captions.of_picture, texts, strict=True)}
-    assert all(same_row[int(row)] == text for row, text in zip(captions.of_picture, texts, strict=True))
-    assert captions.lengths[0] == 2 and 0 not in same_row  # the empty prompt: [CLS] [SEP]
+    assert (road / "pictures" / "prompts.txt").read_text().splitlines() == texts
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])
 def test_a_real_stage_resumes_to_the_same_losses_and_weights(road, stage, tmp_path, monkeypatch):
-    from snoopi_rt.export.training import student, teacher
+    from snoopi_rt.export.training.small import teacher
 
-    def train(out: Path) -> None:
+    def train_stage(out: Path) -> None:
         if stage == "teacher":
             teacher.train(road / "pictures", road / "autoencoder", out, teacher.Recipe(steps=3, batch=4))
         else:
-            student.train(road / "pictures", road / "teacher", out, student.Recipe(steps=3, batch=4))
+            distilled(road, out)
 
     real = loop.generator
 
-    def stopped(seed: int, step: int) -> torch.Generator:
-        if step == 2:
+    def stopped(seed: int, *place: int | str) -> torch.Generator:
+        if place == (2,):
             raise KeyboardInterrupt
-        return real(seed, step)
+        return real(seed, *place)
 
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(loop, "generator", stopped)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path)
+        train_stage(tmp_path)
     monkeypatch.setattr(loop, "generator", real)
-    train(tmp_path)
+    train_stage(tmp_path)
     assert losses_of(tmp_path) == losses_of(road / stage)
     file = "transformer/diffusion_pytorch_model.safetensors"
     assert (tmp_path / file).read_bytes() == (road / stage / file).read_bytes()
@@ -159,12 +170,11 @@ def test_a_real_stage_resumes_to_the_same_losses_and_weights(road, stage, tmp_pa
 def test_the_student_learns_and_its_frozen_teacher_stays(road, monkeypatch, tmp_path):
     from safetensors.torch import load_file
 
-    from snoopi_rt.export.training import student
-
     adapted = []
-    wrap = student.get_peft_model
-    monkeypatch.setattr(student, "get_peft_model", lambda *given, **options: adapted.append(wrap(*given, **options)) or adapted[0])
-    student.train(road / "pictures", road / "teacher", tmp_path, student.Recipe(steps=3, batch=4, lr=1e-3))
+    monkeypatch.setattr(
+        teachers, "get_peft_model", lambda *given, **options: adapted.append(get_peft_model(*given, **options)) or adapted[0]
+    )
+    distilled(road, tmp_path, lr=1e-3)
     file = "transformer/diffusion_pytorch_model.safetensors"
     before, after = load_file(road / "teacher" / file), load_file(tmp_path / file)
     assert all(not torch.equal(before[key], after[key]) for key in before if "attn1.to_q.weight" in key)
@@ -187,13 +197,3 @@ def test_the_road_ends_in_a_bundle_that_draws(road, tmp_path):
         result = pipe.generate("a red disc", negative_prompt="blurry", seed=3)
     assert result.images.shape == (1, 128, 128, 3)
     assert np.unique(result.images).size > 16
-
-
-def test_captions_are_read_without_any_picture(road):
-    from snoopi_rt.export.training.latents import load_captions
-
-    (road / "pictures" / "pictures.npy").rename(road / "pictures" / "hidden")
-    try:
-        assert load_captions(road / "pictures").states.shape[2] == 384
-    finally:
-        (road / "pictures" / "hidden").rename(road / "pictures" / "pictures.npy")

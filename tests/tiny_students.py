@@ -69,7 +69,13 @@ def pixart_network(sample_size: int = 8, **config: Any) -> Any:
 
 
 def stable_diffusion(
-    folder: Path, kind: str = "sd21", tiny_vae: bool = False, scheduler: str = "DDPMScheduler", levels: int = 2, **config: Any
+    folder: Path,
+    kind: str = "sd21",
+    tiny_vae: bool = False,
+    scheduler: str = "DDPMScheduler",
+    levels: int = 2,
+    prediction: str = "epsilon",
+    **config: Any,
 ) -> Path:
     """`kind` sd15, sd21 or sdxl."""
     unet(kind, levels, **config).save_pretrained(folder / "unet")
@@ -82,7 +88,7 @@ def stable_diffusion(
         _clip(folder / "text_encoder_2", projected=True, hidden_size=48, hidden_act="gelu")
         clip_tokenizer(folder / "tokenizer_2", "!")
         parts |= {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}
-    _scheduler(folder, "sd", kind=scheduler)
+    _scheduler(folder, "sd", prediction, scheduler)
     _index(folder, "StableDiffusionXLPipeline" if two else "StableDiffusionPipeline", **parts)
     return folder
 
@@ -125,7 +131,7 @@ def clip_tokenizer(folder: Path, pad: str) -> Path:
     letters = sorted(ByteLevel.alphabet())
     merges = ["c a", "ca t</w>", "d o", "do g</w>", "t h", "th e</w>"]
     words = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges), BOS, EOS]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad, "unk_token": EOS}
@@ -199,6 +205,25 @@ def _clip(folder: Path, projected: bool, hidden_size: int = 32, hidden_act: str 
         pad_token_id=519,
     )
     (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).save_pretrained(folder)
+
+
+def clip(folder: Path) -> Path:
+    """A CLIPModel with its tokenizer."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    text = {"vocab_size": 520, "hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 2}
+    text |= {"bos_token_id": 518, "eos_token_id": 519, "pad_token_id": 519}
+    vision = {
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+    }
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).save_pretrained(folder)
+    return clip_tokenizer(folder, EOS)
 
 
 def _scheduler(folder: Path, family: str, prediction: str = "epsilon", kind: str = "DDPMScheduler") -> None:

@@ -2,7 +2,7 @@
 
     python tools/evaluate_small.py --out out/evaluation
 
-Pixel metrics only (snoopi_rt/export/training/pixel_metrics.py): no trained judge. The last line is one JSON document.
+Pixel metrics only (snoopi_rt/export/training/small/pixel_metrics.py): no trained judge. The last line is one JSON document.
 """
 
 import json
@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 import snoopi_rt
 from snoopi_rt.engines import installed
-from snoopi_rt.export.training import pixel_metrics
-from snoopi_rt.export.training.concepts import CONCEPTS, with_article
-from snoopi_rt.export.training.emoji import BACKGROUNDS, NEUTRAL, QUALITIES, contact_sheet, split_of
+from snoopi_rt.export.training.small import pixel_metrics
+from snoopi_rt.export.training.small.concepts import CONCEPTS, with_article
+from snoopi_rt.export.training.small.emoji import BACKGROUNDS, NEUTRAL, QUALITIES, contact_sheet, split_of
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -49,8 +50,38 @@ class Student:
 
 
 @dataclass(frozen=True)
+class PromptEncoder:
+    """A backbone's text encoder as training uses it: before all that the network itself learns.
+
+    write_tokenizer(path) writes tokenizer.json and gives the rule of its prompts. encode: ids (B, T) to states (B, T, D), fp32, each.
+    """
+
+    write_tokenizer: Callable[[Path], Text]
+    encode: Callable[[list[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A backbone's network as training sees it. `kind`: its diffusers class, whose weights lie in the folder `part`.
+
+    answer(network, x_t, t, states, mask, negative): what it says of x_t (B, C, h, w) at t (B,), (B, C, h, w), its variance left out.
+    states (B, T, D) are a PromptEncoder's, mask (B, T) bool or None; negative: states (B, U, D), mask and scale (B,), for a network with
+    GuidedAttention, or None. lora_targets: the layers that a LoRA adapts. timestep: what a student is fed where nothing is said.
+    prompt_encoder(folder, max_tokens): that of a teacher's folder.
+    """
+
+    kind: type[nn.Module]
+    part: str
+    answer: Callable[..., Tensor]
+    lora_targets: tuple[str, ...]
+    timestep: int
+    masked: bool
+    prompt_encoder: Callable[[Path, int], PromptEncoder]
+
+
+@dataclass(frozen=True)
 class Backbone:
-    """One architecture. `module` has `load(weights, preset, sizes) -> Student`.
+    """One architecture. `module` has `load(weights, preset, sizes) -> Student` and, where it can be trained, `DENOISER`.
 
     side: what the sides of an image are multiples of. masks: the graph takes token masks, so that prompts of different lengths share a
     batch. precision: what each graph is exported in where nothing is said. tiny_decoder: hub id of its TAESD. opset: see graph.py.
@@ -67,11 +98,22 @@ class Backbone:
 
     def load(self, weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -> Student:
         """The modules of a student. Raises InputError for weights that are missing or do not fit."""
-        return import_module(f"snoopi_rt.export.backbones.{self.module}").load(weights, preset, sizes)
+        return self._module.load(weights, preset, sizes)
+
+    def denoiser(self) -> Denoiser:
+        """What training needs. Raises InputError for a backbone that cannot be trained here."""
+        if self.name not in TRAINED:
+            raise InputError(f"backbone {self.name} cannot be trained here, choose from {', '.join(TRAINED)}")
+        return self._module.DENOISER
+
+    @property
+    def _module(self) -> Any:
+        return import_module(f"snoopi_rt.export.backbones.{self.module}")
 
 
 FACTOR = 8
 """Pixels a latent pixel: the same for every autoencoder here."""
+TRAINED = ("small", "pixart", "sd15", "sd21")
 _AUTO = {"text_encoder": "fp16", "generator": "auto", "decoder": "auto"}
 _CLIP = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 

@@ -44,18 +44,38 @@ class GuidedPixArt(nn.Module):
         negative = None if negative_states is None else (negative_states, negative_mask, negative_scale)
 
         def network(step: int, latent: Tensor) -> Tensor:
-            answer = self.network(
-                latent,
-                encoder_hidden_states=prompt_states,
-                timestep=torch.full((len(noise),), self.rule.steps[step].timestep),
-                encoder_attention_mask=None if prompt_mask is None else prompt_mask.to(noise.dtype),
-                cross_attention_kwargs={"negative": negative},
-                added_cond_kwargs=size_condition(self.network, self.size, len(noise)),
-                return_dict=False,
-            )[0]
-            return answer[:, : noise.shape[1]]
+            t = torch.full((len(noise),), self.rule.steps[step].timestep)
+            return pixart_answer(self.network, latent, t, prompt_states, prompt_mask, negative, self.size)
 
         return self.rule.run(network, noise, renoise)
+
+
+def pixart_answer(
+    network: PixArtTransformer2DModel,
+    x_t: Tensor,
+    t: Tensor,
+    states: Tensor,
+    mask: Tensor | None,
+    negative: tuple[Tensor, Tensor | None, Tensor] | None,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """What the network says of x_t (B, C, h, w), without the variance that it may have learned; see Denoiser.
+
+    `size`: the image's height and width where they are not those of the latent times 8.
+    """
+    if negative is not None and network.caption_projection is not None:
+        negative = network.caption_projection(negative[0]), *negative[1:]
+    height, width = size or (x_t.shape[2] * 8, x_t.shape[3] * 8)
+    condition = size_condition(network, (height, width), len(x_t))
+    return network(
+        x_t,
+        encoder_hidden_states=states,
+        timestep=t,
+        encoder_attention_mask=None if mask is None else mask.to(x_t.dtype),
+        cross_attention_kwargs={"negative": negative},
+        added_cond_kwargs={name: None if value is None else value.to(x_t) for name, value in condition.items()},
+        return_dict=False,
+    )[0][:, : x_t.shape[1]]
 
 
 class FoldedPixArt(nn.Module):

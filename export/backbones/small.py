@@ -8,9 +8,10 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from snoopi_rt.bundle import File, Text
-from snoopi_rt.export.backbones import Student, Weights
+from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder, load_network
-from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt
+from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer
+from snoopi_rt.export.backbones.pixart_alpha import LORA_TARGETS
 from snoopi_rt.export.preset import Preset
 from snoopi_rt.export.text import minilm
 from snoopi_rt.export.weights import require
@@ -44,10 +45,6 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
     def encode(prompts: list[Tensor]) -> list[dict[str, Tensor]]:
         return [{"states": encoder(ids)} for ids in prompts]
 
-    def write_tokenizer(path: Path) -> Text:
-        shutil.copyfile(minilm.folder() / "tokenizer.json", path)
-        return Text(File.of(path), preset.max_tokens, lowercase=True)
-
     return Student(
         text_encoder=encoder,
         text_outputs=("states",),
@@ -56,6 +53,27 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         generator=lambda guidance, empty: FoldedPixArt(network, preset.rule, guidance, empty, sizes[0], attention, attention),
         reference=lambda guidance, empty: GuidedPixArt(network, preset.rule, guidance, empty, sizes[0]),
         decoder=load_decoder(weights, preset),
-        write_tokenizer=write_tokenizer,
+        write_tokenizer=prompt_encoder(weights.folder, preset.max_tokens).write_tokenizer,
         channels=network.config.in_channels,
     )
+
+
+def prompt_encoder(folder: Path, max_tokens: int) -> PromptEncoder:
+    """MiniLM, the very encoder that ships: it lies in no teacher's folder."""
+
+    def write_tokenizer(path: Path) -> Text:
+        shutil.copyfile(minilm.folder() / "tokenizer.json", path)
+        return Text(File.of(path), max_tokens, lowercase=True)
+
+    @torch.no_grad()
+    def encode(prompts: list[Tensor]) -> list[Tensor]:
+        encoder = minilm.load_text_encoder()
+        return [encoder(ids).last_hidden_state for ids in prompts]
+
+    return PromptEncoder(write_tokenizer, encode)
+
+
+# Zero terminal SNR: at 999 the noise is pure and x0 = -v.
+DENOISER = Denoiser(
+    PixArtTransformer2DModel, "transformer", pixart_answer, LORA_TARGETS, timestep=999, masked=True, prompt_encoder=prompt_encoder
+)

@@ -6,11 +6,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from snoopi_rt.bundle import Text
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.export.backbones import Student, Weights
+from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder, load_network
-from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet
+from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet, unet_answer
 from snoopi_rt.export.checkpoint import load_module
 from snoopi_rt.export.preset import Preset
 from snoopi_rt.export.text.clip import ClipTextEncoder, SdxlTextEncoder
@@ -37,9 +36,6 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         found = [encoder(ids) for ids in prompts]
         return [dict(zip(outputs, states if conditioned else (states,), strict=True)) for states in found]
 
-    def write_tokenizer(path: Path) -> Text:
-        return clip_rule(weights.folder / "tokenizer", path)
-
     return Student(
         text_encoder=encoder,
         text_outputs=outputs,
@@ -47,9 +43,20 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         generator=lambda guidance, empty: FoldedUNet(network, preset.rule, guidance, empty, time_ids),
         reference=lambda guidance, empty: GuidedUNet(network, preset.rule, guidance, empty, time_ids),
         decoder=load_decoder(weights, preset),
-        write_tokenizer=write_tokenizer,
+        write_tokenizer=lambda path: clip_rule(weights.folder / "tokenizer", path),
         channels=network.config.in_channels,
     )
+
+
+def prompt_encoder(folder: Path, max_tokens: int) -> PromptEncoder:
+    """One CLIP text encoder, that of SD 1.5 or 2.1; its prompts always have 77 tokens."""
+
+    @torch.no_grad()
+    def encode(prompts: list[Tensor]) -> list[Tensor]:
+        encoder, _ = _text_encoder(folder, False)
+        return [encoder(ids) for ids in prompts]
+
+    return PromptEncoder(lambda path: clip_rule(folder / "tokenizer", path), encode)
 
 
 def _text_encoder(folder: Path, two: bool) -> tuple[nn.Module, tuple[str, ...]]:
@@ -61,3 +68,14 @@ def _text_encoder(folder: Path, two: bool) -> tuple[nn.Module, tuple[str, ...]]:
     second = load_module(folder / "text_encoder_2", CLIPTextModelWithProjection)
     one, other = (clip_tokenizer(folder / part) for part in ("tokenizer", "tokenizer_2"))
     return SdxlTextEncoder(first, second, one.eos_token_id, (one.pad_token_id, other.pad_token_id)), ("states", "pooled")
+
+
+DENOISER = Denoiser(
+    UNet2DConditionModel,
+    "unet",
+    unet_answer,
+    ("to_q", "to_k", "to_v", "to_out.0"),
+    timestep=999,
+    masked=False,
+    prompt_encoder=prompt_encoder,
+)

@@ -64,16 +64,30 @@ class GuidedUNet(nn.Module):
         )
 
         def network(step: int, latent: Tensor) -> Tensor:
-            return self.network(
-                latent,
-                torch.full((len(noise),), self.rule.steps[step].timestep),
-                encoder_hidden_states=prompt_states,
-                cross_attention_kwargs={"negative": negative},
-                added_cond_kwargs=added,
-                return_dict=False,
-            )[0]
+            t = torch.full((len(noise),), self.rule.steps[step].timestep)
+            return unet_answer(self.network, latent, t, prompt_states, None, negative, added)
 
         return self.rule.run(network, noise, renoise)
+
+
+def unet_answer(
+    network: UNet2DConditionModel,
+    x_t: Tensor,
+    t: Tensor,
+    states: Tensor,
+    mask: None,
+    negative: tuple[Tensor, Tensor | None, Tensor] | None,
+    added: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """What the network says of x_t (B, C, h, w); see Denoiser. `added`: SDXL's pooled states and image size."""
+    return network(
+        x_t,
+        t,
+        encoder_hidden_states=states,
+        cross_attention_kwargs={"negative": negative},
+        added_cond_kwargs=added or {},
+        return_dict=False,
+    )[0]
 
 
 @dataclass(frozen=True)

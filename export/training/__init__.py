@@ -1,1 +1,1 @@
-"""Training the small model: pictures, autoencoder, teacher, PG-SB student, and the pixel metrics that judge them."""
+"""Training a one-step student: PG-SB for every backbone, and the loop that every stage shares."""

@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
-from safetensors import safe_open
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.weights import save_tensors
 from snoopi_rt.files import write_whole
 from snoopi_rt.request import integer
@@ -52,18 +55,28 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: where it writes, its recipe, and the fingerprints of what it reads. A resumed run must have the same of both."""
+    """One training run: where it writes, its recipe, and the fingerprints of what it reads. A resumed run must have the same of both.
+
+    `keep`: how many checkpoints stay. `wrong`: why a run with these scalars must stop, or None.
+    """
 
     name: str
     folder: Path
     recipe: Recipe
     inputs: Mapping[str, str]
     sample_every: int = 1000
+    keep: int = 2
+    wrong: Callable[[Mapping[str, float]], str | None] = lambda scalars: None
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints that are there, the newest last."""
+        return sorted((self.folder / "checkpoints").glob("[0-9]*.safetensors"))
 
 
-def generator(seed: int, step: int) -> torch.Generator:
-    """The random stream of one step."""
-    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+def generator(seed: int, *place: int | str) -> torch.Generator:
+    """The random stream of one step, or of one sample in it."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *place))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
@@ -72,61 +85,102 @@ def run(
     parts: Mapping[str, Resumable],
     step: Callable[[int, torch.Generator], dict[str, float]],
     sample: Callable[[Path], None],
+    processes: Processes | None = None,
 ) -> None:
-    """Runs `step(i, generator)` for every step not yet done and leaves checkpoint.safetensors, log.jsonl and samples/ in its folder.
+    """Runs `step(i, generator)` for every step not yet done. Leaves checkpoints/, log.jsonl, tensorboard/ and samples/ in its folder.
 
-    `step` returns named scalars; `sample(path)` draws a picture of the present state. Raises OutputError on NaN or infinity (the last
+    `step` returns named scalars; `sample(path)` draws a picture of the present state. Of several processes the main one writes, and all
+    must get the same scalars. Raises OutputError on NaN or infinity, for what `stage.wrong` says and where the disk is full (the last
     checkpoint stays), InputError where the folder's checkpoint was made by another recipe.
     """
+    start = _resume(stage, parts)
+    if processes is not None and not processes.main:
+        for i in range(start, stage.recipe.steps):
+            _check(stage, i, step(i, generator(stage.recipe.seed, i)))
+        return
+    try:
+        _run(stage, parts, step, sample, start)
+    except OSError as error:
+        kept = f"; {stage.checkpoints[-1]} is kept" if stage.checkpoints else ""
+        raise OutputError(f"{stage.name} stopped: cannot write in {stage.folder}: {error.strerror or error}{kept}") from error
+
+
+def _run(
+    stage: Stage,
+    parts: Mapping[str, Resumable],
+    step: Callable[[int, torch.Generator], dict[str, float]],
+    sample: Callable[[Path], None],
+    start: int,
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
     steps, batch = stage.recipe.steps, stage.recipe.batch
-    stage.folder.mkdir(parents=True, exist_ok=True)
-    (stage.folder / "samples").mkdir(exist_ok=True)
-    checkpoint = stage.folder / "checkpoint.safetensors"
-    start = _resume(checkpoint, stage, parts)
+    for name in ("samples", "checkpoints"):
+        (stage.folder / name).mkdir(parents=True, exist_ok=True)
     _cut_log(stage.folder / "log.jsonl", start)
     saved_at = time.monotonic()
     with (
         open(stage.folder / "log.jsonl", "a") as log,
+        SummaryWriter(str(stage.folder / "tensorboard"), purge_step=start) as board,
         tqdm(total=steps * batch, initial=start * batch, unit="image", desc=stage.name, smoothing=0.05, mininterval=1.0) as bar,
     ):
         for i in range(start, steps):
             scalars = step(i, generator(stage.recipe.seed, i))
-            wrong = [name for name, value in scalars.items() if not math.isfinite(value)]
-            if wrong:
-                raise OutputError(f"{stage.name} stopped at step {i}: {', '.join(wrong)} is not finite; the last checkpoint is kept")
+            _check(stage, i, scalars)
             log.write(json.dumps({"step": i, **{k: round(v, 9) for k, v in scalars.items()}}) + "\n")
+            for name, value in scalars.items():
+                board.add_scalar(name, value, i)
             bar.update(batch)
             bar.set_postfix({k: f"{v:.4g}" for k, v in scalars.items()}, refresh=False)
             done = i + 1
             if done % stage.sample_every == 0 or done == steps:
-                sample(stage.folder / "samples" / f"{done:07d}.png")
+                picture = stage.folder / "samples" / f"{done:07d}.png"
+                sample(picture)
+                board.add_image("samples", np.asarray(Image.open(picture).convert("RGB")), done, dataformats="HWC")
             if time.monotonic() - saved_at > SAVE_EVERY_S or done == steps:
                 log.flush()
-                _save(checkpoint, stage, parts, done)
+                _save(stage, parts, done)
                 saved_at = time.monotonic()
 
 
-def _save(path: Path, stage: Stage, parts: Mapping[str, Resumable], step: int) -> None:
+def _check(stage: Stage, i: int, scalars: Mapping[str, float]) -> None:
+    infinite = [name for name, value in scalars.items() if not math.isfinite(value)]
+    reason = f"{', '.join(infinite)} is not finite" if infinite else stage.wrong(scalars)
+    if reason:
+        raise OutputError(f"{stage.name} stopped at step {i}: {reason}; the last checkpoint is kept")
+
+
+def _save(stage: Stage, parts: Mapping[str, Resumable], step: int) -> None:
     tensors = {f"{name}/{key}": value for name, part in parts.items() for key, value in part.state().items()}
+    path = stage.folder / "checkpoints" / f"{step:07d}.safetensors"
     save_tensors(path, tensors, {"step": str(step), "recipe": json.dumps(_identity(stage))})
+    for old in stage.checkpoints[: -stage.keep]:
+        old.unlink()
 
 
 def _identity(stage: Stage) -> dict[str, object]:
     return {**asdict(stage.recipe), **stage.inputs}
 
 
-def _resume(path: Path, stage: Stage, parts: Mapping[str, Resumable]) -> int:
-    if not path.exists():
+def _resume(stage: Stage, parts: Mapping[str, Resumable]) -> int:
+    """The first step that is to do; `parts` are as the newest checkpoint has them."""
+    if not stage.checkpoints:
         return 0
-    with safe_open(path, framework="pt") as stored:
-        metadata = stored.metadata()
-        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - safe_open is not a dict
-    before, now = json.loads(metadata["recipe"]), json.loads(json.dumps(_identity(stage)))
-    if before != now:
-        changed = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in sorted({*before, *now}) if before.get(k) != now.get(k))
-        raise InputError(f"{stage.folder} holds a {stage.name} of another recipe ({changed}); use the same settings or another folder")
-    for name, part in parts.items():
-        part.restore({key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")})
+    path = stage.checkpoints[-1]
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata = stored.metadata()
+            before, now = json.loads(metadata["recipe"]), json.loads(json.dumps(_identity(stage)))
+            if before != now:
+                changed = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in sorted({*before, *now}) if before.get(k) != now.get(k))
+                raise InputError(
+                    f"{stage.folder} holds a {stage.name} of another recipe ({changed}); use the same settings or another folder"
+                )
+            for name, part in parts.items():
+                names = [key for key in stored.keys() if key.startswith(f"{name}/")]  # noqa: SIM118 - safe_open is not a dict
+                part.restore({key.removeprefix(f"{name}/"): stored.get_tensor(key) for key in names})
+    except (SafetensorError, KeyError) as error:
+        raise InputError(f"{path} is damaged ({error}): remove it to go on from the checkpoint before it") from error
     return int(metadata["step"])
 
 

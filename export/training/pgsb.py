@@ -4,8 +4,13 @@ Notation of SNOOPI (arXiv 2412.02687): x_t = alpha x0 + sigma eps; kappa is the 
 psi, the LoRA teacher pi. Shapes are (B, C, H, W), scalars a sample (B, 1, 1, 1).
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Teachers = Literal["both", "frozen", "lora", "none"]
+Weight = Literal["dmd", "swiftbrush", "epsilon", "x0"]
 
 
 def guided(conditional: Tensor, empty: Tensor, kappa: Tensor) -> Tensor:
@@ -13,24 +18,33 @@ def guided(conditional: Tensor, empty: Tensor, kappa: Tensor) -> Tensor:
     return empty + kappa * (conditional - empty)
 
 
-def random_kappa(batch: int, low: float, high: float, random: torch.Generator) -> Tensor:
-    """One guidance scale a sample, U(low, high), shape (B, 1, 1, 1); both teachers use the same draw."""
-    return low + (high - low) * torch.rand(batch, 1, 1, 1, generator=random)
+def kappas(uniform: Tensor, low: float, high: float, random_on: Teachers) -> tuple[Tensor, Tensor]:
+    """kappa of the frozen and of the LoRA teacher, (B, 1, 1, 1) each, of draws (B,) from U(0, 1).
 
-
-def x0_from_v(x_t: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The clean latent that a v-prediction means: alpha x_t - sigma v."""
-    return alpha * x_t - sigma * v
-
-
-def vsd_gradient(x0: Tensor, teacher_x0: Tensor, lora_x0: Tensor) -> Tensor:
-    """The gradient of VSD with respect to x0: w(t) (eps_teacher - eps_lora), written in x0.
-
-    eps_teacher - eps_lora = alpha / sigma (lora_x0 - teacher_x0); w(t) is DMD's choice (Yin et al. 2023, equation 8), which makes
-    every timestep weigh alike: 1 / mean |x0 - teacher_x0| a sample.
+    Both teachers use the same draw of U(low, high); one on which kappa is not random takes the mean (v1, table 2).
     """
-    scale = (x0 - teacher_x0).abs().mean((1, 2, 3), keepdim=True)
-    return (lora_x0 - teacher_x0) / scale.clamp(min=1e-6)
+    random = (low + (high - low) * uniform).view(-1, 1, 1, 1)
+    mean = torch.full_like(random, (low + high) / 2)
+    return (random if random_on in ("both", "frozen") else mean), (random if random_on in ("both", "lora") else mean)
+
+
+def vsd_gradient(x0: Tensor, teacher_x0: Tensor, lora_x0: Tensor, alpha: Tensor, sigma: Tensor, weight: Weight) -> Tensor:
+    """The gradient of VSD with respect to x0: w(t) (eps_teacher - eps_lora), written in x0 (v3, equation 6).
+
+    eps_teacher - eps_lora = alpha / sigma (lora_x0 - teacher_x0). What `weight` makes of it:
+    epsilon: w = 1. swiftbrush: w = sigma^2, as in SwiftBrush's code. x0: w = sigma / alpha, the plain difference of the clean latents.
+    dmd: that difference over mean |x0 - teacher_x0| a sample (Yin et al. 2023, equation 8), so that every timestep weighs alike.
+    """
+    difference = lora_x0 - teacher_x0
+    match weight:
+        case "epsilon":
+            return alpha / sigma * difference
+        case "swiftbrush":
+            return alpha * sigma * difference
+        case "x0":
+            return difference
+        case "dmd":
+            return difference / (x0 - teacher_x0).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
 
 
 def vsd_loss(x0: Tensor, gradient: Tensor) -> Tensor:
@@ -38,6 +52,12 @@ def vsd_loss(x0: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
 
 
-def v_target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the LoRA teacher learns to say of x_t: alpha eps - sigma x0."""
-    return alpha * eps - sigma * x0
+def lora_loss(answer: Tensor, target: Tensor, alpha: Tensor, weighted: bool) -> Tensor:
+    """The LoRA teacher's denoising loss; `weighted` by alpha^2, as in SwiftBrush's code, else as in the paper."""
+    error = answer - target
+    return (alpha * error if weighted else error).square().mean()
+
+
+def clamped_clip_loss(similarity: Tensor, threshold: float) -> Tensor:
+    """max(0, threshold - cosine) of picture and prompt (B,), averaged (SwiftBrush v2, equation 5): no pull beyond the threshold."""
+    return (threshold - similarity).clamp(min=0).mean()

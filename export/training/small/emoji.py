@@ -20,11 +20,13 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from snoopi_rt.engines.base import InputError, SnoopiError
-from snoopi_rt.export.training.concepts import CONCEPTS, Concept, with_article
+from snoopi_rt.export.training.sheet import contact_sheet
+from snoopi_rt.export.training.small.concepts import CONCEPTS, Concept, with_article
 from snoopi_rt.files import sha256, write_whole
 from snoopi_rt.request import integer
 
 SIZE = 128  # pixels a side
+PROMPTS = "prompts.txt"
 
 BACKGROUNDS = {
     "red": (214, 40, 44),
@@ -95,8 +97,11 @@ class Row:
 
 
 def build(out: Path, count: int, seed: int) -> None:
-    """Writes `count` captioned pictures to the folder `out`: pictures.npy (count, 128, 128, 3) uint8, captions.jsonl, contact_sheet.png,
-    NOTICE.txt and, last, dataset.json. Raises InputError where `out` already holds a set, SnoopiError where npm is missing or fails."""
+    """Writes `count` captioned pictures to the folder `out`: pictures.npy (count, 128, 128, 3) uint8, captions.jsonl, prompts.txt,
+    contact_sheet.png, NOTICE.txt and, last, dataset.json.
+
+    Raises InputError where `out` already holds a set, SnoopiError where npm is missing or fails.
+    """
     integer("count", count, 1)
     integer("seed", seed, 0)
     if (out / "dataset.json").exists():
@@ -115,6 +120,8 @@ def write_set(out: Path, sprites: dict[tuple[str, str], Image.Image], count: int
     pictures.flush()
     rows = _read_rows(out)
     contact_sheet(pictures[:64], [row.caption for row in rows[:64]]).save(out / "contact_sheet.png")
+    # What the student is distilled on: it never sees the compositions of the test split.
+    write_whole(out / PROMPTS, "".join(f"{row.caption}\n" for row in rows if row.split == "train").encode())
     (out / "NOTICE.txt").write_text(
         "The pictures are made from:\n" + "".join(f"- {d.package} {d.version}: {d.licence}, {d.upstream}\n" for d in DRAWINGS)
     )
@@ -272,24 +279,3 @@ def _fetch(drawing: Drawing, folder: Path) -> Path:
     os.replace(beside / "package", root)
     shutil.rmtree(beside)
     return root
-
-
-def contact_sheet(pictures: np.ndarray, captions: list[str], columns: int = 8) -> Image.Image:
-    """A picture of pictures, each with its caption below: (N, H, W, 3) uint8."""
-    from PIL import ImageDraw, ImageFont
-
-    font = ImageFont.load_default(size=10)
-    cell, label = pictures.shape[1], 26
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (cell + 6), rows * (cell + label + 4)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        x, y = i % columns * (cell + 6) + 3, i // columns * (cell + label + 4) + 2
-        sheet.paste(Image.fromarray(np.asarray(picture)), (x, y))
-        lines = [""]
-        for word in caption.split():
-            if font.getlength(f"{lines[-1]} {word}") > cell:
-                lines.append("")
-            lines[-1] = f"{lines[-1]} {word}".strip()
-        pen.multiline_text((x, y + cell + 1), "\n".join(lines[:2]), fill="black", font=font, spacing=1)
-    return sheet

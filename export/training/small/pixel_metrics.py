@@ -6,7 +6,7 @@ own domain: one thing before a plain background, with the flaws that `emoji.degr
 
 import numpy as np
 
-from snoopi_rt.export.training.emoji import BACKGROUNDS, CELL
+from snoopi_rt.export.training.small.emoji import BACKGROUNDS, CELL
 
 BORDER = 6  # pixels; no sprite reaches there
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from snoopi_rt.export.attention import PlainAttention
 from snoopi_rt.export.training import loop
-from snoopi_rt.export.training.autoencoder import to_pictures
-from snoopi_rt.export.training.emoji import contact_sheet
-from snoopi_rt.export.training.latents import Captions, encode_captions, load_captions, load_latents
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
+from snoopi_rt.export.training.small.autoencoder import to_pictures
+from snoopi_rt.export.training.small.emoji import contact_sheet
+from snoopi_rt.export.training.small.latents import Captions, encode_captions, load_captions, load_latents
 from snoopi_rt.export.weights import WEIGHTS, fingerprint, require, save_diffusers
 
 SAMPLE_PROMPTS = (

@@ -1,0 +1,33 @@
+"""Two students of one teacher to one: the mean of their weights (SwiftBrush v2, section 3.4)."""
+
+from pathlib import Path
+
+import torch
+
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.export.backbones import find_backbone
+from snoopi_rt.export.checkpoint import load_module
+from snoopi_rt.export.training.distil import write_beside
+from snoopi_rt.export.weights import CONFIG
+
+
+@torch.no_grad()
+def merge(backbone: str, first: Path, second: Path, weight: float, out: Path) -> None:
+    """Writes weight * first + (1 - weight) * second to `out`, in diffusers layout; all other parts are those of `first`.
+
+    Raises InputError where the two differ in shape, and where `out` exists.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists: choose another folder")
+    denoiser = find_backbone(backbone).denoiser()
+    network, other = (load_module(folder / denoiser.part, denoiser.kind) for folder in (first, second))
+    theirs = other.state_dict()
+    for name, value in network.state_dict().items():
+        if name not in theirs or theirs[name].shape != value.shape:
+            raise InputError(f"{first} and {second} are not students of one teacher: {name} of {CONFIG} differs")
+    merged = {
+        name: torch.lerp(theirs[name], value, weight) if value.is_floating_point() else value
+        for name, value in network.state_dict().items()
+    }
+    network.load_state_dict(merged, assign=True)
+    write_beside(first, denoiser.part, network, out)

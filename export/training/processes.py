@@ -1,0 +1,32 @@
+"""The processes that train together: one, or those that `accelerate launch` started on several GPUs and hosts."""
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+
+class Processes:
+    """This process among all: its `device`, its `rank`, how many there are, and whether it is the one that writes (`main`).
+
+    `with processes.first()`: the main one does something before the others.
+    """
+
+    def __init__(self) -> None:
+        # Several processes on CPUs are started by torchrun: `accelerate launch --cpu` starts one.
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        self.first = state.main_process_first
+        self.device, self.rank, self.count, self.main = state.device, state.process_index, state.num_processes, state.is_main_process
+
+    def mean(self, tensors: Iterable[Tensor]) -> None:
+        """Makes of each tensor its mean over all processes, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+                tensor /= self.count
+
+    def share(self, total: int) -> range:
+        """This process's samples of a step's `total`."""
+        part = total // self.count
+        return range(self.rank * part, (self.rank + 1) * part)

@@ -1,0 +1,126 @@
+"""The settings of PG-SB, all of them, and the recipes that papers and this project give them."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.export.training import loop
+from snoopi_rt.export.training.pgsb import Teachers, Weight
+
+
+@dataclass(frozen=True)
+class Recipe(loop.Recipe):
+    """How a student is distilled. Raises InputError for values that cannot be.
+
+    batch: of one step over all processes. micro_batch: of one forward on one process, 0 is all that it has of a batch.
+    precision: of the networks; their masters, the optimisers and all arithmetic between networks are fp32. checkpointing: activations
+    are computed again in the backward pass instead of being kept.
+
+    kappa ~ U(kappa_min, kappa_max) on the teachers of kappa_on, one draw a sample or one a batch; elsewhere the mean. t_min to t_max: the
+    timesteps of the VSD gradient; weight: see pgsb.vsd_gradient. lora_rank: 0 makes the LoRA teacher a full copy. lora_weighted: see
+    pgsb.lora_loss. empty: the share of prompts that the LoRA teacher sees as the empty one, without which guidance on it means nothing.
+
+    timestep: what the student is fed, -1 is the backbone's. student_rank: 0 trains all of the student, else a LoRA that is merged at the
+    end. warm_steps: so many steps first that bring the student near the teacher's own pictures, drawn from noise in warm_calls calls at
+    guidance kappa's mean. nasa_max: above 0 the student runs with NASA at a scale of U(0, nasa_max) and the frozen teacher has the
+    negative in place of the empty prompt (NASA-T, v3 section 4.3). clip_weight: of the clamped CLIP loss, falling linearly to 0.
+    collapse: the deviation of clean latents below which the run stops; theirs is about 1.
+    """
+
+    micro_batch: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    checkpointing: bool = False
+    kappa_min: float = 0.5
+    kappa_max: float = 4.0
+    kappa_on: Teachers = "both"
+    kappa_per: Literal["sample", "batch"] = "sample"
+    t_min: int = 20
+    t_max: int = 980
+    weight: Weight = "dmd"
+    timestep: int = -1
+    student_rank: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    warmup: int = 100
+    decay_from: float = 1.0
+    ema: float = 0.999
+    lora_rank: int = 64
+    lora_alpha: int = 128
+    lora_lr: float = 1e-3
+    lora_steps: int = 1
+    lora_weighted: bool = False
+    empty: float = 0.1
+    warm_steps: int = 0
+    warm_calls: int = 10
+    nasa_max: float = 0.0
+    clip_weight: float = 0.0
+    clip_threshold: float = 0.37
+    collapse: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, kind in get_type_hints(Recipe).items():
+            value = getattr(self, name)
+            if choices := get_args(kind):
+                self._require(value in choices, f"{name} is {value!r}, choose from {', '.join(choices)}")
+        for low, high in (("kappa_min", "kappa_max"), ("t_min", "t_max")):
+            self._require(getattr(self, low) <= getattr(self, high), f"{low} is above {high}")
+        self._require(self.t_min >= 0 and self.t_max <= 999, "timesteps lie between 0 and 999")
+        for name in ("empty", "beta1", "beta2", "ema", "decay_from"):
+            self._require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1")
+        for name in ("micro_batch", "student_rank", "lora_rank", "warm_steps", "warmup", "nasa_max", "clip_weight", "collapse"):
+            self._require(getattr(self, name) >= 0, f"{name} must not be negative")
+        for name in ("clip", "lora_lr", "lora_steps", "lora_alpha", "warm_calls"):
+            self._require(getattr(self, name) > 0, f"{name} must be above 0")
+
+    def _require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise InputError(f"recipe: {message}")
+
+
+# SNOOPI v1, table 6, and v3: AdamW, LoRA of rank 64 and scale 128, clamped CLIP loss 0.1 to 0 at tau 0.37 for those who have CLIP.
+# w(t), the timesteps and the share of empty prompts are those of SwiftBrush's trainer, since the papers do not state them.
+_SNOOPI: dict[str, Any] = {
+    "batch": 64,
+    "lr": 1e-6,
+    "weight": "swiftbrush",
+    "lora_weighted": True,
+    "checkpointing": True,
+    "ema": 0.9999,
+    "warmup": 500,
+}
+RECIPES = {
+    "small": Recipe(3000, 32, 1e-4, kappa_min=1.0, kappa_max=3.5, beta1=0.0, beta2=0.99, decay_from=0.7, ema=0.998),
+    "snoopi-sd15": Recipe(60_000, **_SNOOPI),
+    "snoopi-sd21": Recipe(40_000, **_SNOOPI),
+    "snoopi-pixart": Recipe(50_000, **{**_SNOOPI, "batch": 32}, kappa_max=3.0),
+    "swiftbrush-sd21": Recipe(60_000, **{**_SNOOPI, "lora_alpha": 108}, kappa_min=4.5, kappa_max=4.5),
+}
+"""By name; `swiftbrush-sd21` has the fixed scale that PG-SB replaces."""
+DEFAULT = {"small": "small", "sd15": "snoopi-sd15", "sd21": "snoopi-sd21", "pixart": "snoopi-pixart"}
+"""The recipe of each backbone where none is named."""
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name. Raises InputError, naming the known ones."""
+    if name not in RECIPES:
+        raise InputError(f"unknown recipe {name!r}, choose from {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def table() -> str:
+    """All recipes side by side, a line a setting."""
+    columns = [
+        ["setting", *RECIPES],
+        *([field.name, *(f"{getattr(recipe, field.name)}" for recipe in RECIPES.values())] for field in fields(Recipe)),
+    ]
+    widths = [max(len(row[i]) for row in columns) for i in range(len(RECIPES) + 1)]
+    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in columns)
+
+
+def described(recipe: Any) -> str:
+    """Every setting of a recipe, a line each."""
+    width = max(len(field.name) for field in fields(recipe))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in asdict(recipe).items())

@@ -1,0 +1,46 @@
+"""The two teachers of PG-SB: the frozen one, and the LoRA teacher that follows what the student draws."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+
+class Teachers:
+    """One network that is both: with its adapters it is the LoRA teacher, `trained`, without them the frozen one.
+
+    rank 0: two networks, of which the LoRA teacher is a full copy, also called a fake score network. `network` takes gradients.
+    """
+
+    def __init__(self, network: nn.Module, targets: tuple[str, ...], rank: int, scale: int):
+        self.network, self._adapted, self._frozen = network, None, network
+        if rank:
+            self._adapted = with_lora(network, targets, rank, scale)
+        else:
+            self.network = copy.deepcopy(network).requires_grad_(True)
+
+    def set_attention(self, processor: object) -> None:
+        """Sets the attention processor of both."""
+        for network in (self.network, self._frozen):
+            network.set_attn_processor(processor)
+
+    @contextmanager
+    def frozen(self) -> Iterator[nn.Module]:
+        """The frozen teacher, without gradients."""
+        with torch.no_grad():
+            if self._adapted is None:
+                yield self._frozen
+            else:
+                with self._adapted.disable_adapter():
+                    yield self.network
+
+
+def with_lora(network: nn.Module, targets: tuple[str, ...], rank: int, scale: int) -> nn.Module:
+    """The network wrapped by peft, its target layers adapted in place: only the adapters take gradients.
+
+    They have the dtype of the network, since their masters are fp32. Where they are 0, as at the start, the network says what it did.
+    """
+    return get_peft_model(network, LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets)), autocast_adapter_dtype=False)

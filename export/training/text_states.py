@@ -1,0 +1,203 @@
+"""What the text encoder makes of all prompts, computed once and kept on disk in shards, and read back row by row.
+
+A folder has shard-00000.safetensors and so on, each with `states` (sum T, D) bf16 and `ends` (N,) int64, and, written last, index.json.
+Row 0 of the first shard is the empty prompt. Shards that a stopped run left are kept.
+"""
+
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm import tqdm
+
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.export.backbones import PromptEncoder
+from snoopi_rt.export.weights import save_tensors
+from snoopi_rt.files import sha256, write_whole
+from snoopi_rt.tokenizer import Tokenizer
+
+SHARD = 4096
+"""Prompts a shard: T5 is read from disk once a shard."""
+TOGETHER = 64
+"""Prompts of one length that run through the text encoder together."""
+FIRST = 16
+"""Prompts that the index names, for sheets of samples."""
+OPEN = 64
+"""Shards that are held open; more than that are opened again."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Prompts of one batch: states (B, T, D), zero beyond a prompt's length, and which tokens count, (B, T) bool, None where all do."""
+
+    states: Tensor
+    mask: Tensor | None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Text":
+        return Text(self.states.to(device, dtype), None if self.mask is None else self.mask.to(device))
+
+
+def joined(first: Text, second: Text) -> Text:
+    """The prompts of both batches, one after the other."""
+    longest = max(first.states.shape[1], second.states.shape[1])
+    states = [pad(each.states, (0, 0, 0, longest - each.states.shape[1])) for each in (first, second)]
+    masks = [pad(each.mask, (0, longest - each.mask.shape[1])) for each in (first, second) if each.mask is not None]
+    return Text(torch.cat(states), torch.cat(masks) if masks else None)
+
+
+class TextStates:
+    """The states in a folder that `encode_prompts` wrote. `len` is the number of prompts, without the empty one; `first` some of them.
+
+    masked: whether the network takes masks. All batches are as long as the longest prompt, so that no shape ever changes.
+    """
+
+    def __init__(self, folder: Path, masked: bool):
+        index = json.loads((folder / "index.json").read_text())
+        self.folder, self.masked, self.first = folder, masked, index["first"]
+        self._count, self._shard_size, self._longest = index["count"], index["shard"], index["longest"]
+        self._opened = lru_cache(OPEN)(self._open)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, rows: Sequence[int]) -> Text:
+        """The states of some prompts; row -1 is the empty one."""
+        states = [self._row(row + 1) for row in rows]
+        padded = torch.stack([pad(each, (0, 0, 0, self._longest - len(each))) for each in states])
+        lengths = torch.tensor([[len(each)] for each in states])
+        return Text(padded, torch.arange(self._longest) < lengths if self.masked else None)
+
+    def _row(self, place: int) -> Tensor:
+        stored, ends = self._opened(place // self._shard_size)
+        row = place % self._shard_size
+        start, end = (0 if row == 0 else int(ends[row - 1])), int(ends[row])
+        return stored[start:end]
+
+    def _open(self, number: int) -> tuple:
+        stored = safe_open(_shard(self.folder, number), framework="pt")
+        return stored.get_slice("states"), stored.get_tensor("ends")
+
+
+def encode_prompts(
+    prompts: Callable[[], Iterable[str]], key: str, encoder: PromptEncoder, masked: bool, folder: Path, shard: int = SHARD
+) -> TextStates:
+    """The states of the prompts, computed into `folder` where they are not there already. Memory does not grow with their number.
+
+    prompts() gives them in order; key tells one set of prompts and text encoder from another. Prompts beyond the limit of tokens are cut,
+    with a warning. Raises InputError where the folder holds other states, and where there is no prompt.
+    """
+    index = folder / "index.json"
+    if index.exists():
+        if json.loads(index.read_text())["key"] != key:
+            raise InputError(f"{folder} holds the states of other prompts or of another text encoder: remove it, or take another folder")
+        return TextStates(folder, masked)
+    folder.mkdir(parents=True, exist_ok=True)
+    _forget_others(folder, key)
+    rule = encoder.write_tokenizer(folder / "tokenizer.json")
+    tokenizer = Tokenizer(folder / "tokenizer.json", rule.max_tokens, rule.lowercase, rule.pad)
+    count = longest = cut = 0
+    first: list[str] = []
+    with tqdm(desc="text states", unit="prompt") as bar:
+        for number, texts in enumerate(_chunks(itertools.chain([""], prompts()), shard)):
+            ids = [torch.from_numpy(tokenizer(text, truncate=True)) for text in texts]
+            cut += sum(row.shape[1] == rule.max_tokens and not _fits(tokenizer, text) for row, text in zip(ids, texts, strict=True))
+            if not _shard(folder, number).exists():
+                rows = _encoded(encoder, ids)
+                ends = torch.tensor([len(row) for row in rows]).cumsum(0)
+                save_tensors(_shard(folder, number), {"states": torch.cat(rows).bfloat16(), "ends": ends})
+            longest = max(longest, *(row.shape[1] for row in ids))
+            first += texts[: FIRST + 1 - len(first)]
+            count += len(texts)
+            bar.update(len(texts))
+    if count == 1:
+        raise InputError("there is no prompt to train on")
+    if cut:
+        warnings.warn(f"{cut} of {count - 1} prompts are longer than {rule.max_tokens} tokens and were cut", stacklevel=2)
+    index_of = {"key": key, "count": count - 1, "shard": shard, "longest": longest, "first": first[1:]}
+    write_whole(index, json.dumps(index_of).encode())
+    return TextStates(folder, masked)
+
+
+def shuffled(position: int, count: int, seed: int) -> int:
+    """The prompt at a position of an endless series that goes through all `count` prompts in a new order each time.
+
+    A Feistel network over the next power of four, walked until it falls below `count`: no list of all prompts is held.
+    """
+    epoch, place = divmod(position, count)
+    half = max(1, (max(count - 1, 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    while True:
+        left, right = place >> half, place & low
+        for turn in range(4):
+            left, right = right, left ^ (_mixed(right, seed, epoch, turn) & low)
+        place = left << half | right
+        if place < count:
+            return place
+
+
+def states_key(prompts: Path, text_encoder: Path) -> str:
+    """The key of a file of prompts under the text encoder of a folder: its config and the size of its weights, which may take 19 GB."""
+    weights = sorted((file.name, file.stat().st_size) for file in text_encoder.glob("*")) if text_encoder.is_dir() else []
+    return f"{sha256(prompts)} {json.dumps(weights)}"
+
+
+def _mixed(*values: int) -> int:
+    """32 well mixed bits of some numbers (the finaliser of SplitMix64)."""
+    mixed = 0
+    for value in values:
+        mixed = (mixed + value + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & (2**64 - 1)
+        mixed ^= mixed >> 31
+    return mixed >> 32
+
+
+def _encoded(encoder: PromptEncoder, ids: list[Tensor]) -> list[Tensor]:
+    """The states (T, D) of ids (1, T) each, in their order; those of one length together."""
+    by_length = sorted(range(len(ids)), key=lambda i: ids[i].shape[1])
+    groups = [
+        group[start : start + TOGETHER]
+        for _, same in itertools.groupby(by_length, key=lambda i: ids[i].shape[1])
+        for group in [list(same)]
+        for start in range(0, len(group), TOGETHER)
+    ]
+    found: list[Tensor] = [torch.empty(0)] * len(ids)
+    for group, states in zip(groups, encoder.encode([torch.cat([ids[i] for i in group]) for group in groups]), strict=True):
+        for i, row in zip(group, states, strict=True):
+            found[i] = row
+    return found
+
+
+def _fits(tokenizer: Tokenizer, text: str) -> bool:
+    try:
+        tokenizer(text)
+    except InputError:
+        return False
+    return True
+
+
+def _chunks(prompts: Iterable[str], size: int) -> Iterable[list[str]]:
+    prompts = iter(prompts)
+    while chunk := list(itertools.islice(prompts, size)):
+        yield chunk
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05}.safetensors"
+
+
+def _forget_others(folder: Path, key: str) -> None:
+    """Removes the shards of a stopped run over other prompts."""
+    file = folder / "key"
+    if not file.exists() or file.read_text() != key:
+        for shard in folder.glob("shard-*"):
+            shard.unlink()
+        write_whole(file, key.encode())

@@ -1,0 +1,237 @@
+"""PG-SB on tiny folders of every backbone: it learns, on one process as on two, in parts as at once, and stops with a reason."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_students
+import torch
+from safetensors.torch import load_file
+
+from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.export.training import loop
+from snoopi_rt.export.training.distil import Task, train
+from snoopi_rt.export.training.merge import merge
+from snoopi_rt.export.training.recipe import RECIPES, Recipe, described, find_recipe, table
+
+TINY = Recipe(steps=3, batch=4, lr=1e-3, lora_rank=2, lora_alpha=4, precision="fp32", warmup=1, kappa_min=1.0, kappa_max=3.0, collapse=0.0)
+PARTS = {"pixart": "transformer", "sd15": "unet", "sd21": "unet"}
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a few thousand random weights for each backbone, and files of prompts and negatives beside them."""
+    root = tmp_path_factory.mktemp("teachers")
+    tiny_students.pixart(root / "pixart", tiny_vae=True)
+    tiny_students.stable_diffusion(root / "sd15", "sd15", tiny_vae=True)
+    tiny_students.stable_diffusion(root / "sd21", "sd21", tiny_vae=True, prediction="v_prediction")
+    (root / "prompts.txt").write_text("".join(f"{sentence}\n" for sentence in tiny_students.SENTENCES))
+    (root / "negatives.txt").write_text("fog\na blue moon\n")
+    return root
+
+
+def distil(root: Path, out: Path, backbone: str = "pixart", given: dict[str, Any] | None = None, **settings: Any) -> list[dict[str, float]]:
+    """The scalars of every step."""
+    train(Task(backbone, root / backbone, root / "prompts.txt", out, **(given or {})), replace(TINY, **settings))
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path, backbone: str = "pixart") -> dict[str, torch.Tensor]:
+    return load_file(folder / PARTS[backbone] / "diffusion_pytorch_model.safetensors")
+
+
+def assert_near(one: list[dict[str, float]], other: list[dict[str, float]], tolerance: float = 1e-4) -> None:
+    for first, second in zip(one, other, strict=True):
+        for name in ("vsd", "lora", "spread"):
+            assert first[name] == pytest.approx(second[name], rel=tolerance), (first["step"], name)
+
+
+@pytest.mark.parametrize("backbone", PARTS)
+def test_a_student_is_distilled_and_exports_as_it_lies_there(teachers: Path, tmp_path: Path, backbone: str) -> None:
+    from snoopi_rt.export.origin import find_origin
+    from snoopi_rt.export.run import Wishes, export
+
+    steps = distil(teachers, tmp_path / "student", backbone)
+    assert [row["step"] for row in steps] == [0, 1, 2] and all(row["vsd"] > 0 and row["norm"] > 0 for row in steps[1:])
+    assert steps[0]["vsd"] == 0  # the LoRA teacher starts as the frozen one
+    before, after = load_file(next((teachers / backbone / PARTS[backbone]).glob("*.safetensors"))), weights(tmp_path / "student", backbone)
+    assert before.keys() == after.keys() and any(not torch.equal(before[key].half(), after[key]) for key in before)
+    assert (tmp_path / "student" / "text_encoder").is_symlink()
+    settings = ["prediction=v"] if backbone == "sd21" else []
+    origin = find_origin(None, str(tmp_path / "student"), f"pgsb-{backbone}", settings)
+    wishes = Wishes(sizes=((64, 64),), precision={graph: ["fp32"] for graph in ("text_encoder", "generator", "decoder")})
+    assert export(origin, tmp_path / "bundle", wishes).backbone == backbone
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"micro_batch": 1},
+        {"micro_batch": 3},
+        {"checkpointing": True},
+    ],
+    ids=str,
+)
+def test_a_batch_in_parts_and_activations_computed_again_change_nothing(teachers: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert_near(distil(teachers, tmp_path / "a", "sd15"), distil(teachers, tmp_path / "b", "sd15", **settings))
+
+
+def test_two_processes_take_the_steps_of_one(teachers: Path, tmp_path: Path) -> None:
+    alone = distil(teachers, tmp_path / "alone", steps=20)
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nfrom test_distil import distil\n"
+        f"distil(Path({str(teachers)!r}), Path({str(tmp_path / 'two')!r}), steps=20)\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "run.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    together = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    assert_near(alone, together)
+    assert len(together) == 20
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from snoopi_rt.export.training import distil as module
+
+    class Three(module.Processes):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 3
+
+    monkeypatch.setattr(module, "Processes", Three)
+    with pytest.raises(InputError, match="a batch of 4 cannot be shared among 3 processes"):
+        distil(teachers, tmp_path)
+
+
+def test_scales_that_are_drawn_are_not_the_mean_and_each_choice_matters(teachers: Path, tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [
+        {},
+        {"kappa_on": "frozen"},
+        {"kappa_on": "lora"},
+        {"kappa_on": "none"},
+        {"kappa_per": "batch"},
+        {"weight": "swiftbrush"},
+        {"lora_rank": 0},
+        {"lora_steps": 2},
+        {"lora_weighted": True},
+        {"timestep": 200},
+        {"student_rank": 2},
+        {"warm_steps": 1, "warm_calls": 2},
+    ]
+    found = [distil(teachers, tmp_path / str(number), **each)[-1]["vsd"] for number, each in enumerate(settings)]
+    assert len(set(found)) == len(settings)
+    assert found[3] == distil(teachers, tmp_path / "fixed", kappa_min=2.0, kappa_max=2.0)[-1]["vsd"]
+
+
+def test_a_lora_student_is_merged_into_weights_of_the_teachers_form(teachers: Path, tmp_path: Path) -> None:
+    distil(teachers, tmp_path, student_rank=2)
+    before, after = load_file(next((teachers / "pixart" / "transformer").glob("*.safetensors"))), weights(tmp_path)
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key].half(), after[key])}
+    assert changed and all(
+        key.endswith((".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight", ".proj.weight", ".net.2.weight"))
+        for key in changed
+    )
+
+
+def test_warm_steps_bring_the_student_nearer_to_the_teachers_own_pictures(teachers: Path, tmp_path: Path) -> None:
+    steps = distil(teachers, tmp_path, steps=25, warm_steps=25, warm_calls=4, lr=3e-3)
+    assert "vsd" not in steps[0]
+    assert sum(row["warm"] for row in steps[-5:]) < 0.7 * sum(row["warm"] for row in steps[:5])
+
+
+def test_nasa_t_trains_with_negatives(teachers: Path, tmp_path: Path) -> None:
+    negatives = {"negatives": teachers / "negatives.txt"}
+    for backbone in "pixart", "sd15":
+        plain = distil(teachers, tmp_path / f"{backbone}-plain", backbone)
+        nasa = distil(teachers, tmp_path / f"{backbone}-nasa", backbone, negatives, nasa_max=1.0)
+        assert nasa[-1]["vsd"] != plain[-1]["vsd"]
+    with pytest.raises(InputError, match="NASA-T needs both"):
+        distil(teachers, tmp_path / "c", given=negatives)
+
+
+def test_the_clip_loss_needs_a_model_and_raises_the_similarity(teachers: Path, tmp_path: Path) -> None:
+    clip = tiny_students.clip(tmp_path / "clip")
+    steps = distil(
+        teachers, tmp_path / "a", given={"clip": clip}, steps=25, clip_weight=1000.0, clip_threshold=1.0, lr=3e-3, decay_from=0.9, clip=1e3
+    )
+    assert sum(row["clip"] for row in steps[-5:]) < sum(row["clip"] for row in steps[:5])
+    with pytest.raises(InputError, match="needs both: a CLIP model and a clip_weight"):
+        distil(teachers, tmp_path / "b", clip_weight=0.1)
+
+
+def test_a_student_that_collapses_stops_with_its_step(teachers: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"student stopped at step 0: the student has collapsed \(deviation of its latents"):
+        distil(teachers, tmp_path, collapse=1e6)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    whole = loop.save_tensors
+
+    def full(path: Path, *given: Any) -> None:
+        if path.name == "0000002.safetensors":
+            raise OSError(28, "No space left on device")
+        whole(path, *given)
+
+    monkeypatch.setattr(loop, "save_tensors", full)
+    with pytest.raises(OutputError, match=r"No space left on device; .*0000001.safetensors is kept"):
+        distil(teachers, tmp_path)
+    monkeypatch.setattr(loop, "save_tensors", whole)
+    assert len(distil(teachers, tmp_path)) == 3
+
+
+def test_so_many_checkpoints_are_kept_and_a_damaged_one_is_named(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    distil(teachers, tmp_path, steps=4)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["0000003.safetensors", "0000004.safetensors"]
+    (tmp_path / "checkpoints" / "0000004.safetensors").write_bytes(b"half")
+    with pytest.raises(InputError, match=r"0000004.safetensors is damaged .* remove it"):
+        distil(teachers, tmp_path, steps=4)
+
+
+def test_two_students_are_merged_weight_by_weight(teachers: Path, tmp_path: Path) -> None:
+    distil(teachers, tmp_path / "a", lr=1e-2)
+    distil(teachers, tmp_path / "b", lr=1e-2, seed=1)
+    merge("pixart", tmp_path / "a", tmp_path / "b", 0.25, tmp_path / "m")
+    a, b, m = (weights(tmp_path / name) for name in "abm")
+    for key in a:
+        torch.testing.assert_close(m[key].float(), 0.25 * a[key].float() + 0.75 * b[key].float(), atol=1e-3, rtol=1e-3)
+    with pytest.raises(InputError, match="exists"):
+        merge("pixart", tmp_path / "a", tmp_path / "b", 0.25, tmp_path / "m")
+    with pytest.raises(InputError, match=r"not students of one teacher|do not fit"):
+        tiny_students.pixart(tmp_path / "wide", num_layers=1)
+        merge("pixart", tmp_path / "a", tmp_path / "wide", 0.5, tmp_path / "n")
+
+
+def test_the_papers_settings_are_recipes_and_print_in_full() -> None:
+    for name, kappa, batch, steps in (("sd15", 4.0, 64, 60_000), ("sd21", 4.0, 64, 40_000), ("pixart", 3.0, 32, 50_000)):
+        recipe = RECIPES[f"snoopi-{name}"]
+        assert (recipe.kappa_min, recipe.kappa_max, recipe.kappa_on) == (0.5, kappa, "both")
+        assert (recipe.batch, recipe.steps, recipe.lr, recipe.lora_lr) == (batch, steps, 1e-6, 1e-3)
+        assert (recipe.lora_rank, recipe.lora_alpha, recipe.clip_threshold) == (64, 128, 0.37)
+        assert all(f"{field}  " in described(recipe) for field in ("kappa_max", "lora_rank", "weight"))
+    assert table().count("\n") == described(recipe).count("\n") + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda: find_recipe("none"), "unknown recipe 'none', choose from small, snoopi-sd15"),
+        (lambda: replace(TINY, kappa_min=4.0), "kappa_min is above kappa_max"),
+        (lambda: replace(TINY, weight="other"), "weight is 'other', choose from dmd, swiftbrush"),
+        (lambda: replace(TINY, t_max=1000), "timesteps lie between 0 and 999"),
+        (lambda: replace(TINY, lora_steps=0), "lora_steps must be above 0"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_one_line(change: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        change()
