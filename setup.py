@@ -33,7 +33,7 @@ EXTRAS = {
     "tensorrt-rtx": ["tensorrt-rtx-cu13>=1.4", "polygraphy>=0.49"],
     "export": EXPORT,
     "train": TRAIN,
-    "dev": [*EXPORT, *TRAIN, "pytest>=8", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
+    "dev": [*EXPORT, *TRAIN, "pytest>=8", "ruff>=0.14", "mypy>=1.18", "types-tqdm", "matplotlib>=3.10"],
 }
 
 setup(
