@@ -82,7 +82,9 @@ def _root(matrix: Tensor) -> Tensor:
     return vectors @ torch.diag_embed(values.clamp(min=0).sqrt()) @ vectors.mT
 
 
-def run(rate: float, follow: float, weight: str, seeds: int, steps: int, batch: int, random_on: str = "both", fixed: float | None = None) -> Tensor:
+def run(
+    rate: float, follow: float, weight: str, seeds: int, steps: int, batch: int, random_on: str = "both", fixed: float | None = None
+) -> Tensor:
     """The distances (seeds,) at the end of each seed's run, infinite where it diverged."""
     classes = len(MEANS)
     low, high = (LOW, HIGH) if fixed is None else (fixed, fixed)
@@ -152,7 +154,13 @@ def main(seeds: int, steps: int, batch: int, follows: tuple[float, ...], weights
                         "spread": float(finite.std()) if len(finite) > 1 else math.nan,
                         "diverged": float((~at.isfinite()).double().mean()),
                         "best_median": best,
-                        "by_rate": {f"{rate:.4g}": [float(v) for v in found[weight, follow, name, rate].quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))] for rate in RATES},
+                        "by_rate": {
+                            f"{rate:.4g}": [
+                                float(v)
+                                for v in found[weight, follow, name, rate].quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+                            ]
+                            for rate in RATES
+                        },
                     }
                 )
     document = {"seeds": seeds, "steps": steps, "batch": batch, "kappa": [LOW, HIGH], "seconds": time.perf_counter() - began, "rows": rows}

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,8 @@ QUALITIES = ("blurry", "pixelated", "grayscale", "grainy")
 GRAIN, CELL = 4, 8  # pixels
 
 FLAWED = 0.36  # share of pictures that carry one flaw
-UNNAMED = 0.5  # share of flaws that the caption does not name: a plain prompt must sometimes show one
+UNNAMED = 0.35  # share of flaws that the caption does not name: a plain prompt must sometimes show one
+PAIRS = 0.15  # share of pictures with two things side by side: one of them can be a negative prompt
 BARE = 0.08  # share of captions that are one attribute: a negative prompt is one, so the model must have met it
 NO_BACKGROUND_WORD = 0.15
 NO_STYLE_WORD = 0.5
@@ -78,13 +79,15 @@ DRAWINGS = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What is true of one picture."""
+    """What is true of one picture. Names are those that the caption uses, concepts the usual ones; the second thing is on the right."""
 
-    name: str  # the name that the caption uses; `concept` is the usual one
+    name: str
     concept: str
     style: str
     background: str
     quality: str | None
+    second_name: str | None = None
+    second: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,26 +157,38 @@ def split_of(name: str, background: str) -> str:
     return "test" if int(digest, 16) % 100 < TEST_PERCENT else "train"
 
 
-def compose(sprites: dict[tuple[str, str], Image.Image], rng: np.random.Generator) -> tuple[Row, np.ndarray]:
-    """One captioned picture (128, 128, 3) uint8, drawn from `rng` alone."""
-    concept: Concept = CONCEPTS[rng.integers(len(CONCEPTS))]
+def compose(sprites: dict[tuple[str, str], Image.Image], rng: np.random.Generator, split: str | None = None) -> tuple[Row, np.ndarray]:
+    """One captioned picture (128, 128, 3) uint8, drawn from `rng` alone; of one split where that is given."""
+    row = _row(rng)
+    while split not in (None, row.split):
+        row = _row(rng)
+    facts = row.facts
+    return row, draw([sprites[thing, facts.style] for thing in (facts.concept, facts.second) if thing], facts, rng)
+
+
+def _row(rng: np.random.Generator) -> Row:
+    concept, second = (CONCEPTS[i] for i in rng.choice(len(CONCEPTS), 2, replace=False))
     style = DRAWINGS[rng.integers(len(DRAWINGS))].style
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     quality = QUALITIES[rng.integers(len(QUALITIES))] if rng.random() < FLAWED else None
-    name = concept.aliases[rng.integers(len(concept.aliases))] if concept.aliases and rng.random() < ALIAS else concept.name
-    facts = Facts(name, concept.name, style, background, quality)
+    facts = Facts(_name(concept, rng), concept.name, style, background, quality)
+    if rng.random() < PAIRS:
+        facts = replace(facts, second_name=_name(second, rng), second=second.name)
     caption = _bare_caption(facts, rng) if rng.random() < BARE else _caption(facts, rng)
-    return Row(caption, split_of(concept.name, background), facts), draw(sprites[concept.name, style], facts, rng)
+    unseen = any(split_of(thing, background) == "test" for thing in (facts.concept, facts.second) if thing)
+    return Row(caption, "test" if unseen else "train", facts)
 
 
-def draw(sprite: Image.Image, facts: Facts, rng: np.random.Generator) -> np.ndarray:
-    """The picture (128, 128, 3) uint8: the sprite near the middle of its background, then the flaw."""
+def draw(things: list[Image.Image], facts: Facts, rng: np.random.Generator) -> np.ndarray:
+    """The picture (128, 128, 3) uint8: one sprite near the middle of its background, or two side by side, then the flaw."""
     shade = np.clip(np.array(BACKGROUNDS[facts.background]) + rng.integers(-6, 7, 3), 0, 255)
     picture = Image.new("RGB", (SIZE, SIZE), tuple(int(c) for c in shade))
-    side = int(rng.integers(100, 109))
-    x, y = (SIZE - side) // 2 + rng.integers(-3, 4, 2)
-    small = sprite.resize((side, side), Image.Resampling.LANCZOS)
-    picture.paste(small, (int(x), int(y)), small)
+    for number, sprite in enumerate(things):
+        side = int(rng.integers(100, 109)) if len(things) == 1 else int(rng.integers(54, 59))
+        middle = SIZE * (2 * number + 1) // (2 * len(things)), SIZE // 2
+        corner = tuple(int(place - side // 2 + shift) for place, shift in zip(middle, rng.integers(-3, 4, 2), strict=True))
+        small = sprite.resize((side, side), Image.Resampling.LANCZOS)
+        picture.paste(small, corner, small)
     return np.asarray(degrade(picture, facts.quality, rng))
 
 
@@ -192,13 +207,20 @@ def degrade(picture: Image.Image, quality: str | None, rng: np.random.Generator)
     return picture
 
 
+def _name(concept: Concept, rng: np.random.Generator) -> str:
+    return concept.aliases[rng.integers(len(concept.aliases))] if concept.aliases and rng.random() < ALIAS else concept.name
+
+
 def _caption(facts: Facts, rng: np.random.Generator) -> str:
     named = facts.quality if facts.quality and rng.random() >= UNNAMED else None
     colour = None if rng.random() < NO_BACKGROUND_WORD else _true_colour(facts)
     style = None if rng.random() < NO_STYLE_WORD else facts.style
     place = int(rng.integers(3)) if named else -1  # before the thing, after the caption, or "a blurry picture of"
-    words = f"{named} {facts.name}" if place == 0 else facts.name
-    caption = with_article(words) if place != 0 else f"a {words}"
+    if place == 0 and facts.second_name:
+        place = 2  # "a blurry cat and a dog" would leave the dog sharp
+    caption = f"a {named} {facts.name}" if place == 0 else with_article(facts.name)
+    if facts.second_name:
+        caption += f" and {with_article(facts.second_name)}"
     if style:
         caption = f"a {style} of {caption}"
     elif place == 2:
@@ -221,17 +243,20 @@ def _true_colour(facts: Facts) -> str | None:
     return None if facts.quality == "grayscale" and facts.background not in NEUTRAL else facts.background
 
 
-def fetch_sprites(folder: Path) -> dict[tuple[str, str], Image.Image]:
-    """RGBA sprites of 128 x 128 by (concept, style), fetched with npm into `folder`. Raises SnoopiError where npm is missing or fails."""
-    roots = [_fetch(d, folder) for d in tqdm(DRAWINGS, desc="drawings", unit="package")]
-    code_points = {icon: code for code, icon in json.loads((roots[2] / "chars.json").read_text()).items()}
+def fetch_sprites(folder: Path, drawings: tuple[Drawing, ...] = DRAWINGS, share: float = 1.0) -> dict[tuple[str, str], Image.Image]:
+    """RGBA sprites of 128 x 128 by (concept, style), fetched with npm into `folder`.
+
+    Raises SnoopiError where npm is missing or fails, and where fewer than `share` of the drawings have some concept.
+    """
+    noto = _fetch(DRAWINGS[2], folder)
+    code_points = {icon: code for code, icon in json.loads((noto / "chars.json").read_text()).items()}
     codes = {concept.name: code_points[concept.emoji] for concept in CONCEPTS}
     found = {}
-    for drawing, root in zip(DRAWINGS, roots, strict=True):
-        for name, image in _read_drawing(root, codes):
+    for drawing in tqdm(drawings, desc="drawings", unit="package"):
+        for name, image in _read_drawing(_fetch(drawing, folder), codes):
             found[name, drawing.style] = image
-    missing = [f"{c.name} ({d.style})" for c in CONCEPTS for d in DRAWINGS if (c.name, d.style) not in found]
-    if missing:
+    have = {concept.name: sum((concept.name, drawing.style) in found for drawing in drawings) for concept in CONCEPTS}
+    if missing := [name for name, count in have.items() if count < share * len(drawings)]:
         raise SnoopiError(f"drawings without these concepts: {', '.join(missing)}")
     return found
 
@@ -247,10 +272,12 @@ def _read_drawing(root: Path, codes: dict[str, str]) -> Iterator[tuple[str, Imag
 
     icons = json.loads((root / "icons.json").read_text())
     names = json.loads((root / "chars.json").read_text())
+    emoji = {concept.name: concept.emoji for concept in CONCEPTS}
     for name, code in codes.items():
-        if code not in names:
+        # Some sets have no code points, and the same names as Noto's.
+        icon = icons["icons"].get(names.get(code, emoji[name]))
+        if icon is None:
             continue
-        icon = icons["icons"][names[code]]
         box = f"0 0 {icon.get('width', icons['width'])} {icon.get('height', icons['height'])}"
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>'
         png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True))
