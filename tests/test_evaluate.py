@@ -1,0 +1,125 @@
+"""The judges of the small domain: statistics against known values, limits, removal on pictures made for it, and the whole road."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from snoopi_rt.cli import main
+from snoopi_rt.export.training.small import emoji, pixel_metrics, report, scorer
+from snoopi_rt.export.training.small.evaluate import Limits, compositions, plain, share
+from snoopi_rt.export.training.small.removal import Case, removed
+from snoopi_rt.export.training.small.scorer import KINDS, NAMES, Scorer, examples, open_scorer
+from snoopi_rt.export.training.small.statistics import frechet, interval, kernel_distance, precision_recall
+
+
+def test_the_frechet_distance_of_gaussians_is_the_formula() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((200_000, 3))
+    b = rng.standard_normal((200_000, 3)) * np.array([1.0, 2.0, 0.5]) + np.array([1.0, 0.0, 0.0])
+    assert frechet(a, b) == pytest.approx(1 + 0 + 1 + 0.25, rel=0.03)
+    assert frechet(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_kernel_distance_of_one_distribution_is_nothing_and_grows_with_the_shift() -> None:
+    rng = np.random.default_rng(0)
+    a, b, c = rng.standard_normal((1000, 4)), rng.standard_normal((1000, 4)), rng.standard_normal((1000, 4)) + 1
+    assert abs(kernel_distance(a, b)) < 0.05 < kernel_distance(a, c)
+
+
+def test_precision_falls_with_wrong_pictures_and_recall_with_missing_ones() -> None:
+    rng = np.random.default_rng(0)
+    real = rng.standard_normal((500, 2))
+    wrong = np.concatenate([rng.standard_normal((250, 2)), rng.standard_normal((250, 2)) + 50])
+    few = rng.standard_normal((500, 2)) * 0.05
+    precision, recall = precision_recall(real, wrong)
+    assert 0.4 < precision < 0.55 and recall > 0.8
+    precision, recall = precision_recall(real, few)
+    assert precision > 0.9 and recall < 0.2
+
+
+def test_an_interval_holds_its_share_and_narrows() -> None:
+    assert interval(0, 0) == (0.0, 1.0)
+    wide, narrow = interval(5, 10), interval(500, 1000)
+    assert wide[0] < narrow[0] < 0.5 < narrow[1] < wide[1]
+    assert interval(0, 300)[0] == 0 and interval(0, 300)[1] == pytest.approx(0.0126, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def real(tiny_sprites: dict) -> tuple[np.ndarray, list[str | None]]:
+    rows = [emoji.compose(tiny_sprites, np.random.default_rng([3, i])) for i in range(300)]
+    return np.stack([picture for _, picture in rows]), [row.facts.quality for row, _ in rows]
+
+
+def test_limits_tell_flawed_pictures_from_clean_ones(real: tuple[np.ndarray, list[str | None]]) -> None:
+    pictures, qualities = real
+    limits = Limits.of(pictures, qualities)
+    assert min(limits.right.values()) > 0.95
+    for flaw in emoji.QUALITIES:
+        shown = limits.shows(pictures, flaw)
+        assert shown[[quality == flaw for quality in qualities]].mean() > 0.9
+        assert shown[[quality is None for quality in qualities]].mean() < 0.1
+
+
+def test_compositions_are_of_their_split_and_all_occur() -> None:
+    stream = compositions("test")
+    first = [next(stream) for _ in range(len({pair for pair, _ in zip(compositions("test"), range(500), strict=False)}))]
+    assert len(set(first)) == len(first) and {emoji.split_of(*pair) for pair in first} == {"test"}
+
+
+def test_removal_counts_what_is_left_and_what_is_kept() -> None:
+    """A drawer whose pictures are one number: 1 shows the unwanted thing, and a negative takes it from every second seed."""
+
+    def drawer(prompts: list[str], seeds: list[int], negative: str | None = None, scale: float | None = None) -> np.ndarray:
+        assert len(prompts) == len(seeds)
+        shown = [1 if seed % 4 < 2 and not (negative == "blurry" and seed % 2) else 0 for seed in seeds]
+        return np.array(shown, np.uint8).reshape(-1, 1, 1, 1)
+
+    def even(pictures: np.ndarray, pairs: list[tuple[str, str]]) -> np.ndarray:
+        return pictures.reshape(len(pictures)) >= 0
+
+    case = Case("blurry", True, plain, lambda pictures: pictures.reshape(len(pictures)) == 1, {"thing": even})
+    found = removed(drawer, case, None, wanted=100, most=1000)
+    assert found["found"] == 100 and found["left"]["share"] == 0.5 and found["kept thing"]["relative"] == 1.0
+    assert removed(drawer, case, None, wanted=1000, most=256)["found"] == 128
+    assert removed(drawer, Case("x", True, plain, lambda pictures: pictures.ravel() == 9, {}), None, 10, 256)["found"] == 0
+
+
+def test_a_scorer_learns_to_tell_things_it_has_seen(tiny_sprites: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(scorer, "fetch_sprites", lambda *given, **more: few)
+    few = {key: tiny_sprites[key] for key in list(tiny_sprites)[:9:3]}  # three things whose colours differ
+    monkeypatch.setattr(scorer, "_varied", lambda pictures, random: pictures)
+    trained = open_scorer(KINDS[0], tmp_path, steps=40)
+    pictures, things = examples(few, 60, np.random.default_rng(9), flawed=0.0)
+    assert trained.right(pictures, [NAMES[thing] for thing in things]).mean() > 0.8
+    again = open_scorer(KINDS[0], tmp_path, steps=10**9)
+    np.testing.assert_array_equal(again(pictures)[0], trained(pictures)[0])
+    assert isinstance(again, Scorer)
+
+
+def test_the_embedded_bundle_and_its_teacher_are_judged_in_one_run(
+    tiny_sprites: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(scorer, "fetch_sprites", lambda *given, **more: tiny_sprites)
+    monkeypatch.setattr(report, "fetch_sprites", lambda *given, **more: tiny_sprites)
+    monkeypatch.setattr(report, "GUIDANCES", (2.5,))
+    monkeypatch.setattr("snoopi_rt.export.training.small.drawers.STEPS", 2)
+    teacher = Path(__file__).parent.parent / "weights" / "small" / "teacher"
+    done = CliRunner().invoke(main, ["eval", "--quick", "--teacher", str(teacher), "--out", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "evaluation.json").read_text())
+    assert document["embedded"]["asked"]["background"]["of"] == document["teacher"]["asked"]["background"]["of"] == 8
+    assert {row["negative"] for row in document["embedded"]["removal"]} >= {"blurry", "a red background", "a dog"}
+    assert {"evaluation.png", "samples.png", "negative_scale.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_domain_that_is_not_known_is_one_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["eval", "--domain", "cats", "--out", str(tmp_path)])
+    assert done.exit_code == 2 and "unknown domain 'cats', choose from small" in done.output
+
+
+def test_a_share_has_its_interval() -> None:
+    assert share(np.array([True, False]))["share"] == 0.5 and share(np.array([]))["of"] == 0
+    assert pixel_metrics.FLAWS.keys() == set(emoji.QUALITIES)
