@@ -22,9 +22,13 @@ class CompiledModels(Protocol):
 
 
 def model_files(path: Path) -> list[Path]:
-    """The model file and the file of weights beside it, if it has one (NAME.onnx.data, NAME.bin)."""
-    beside = (path.with_name(f"{path.name}.data"), path.with_suffix(".bin"))
-    return [path, *(file for file in beside if file.is_file() and file != path)]
+    """The model file and the files of weights beside it: NAME.onnx.data, NAME.bin, and those of other models that it reads."""
+    own = [path.with_name(f"{path.name}.data"), path.with_suffix(".bin")]
+    shared = [file for file in sorted(path.parent.glob("*.data")) if file not in own]
+    if shared:
+        model = path.read_bytes()
+        shared = [file for file in shared if file.name.encode() in model]
+    return [path, *(file for file in (*own, *shared) if file.is_file() and file != path)]
 
 
 def compiled_name(path: Path, key: str, *circumstances: str) -> str:

@@ -54,6 +54,8 @@ def require(folder: Path, made_by: str) -> Path:
 def fingerprint(*files: Path) -> str:
     """The SHA-256 of several files' contents, in hexadecimal."""
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
+    for path in files:
+        with open(path, "rb") as file:
+            while part := file.read(2**24):
+                digest.update(part)
     return digest.hexdigest()

@@ -16,7 +16,7 @@ from snoopi_rt.bundle import Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import installed, load_engine, ort
 from snoopi_rt.engines.base import EngineError
-from snoopi_rt.engines.compiled import compiled_name, processor
+from snoopi_rt.engines.compiled import compiled_name, model_files, processor
 
 HERE = [name for name in installed() if name != "cuda"]
 GIVEN = {"latent": np.random.RandomState(0).standard_normal((1, 4, 3, 5)).astype(np.float32)}
@@ -78,6 +78,25 @@ def test_weights_in_a_file_beside_the_model_are_kept_too(name: str, tmp_path: Pa
         engine.close()
         for path in tmp_path.glob("product.*"):
             gone_but_for_its_date(path)
+
+
+def test_a_model_that_reads_the_weights_of_another_is_as_large_as_they_are(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "SMALLEST", 64 * 64 * 4)
+    weights = onnx.numpy_helper.from_array(np.eye(64, dtype=np.float32), "w")
+    value = [onnx.helper.make_tensor_value_info(side, onnx.TensorProto.FLOAT, ["batch", 64]) for side in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], "product", value[:1], value[1:], [weights])
+    document = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(document, tmp_path / "whole.onnx", save_as_external_data=True, location="whole.onnx.data", size_threshold=0)
+    (tmp_path / "whole.onnx").rename(tmp_path / "form.onnx")
+    (tmp_path / "other.onnx.data").write_bytes(b"")
+    assert model_files(tmp_path / "form.onnx") == [tmp_path / "form.onnx", tmp_path / "whole.onnx.data"]
+    before = compiled_name(tmp_path / "form.onnx", "")
+    load_engine(name, tmp_path / "form.onnx", "fp32", 1, Cache()).close()
+    assert len(entries(Cache())) == 1
+    os.utime(tmp_path / "whole.onnx.data", ns=(1, 1))
+    assert compiled_name(tmp_path / "form.onnx", "") != before
 
 
 def shorten(folder: Path) -> None:

@@ -186,8 +186,8 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     kinds = sorted({(row["weight"], row["follow"]) for row in rows}, reverse=True)
-    figure = Figure(figsize=(6 * len(kinds), 4.5), layout="constrained")
-    for axes, (weight, follow) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+    figure = Figure(figsize=(12, 4 * -(-len(kinds) // 2)), layout="constrained")
+    for axes, (weight, follow) in zip(figure.subplots(-(-len(kinds) // 2), 2, squeeze=False).flat, kinds, strict=False):
         for row in rows:
             if (row["weight"], row["follow"]) == (weight, follow):
                 rates = [float(rate) for rate in row["by_rate"]]

@@ -44,3 +44,12 @@ def with_lora(network: nn.Module, targets: tuple[str, ...], rank: int, scale: in
     They have the dtype of the network, since their masters are fp32. Where they are 0, as at the start, the network says what it did.
     """
     return get_peft_model(network, LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets)), autocast_adapter_dtype=False)
+
+
+def without_adapters(network: nn.Module) -> nn.Module:
+    """The network with each adapted layer replaced by what it adapts, merged before."""
+    for name, module in list(network.named_modules()):
+        if hasattr(module, "base_layer"):
+            parent, _, attribute = name.rpartition(".")
+            setattr(network.get_submodule(parent), attribute, module.base_layer)
+    return network

@@ -1,0 +1,250 @@
+"""A student, its two teachers and one step of PG-SB of all three. Sees prompts and noise, never a picture."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.export.attention import GuidedAttention, PlainAttention
+from snoopi_rt.export.backbones import Denoiser, Weights
+from snoopi_rt.export.backbones.network import load_decoder
+from snoopi_rt.export.checkpoint import load_module
+from snoopi_rt.export.guidance import find_guidance
+from snoopi_rt.export.presets import default_preset
+from snoopi_rt.export.training.clip_loss import ClipJudge
+from snoopi_rt.export.training.draws import Draws, draw, draw_lora
+from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
+from snoopi_rt.export.training.pgsb import guided, kappas, lora_loss, vsd_gradient, vsd_loss
+from snoopi_rt.export.training.processes import Processes
+from snoopi_rt.export.training.prompt_files import read_prompts
+from snoopi_rt.export.training.recipe import Recipe
+from snoopi_rt.export.training.sampling import ddim
+from snoopi_rt.export.training.schedule import Schedule
+from snoopi_rt.export.training.sheet import contact_sheet
+from snoopi_rt.export.training.teachers import Teachers, with_lora, without_adapters
+from snoopi_rt.export.training.text_states import Text, TextStates, encode_prompts, joined, shuffled, states_key
+from snoopi_rt.kernels import attention, fused_attention
+
+SHORT = 256
+"""Latent tokens up to which attention written out trains faster on a CPU: torch's fused one spends half a step in its backward."""
+SAMPLES = 16
+"""Pictures on a sheet, of the first prompts."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is distilled. teacher: a diffusers folder. student: where it starts from, none is the teacher's own weights.
+
+    prompts, negatives: files of prompts (.txt, .jsonl, .parquet); negatives for NASA-T. clip: a folder of a CLIPModel with its tokenizer.
+    states: the folder of all text states, none is one in `out`.
+    """
+
+    backbone: str
+    teacher: Path
+    prompts: Path
+    out: Path
+    student: Path | None = None
+    negatives: Path | None = None
+    clip: Path | None = None
+    states: Path | None = None
+
+
+class Distillation:
+    """A student, its two teachers and a step of all of them."""
+
+    def __init__(self, task: Task, recipe: Recipe, denoiser: Denoiser, schedule: Schedule, processes: Processes, compiled: bool):
+        self.task, self.recipe, self.denoiser, self.schedule, self.processes = task, recipe, denoiser, schedule, processes
+        self.device, self.dtype = processes.device, {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe.precision]
+        if (recipe.nasa_max > 0) != (task.negatives is not None):
+            raise InputError("NASA-T needs both: negatives and a nasa_max above 0")
+        if (recipe.clip_weight > 0) != (task.clip is not None):
+            raise InputError("the clamped CLIP loss needs both: a CLIP model and a clip_weight above 0")
+        with processes.first():
+            self.texts = self._states(task.prompts, "prompts")
+            self.negatives = None if task.negatives is None else self._states(task.negatives, "negatives")
+            self.judge = None if task.clip is None else self._clip_judge(task.clip)
+        torch.manual_seed(recipe.seed)  # of the adapters' first values
+        self.student, teacher = self._network(task.student or task.teacher), self._network(task.teacher)
+        self.shape = (teacher.config.in_channels, *[teacher.config.sample_size] * 2)
+        if recipe.student_rank:
+            with_lora(self.student, denoiser.lora_targets, recipe.student_rank, 2 * recipe.student_rank)
+        else:
+            self.student.requires_grad_(True)
+        self.teachers = Teachers(teacher, denoiser.lora_targets, recipe.lora_rank, recipe.lora_alpha)
+        self.rule = schedule.rule(denoiser.timestep if recipe.timestep < 0 else recipe.timestep)
+        self._set_attention()
+        if recipe.checkpointing:
+            for network in (self.student, self.teachers.network):
+                network.enable_gradient_checkpointing()
+        optimiser: dict[str, Any] = {"betas": (recipe.beta1, recipe.beta2), "clip": recipe.clip, "processes": processes}
+        self.weights = MasterWeights(self.student, weight_decay=recipe.weight_decay, ema=recipe.ema, **optimiser)
+        self.lora_weights = MasterWeights(self.teachers.network, weight_decay=0.0, ema=0.0, **optimiser)
+        self._answer = torch.compile(denoiser.answer) if compiled else denoiser.answer
+
+    def step(self, i: int) -> dict[str, float]:
+        """One step of the student and its LoRA teacher's; named scalars, means over all processes."""
+        recipe, share = self.recipe, self.processes.share(self.recipe.batch)
+        size = recipe.micro_batch or len(share)
+        chunks = [share[start : start + size] for start in range(0, len(share), size)]
+        warming = i < recipe.warm_steps
+        scalars: dict[str, Tensor] = {}
+
+        def add(values: dict[str, Tensor], part: float) -> None:
+            for name, value in values.items():
+                scalars[name] = scalars.get(name, torch.zeros((), device=self.device)) + value.detach().float() * part
+
+        drawn = []
+        for chunk in chunks:
+            part = len(chunk) / len(share)
+            x0, loss, values = self._student_loss(i, chunk, warming)
+            (loss * part).backward()
+            if len(chunks) > 1:
+                self.weights.accumulate()
+            add(values, part)
+            drawn.append(x0.detach())
+        rate = learning_rate(recipe.lr, i, recipe.steps, warmup=recipe.warmup, decay_from=recipe.decay_from)
+        norms = {"norm": self.weights.step(rate)}
+        for turn in range(0 if warming else recipe.lora_steps):
+            for chunk, x0 in zip(chunks, drawn, strict=True):
+                part = len(chunk) / len(share)
+                loss = self._lora_loss(i, turn, chunk, x0)
+                (loss * part).backward()
+                if len(chunks) > 1:
+                    self.lora_weights.accumulate()
+                add({"lora": loss}, part / recipe.lora_steps)
+            rate = learning_rate(recipe.lora_lr, i, recipe.steps, warmup=recipe.warmup, decay_from=1.0)
+            norms["lora_norm"] = self.lora_weights.step(rate)
+        scalars["spread"] = self._spread(torch.cat(drawn))
+        self.processes.mean(scalars.values())
+        return {**{name: value.item() for name, value in scalars.items()}, **norms}
+
+    def wrong(self, scalars: Mapping[str, float]) -> str | None:
+        """Why the run must stop."""
+        if scalars["spread"] < self.recipe.collapse:
+            return (
+                f"the student has collapsed (deviation of its latents {scalars['spread']:.2g}, at least {self.recipe.collapse:g} is wanted)"
+            )
+        return None
+
+    @torch.no_grad()
+    def sample(self, path: Path) -> None:
+        """Writes what the moving average of the student makes of the first prompts, and noise of its own, as one picture."""
+        count = min(SAMPLES, len(self.texts), self.recipe.micro_batch or self.recipe.batch)
+        noise = torch.randn(count, *self.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        self.weights.publish(averaged=True)
+        latents = self.clean(noise, self._batch(range(count)), None)
+        self.weights.publish()
+        decoder = load_decoder(Weights(self.task.teacher), default_preset(self.task.backbone)).to(self.device)
+        pictures = torch.cat([decoder(latent[None]) for latent in latents])
+        contact_sheet(pictures.cpu().numpy(), self.texts.first[:count]).save(path)
+
+    def finished(self) -> nn.Module:
+        """The student as it is shipped: the moving average in fp32, a LoRA merged."""
+        self.student.float()
+        self.weights.publish(averaged=True)
+        for module in list(self.student.modules()):
+            if hasattr(module, "merge"):
+                module.merge()
+        return without_adapters(self.student)
+
+    def _spread(self, x0: Tensor) -> Tensor:
+        """The deviation of clean latents over the whole batch, of one alone over itself: falls towards 0 when the student collapses."""
+        if self.recipe.batch == 1:
+            return x0.std()
+        moments = torch.stack([x0.mean(0), x0.square().mean(0)])
+        self.processes.mean([moments])
+        return (moments[1] - moments[0].square()).clamp(min=0).sqrt().mean()
+
+    def _student_loss(self, i: int, samples: range, warming: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        recipe = self.recipe
+        draws = draw(recipe, i, samples, self.shape, len(self.negatives or ()), self.device)
+        rows = self._rows(i, samples)
+        text, empty = self._batch(rows), self._batch([-1] * len(rows))
+        negative = None if self.negatives is None else self.negatives.batch(draws.negative).to(self.device, self.dtype)
+        x0 = self.clean(draws.noise, text, None if negative is None else (negative, recipe.nasa_max * draws.nasa))
+        if warming:
+            wanted = self._teacher_picture(draws.noise, text, empty)
+            loss = nn.functional.mse_loss(x0, wanted)
+            return x0, loss, {"warm": loss}
+        gradient = self._gradient(x0.detach(), draws, text, empty, negative or empty)
+        loss, values = vsd_loss(x0, gradient), {"vsd": gradient.square().mean()}
+        if self.judge is not None:
+            weight = recipe.clip_weight * (1 - i / recipe.steps)
+            values["clip"] = self.judge.loss(x0, rows, recipe.clip_threshold)
+            loss = loss + weight * values["clip"]
+        return x0, loss, values
+
+    @torch.no_grad()
+    def _gradient(self, x0: Tensor, draws: Draws, text: Text, empty: Text, unwanted: Text) -> Tensor:
+        """`unwanted`: what the frozen teacher is guided away from, the empty prompt or (NASA-T) the negative."""
+        recipe, schedule = self.recipe, self.schedule
+        x_t = schedule.noised(x0, draws.eps, draws.t)
+        frozen, lora = kappas(draws.kappa, recipe.kappa_min, recipe.kappa_max, recipe.kappa_on)
+        with self.teachers.frozen() as network:
+            frozen_x0 = schedule.x0(x_t, guided(*self._both(network, x_t, draws.t, text, unwanted), frozen), draws.t)
+        lora_x0 = schedule.x0(x_t, guided(*self._both(self.teachers.network, x_t, draws.t, text, empty), lora), draws.t)
+        return vsd_gradient(x0, frozen_x0, lora_x0, *schedule.alpha_sigma(draws.t), recipe.weight)
+
+    def _lora_loss(self, i: int, turn: int, samples: range, x0: Tensor) -> Tensor:
+        draws = draw_lora(self.recipe, i, turn, samples, self.shape, self.device)
+        rows = [-1 if empty else row for row, empty in zip(self._rows(i, samples), draws.empty.tolist(), strict=True)]
+        said = self._say(self.teachers.network, self.schedule.noised(x0, draws.eps, draws.t), draws.t, self._batch(rows))
+        alpha, _ = self.schedule.alpha_sigma(draws.t)
+        return lora_loss(said, self.schedule.target(x0, draws.eps, draws.t), alpha, self.recipe.lora_weighted)
+
+    def _teacher_picture(self, noise: Tensor, text: Text, empty: Text) -> Tensor:
+        with self.teachers.frozen() as network:
+            scale = (self.recipe.kappa_min + self.recipe.kappa_max) / 2
+            return ddim(self.schedule, lambda x_t, t: self._both(network, x_t, t, text, empty), noise, self.recipe.warm_calls, scale)
+
+    def clean(self, noise: Tensor, text: Text, negative: tuple[Text, Tensor] | None) -> Tensor:
+        """Clean latents (B, C, h, w) fp32 of the student in one call, with a negative and its scale (B,)."""
+        t = torch.full((len(noise),), int(self.rule.timestep), device=self.device)
+        other = None if negative is None else (negative[0].states, negative[0].mask, negative[1])
+        return self.rule.x0(noise, self._say(self.student, noise, t, text, other))
+
+    def _both(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Text, other: Text) -> tuple[Tensor, Tensor]:
+        """The answers to two prompts, in one call."""
+        first, second = self._say(network, torch.cat([x_t, x_t]), torch.cat([t, t]), joined(text, other)).chunk(2)
+        return first, second
+
+    def _say(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Text, negative: tuple | None = None) -> Tensor:
+        return self._answer(network, x_t.to(self.dtype), t, text.states, text.mask, negative).float()
+
+    def _rows(self, i: int, samples: range) -> list[int]:
+        return [shuffled(i * self.recipe.batch + sample, len(self.texts), self.recipe.seed) for sample in samples]
+
+    def _batch(self, rows: "range | list[int]") -> Text:
+        return self.texts.batch(rows).to(self.device, self.dtype)
+
+    def _network(self, folder: Path) -> nn.Module:
+        network = load_module(folder / self.denoiser.part, self.denoiser.kind, dtype=self.dtype)
+        # Weights of this dtype are mapped from the file: training writes into them.
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(self.device, copy=True)
+        return network.to(self.device)
+
+    def _set_attention(self) -> None:
+        tokens = (self.shape[-1] // getattr(self.student.config, "patch_size", 1)) ** 2
+        form = attention if self.device.type == "cpu" and tokens <= SHORT else fused_attention
+        self.teachers.set_attention(PlainAttention(form))
+        if self.negatives is None:
+            self.student.set_attn_processor(PlainAttention(form))
+        else:
+            self.student.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), form))
+
+    def _states(self, prompts: Path, name: str) -> TextStates:
+        encoder = self.denoiser.prompt_encoder(self.task.teacher, default_preset(self.task.backbone).max_tokens)
+        key = states_key(prompts, self.task.teacher / "text_encoder")
+        return encode_prompts(partial(read_prompts, prompts), key, encoder, self.denoiser.masked, self._folder(name))
+
+    def _clip_judge(self, clip: Path) -> ClipJudge:
+        return ClipJudge(self.task.backbone, self.task.teacher, clip, self.task.prompts, self._folder("clip"), self.device)
+
+    def _folder(self, name: str) -> Path:
+        return (self.task.states or self.task.out / "states") / name

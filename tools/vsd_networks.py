@@ -1,0 +1,328 @@
+"""PG-SB with networks: fixed against random kappa on two architectures, several seeds, all else alike.
+
+A transformer in PixArt's manner and a UNet with cross-attention in Stable Diffusion's, of at most 2 M parameters each, learn the emoji
+pictures at 64 x 64 pixels as teachers; then every setting of kappa distils each of them with the same seeds. Measured is the Frechet
+distance of the student's pictures of held-out captions to real ones, in the features of a scorer. One command, that goes on where it
+was stopped:
+
+    python tools/vsd_networks.py --data runs/emoji --vae weights/small/teacher/vae --work runs/vsd_networks --out docs/vsd_networks.json
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny, PixArtTransformer2DModel, UNet2DConditionModel
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from snoopi_rt.export.attention import PlainAttention
+from snoopi_rt.export.backbones import Denoiser, Weights, find_backbone
+from snoopi_rt.export.backbones.network import load_decoder
+from snoopi_rt.export.backbones.unet import unet_answer
+from snoopi_rt.export.presets import default_preset
+from snoopi_rt.export.training import loop
+from snoopi_rt.export.training.distillation import Distillation, Task
+from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
+from snoopi_rt.export.training.processes import Processes
+from snoopi_rt.export.training.recipe import Recipe
+from snoopi_rt.export.training.schedule import Schedule
+from snoopi_rt.export.training.small.autoencoder import to_network
+from snoopi_rt.export.training.small.emoji import fetch_sprites, open_pictures, read_rows
+from snoopi_rt.export.training.small.evaluate import real_pictures
+from snoopi_rt.export.training.small.scorer import KINDS, open_scorer
+from snoopi_rt.export.training.small.statistics import frechet
+from snoopi_rt.export.training.small.teacher import schedule
+from snoopi_rt.export.training.text_states import encode_prompts
+from snoopi_rt.export.weights import fingerprint, save_diffusers, save_tensors
+
+SIDE, CHANNELS = 8, 8  # of a latent of 64 x 64 pixels
+LOW, HIGH = 1.0, 3.5
+MEAN = (LOW + HIGH) / 2
+SETTINGS: dict[str, dict[str, Any]] = {
+    "random on both": {"kappa_on": "both"},
+    "random on the frozen teacher": {"kappa_on": "frozen"},
+    "random on the LoRA teacher": {"kappa_on": "lora"},
+    **{f"fixed {kappa:g}": {"kappa_min": kappa, "kappa_max": kappa} for kappa in (1.5, MEAN, 3.0, 4.5)},
+}
+DIVERGED = 3.0
+"""Times the grid's median distance."""
+
+
+def transformer() -> nn.Module:
+    """PixArt's transformer, 1.9 M parameters."""
+    network = PixArtTransformer2DModel(
+        num_attention_heads=3,
+        attention_head_dim=48,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=4,
+        cross_attention_dim=144,
+        sample_size=SIDE,
+        patch_size=1,
+        caption_channels=384,
+        use_additional_conditions=False,
+    )
+    nn.init.zeros_(network.proj_out.weight)
+    return network
+
+
+def unet() -> nn.Module:
+    """A UNet with cross-attention at both levels, 1.9 M parameters."""
+    network = UNet2DConditionModel(
+        sample_size=SIDE,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        block_out_channels=(48, 80),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=384,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    nn.init.zeros_(network.conv_out.weight)
+    return network
+
+
+_SMALL = find_backbone("small").denoiser()
+ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Denoiser]] = {
+    "transformer": (transformer, _SMALL),
+    "unet": (
+        unet,
+        replace(
+            _SMALL,
+            kind=UNet2DConditionModel,
+            part="unet",
+            # The empty tokens behind a prompt are zero and count, as CLIP's do.
+            answer=unet_answer,
+            lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+            masked=False,
+        ),
+    ),
+}
+
+
+def train_teacher(name: str, data: Path, vae: Path, folder: Path, steps: int) -> None:
+    """A teacher of one architecture in diffusers layout, v-prediction, 10 % empty captions."""
+    build, denoiser = ARCHITECTURES[name]
+    if (folder / denoiser.part / "config.json").exists():
+        return
+    shutil.copytree(vae, folder / "vae", dirs_exist_ok=True)
+    schedule().save_pretrained(folder / "scheduler")
+    latents, rows = _latents(data, vae, folder.parent), [row for row in read_rows(data) if row.split == "train"]
+    texts = encode_prompts(
+        lambda: [row.caption for row in rows], fingerprint(data / "dataset.json"), _encoder(), denoiser.masked, folder.parent / "captions"
+    )
+    torch.manual_seed(0)
+    model, noise = build().bfloat16(), Schedule.of(folder)
+    model.set_attn_processor(PlainAttention())
+    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    weights = MasterWeights(model, ema=0.999)
+    recipe = loop.Recipe(steps, 64, 1e-3)
+
+    def step(i: int, random: torch.Generator) -> dict[str, float]:
+        chosen = torch.randint(len(latents), (recipe.batch,), generator=random)
+        empty = torch.rand(recipe.batch, generator=random) < 0.1
+        text = texts.batch([-1 if none else row for row, none in zip(chosen.tolist(), empty.tolist(), strict=True)])
+        x0, eps = latents[chosen].float(), torch.randn(recipe.batch, CHANNELS, SIDE, SIDE, generator=random)
+        t = torch.randint(1000, (recipe.batch,), generator=random)
+        said = denoiser.answer(model, noise.noised(x0, eps, t).bfloat16(), t, text.states, text.mask, None).float()
+        loss = nn.functional.mse_loss(said, noise.target(x0, eps, t))
+        loss.backward()
+        return {"loss": loss.item(), "norm": weights.step(learning_rate(recipe.lr, i, recipe.steps))}
+
+    loop.run(loop.Stage(f"teacher {name}", folder, recipe, {"architecture": name}), {"teacher": weights}, step, _nothing)
+    final = build()
+    final.load_state_dict(weights.averaged(), strict=False)
+    save_diffusers(final, folder / denoiser.part)
+
+
+def distil(name: str, setting: dict[str, Any], seed: int, work: Path, prompts: Path, steps: int, measure: Callable) -> dict[str, Any]:
+    """One run: its distance at the end, or why it stopped."""
+    _, denoiser = ARCHITECTURES[name]
+    teacher = work / f"teacher-{name}"
+    recipe = Recipe(
+        **{
+            "steps": steps,
+            "batch": 32,
+            "lr": 2e-4,
+            "seed": seed,
+            "kappa_min": LOW,
+            "kappa_max": HIGH,
+            "timestep": 999,
+            "beta1": 0.0,
+            "beta2": 0.99,
+            "decay_from": 0.7,
+            "ema": 0.99,
+            "lora_rank": 32,
+            "lora_alpha": 64,
+            "collapse": 0.0,
+            **setting,
+        }
+    )
+    began = time.perf_counter()
+    run = Distillation(
+        Task("small", teacher, prompts, work / "none", states=work / f"states-{name}"),
+        recipe,
+        denoiser,
+        Schedule.of(teacher),
+        Processes(),
+        False,
+    )
+    log = []
+    for i in range(steps):
+        scalars = run.step(i)
+        log.append(scalars["vsd"])
+        if not all(map(math.isfinite, scalars.values())):
+            return {"stopped": i, "seconds": time.perf_counter() - began}
+    run.weights.publish(averaged=True)
+    return {"distance": measure(run), "vsd": float(np.mean(log[-50:])), "seconds": time.perf_counter() - began}
+
+
+def measurer(data: Path, vae: Path, work: Path, samples: int) -> tuple[Callable[[Distillation], float], float]:
+    """measure(run): the Frechet distance of a student's pictures of held-out captions; and that of real pictures to real ones."""
+    scorer = open_scorer(KINDS[1], work / "scorers")
+    sprites = fetch_sprites(data / "npm")
+    real, captions, _ = real_pictures(sprites, samples, 0)
+    other, _, _ = real_pictures(sprites, samples, 1)
+    seen, floor = (scorer(_small(pictures))[0] for pictures in (real, other))
+    decoder = load_decoder(Weights(vae.parent, decoder=vae), default_preset("small"))
+
+    @torch.no_grad()
+    def measure(run: Distillation) -> float:
+        texts = encode_prompts(lambda: captions, f"held out {samples}", _encoder(), run.denoiser.masked, work / "held-out")
+        noise, pictures = torch.randn(samples, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(1)), []
+        for start in range(0, samples, 64):
+            rows = range(start, min(start + 64, samples))
+            text = texts.batch(rows).to(run.device, run.dtype)
+            pictures.append(decoder(run.clean(noise[start : rows.stop], text, None)).numpy())
+        return frechet(scorer(np.concatenate(pictures))[0], seen)
+
+    return measure, frechet(floor, seen)
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="What `snoopi-rt data emoji` wrote.")
+@click.option("--vae", type=click.Path(path_type=Path), required=True, help="The small model's vae.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Where teachers and finished runs are kept.")
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--seeds", default=5)
+@click.option("--teacher-steps", default=6000)
+@click.option("--steps", default=400)
+@click.option("--samples", default=1500)
+def main(data: Path, vae: Path, work: Path, out: Path, seeds: int, teacher_steps: int, steps: int, samples: int) -> None:
+    """Train what is missing, run what was not run yet, and write table, JSON and plot of what there is."""
+    for name in ARCHITECTURES:
+        train_teacher(name, data, vae, work / f"teacher-{name}", teacher_steps)
+    measure, floor = measurer(data, vae, work, samples)
+    runs = work / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    # Seed by seed: what was stopped early still has all settings.
+    cells = [(seed, name, setting) for seed in range(seeds) for name in ARCHITECTURES for setting in SETTINGS]
+    for seed, name, setting in tqdm(cells, unit="run"):
+        file = runs / f"{name}, {setting}, {seed}, {steps}.json"
+        if not file.exists():
+            found = distil(name, SETTINGS[setting], seed, work, data / "prompts.txt", steps, measure)
+            file.write_text(json.dumps({"architecture": name, "kappa": setting, "seed": seed, **found}) + "\n")
+        report([json.loads(each.read_text()) for each in sorted(runs.glob(f"*, {steps}.json"))], floor, steps, out)
+
+
+def report(found: list[dict[str, Any]], floor: float, steps: int, out: Path) -> None:
+    """Writes the JSON and the plot, and prints the table."""
+    lines, rows = [f"{'architecture':13}{'kappa':30}{'runs':>5}{'distance':>10}{'+-':>8}{'to the mean, paired':>22}{'diverged':>9}"], []
+    for name in ARCHITECTURES:
+        distances = {(run["kappa"], run["seed"]): run.get("distance", math.inf) for run in found if run["architecture"] == name}
+        if not distances:
+            continue
+        limit = DIVERGED * float(np.median(list(distances.values())))
+        for setting in SETTINGS:
+            own = {seed: value for (kappa, seed), value in distances.items() if kappa == setting}
+            good = [value for value in own.values() if value <= limit]
+            base = {seed: value for (kappa, seed), value in distances.items() if kappa == f"fixed {MEAN:g}"}
+            pairs = [own[seed] - base[seed] for seed in own.keys() & base.keys() if max(own[seed], base[seed]) <= limit]
+            row = {
+                "architecture": name,
+                "kappa": setting,
+                "runs": len(own),
+                "distance": float(np.mean(good)) if good else None,
+                "half_interval": _half_interval(good),
+                "to_mean": float(np.mean(pairs)) if pairs else None,
+                "to_mean_half_interval": _half_interval(pairs),
+                "diverged": len(own) - len(good),
+            }
+            rows.append(row)
+            lines.append(
+                f"{name:13}{setting:30}{len(own):5}{row['distance'] or math.nan:10.2f}{row['half_interval']:8.2f}"
+                f"{row['to_mean'] or 0.0:13.2f} +-{row['to_mean_half_interval']:6.2f}{row['diverged']:9}"
+            )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(
+        json.dumps({"steps": steps, "kappa": [LOW, HIGH], "distance of real to real": floor, "rows": rows, "runs": found}, indent=1) + "\n"
+    )
+    _plot(rows, floor, out.with_suffix(".png"))
+    click.echo("\n" + "\n".join(lines))
+
+
+def _half_interval(values: list[float]) -> float:
+    """Half of the 95 % interval of a mean (Student's t for up to 10 values)."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+    return t.get(len(values), 2.0) * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _plot(rows: list[dict[str, Any]], floor: float, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ARCHITECTURES, strict=True):
+        mine = [row for row in rows if row["architecture"] == name and row["distance"] is not None]
+        axes.errorbar(range(len(mine)), [row["distance"] for row in mine], [row["half_interval"] for row in mine], fmt="o", capsize=4)
+        axes.axhline(floor, linestyle=":", color="gray", label="real to real")
+        axes.set_xticks(range(len(mine)), [row["kappa"] for row in mine], rotation=40, ha="right")
+        axes.set(title=name, ylabel="Frechet distance, 95 % interval", ylim=(0, None))
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=90)
+
+
+def _encoder() -> Any:
+    return _SMALL.prompt_encoder(Path(), default_preset("small").max_tokens)
+
+
+def _small(pictures: np.ndarray) -> np.ndarray:
+    """uint8 (N, 128, 128, 3) to half the sides."""
+    return pictures.reshape(len(pictures), 64, 2, 64, 2, 3).mean((2, 4)).round().astype(np.uint8)
+
+
+@torch.no_grad()
+def _latents(data: Path, vae: Path, work: Path) -> torch.Tensor:
+    """The training pictures at 64 x 64 as latents (N, 8, 8, 8) fp16, computed once."""
+    from safetensors.torch import load_file
+
+    file = work / "latents.safetensors"
+    if not file.exists():
+        pictures, model = open_pictures(data), AutoencoderTiny.from_pretrained(vae).eval()
+        chosen = [i for i, row in enumerate(read_rows(data)) if row.split == "train"]
+        found = [
+            model.encoder(to_network(_small(np.stack([pictures[i] for i in chosen[start : start + 128]])))).half()
+            for start in tqdm(range(0, len(chosen), 128), desc="latents", unit="batch")
+        ]
+        work.mkdir(parents=True, exist_ok=True)
+        save_tensors(file, {"latents": torch.cat(found)})
+    return load_file(file)["latents"]
+
+
+def _nothing(path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(path)
+
+
+if __name__ == "__main__":
+    main()
