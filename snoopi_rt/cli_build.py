@@ -149,6 +149,13 @@ def merge(first: Path, second: Path, backbone: str, weight: float, out: Path) ->
     click.echo(f"the student is in {out}; it is exported as {first} was")
 
 
+def _switch(value: str) -> bool:
+    """Raises ValueError for what is neither true nor false."""
+    if value.lower() not in ("true", "false"):
+        raise ValueError(value)
+    return value.lower() == "true"
+
+
 def _recipe(kind: type, settings: tuple[str, ...], base: Any = None) -> Any:
     """The stage's recipe, or `base`, with the given settings. Raises InputError for an unknown name or a value of another type."""
     base = base or kind()
@@ -159,7 +166,7 @@ def _recipe(kind: type, settings: tuple[str, ...], base: Any = None) -> Any:
         if key not in types:
             raise InputError(f"unknown setting {key!r}, choose from {', '.join(types)}")
         try:
-            given[key] = value in ("1", "true", "yes") if types[key] is bool else types[key](value)
+            given[key] = _switch(value) if types[key] is bool else types[key](value)
         except ValueError:
             raise InputError(f"setting {key} is {value!r}, which is not {types[key].__name__}") from None
     return replace(base, **given)

@@ -14,15 +14,17 @@ from snoopi_rt.engines.base import InputError
 @click.option(
     "--bundle", "bundles", multiple=True, metavar="[NAME=]FOLDER", help="One or more; the first in full.  [default: the embedded]"
 )
-@click.option("--teacher", type=folder, metavar="FOLDER", help="The teacher, to be judged alike at 25 steps and its best guidance.")
+@click.option("--teacher", type=folder, required=True, metavar="FOLDER", help="Judged alike, at 25 steps and its best guidance.")
 @click.option("--scorers", type=folder, metavar="FOLDER", help="Where trained scorers and drawings are kept.  [default: in --out]")
 @click.option("--quick", is_flag=True, help="A few pictures of each kind: to see that it runs.")
 @out_option
-def evaluate(domain: str, bundles: tuple[str, ...], teacher: Path | None, scorers: Path | None, quick: bool, out: Path) -> None:
+def evaluate(domain: str, bundles: tuple[str, ...], teacher: Path, scorers: Path | None, quick: bool, out: Path) -> None:
     """Measure things, backgrounds, flaws and negative prompts; write evaluation.json and pictures. Half an hour on two cores."""
     if domain != "small":
         raise InputError(f"unknown domain {domain!r}, choose from small")
     named = {name or Path(path).name: Path(path) for name, _, path in (_split(each) for each in bundles)}
+    if len(named) < len(bundles):
+        raise InputError("two bundles have one name: --bundle NAME=FOLDER gives them others")
     with building("eval", "train", out):
         from snoopi_rt.export.training.small.report import TINY, Extent
         from snoopi_rt.export.training.small.report import evaluate as measure

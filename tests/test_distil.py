@@ -130,6 +130,16 @@ def test_scales_that_are_drawn_are_not_the_mean_and_each_choice_matters(teachers
     assert found[3] == distil(teachers, tmp_path / "fixed", kappa_min=2.0, kappa_max=2.0)[-1]["vsd"]
 
 
+def test_the_command_that_exports_a_student_says_where_it_differs_from_its_preset(teachers: Path, tmp_path: Path) -> None:
+    def reads(backbone: str, **settings: Any) -> str:
+        task = Task(backbone, teachers / backbone, teachers / "prompts.txt", tmp_path / f"{backbone}{settings}")
+        return train(task, replace(TINY, steps=1, **settings))
+
+    assert reads("sd15") == "pgsb-sd15 --set size=64"
+    assert reads("pixart", timestep=200).startswith("pgsb-pixart --set timestep=200 --set alpha=0.")
+    assert reads("sd21").startswith("pgsb-sd21 --set prediction=v --set size=64")
+
+
 def test_a_lora_student_is_merged_into_weights_of_the_teachers_form(teachers: Path, tmp_path: Path) -> None:
     distil(teachers, tmp_path, student_rank=2)
     before, after = load_file(next((teachers / "pixart" / "transformer").glob("*.safetensors"))), weights(tmp_path)
@@ -149,9 +159,9 @@ def test_warm_steps_bring_the_student_nearer_to_the_teachers_own_pictures(teache
 
 def test_nasa_t_trains_with_negatives(teachers: Path, tmp_path: Path) -> None:
     negatives = {"negatives": teachers / "negatives.txt"}
-    for backbone in "pixart", "sd15":
-        plain = distil(teachers, tmp_path / f"{backbone}-plain", backbone)
-        nasa = distil(teachers, tmp_path / f"{backbone}-nasa", backbone, negatives, nasa_max=1.0)
+    for backbone, precision in (("pixart", "fp32"), ("pixart", "bf16"), ("sd15", "fp32"), ("sd15", "bf16")):
+        plain = distil(teachers, tmp_path / f"{backbone}-{precision}-plain", backbone, precision=precision)
+        nasa = distil(teachers, tmp_path / f"{backbone}-{precision}-nasa", backbone, negatives, nasa_max=1.0, precision=precision)
         assert nasa[-1]["vsd"] != plain[-1]["vsd"]
     with pytest.raises(InputError, match="NASA-T needs both"):
         distil(teachers, tmp_path / "c", given=negatives)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -119,6 +120,12 @@ def run(
     return torch.where(found < NEAR * start, found, math.inf)
 
 
+def quantiles(distances: Tensor) -> list[float | None]:
+    """The 10, 50 and 90 % quantiles, None where so many runs diverged."""
+    values = distances.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), interpolation="higher").tolist()
+    return [value if math.isfinite(value) else None for value in values]
+
+
 @click.command()
 @click.option("--seeds", default=32)
 @click.option("--steps", default=300)
@@ -150,17 +157,11 @@ def main(seeds: int, steps: int, batch: int, follows: tuple[float, ...], weights
                         "kappa": name,
                         "largest_stable_rate": margins[name],
                         "common_rate": common,
-                        "median": float(finite.median()) if len(finite) else math.nan,
-                        "spread": float(finite.std()) if len(finite) > 1 else math.nan,
+                        "median": float(finite.median()) if len(finite) else None,
+                        "spread": float(finite.std()) if len(finite) > 1 else None,
                         "diverged": float((~at.isfinite()).double().mean()),
                         "best_median": best,
-                        "by_rate": {
-                            f"{rate:.4g}": [
-                                float(v)
-                                for v in found[weight, follow, name, rate].quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
-                            ]
-                            for rate in RATES
-                        },
+                        "by_rate": {f"{rate:.4g}": quantiles(found[weight, follow, name, rate]) for rate in RATES},
                     }
                 )
     document = {"seeds": seeds, "steps": steps, "batch": batch, "kappa": [LOW, HIGH], "seconds": time.perf_counter() - began, "rows": rows}
@@ -176,7 +177,7 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         lines.append(
             f"{row['weight']:11}{row['follow']:7g}  {row['kappa']:30}{row['largest_stable_rate']:13.3g}{row['common_rate']:8.3g}"
-            f"{row['median']:9.3f}{row['spread']:9.3f}{row['diverged']:9.0%}{row['best_median']:9.3f}"
+            f"{row['median'] or math.nan:9.3f}{row['spread'] or math.nan:9.3f}{row['diverged']:9.0%}{row['best_median']:9.3f}"
         )
     return "\n".join(lines)
 
@@ -191,7 +192,7 @@ def plot(rows: list[dict], path: Path) -> None:
         for row in rows:
             if (row["weight"], row["follow"]) == (weight, follow):
                 rates = [float(rate) for rate in row["by_rate"]]
-                low, middle, high = zip(*row["by_rate"].values(), strict=True)
+                low, middle, high = (np.array(each, dtype=float) for each in zip(*row["by_rate"].values(), strict=True))
                 (line,) = axes.plot(rates, middle, label=row["kappa"], linestyle="-" if row["kappa"].startswith("random") else "--")
                 axes.fill_between(rates, low, high, color=line.get_color(), alpha=0.1)
         axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="distance at the end (lines end where runs diverge)")

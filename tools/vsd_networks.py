@@ -222,6 +222,8 @@ def measurer(data: Path, vae: Path, work: Path, samples: int) -> tuple[Callable[
 @click.option("--samples", default=1500)
 def main(data: Path, vae: Path, work: Path, out: Path, seeds: int, teacher_steps: int, steps: int, samples: int) -> None:
     """Train what is missing, run what was not run yet, and write table, JSON and plot of what there is."""
+    # Another extent or other data are another grid.
+    work = work / fingerprint(data / "dataset.json", vae / "config.json")[:8] / f"{teacher_steps}-{steps}-{samples}"
     for name in ARCHITECTURES:
         train_teacher(name, data, vae, work / f"teacher-{name}", teacher_steps)
     measure, floor = measurer(data, vae, work, samples)
@@ -230,11 +232,11 @@ def main(data: Path, vae: Path, work: Path, out: Path, seeds: int, teacher_steps
     # Seed by seed: what was stopped early still has all settings.
     cells = [(seed, name, setting) for seed in range(seeds) for name in ARCHITECTURES for setting in SETTINGS]
     for seed, name, setting in tqdm(cells, unit="run"):
-        file = runs / f"{name}, {setting}, {seed}, {steps}.json"
+        file = runs / f"{name}, {setting}, {seed}.json"
         if not file.exists():
             found = distil(name, SETTINGS[setting], seed, work, data / "prompts.txt", steps, measure)
             file.write_text(json.dumps({"architecture": name, "kappa": setting, "seed": seed, **found}) + "\n")
-        report([json.loads(each.read_text()) for each in sorted(runs.glob(f"*, {steps}.json"))], floor, steps, out)
+        report([json.loads(each.read_text()) for each in sorted(runs.glob("*.json"))], floor, steps, out)
 
 
 def report(found: list[dict[str, Any]], floor: float, steps: int, out: Path) -> None:
@@ -274,9 +276,9 @@ def report(found: list[dict[str, Any]], floor: float, steps: int, out: Path) -> 
 
 
 def _half_interval(values: list[float]) -> float:
-    """Half of the 95 % interval of a mean (Student's t for up to 10 values)."""
+    """Half of the 95 % interval of a mean (Student's t for up to 10 values), 0 of a single one."""
     t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-    return t.get(len(values), 2.0) * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return t.get(len(values), 2.0) * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def _plot(rows: list[dict[str, Any]], floor: float, path: Path) -> None:

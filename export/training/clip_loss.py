@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from snoopi_rt.export.backbones import PromptEncoder, Weights
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.checkpoint import load_module
-from snoopi_rt.export.presets import default_preset
+from snoopi_rt.export.preset import Preset
 from snoopi_rt.export.text.rule import clip_rule
 from snoopi_rt.export.training.pgsb import clamped_clip_loss
 from snoopi_rt.export.training.prompt_files import read_prompts
@@ -26,11 +26,11 @@ class ClipJudge:
     TAESD saves much memory.
     """
 
-    def __init__(self, backbone: str, teacher: Path, clip: Path, prompts: Path, states: Path, device: torch.device):
+    def __init__(self, preset: Preset, teacher: Path, clip: Path, prompts: Path, states: Path, device: torch.device):
         from transformers import CLIPModel
 
         self.model = load_module(clip, CLIPModel).to(device)
-        self.decoder = load_decoder(Weights(teacher), default_preset(backbone)).to(device)
+        self.decoder = load_decoder(Weights(teacher), preset).to(device)
         self.texts = encode_prompts(
             partial(read_prompts, prompts), states_key(prompts, clip), _text_embedder(clip, self.model), masked=False, folder=states
         )

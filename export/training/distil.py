@@ -1,18 +1,19 @@
 """PG-SB from a teacher's folder and a file of prompts to a student's folder."""
 
+import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.export.backbones import Denoiser, find_backbone
-from snoopi_rt.export.one_step import OneStepRule
+from snoopi_rt.export.backbones import FACTOR, Denoiser, find_backbone
 from snoopi_rt.export.preset import written
 from snoopi_rt.export.presets import PRESETS
 from snoopi_rt.export.training import loop
-from snoopi_rt.export.training.distillation import Distillation, Task
+from snoopi_rt.export.training.distillation import Distillation, Task, own_preset
 from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.recipe import Recipe
 from snoopi_rt.export.training.schedule import Schedule
@@ -38,24 +39,31 @@ def train(task: Task, recipe: Recipe, compiled: bool = False, sample_every: int 
     loop.run(stage, parts, lambda i, random: distillation.step(i), distillation.sample, processes)
     if processes.main:
         write_beside(task.teacher, denoiser.part, distillation.finished(), task.out)
-    return _preset(task.backbone, distillation.rule)
+    return _preset(distillation)
 
 
-def _preset(backbone: str, rule: OneStepRule) -> str:
-    preset = PRESETS[backbone if backbone in PRESETS else f"pgsb-{backbone}"]
-    settings = {"timestep": rule.timestep, "prediction": rule.prediction}
-    own = {"timestep": preset.timestep[0], "prediction": preset.prediction}
-    return " ".join([preset.name, *(f"--set {name}={written(value)}" for name, value in settings.items() if value != own[name])])
+def _preset(distillation: Distillation) -> str:
+    """The preset by which export reads the student, with the settings in which the student differs from it."""
+    rule, preset = distillation.rule, PRESETS[own_preset(distillation.task.backbone)]
+    wanted = {"timestep": rule.timestep, "prediction": rule.prediction, "alpha": rule.alpha, "sigma": rule.sigma}
+    wanted |= {"size": FACTOR * distillation.shape[-1], "vae_scaling": distillation.preset.vae_scaling}
+    own = {name: getattr(preset.rule if hasattr(preset.rule, name) else preset, name) for name in wanted}
+    given = [f"--set {name}={written(value)}" for name, value in wanted.items() if not _same(value, own[name])]
+    return " ".join([preset.name, *given])
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one == other if isinstance(one, str) else math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-6)
 
 
 def _inputs(task: Task, denoiser: Denoiser) -> dict[str, str]:
     """Fingerprints of all that a resumed run must find unchanged."""
-    files = {"prompts": task.prompts, "negatives": task.negatives}
-    weights = {"teacher": task.teacher, "student": task.student}
+    files = {"prompts": task.prompts, "negatives": task.negatives, "scheduler": task.teacher / "scheduler" / "scheduler_config.json"}
+    weights = {"teacher": task.teacher / denoiser.part, "student": task.student and task.student / denoiser.part, "clip": task.clip}
     return {
         "backbone": task.backbone,
         **{name: sha256(file) for name, file in files.items() if file},
-        **{name: fingerprint(*sorted((folder / denoiser.part).glob("*.safetensors"))) for name, folder in weights.items() if folder},
+        **{name: fingerprint(*sorted(file for file in folder.iterdir() if file.is_file())) for name, folder in weights.items() if folder},
     }
 
 
@@ -63,12 +71,17 @@ def write_beside(folder: Path, part: str, network: nn.Module, out: Path) -> None
     """Writes the network as the `part` of `out`, beside all other parts of a diffusers folder: copies, but links to its text encoders."""
     out.mkdir(parents=True, exist_ok=True)
     for other in sorted(folder.iterdir()):
-        target = out / other.name
-        if other.name == part or not list(other.glob("*.json")) or target.exists():
+        target, beside = out / other.name, out / f".{other.name}.part"
+        if other.name == part or target.exists() or not (other.name == "model_index.json" or list(other.glob("*.json"))):
             continue
-        if other.name.startswith("text_encoder"):
+        if other.is_file():
+            shutil.copyfile(other, target)
+        elif other.name.startswith("text_encoder"):
             # T5 has 19 GB.
+            target.unlink(missing_ok=True)
             target.symlink_to(os.path.relpath(other.resolve(), out.resolve()))
         else:
-            shutil.copytree(other, target)
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.copytree(other, beside)
+            beside.rename(target)
     save_diffusers(network, out / part)

@@ -1,7 +1,8 @@
 """A student, its two teachers and one step of PG-SB of all three. Sees prompts and noise, never a picture."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from snoopi_rt.export.backbones import Denoiser, Weights
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.checkpoint import load_module
 from snoopi_rt.export.guidance import find_guidance
-from snoopi_rt.export.presets import default_preset
+from snoopi_rt.export.preset import Preset
+from snoopi_rt.export.presets import PRESETS
 from snoopi_rt.export.training.clip_loss import ClipJudge
 from snoopi_rt.export.training.draws import Draws, draw, draw_lora
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
@@ -59,6 +61,7 @@ class Distillation:
 
     def __init__(self, task: Task, recipe: Recipe, denoiser: Denoiser, schedule: Schedule, processes: Processes, compiled: bool):
         self.task, self.recipe, self.denoiser, self.schedule, self.processes = task, recipe, denoiser, schedule, processes
+        self.preset = _with_own_vae(PRESETS[own_preset(task.backbone)], task.teacher)
         self.device, self.dtype = processes.device, {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe.precision]
         if (recipe.nasa_max > 0) != (task.negatives is not None):
             raise InputError("NASA-T needs both: negatives and a nasa_max above 0")
@@ -69,7 +72,8 @@ class Distillation:
             self.negatives = None if task.negatives is None else self._states(task.negatives, "negatives")
             self.judge = None if task.clip is None else self._clip_judge(task.clip)
         torch.manual_seed(recipe.seed)  # of the adapters' first values
-        self.student, teacher = self._network(task.student or task.teacher), self._network(task.teacher)
+        # The masters are made of what the files hold, before it is rounded.
+        self.student, teacher = self._network(task.student or task.teacher, torch.float32), self._network(task.teacher, self.dtype)
         self.shape = (teacher.config.in_channels, *[teacher.config.sample_size] * 2)
         if recipe.student_rank:
             with_lora(self.student, denoiser.lora_targets, recipe.student_rank, 2 * recipe.student_rank)
@@ -83,8 +87,14 @@ class Distillation:
                 network.enable_gradient_checkpointing()
         optimiser: dict[str, Any] = {"betas": (recipe.beta1, recipe.beta2), "clip": recipe.clip, "processes": processes}
         self.weights = MasterWeights(self.student, weight_decay=recipe.weight_decay, ema=recipe.ema, **optimiser)
+        self.student.to(self.dtype)
         self.lora_weights = MasterWeights(self.teachers.network, weight_decay=0.0, ema=0.0, **optimiser)
-        self._answer = torch.compile(denoiser.answer) if compiled else denoiser.answer
+        self._answer = denoiser.answer
+        if compiled:
+            # Student and teachers, with gradients and without, batches and sheets: each is a graph of its own.
+            torch._dynamo.config.recompile_limit = 64
+            self._answer = torch.compile(denoiser.answer)
+        self.decoder = load_decoder(Weights(task.teacher), self.preset) if processes.main else None
 
     def step(self, i: int) -> dict[str, float]:
         """One step of the student and its LoRA teacher's; named scalars, means over all processes."""
@@ -139,13 +149,18 @@ class Distillation:
         self.weights.publish(averaged=True)
         latents = self.clean(noise, self._batch(range(count)), None)
         self.weights.publish()
-        decoder = load_decoder(Weights(self.task.teacher), default_preset(self.task.backbone)).to(self.device)
-        pictures = torch.cat([decoder(latent[None]) for latent in latents])
+        assert self.decoder is not None
+        pictures = torch.cat([self.decoder(latent[None].cpu()) for latent in latents])
         contact_sheet(pictures.cpu().numpy(), self.texts.first[:count]).save(path)
 
     def finished(self) -> nn.Module:
-        """The student as it is shipped: the moving average in fp32, a LoRA merged."""
+        """The student as it is shipped: the moving average in fp32, a LoRA merged into weights that were never rounded."""
         self.student.float()
+        if self.recipe.student_rank:
+            original = dict(self._network(self.task.student or self.task.teacher, torch.float32).named_parameters())
+            for name, parameter in self.student.named_parameters():
+                if not parameter.requires_grad:
+                    parameter.data = original[name.replace(".base_layer", "")].data
         self.weights.publish(averaged=True)
         for module in list(self.student.modules()):
             if hasattr(module, "merge"):
@@ -205,7 +220,7 @@ class Distillation:
     def clean(self, noise: Tensor, text: Text, negative: tuple[Text, Tensor] | None) -> Tensor:
         """Clean latents (B, C, h, w) fp32 of the student in one call, with a negative and its scale (B,)."""
         t = torch.full((len(noise),), int(self.rule.timestep), device=self.device)
-        other = None if negative is None else (negative[0].states, negative[0].mask, negative[1])
+        other = None if negative is None else (negative[0].states, negative[0].mask, negative[1].to(self.dtype))
         return self.rule.x0(noise, self._say(self.student, noise, t, text, other))
 
     def _both(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Text, other: Text) -> tuple[Tensor, Tensor]:
@@ -222,8 +237,8 @@ class Distillation:
     def _batch(self, rows: "range | list[int]") -> Text:
         return self.texts.batch(rows).to(self.device, self.dtype)
 
-    def _network(self, folder: Path) -> nn.Module:
-        network = load_module(folder / self.denoiser.part, self.denoiser.kind, dtype=self.dtype)
+    def _network(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        network = load_module(folder / self.denoiser.part, self.denoiser.kind, dtype=dtype)
         # Weights of this dtype are mapped from the file: training writes into them.
         for parameter in network.parameters():
             parameter.data = parameter.data.to(self.device, copy=True)
@@ -239,12 +254,26 @@ class Distillation:
             self.student.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), form))
 
     def _states(self, prompts: Path, name: str) -> TextStates:
-        encoder = self.denoiser.prompt_encoder(self.task.teacher, default_preset(self.task.backbone).max_tokens)
+        encoder = self.denoiser.prompt_encoder(self.task.teacher, self.preset.max_tokens)
         key = states_key(prompts, self.task.teacher / "text_encoder")
         return encode_prompts(partial(read_prompts, prompts), key, encoder, self.denoiser.masked, self._folder(name))
 
     def _clip_judge(self, clip: Path) -> ClipJudge:
-        return ClipJudge(self.task.backbone, self.task.teacher, clip, self.task.prompts, self._folder("clip"), self.device)
+        return ClipJudge(self.preset, self.task.teacher, clip, self.task.prompts, self._folder("clip"), self.device)
 
     def _folder(self, name: str) -> Path:
         return (self.task.states or self.task.out / "states") / name
+
+
+def own_preset(backbone: str) -> str:
+    """The preset of the students that are trained here."""
+    return backbone if backbone in PRESETS else f"pgsb-{backbone}"
+
+
+def _with_own_vae(preset: Preset, teacher: Path) -> Preset:
+    """The preset with the scale of the teacher's own autoencoder: PixArt alpha's and sigma's differ."""
+    try:
+        scaling = json.loads((teacher / "vae" / "config.json").read_text()).get("scaling_factor")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{teacher / 'vae'} is no vae of a diffusers folder") from error
+    return replace(preset, vae_scaling=scaling or preset.vae_scaling)

@@ -118,7 +118,7 @@ def _run(
     for name in ("samples", "checkpoints"):
         (stage.folder / name).mkdir(parents=True, exist_ok=True)
     _cut_log(stage.folder / "log.jsonl", start)
-    saved_at = time.monotonic()
+    saved_at, took = time.monotonic(), 0.0
     with (
         open(stage.folder / "log.jsonl", "a") as log,
         SummaryWriter(str(stage.folder / "tensorboard"), purge_step=start) as board,
@@ -136,11 +136,14 @@ def _run(
             if done % stage.sample_every == 0 or done == steps:
                 picture = stage.folder / "samples" / f"{done:07d}.png"
                 sample(picture)
-                board.add_image("samples", np.asarray(Image.open(picture).convert("RGB")), done, dataformats="HWC")
-            if time.monotonic() - saved_at > SAVE_EVERY_S or done == steps:
+                board.add_image("samples", np.asarray(Image.open(picture).convert("RGB")), i, dataformats="HWC")
+            # What a kill may cost, but no more than a twentieth of the time goes into checkpoints, which may have 14 GB.
+            if time.monotonic() - saved_at > max(SAVE_EVERY_S, 20 * took) or done == steps:
                 log.flush()
+                began = time.monotonic()
                 _save(stage, parts, done)
                 saved_at = time.monotonic()
+                took = saved_at - began
 
 
 def _check(stage: Stage, i: int, scalars: Mapping[str, float]) -> None:

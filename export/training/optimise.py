@@ -115,7 +115,7 @@ class MasterWeights:
                 if self.ema:
                     self.averages[i].copy_(state[f"average.{name}"])
                 adam.state[master] = {
-                    "step": torch.tensor(float(self.steps)),
+                    "step": torch.tensor(float(self.steps), device=master.device),
                     "exp_avg": state[f"first.{name}"].to(master, copy=True),
                     "exp_avg_sq": state[f"second.{name}"].to(master, copy=True),
                 }

@@ -1,6 +1,7 @@
 """The processes that train together: one, or those that `accelerate launch` started on several GPUs and hosts."""
 
 from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -15,7 +16,8 @@ class Processes:
 
     def __init__(self) -> None:
         # Several processes on CPUs are started by torchrun: `accelerate launch --cpu` starts one.
-        state = PartialState(cpu=not torch.accelerator.is_available())
+        # The others wait while the main one encodes prompts, which may take hours, and saves.
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
         self.first = state.main_process_first
         self.device, self.rank, self.count, self.main = state.device, state.process_index, state.num_processes, state.is_main_process
 

@@ -112,8 +112,9 @@ def encode_prompts(
             if not _shard(folder, number).exists():
                 rows = _encoded(encoder, ids)
                 ends = torch.tensor([len(row) for row in rows]).cumsum(0)
-                save_tensors(_shard(folder, number), {"states": torch.cat(rows).bfloat16(), "ends": ends})
-            longest = max(longest, *(row.shape[1] for row in ids))
+                save_tensors(_shard(folder, number), {"states": torch.cat(rows), "ends": ends})
+            # Where no mask leaves them out, the tokens behind a prompt are part of what is said: always as many.
+            longest = max(longest, *(row.shape[1] if masked else rule.max_tokens for row in ids))
             first += texts[: FIRST + 1 - len(first)]
             count += len(texts)
             bar.update(len(texts))
@@ -144,9 +145,11 @@ def shuffled(position: int, count: int, seed: int) -> int:
 
 
 def states_key(prompts: Path, text_encoder: Path) -> str:
-    """The key of a file of prompts under the text encoder of a folder: its config and the size of its weights, which may take 19 GB."""
-    weights = sorted((file.name, file.stat().st_size) for file in text_encoder.glob("*")) if text_encoder.is_dir() else []
-    return f"{sha256(prompts)} {json.dumps(weights)}"
+    """The key of a file of prompts under the text encoder of a folder: its configuration, and of its weights, which may take 19 GB, size
+    and time."""
+    files = sorted(text_encoder.iterdir()) if text_encoder.is_dir() else []
+    known = [(file.name, sha256(file) if file.suffix == ".json" else [file.stat().st_size, file.stat().st_mtime_ns]) for file in files]
+    return f"{sha256(prompts)} {json.dumps(known)}"
 
 
 def _mixed(*values: int) -> int:
@@ -172,7 +175,7 @@ def _encoded(encoder: PromptEncoder, ids: list[Tensor]) -> list[Tensor]:
     found: list[Tensor] = [torch.empty(0)] * len(ids)
     for group, states in zip(groups, encoder.encode([torch.cat([ids[i] for i in group]) for group in groups]), strict=True):
         for i, row in zip(group, states, strict=True):
-            found[i] = row
+            found[i] = row.bfloat16()
     return found
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import AutoencoderTiny, PixArtTransformer2DModel
 from tqdm import tqdm
 
 import snoopi_rt
@@ -18,6 +18,7 @@ from snoopi_rt.export.presets import default_preset
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training.sampling import ddim
 from snoopi_rt.export.training.schedule import Schedule
+from snoopi_rt.export.training.small.autoencoder import to_network, to_pictures
 from snoopi_rt.export.training.small.evaluate import Drawer
 from snoopi_rt.feeds import draw_noise
 
@@ -65,3 +66,12 @@ def teacher_drawer(folder: Path, guidance: float, steps: int = STEPS) -> Drawer:
         return np.concatenate(found)
 
     return draw
+
+
+@torch.no_grad()
+def reconstructed(pictures: np.ndarray, vae: Path) -> np.ndarray:
+    """Pictures (N, H, W, 3) uint8 after an autoencoder: the best that any student with its decoder could draw."""
+    model = load_module(vae, AutoencoderTiny)
+    return np.concatenate(
+        [to_pictures(model.decoder(model.encoder(to_network(part)))) for part in np.array_split(pictures, -(-len(pictures) // 64))]
+    )

@@ -5,6 +5,7 @@ A drawer makes pictures (N, 128, 128, 3) uint8 of prompts with their seeds: a bu
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,16 +28,18 @@ class Limits:
 
     values: dict[str, float]
     right: dict[str, float]
-    """The share of real pictures, flawed and clean alike, that the limit tells right."""
+    """The mean of the shares of flawed and of clean pictures that the limit tells right."""
 
     @classmethod
     def of(cls, pictures: np.ndarray, qualities: Sequence[str | None]) -> "Limits":
-        """Of real pictures and the flaw that each has."""
+        """Of pictures as a student could draw them, real ones after the autoencoder, and the flaw that each has."""
         values, right = {}, {}
         for flaw, metric in pixel_metrics.FLAWS.items():
             score = metric(pictures)
             flawed, clean = (np.sort(score[[quality == kind for quality in qualities]]) for kind in (flaw, None))
             tried = np.unique(np.concatenate([flawed, clean]))
+            # In the middle between two neighbours, so that neither kind's own edge is the limit.
+            tried = (tried[1:] + tried[:-1]) / 2
             found = 0.5 * (1 - np.searchsorted(flawed, tried) / len(flawed)) + 0.5 * np.searchsorted(clean, tried) / len(clean)
             values[flaw], right[flaw] = float(tried[found.argmax()]), float(found.max())
         return cls(values, right)
@@ -66,10 +69,13 @@ def real_pictures(sprites: Sprites, count: int, seed: int) -> tuple[np.ndarray, 
     return np.stack([picture for _, picture in rows]), [row.caption for row, _ in rows], [row.facts.quality for row, _ in rows]
 
 
-def asked(drawer: Drawer, scorers: Sequence[Scorer], limits: Limits, count: int) -> dict[str, Any]:
-    """The shares of held-out captions whose thing, background and flaw are there, each with its 95 % interval."""
-    pairs = [pair for pair, _ in zip(compositions("test"), range(count), strict=False)]
-    pictures = drawer([plain(*pair) for pair in pairs], list(range(count)))
+def asked(drawer: Drawer, scorers: Sequence[Scorer], limits: Limits, count: int, skip: int = 0) -> dict[str, Any]:
+    """The shares of held-out captions whose thing, background and flaw are there, each with its 95 % interval.
+
+    `skip`: so many captions and seeds come before these.
+    """
+    pairs = list(islice(compositions("test"), skip, skip + count))
+    pictures = drawer([plain(*pair) for pair in pairs], list(range(skip, skip + count)))
     names, colours = [name for name, _ in pairs], [colour for _, colour in pairs]
     judged = {scorer.kind.name: scorer.right(pictures, names) for scorer in scorers}
     document: dict[str, Any] = {f"thing, scorer {name}": share(right) for name, right in judged.items()}
@@ -78,7 +84,7 @@ def asked(drawer: Drawer, scorers: Sequence[Scorer], limits: Limits, count: int)
     document["background"] = share(np.array(pixel_metrics.background(pictures)) == np.array(colours))
     for flaw in QUALITIES:
         wanted = [pair for pair in pairs if flaw != "grayscale" or pair[1] not in NEUTRAL][: count // len(QUALITIES) or 1]
-        flawed = drawer([plain(*pair, flaw) for pair in wanted], list(range(len(wanted))))
+        flawed = drawer([plain(*pair, flaw) for pair in wanted], list(range(skip, skip + len(wanted))))
         document[flaw] = share(limits.shows(flawed, flaw))
     return document
 

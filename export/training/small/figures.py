@@ -10,27 +10,26 @@ def plot(document: dict[str, Any], bundles: list[str], path: Path) -> None:
 
     figure = Figure(figsize=(15, 9), layout="constrained")
     (top, sweeps), (removal, kept) = figure.subplots(2, 2)
-    first = document[bundles[0]]
-    who = {bundles[0]: first["asked"], **({"teacher": document["teacher"]["asked"]} if "teacher" in document else {})}
+    first = document["bundles"][bundles[0]]
+    who = {bundles[0]: first["asked"], "teacher": document["teacher"]["asked"]}
     for number, (name, figures) in enumerate(who.items()):
         _bars(top, figures, number, len(who), name)
     top.set_title("held-out captions: share that shows what was asked")
     for name in bundles:
-        rows = document[name]["sweep"]
+        rows = document["bundles"][name]["sweep"]
         scales = [float(scale) for scale in rows]
-        (line,) = sweeps.plot(scales, [row["left"] for row in rows.values()], marker="o", label=f"{document[name]['guidance']}: flaw left")
+        (line,) = sweeps.plot(
+            scales, [row["left"] for row in rows.values()], marker="o", label=f"{document['bundles'][name]['guidance']}: flaw left"
+        )
         sweeps.plot(scales, [row["kept"] for row in rows.values()], linestyle="--", color=line.get_color(), label="thing kept")
     sweeps.set(title="negative scale (tuning seeds)", xlabel="scale", ylim=(0, 1.1))
     rows = {f"{row['negative']}{'' if row['asked'] else ', unasked'} ({row['found']})": row for row in first["removal"] if row["found"]}
     _bars(removal, {name: row["left"] for name, row in rows.items()}, 0, 1, "left")
     removal.set_title("share that still shows it under the negative (pictures)")
     for number, what in enumerate(("kept thing", "kept other thing", "kept background")):
+        shares = {name: row[what]["relative"] if what in row else None for name, row in rows.items()}
         _bars(
-            kept,
-            {name: {**row[what], "share": row[what]["relative"], "interval": None} for name, row in rows.items() if what in row},
-            number,
-            3,
-            what,
+            kept, {name: None if value is None else {"share": value, "interval": None} for name, value in shares.items()}, number, 3, what
         )
     kept.set_title("kept, of what an unrelated negative keeps")
     for axes in (top, sweeps, kept):
@@ -38,12 +37,12 @@ def plot(document: dict[str, Any], bundles: list[str], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-def _bars(axes: Any, figures: dict[str, dict[str, Any]], number: int, of: int, label: str) -> None:
-    width = 0.8 / of
-    places = [place + (number - (of - 1) / 2) * width for place in range(len(figures))]
-    values = [figure["share"] for figure in figures.values()]
-    axes.bar(places, values, width, label=label)
-    for place, figure in zip(places, figures.values(), strict=True):
+def _bars(axes: Any, figures: dict[str, dict[str, Any] | None], number: int, of: int, label: str) -> None:
+    """Bars `number` of so many beside each other, one for each figure that is not None."""
+    width, there = 0.8 / of, {place: figure for place, figure in enumerate(figures.values()) if figure is not None}
+    places = [place + (number - (of - 1) / 2) * width for place in there]
+    axes.bar(places, [figure["share"] for figure in there.values()], width, label=label)
+    for place, figure in zip(places, there.values(), strict=True):
         if figure["interval"] is not None:
             axes.plot([place, place], figure["interval"], color="black", linewidth=1)
     axes.set_xticks(range(len(figures)), list(figures), rotation=60, ha="right", fontsize=7)

@@ -16,7 +16,7 @@ from snoopi_rt.export.training.small.scorer import NAMES, Scorer
 
 UNRELATED = "a bicycle"
 """The negative against which it is measured what any negative costs; no case asks for it."""
-ROUND = 128
+ROUND, RARE = 128, 0.2
 FIRST_SEED = {"tuned": 50_000, "reported": 1_000}
 """The default scale is tuned on seeds that are never reported."""
 
@@ -82,8 +82,9 @@ def cases(scorer: Scorer, limits: Limits) -> list[Case]:
 def removed(drawer: Drawer, case: Case, scale: float | None, wanted: int, most: int, seeds: str = "reported") -> dict[str, Any]:
     """The figures of one case over `wanted` pictures that show the unwanted thing, found among at most `most`.
 
-    left: the share that still shows it. kept: the share that has what it should, of that under an unrelated negative (1 where the
-    negative costs nothing beyond what any does). moved: mean levels to the same seed's picture without negative.
+    left: the share that still shows it, also under an unrelated negative: what any change of such pictures would leave. kept: the share
+    that has what it should, and relative to that under the unrelated negative; None where that hardly ever has it (the colour of a
+    background that was grayscale). moved: mean levels to the same seed's picture without negative.
     """
     before, after, other, chosen = [], [], [], []
     stream = (pair for pair in compositions("train") if case.usable(*pair) and pair[0] not in UNRELATED)
@@ -107,17 +108,19 @@ def removed(drawer: Drawer, case: Case, scale: float | None, wanted: int, most: 
     document: dict[str, Any] = {"negative": case.negative, "asked": case.asked, "found": len(chosen)}
     if chosen:
         first, second, third = (np.concatenate(each) for each in (before, after, other))
-        document["left"] = share(case.shows(second))
+        document["left"], document["left, unrelated negative"] = share(case.shows(second)), share(case.shows(third))
         for name, judge in case.kept.items():
             ours, theirs = judge(second, chosen), judge(third, chosen)
-            document[f"kept {name}"] = {"relative": float(ours.mean() / max(theirs.mean(), 1e-9)), **share(ours)}
+            relative = float(ours.mean() / theirs.mean()) if theirs.mean() > RARE else None
+            document[f"kept {name}"] = {"relative": relative, **share(ours)}
         document["moved"] = float(np.abs(second.astype(np.int16) - first).mean())
     return document
 
 
 def unrelated_change(drawer: Drawer, scale: float | None, count: int = 64) -> dict[str, float]:
     """Mean levels by which negatives that have nothing to do with a clean picture change it."""
-    pairs = list(islice(compositions("train"), count))
+    fitting = (pair for pair in compositions("train") if pair[1] != "green" and pair[0] not in UNRELATED)
+    pairs = list(islice(fitting, count))
     prompts, seeds = [plain(*pair) for pair in pairs], list(range(count))
     clean = drawer(prompts, seeds).astype(np.int16)
     negatives = ("blurry", "grainy", UNRELATED, "a green background")

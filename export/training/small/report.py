@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,62 +12,63 @@ import snoopi_rt
 from snoopi_rt.export.training.sheet import contact_sheet
 from snoopi_rt.export.training.small import pixel_metrics
 from snoopi_rt.export.training.small.concepts import CONCEPTS
-from snoopi_rt.export.training.small.drawers import bundle_drawer, teacher_drawer
+from snoopi_rt.export.training.small.drawers import bundle_drawer, reconstructed, teacher_drawer
 from snoopi_rt.export.training.small.emoji import BACKGROUNDS, fetch_sprites
 from snoopi_rt.export.training.small.evaluate import Drawer, Limits, asked, nearness, plain, real_pictures, share
 from snoopi_rt.export.training.small.figures import plot
 from snoopi_rt.export.training.small.removal import cases, removed, unrelated_change
-from snoopi_rt.export.training.small.scorer import KINDS, Scorer, Sprites, open_scorer
+from snoopi_rt.export.training.small.scorer import KINDS, NAMES, Scorer, Sprites, examples, open_scorer
 from snoopi_rt.files import write_whole
 
 GUIDANCES = (1.5, 2.0, 2.5, 3.5, 5.0)
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-LIMITING = 2000
-"""Real pictures by which the flaws' limits are set."""
 
 
 @dataclass(frozen=True)
 class Extent:
     """How much is measured. captions: held-out ones; samples: pictures for distances; unwanted: pictures of each case of removal,
-    found among at most `most`; swept: of each case and scale of the sweep; scorer_steps: of a scorer that must be trained first."""
+    found among at most `most`; swept: of each case and scale of the sweep;
+    limiting: real pictures by which the flaws' limits are set; scorer_steps: of a scorer that must be trained first."""
 
     captions: int = 500
     samples: int = 5000
     unwanted: int = 300
     most: int = 6000
     swept: int = 64
+    limiting: int = 2000
     scorer_steps: int = 3000
 
 
-TINY = Extent(8, 32, 2, 8, 2, 5)
+TINY = Extent(8, 32, 2, 8, 2, 300, 5)
 """For the test of the road."""
 
 
 def evaluate(
-    bundles: dict[str, Path | None], teacher: Path | None, scorers_folder: Path, out: Path, extent: Extent, say: Callable[[str], None]
+    bundles: dict[str, Path | None], teacher: Path, scorers_folder: Path, out: Path, extent: Extent, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """The document, written to `out` as evaluation.json with evaluation.png, samples.png and negative_scale.png beside it.
 
-    bundles: by name, None is the embedded one; all are swept over the scale, and the first is measured in full.
+    bundles: by name, None is the embedded one; all are swept over the scale, and the first is measured in full, beside its teacher.
     scorers_folder: where trained scorers and fetched drawings are kept. Raises what load, Pipeline.generate and open_scorer raise.
     """
     out.mkdir(parents=True, exist_ok=True)
     sprites = fetch_sprites(scorers_folder / "npm")
     scorers = [open_scorer(kind, scorers_folder, extent.scorer_steps) for kind in KINDS]
     say("real pictures")
-    real, captions, qualities = real_pictures(sprites, max(extent.samples, LIMITING if extent.captions > 100 else 300), 0)
+    real, captions, qualities = real_pictures(sprites, max(extent.samples, extent.limiting), 0)
     other, _, _ = real_pictures(sprites, extent.samples, 1)
-    limits = Limits.of(real, qualities)
+    limits = Limits.of(reconstructed(real[: extent.limiting], teacher / "vae"), qualities[: extent.limiting])
     document: dict[str, Any] = {"limits": limits.values, "limits right": limits.right, "scorers": _of_real(scorers, sprites)}
     path = out / "evaluation.json"
 
     def keep() -> None:
         write_whole(path, (json.dumps(document, indent=1) + "\n").encode())
 
+    document["bundles"] = {}
     for number, (name, folder) in enumerate(bundles.items()):
         with snoopi_rt.load(folder) as pipe:
             draw, guidance = bundle_drawer(pipe), pipe.bundle.guidance
-            document[name] = found = {"hash": pipe.bundle.hash, "guidance": guidance.kind, "scale": guidance.scale.default}
+            document["bundles"][name] = found = {"hash": pipe.bundle.hash, "guidance": guidance.kind, "scale": guidance.scale.default}
             say(f"{name}: negative scales")
             found["sweep"] = sweep(draw, scorers[0], limits, guidance.scale.max, extent)
             keep()
@@ -84,8 +84,7 @@ def evaluate(
                 found["unrelated"] = unrelated_change(draw, None)
                 keep()
                 sheets(draw, limits, out)
-    if teacher is not None:
-        document["teacher"] = _of_teacher(teacher, scorers, limits, captions, real, other, extent, say)
+    document["teacher"] = _of_teacher(teacher, scorers, limits, captions, real, other, extent, say)
     keep()
     plot(document, list(bundles), out / "evaluation.png")
     return document
@@ -102,7 +101,7 @@ def sweep(draw: Drawer, scorer: Scorer, limits: Limits, largest: float, extent: 
             continue
         found[f"{scale:g}"] = {
             "left": float(np.mean([row["left"]["share"] for row in rows])),
-            "kept": float(np.mean([row["kept thing"]["relative"] for row in rows])),
+            "kept": float(np.mean([row["kept thing"]["share"] for row in rows])),
             "moved": float(np.mean([row["moved"] for row in rows])),
         }
     return found
@@ -133,10 +132,7 @@ def sheets(draw: Drawer, limits: Limits, out: Path) -> None:
 
 def _of_real(scorers: list[Scorer], sprites: Sprites) -> dict[str, Any]:
     """How often each scorer is right on clean real pictures of one thing."""
-    rng, pictures, names = np.random.default_rng(5), [], []
-    from snoopi_rt.export.training.small.scorer import NAMES, examples
-
-    pictures, things = examples(sprites, 1000, rng, flawed=0.0)
+    pictures, things = examples(sprites, 1000, np.random.default_rng(5), flawed=0.0)
     names = [NAMES[thing] for thing in things]
     return {scorer.kind.name: share(scorer.right(pictures, names)) for scorer in scorers}
 
@@ -155,10 +151,10 @@ def _of_teacher(
     things = {}
     for guidance in GUIDANCES:
         say(f"teacher: guidance {guidance:g}")
-        few = asked(teacher_drawer(folder, guidance), scorers, limits, max(extent.captions // 5, 8))
+        few = asked(teacher_drawer(folder, guidance), scorers, limits, max(extent.captions // 5, 8), skip=10_000)
         things[guidance] = few[f"thing, scorer {scorers[0].kind.name}"]["share"]
     best = max(things, key=lambda guidance: things[guidance])
-    draw = partial(teacher_drawer(folder, best))
+    draw = teacher_drawer(folder, best)
     say(f"teacher: held-out captions and distances at guidance {best:g}")
     made = draw(captions[: extent.samples], list(range(extent.samples)))
     return {

@@ -102,7 +102,7 @@ class Scorer:
 
 def open_scorer(kind: Kind, folder: Path, steps: int = STEPS) -> Scorer:
     """The scorer, trained first (a few minutes) unless `folder` has it. Drawings are fetched as emoji.fetch_sprites does."""
-    file, network = folder / f"scorer-{kind.name}.safetensors", Network(kind.widths, kind.depth)
+    file, network = folder / f"scorer-{kind.name}-{steps}.safetensors", Network(kind.widths, kind.depth)
     if file.exists():
         with safe_open(file, framework="pt") as stored:
             network.load_state_dict({key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118 - safe_open is not a dict
