@@ -273,7 +273,9 @@ def own_preset(backbone: str) -> str:
 def _with_own_vae(preset: Preset, teacher: Path) -> Preset:
     """The preset with the scale of the teacher's own autoencoder: PixArt alpha's and sigma's differ."""
     try:
-        scaling = json.loads((teacher / "vae" / "config.json").read_text()).get("scaling_factor")
+        config = json.loads((teacher / "vae" / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{teacher / 'vae'} is no vae of a diffusers folder") from error
-    return replace(preset, vae_scaling=scaling or preset.vae_scaling)
+    # AutoencoderTiny reads the scaled latent itself.
+    own = config.get("scaling_factor") if config.get("_class_name") == "AutoencoderKL" else None
+    return replace(preset, vae_scaling=own or preset.vae_scaling)
