@@ -41,6 +41,11 @@ def distil(root: Path, out: Path, backbone: str = "pixart", given: dict[str, Any
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+def always_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(loop, "SAVE_SHARE", 0)
+
+
 def weights(folder: Path, backbone: str = "pixart") -> dict[str, torch.Tensor]:
     return load_file(folder / PARTS[backbone] / "diffusion_pytorch_model.safetensors")
 
@@ -90,7 +95,9 @@ def test_two_processes_take_the_steps_of_one(teachers: Path, tmp_path: Path) -> 
     )
     (tmp_path / "run.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "run.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     together = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
     assert_near(alone, together)
@@ -183,7 +190,7 @@ def test_a_student_that_collapses_stops_with_its_step(teachers: Path, tmp_path: 
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    always_save(monkeypatch)
     whole = loop.save_tensors
 
     def full(path: Path, *given: Any) -> None:
@@ -199,7 +206,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(teachers: Path,
 
 
 def test_so_many_checkpoints_are_kept_and_a_damaged_one_is_named(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    always_save(monkeypatch)
     distil(teachers, tmp_path, steps=4)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["0000003.safetensors", "0000004.safetensors"]

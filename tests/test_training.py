@@ -39,7 +39,7 @@ def tiny_stage(folder: Path, steps: int = 8, kill_at: int | None = None, poison_
         return {"loss": float("nan") if i == poison_at else loss.item()}
 
     stage = Stage("tiny", folder, Recipe(steps, 16, lr), {"data": "abc"}, sample_every=4)
-    loop.SAVE_EVERY_S = 0.0
+    loop.SAVE_EVERY_S, loop.SAVE_SHARE = 0.0, 0
     run(stage, {"network": weights}, step, picture)
 
 
@@ -157,6 +157,7 @@ def test_a_real_stage_resumes_to_the_same_losses_and_weights(road, stage, tmp_pa
         return real(seed, *place)
 
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(loop, "SAVE_SHARE", 0)
     monkeypatch.setattr(loop, "generator", stopped)
     with pytest.raises(KeyboardInterrupt):
         train_stage(tmp_path)
@@ -174,7 +175,7 @@ def test_the_student_learns_and_its_frozen_teacher_stays(road, monkeypatch, tmp_
     monkeypatch.setattr(
         teachers, "get_peft_model", lambda *given, **options: adapted.append(get_peft_model(*given, **options)) or adapted[0]
     )
-    distilled(road, tmp_path, lr=1e-3)
+    distilled(road, tmp_path, lr=1e-3, warmup=1)
     file = "transformer/diffusion_pytorch_model.safetensors"
     before, after = load_file(road / "teacher" / file), load_file(tmp_path / file)
     assert all(not torch.equal(before[key], after[key]) for key in before if "attn1.to_q.weight" in key)

@@ -34,6 +34,7 @@ class Resumable(Protocol):
 
 
 SAVE_EVERY_S = 120.0  # seconds of work that a kill may cost
+SAVE_SHARE = 20  # times as long as a save took, at least: a checkpoint of SD has 14 GB
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,7 @@ def _run(
                 picture = stage.folder / "samples" / f"{done:07d}.png"
                 sample(picture)
                 board.add_image("samples", np.asarray(Image.open(picture).convert("RGB")), i, dataformats="HWC")
-            # What a kill may cost, but no more than a twentieth of the time goes into checkpoints, which may have 14 GB.
-            if time.monotonic() - saved_at > max(SAVE_EVERY_S, 20 * took) or done == steps:
+            if time.monotonic() - saved_at > max(SAVE_EVERY_S, SAVE_SHARE * took) or done == steps:
                 log.flush()
                 began = time.monotonic()
                 _save(stage, parts, done)

@@ -24,7 +24,6 @@ from snoopi_rt.feeds import draw_noise
 
 TOGETHER = 16
 """Images of one call of a bundle."""
-STEPS = 25
 
 
 def bundle_drawer(pipe: snoopi_rt.Pipeline) -> Drawer:
@@ -41,7 +40,7 @@ def bundle_drawer(pipe: snoopi_rt.Pipeline) -> Drawer:
     return draw
 
 
-def teacher_drawer(folder: Path, guidance: float, steps: int = STEPS) -> Drawer:
+def teacher_drawer(folder: Path, guidance: float, steps: int) -> Drawer:
     """Draws with a teacher by DDIM, from the noise that a bundle would start from. It takes no negative here."""
     network = load_module(folder / "transformer", PixArtTransformer2DModel, dtype=torch.bfloat16)
     network.set_attn_processor(PlainAttention())

@@ -20,6 +20,7 @@ from snoopi_rt.export.training.small.removal import cases, removed, unrelated_ch
 from snoopi_rt.export.training.small.scorer import KINDS, NAMES, Scorer, Sprites, examples, open_scorer
 from snoopi_rt.files import write_whole
 
+TEACHER_STEPS = 25
 GUIDANCES = (1.5, 2.0, 2.5, 3.5, 5.0)
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -151,10 +152,10 @@ def _of_teacher(
     things = {}
     for guidance in GUIDANCES:
         say(f"teacher: guidance {guidance:g}")
-        few = asked(teacher_drawer(folder, guidance), scorers, limits, max(extent.captions // 5, 8), skip=10_000)
+        few = asked(teacher_drawer(folder, guidance, TEACHER_STEPS), scorers, limits, max(extent.captions // 5, 8), skip=10_000)
         things[guidance] = few[f"thing, scorer {scorers[0].kind.name}"]["share"]
     best = max(things, key=lambda guidance: things[guidance])
-    draw = teacher_drawer(folder, best)
+    draw = teacher_drawer(folder, best, TEACHER_STEPS)
     say(f"teacher: held-out captions and distances at guidance {best:g}")
     made = draw(captions[: extent.samples], list(range(extent.samples)))
     return {

@@ -114,7 +114,7 @@ def open_scorer(kind: Kind, folder: Path, steps: int = STEPS) -> Scorer:
     return Scorer(kind, network)
 
 
-def train(kind: Kind, sprites: Sprites, steps: int = STEPS, batch: int = BATCH) -> Network:
+def train(kind: Kind, sprites: Sprites, steps: int = STEPS) -> Network:
     """A network that tells the things of the sprites, by (thing, style), from one another, however they are turned, coloured and flawed."""
     torch.manual_seed(kind.seed)
     random, rng = torch.Generator().manual_seed(kind.seed), np.random.default_rng(kind.seed)
@@ -122,7 +122,7 @@ def train(kind: Kind, sprites: Sprites, steps: int = STEPS, batch: int = BATCH) 
     optimiser = torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=0.05)
     with tqdm(range(steps), desc=f"scorer {kind.name}", unit="step") as bar:
         for step in bar:
-            pictures, things = examples(sprites, batch, rng)
+            pictures, things = examples(sprites, BATCH, rng)
             seen = _varied(_seen(pictures), random).to(memory_format=torch.channels_last)
             loss = F.cross_entropy(network(seen)[1], torch.from_numpy(things), label_smoothing=0.1)
             optimiser.param_groups[0]["lr"] = learning_rate(2e-3, step, steps, decay_from=0.3)
