@@ -22,7 +22,7 @@ def evaluate(domain: str, bundles: tuple[str, ...], teacher: Path, scorers: Path
     """Measure things, backgrounds, flaws and negative prompts; write evaluation.json and pictures. Half an hour on two cores."""
     if domain != "small":
         raise InputError(f"unknown domain {domain!r}, choose from small")
-    named = {name or Path(path).name: Path(path) for name, _, path in (_split(each) for each in bundles)}
+    named: dict[str, Path | None] = {name or Path(path).name: Path(path) for name, _, path in (_split(each) for each in bundles)}
     if len(named) < len(bundles):
         raise InputError("two bundles have one name: --bundle NAME=FOLDER gives them others")
     with building("eval", "train", out):

@@ -154,7 +154,12 @@ class Distillation:
         contact_sheet(pictures.cpu().numpy(), self.texts.first[:count]).save(path)
 
     def finished(self) -> nn.Module:
-        """The student as it is shipped: the moving average in fp32, a LoRA merged into weights that were never rounded."""
+        """The student as it is shipped: the moving average in fp32, a LoRA merged into weights that were never rounded.
+
+        No step can follow: what only training needs is let go first, since the student becomes twice as large.
+        """
+        del self.teachers, self.lora_weights
+        self.weights.adams.clear()
         self.student.float()
         if self.recipe.student_rank:
             original = dict(self._network(self.task.student or self.task.teacher, torch.float32).named_parameters())

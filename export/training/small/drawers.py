@@ -33,8 +33,8 @@ def bundle_drawer(pipe: snoopi_rt.Pipeline) -> Drawer:
         found = []
         for start in tqdm(range(0, len(prompts), TOGETHER), desc=negative or "no negative", unit="batch", leave=False):
             part = slice(start, start + TOGETHER)
-            given = (None, None) if negative is None else (negative, scale)
-            found.append(pipe.generate(list(prompts[part]), *given, list(seeds[part])).images)
+            strength = None if negative is None else scale
+            found.append(pipe.generate(list(prompts[part]), negative, strength, list(seeds[part])).images)
         return np.concatenate(found)
 
     return draw

@@ -186,9 +186,9 @@ def draw(things: list[Image.Image], facts: Facts, rng: np.random.Generator) -> n
     for number, sprite in enumerate(things):
         side = int(rng.integers(100, 109)) if len(things) == 1 else int(rng.integers(54, 59))
         middle = SIZE * (2 * number + 1) // (2 * len(things)), SIZE // 2
-        corner = tuple(int(place - side // 2 + shift) for place, shift in zip(middle, rng.integers(-3, 4, 2), strict=True))
+        x, y = (int(place - side // 2 + shift) for place, shift in zip(middle, rng.integers(-3, 4, 2), strict=True))
         small = sprite.resize((side, side), Image.Resampling.LANCZOS)
-        picture.paste(small, corner, small)
+        picture.paste(small, (x, y), small)
     return np.asarray(degrade(picture, facts.quality, rng))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,8 @@ from snoopi_rt.export.training.small.scorer import NAMES, Scorer
 UNRELATED = "a bicycle"
 """The negative against which it is measured what any negative costs; no case asks for it."""
 ROUND, RARE = 128, 0.2
+Pairs = list[tuple[str, str]]
+Kept = dict[str, Callable[[np.ndarray, Pairs], np.ndarray]]
 FIRST_SEED = {"tuned": 50_000, "reported": 1_000}
 """The default scale is tuned on seeds that are never reported."""
 
@@ -32,51 +35,70 @@ class Case:
     asked: bool
     prompt: Callable[[str, str], str]
     shows: Callable[[np.ndarray], np.ndarray]
-    kept: dict[str, Callable[[np.ndarray, list[tuple[str, str]]], np.ndarray]]
+    kept: Kept
     usable: Callable[[str, str], bool] = lambda name, colour: True
 
 
 def cases(scorer: Scorer, limits: Limits) -> list[Case]:
     """Flaws, background colours and one thing of two, asked for and, of the first two, unasked."""
+    found = [case for flaw in QUALITIES for case in _flaw(flaw, scorer, limits)]
+    found += [case for colour in BACKGROUNDS for case in _colour(colour, scorer)]
+    return found + [_second_thing(name, scorer) for name in ("dog", "apple", "car", "star")]
 
-    def thing(pictures: np.ndarray, pairs: list[tuple[str, str]]) -> np.ndarray:
-        return scorer.right(pictures, [name for name, _ in pairs])
 
-    def background(pictures: np.ndarray, pairs: list[tuple[str, str]]) -> np.ndarray:
-        return np.array(pixel_metrics.background(pictures)) == np.array([colour for _, colour in pairs])
+def _flaw(flaw: str, scorer: Scorer, limits: Limits) -> list[Case]:
+    def ask(name: str, colour: str) -> str:
+        return plain(name, colour, flaw)
 
-    found = []
-    for flaw in QUALITIES:
-        common = {
-            "negative": flaw,
-            "shows": lambda pictures, flaw=flaw: limits.shows(pictures, flaw),
-            "kept": {"thing": thing, "background": background},
-            # There grayscale cannot be told from the picture as it should be.
-            "usable": lambda name, colour, flaw=flaw: flaw != "grayscale" or colour not in NEUTRAL,
-        }
-        found.append(Case(asked=True, prompt=lambda name, colour, flaw=flaw: plain(name, colour, flaw), **common))
-        found.append(Case(asked=False, prompt=plain, **common))
-    for colour in BACKGROUNDS:
-        common = {
-            "negative": f"{with_article(colour)} background",
-            "shows": lambda pictures, colour=colour: np.array(pixel_metrics.background(pictures)) == colour,
-            "kept": {"thing": thing},
-        }
-        found.append(Case(asked=True, prompt=lambda name, _, colour=colour: plain(name, colour), **common))
-        found.append(Case(asked=False, prompt=lambda name, _: with_article(name), **common))
-    for other in ("dog", "apple", "car", "star"):
-        place = NAMES.index(other)
-        found.append(
-            Case(
-                with_article(other),
-                True,
-                lambda name, colour, other=other: f"{with_article(name)} and {with_article(other)} on {with_article(colour)} background",
-                lambda pictures, place=place: scorer(half(pictures, right=True))[1] == place,
-                {"other thing": lambda pictures, pairs: thing(half(pictures, right=False), pairs), "background": background},
-                lambda name, colour, other=other: name != other,
-            )
-        )
-    return found
+    def shows(pictures: np.ndarray) -> np.ndarray:
+        return limits.shows(pictures, flaw)
+
+    def usable(name: str, colour: str) -> bool:
+        # Before a gray background grayscale cannot be told from the picture as it should be.
+        return flaw != "grayscale" or colour not in NEUTRAL
+
+    kept: Kept = {"thing": partial(_thing, scorer), "background": _background}
+    return [Case(flaw, True, ask, shows, kept, usable), Case(flaw, False, plain, shows, kept, usable)]
+
+
+def _colour(colour: str, scorer: Scorer) -> list[Case]:
+    negative = f"{with_article(colour)} background"
+    kept: Kept = {"thing": partial(_thing, scorer)}
+
+    def ask(name: str, other: str) -> str:
+        return plain(name, colour)
+
+    def leave_open(name: str, other: str) -> str:
+        return with_article(name)
+
+    def shows(pictures: np.ndarray) -> np.ndarray:
+        return np.array(pixel_metrics.background(pictures)) == colour
+
+    return [Case(negative, True, ask, shows, kept), Case(negative, False, leave_open, shows, kept)]
+
+
+def _second_thing(other: str, scorer: Scorer) -> Case:
+    def ask(name: str, colour: str) -> str:
+        return f"{with_article(name)} and {with_article(other)} on {with_article(colour)} background"
+
+    def shows(pictures: np.ndarray) -> np.ndarray:
+        return scorer(half(pictures, right=True))[1] == NAMES.index(other)
+
+    def first_thing(pictures: np.ndarray, pairs: Pairs) -> np.ndarray:
+        return _thing(scorer, half(pictures, right=False), pairs)
+
+    def usable(name: str, colour: str) -> bool:
+        return name != other
+
+    return Case(with_article(other), True, ask, shows, {"other thing": first_thing, "background": _background}, usable)
+
+
+def _thing(scorer: Scorer, pictures: np.ndarray, pairs: Pairs) -> np.ndarray:
+    return scorer.right(pictures, [name for name, _ in pairs])
+
+
+def _background(pictures: np.ndarray, pairs: Pairs) -> np.ndarray:
+    return np.array(pixel_metrics.background(pictures)) == np.array([colour for _, colour in pairs])
 
 
 def removed(drawer: Drawer, case: Case, scale: float | None, wanted: int, most: int, seeds: str = "reported") -> dict[str, Any]:
@@ -86,7 +108,8 @@ def removed(drawer: Drawer, case: Case, scale: float | None, wanted: int, most: 
     that has what it should, and relative to that under the unrelated negative; None where that hardly ever has it (the colour of a
     background that was grayscale). moved: mean levels to the same seed's picture without negative.
     """
-    before, after, other, chosen = [], [], [], []
+    before, after, other = [], [], []
+    chosen: Pairs = []
     stream = (pair for pair in compositions("train") if case.usable(*pair) and pair[0] not in UNRELATED)
     seed = FIRST_SEED[seeds]
     with tqdm(total=wanted, desc=f"{case.negative}{'' if case.asked else ', unasked'}", leave=False) as bar:
