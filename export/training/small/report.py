@@ -40,7 +40,7 @@ class Extent:
     scorer_steps: int = 3000
 
 
-TINY = Extent(8, 32, 2, 8, 2, 300, 5)
+TINY = Extent(8, 32, 2, 8, 2, 120, 5)
 """For the test of the road."""
 
 
