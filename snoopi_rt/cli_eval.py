@@ -19,7 +19,7 @@ from snoopi_rt.engines.base import InputError
 @click.option("--quick", is_flag=True, help="A few pictures of each kind: to see that it runs.")
 @out_option
 def evaluate(domain: str, bundles: tuple[str, ...], teacher: Path, scorers: Path | None, quick: bool, out: Path) -> None:
-    """Measure things, backgrounds, flaws and negative prompts; write evaluation.json and pictures. Half an hour on two cores."""
+    """Measure things, backgrounds, flaws and negative prompts; write evaluation.json and pictures. The scorers are trained first."""
     if domain != "small":
         raise InputError(f"unknown domain {domain!r}, choose from small")
     named: dict[str, Path | None] = {name or Path(path).name: Path(path) for name, _, path in (_split(each) for each in bundles)}

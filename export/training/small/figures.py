@@ -41,9 +41,9 @@ def _bars(axes: Any, figures: dict[str, dict[str, Any] | None], number: int, of:
     """Bars `number` of so many beside each other, one for each figure that is not None."""
     width, there = 0.8 / of, {place: figure for place, figure in enumerate(figures.values()) if figure is not None}
     places = [place + (number - (of - 1) / 2) * width for place in there]
-    axes.bar(places, [figure["share"] for figure in there.values()], width, label=label)
+    axes.bar(places, [figure["share"] for figure in there.values()], width, label=label, color=f"C{number}")
     for place, figure in zip(places, there.values(), strict=True):
         if figure["interval"] is not None:
             axes.plot([place, place], figure["interval"], color="black", linewidth=1)
     axes.set_xticks(range(len(figures)), list(figures), rotation=60, ha="right", fontsize=7)
-    axes.set_ylim(0, 1.1)
+    axes.set(xlim=(-0.6, len(figures) - 0.4), ylim=(0, 1.1))
