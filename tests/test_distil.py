@@ -124,6 +124,7 @@ def test_scales_that_are_drawn_are_not_the_mean_and_each_choice_matters(teachers
         {"kappa_on": "lora"},
         {"kappa_on": "none"},
         {"kappa_per": "batch"},
+        {"lora_kappa": 1.0},
         {"weight": "swiftbrush"},
         {"lora_rank": 0},
         {"lora_steps": 2},

@@ -19,7 +19,7 @@ def test_kappa_one_is_the_conditional_answer_and_zero_the_empty_one():
     torch.testing.assert_close(guided(conditional, empty, torch.zeros(2, 1, 1, 1)), empty)
 
 
-def test_both_teachers_share_the_draw_of_kappa_and_the_other_takes_the_mean():
+def test_both_teachers_share_the_draw_of_kappa_and_the_other_takes_the_mean_or_a_scale_of_its_own():
     uniform = torch.tensor([0.0, 0.25, 1.0])
     low_to_high, mean = torch.tensor([1.0, 1.5, 3.0]).view(3, 1, 1, 1), torch.full((3, 1, 1, 1), 2.0)
     for random_on, (frozen, lora) in {
@@ -31,6 +31,10 @@ def test_both_teachers_share_the_draw_of_kappa_and_the_other_takes_the_mean():
         found = kappas(uniform, 1.0, 3.0, random_on)
         torch.testing.assert_close(found[0], frozen)
         torch.testing.assert_close(found[1], lora)
+        for scale in (1.0, 4.5):
+            own = kappas(uniform, 1.0, 3.0, random_on, scale)
+            torch.testing.assert_close(own[0], frozen)
+            torch.testing.assert_close(own[1], torch.full((3, 1, 1, 1), scale))
 
 
 CUMPROD = torch.linspace(0.999, 0.001, 1000)

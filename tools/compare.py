@@ -4,7 +4,7 @@ Each contender is alone in memory with the baseline, diffusers in fp32, and is c
 The peers are built from the same folder of weights: diffusers as it is (fp32, bf16), torch.compile, diffusers' own UNet as an ONNX graph in
 ONNX Runtime (what optimum does) and in OpenVINO with its own choices, static shapes and bf16 (what optimum-intel and openvino.genai do).
 PixArt has no peer outside torch. Prompt states are those of the bundle's own text encoder, given as from a cache; the stage `image` is the
-generator and the decoder, for the bundle through its pipeline.
+generator and the decoder, for the bundle through its pipeline. With --tiny the stage `decoder` is the tiny one, without it the full one.
 
 python tools/compare.py --student runs/random/pixart --bundle runs/pixart --out docs/compare/pixart.json
 """
@@ -43,6 +43,7 @@ PROMPT, NEGATIVE = "a dog wearing a blue scarf in the snow, photo", "blurry, low
 TOKENS = 20
 """Texts are cut to as many where the bundle does not pad them to a length of its own."""
 SEED = 1
+STAGES = ("generator", "decoder", "image", "full decoder")
 BASELINE, HALF = "diffusers fp32", "diffusers bf16"
 Run = Callable[[], np.ndarray]
 Decode = Callable[[np.ndarray], np.ndarray]
@@ -56,8 +57,9 @@ Contenders = dict[str, Callable[[], Callable[..., np.ndarray]]]
 @click.option("--tiny", type=click.Path(path_type=Path), help="A TAESD folder, for the peers' tiny decoder.")
 @click.option("--runs", default=7, help="Calls of each, in turns.")
 @click.option("--compiled/--not-compiled", default=True, help="torch.compile takes a minute or two.")
+@click.option("--stage", "stages", type=click.Choice(STAGES), multiple=True, default=STAGES, help="Only this stage; may be given again.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to write the JSON.")
-def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bool, out: Path) -> None:
+def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bool, stages: Sequence[str], out: Path) -> None:
     """Print the table and write it as JSON."""
     bundle = Bundle.load(folder)
     row, *settings = bundle.provenance["preset"].split()
@@ -73,15 +75,17 @@ def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bo
     out.parent.mkdir(parents=True, exist_ok=True)
     document["tokens"] = {name: value.shape[1] for name, value in states.items() if name.endswith("states")}
 
-    def show(stage: str, contenders: Contenders, *given: np.ndarray) -> np.ndarray:
-        document["stages"][stage], wanted = measure(contenders, runs, given)
+    def show(stage: str, contenders: Contenders, *given: np.ndarray) -> None:
+        if stage not in stages:
+            return
+        document["stages"][stage] = measure(contenders, runs, given)
         click.echo(f"\n{stage}\n{table(document['stages'][stage])}")
         # After each stage: the next may take minutes, or the memory.
         out.write_text(json.dumps(document, indent=1) + "\n")
-        return wanted
 
     generate = generators(bundle, student, preset, given, compiled)
-    found = show("generator", generate)
+    show("generator", generate)
+    found = generate[BASELINE]()()
     decode = decoders(bundle, vae, found)
     show("decoder", decode, found)
     show("image", images(bundle, texts, generate, decode))
@@ -109,8 +113,8 @@ def cut(words: str, tokenizer: Tokenizer, to_length: bool) -> str:
     return words.strip()
 
 
-def measure(contenders: Contenders, runs: int, given: Sequence[np.ndarray] = ()) -> tuple[dict[str, dict[str, float]], np.ndarray]:
-    """Median and minimum seconds of each, its ratio to the baseline, and the rms distance to what that gives; and what that gives."""
+def measure(contenders: Contenders, runs: int, given: Sequence[np.ndarray] = ()) -> dict[str, dict[str, float]]:
+    """Median and minimum seconds of each, its ratio to the baseline, and the rms distance to what that gives."""
     baseline = contenders[BASELINE]()
     wanted, all_base, rows = baseline(*given), [], {BASELINE: {}}
     for name, load in contenders.items():
@@ -127,7 +131,7 @@ def measure(contenders: Contenders, runs: int, given: Sequence[np.ndarray] = ())
         click.echo(f"{name}: {rows[name]['median']:.3f} s, {ratio:.3f} of the baseline", err=True)
         del run
     rows[BASELINE] = {"median": statistics.median(all_base), "min": min(all_base), "ratio": 1.0, "error": 0.0}
-    return rows, wanted
+    return rows
 
 
 def seconds(run: Callable[..., np.ndarray], given: Sequence[np.ndarray]) -> float:

@@ -204,7 +204,7 @@ class Distillation:
         """`unwanted`: what the frozen teacher is guided away from, the empty prompt or (NASA-T) the negative."""
         recipe, schedule = self.recipe, self.schedule
         x_t = schedule.noised(x0, draws.eps, draws.t)
-        frozen, lora = kappas(draws.kappa, recipe.kappa_min, recipe.kappa_max, recipe.kappa_on)
+        frozen, lora = kappas(draws.kappa, recipe.kappa_min, recipe.kappa_max, recipe.kappa_on, recipe.lora_kappa)
         with self.teachers.frozen() as network:
             frozen_x0 = schedule.x0(x_t, guided(*self._both(network, x_t, draws.t, text, unwanted), frozen), draws.t)
         lora_x0 = schedule.x0(x_t, guided(*self._both(self.teachers.network, x_t, draws.t, text, empty), lora), draws.t)

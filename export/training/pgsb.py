@@ -18,14 +18,16 @@ def guided(conditional: Tensor, empty: Tensor, kappa: Tensor) -> Tensor:
     return empty + kappa * (conditional - empty)
 
 
-def kappas(uniform: Tensor, low: float, high: float, random_on: Teachers) -> tuple[Tensor, Tensor]:
+def kappas(uniform: Tensor, low: float, high: float, random_on: Teachers, lora: float = 0.0) -> tuple[Tensor, Tensor]:
     """kappa of the frozen and of the LoRA teacher, (B, 1, 1, 1) each, of draws (B,) from U(0, 1).
 
-    Both teachers use the same draw of U(low, high); one on which kappa is not random takes the mean (v1, table 2).
+    Both teachers use the same draw of U(low, high); one on which kappa is not random takes the mean (v1, table 2). `lora`: above 0 it is
+    the LoRA teacher's instead.
     """
     random = (low + (high - low) * uniform).view(-1, 1, 1, 1)
     mean = torch.full_like(random, (low + high) / 2)
-    return (random if random_on in ("both", "frozen") else mean), (random if random_on in ("both", "lora") else mean)
+    own = torch.full_like(random, lora) if lora else random if random_on in ("both", "lora") else mean
+    return (random if random_on in ("both", "frozen") else mean), own
 
 
 def vsd_gradient(x0: Tensor, teacher_x0: Tensor, lora_x0: Tensor, alpha: Tensor, sigma: Tensor, weight: Weight) -> Tensor:

@@ -16,7 +16,8 @@ class Recipe(loop.Recipe):
     precision: of the networks; their masters, the optimisers and all arithmetic between networks are fp32. checkpointing: activations
     are computed again in the backward pass instead of being kept.
 
-    kappa ~ U(kappa_min, kappa_max) on the teachers of kappa_on, one draw a sample or one a batch; elsewhere the mean. t_min to t_max: the
+    kappa ~ U(kappa_min, kappa_max) on the teachers of kappa_on, one draw a sample or one a batch; elsewhere the mean. lora_kappa: above 0
+    it is the LoRA teacher's scale instead; at 1, as in DMD, the student learns the guided teacher and not the teacher. t_min to t_max: the
     timesteps of the VSD gradient; weight: see pgsb.vsd_gradient. lora_rank: 0 makes the LoRA teacher a full copy. lora_weighted: see
     pgsb.lora_loss. empty: the share of prompts that the LoRA teacher sees as the empty one, without which guidance on it means nothing.
 
@@ -34,6 +35,7 @@ class Recipe(loop.Recipe):
     kappa_max: float = 4.0
     kappa_on: Teachers = "both"
     kappa_per: Literal["sample", "batch"] = "sample"
+    lora_kappa: float = 0.0
     t_min: int = 20
     t_max: int = 980
     weight: Weight = "dmd"
@@ -70,7 +72,8 @@ class Recipe(loop.Recipe):
         self._require(self.t_min >= 0 and self.t_max <= 999, "timesteps lie between 0 and 999")
         for name in ("empty", "beta1", "beta2", "ema", "decay_from"):
             self._require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1")
-        for name in ("micro_batch", "student_rank", "lora_rank", "warm_steps", "warmup", "nasa_max", "clip_weight", "collapse"):
+        counts = ("micro_batch", "student_rank", "lora_rank", "warm_steps", "warmup")
+        for name in (*counts, "lora_kappa", "nasa_max", "clip_weight", "collapse"):
             self._require(getattr(self, name) >= 0, f"{name} must not be negative")
         for name in ("clip", "lora_lr", "lora_steps", "lora_alpha", "warm_calls"):
             self._require(getattr(self, name) > 0, f"{name} must be above 0")
