@@ -11,9 +11,12 @@ PACKAGES = {
     "snoopi_rt.engines": "engines",
     "snoopi_rt.export": "export",
     "snoopi_rt.export.backbones": "export/backbones",
+    "snoopi_rt.export.graphs": "export/graphs",
+    "snoopi_rt.export.presets": "export/presets",
     "snoopi_rt.export.text": "export/text",
     "snoopi_rt.export.training": "export/training",
     "snoopi_rt.export.training.small": "export/training/small",
+    "snoopi_rt.export.weights": "export/weights",
     "snoopi_rt.kernels": "kernels/ops",
 }
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import Weights, find_backbone
-from snoopi_rt.export.lora import parse_lora
-from snoopi_rt.export.preset import Preset, override
-from snoopi_rt.export.presets import default_preset, find_preset
-from snoopi_rt.export.scheduler_check import check_scheduler
-from snoopi_rt.export.source import find_source
+from snoopi_rt.export.presets.preset import Preset, override
+from snoopi_rt.export.presets.rows import default_preset, find_preset
+from snoopi_rt.export.presets.scheduler_check import check_scheduler
+from snoopi_rt.export.weights.lora import parse_lora
+from snoopi_rt.export.weights.source import find_source
 
 
 @dataclass(frozen=True)

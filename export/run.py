@@ -17,12 +17,12 @@ from snoopi_rt.bundle import GRAPHS, MANIFEST, Bundle, Latent, Scale, Tile
 from snoopi_rt.bundle import Guidance as GuidancePromise
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import EngineMissing, InputError
-from snoopi_rt.export import cases
 from snoopi_rt.export.backbones import FACTOR, Backbone, Student, find_backbone
-from snoopi_rt.export.builds import Graph, build, check_precision
+from snoopi_rt.export.graphs import cases
+from snoopi_rt.export.graphs.builds import Graph, build, check_precision
+from snoopi_rt.export.graphs.parity import FP32_TOLERANCE, LATENT_TOLERANCE, PICTURE_TOLERANCE, Arrays, View, rms
 from snoopi_rt.export.guidance import Guidance, find_guidance
 from snoopi_rt.export.origin import Origin
-from snoopi_rt.export.parity import FP32_TOLERANCE, LATENT_TOLERANCE, PICTURE_TOLERANCE, Arrays, View, rms
 from snoopi_rt.manifest import text_rule
 from snoopi_rt.prompts import write_prompts
 from snoopi_rt.tokenizer import Tokenizer

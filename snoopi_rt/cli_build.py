@@ -65,15 +65,16 @@ def autoencoder(data: Path, out: Path, settings: tuple[str, ...], compiled: bool
 @train.command(epilog="Example: snoopi-rt train teacher --data runs/emoji --autoencoder runs/autoencoder --out runs/teacher --compile")
 @data_option
 @click.option("--autoencoder", type=folder, required=True, metavar="FOLDER", help="What `train autoencoder` wrote.")
+@click.option("--start", type=folder, metavar="FOLDER", help="A teacher to train on.  [default: a new network]")
 @out_option
 @set_option
 @compile_option
-def teacher(data: Path, autoencoder: Path, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
+def teacher(data: Path, autoencoder: Path, start: Path | None, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
     """Train the multi-step teacher."""
     with building("train teacher", "train", out):
         from snoopi_rt.export.training.small import teacher as stage
 
-        stage.train(data, autoencoder, out, _recipe(stage.Recipe, settings), compiled)
+        stage.train(data, autoencoder, out, _recipe(stage.Recipe, settings), compiled, start)
 
 
 @train.command(

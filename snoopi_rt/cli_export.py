@@ -17,7 +17,7 @@ out_option = click.option("--out", type=folder, required=True, metavar="FOLDER",
 def presets() -> None:
     """List the public students that are known by name; * is what a backbone stands for."""
     with building("presets", "export", Path()):
-        from snoopi_rt.export.presets import table
+        from snoopi_rt.export.presets.rows import table
 
         click.echo(table())
 
@@ -65,8 +65,8 @@ def export(
 ) -> None:
     """Turn a student's weights into a bundle, checked against PyTorch."""
     with building("export", "export", out):
+        from snoopi_rt.export.graphs.parity import LATENT_TOLERANCE
         from snoopi_rt.export.origin import find_origin
-        from snoopi_rt.export.parity import LATENT_TOLERANCE
         from snoopi_rt.export.run import Wishes, check_out
         from snoopi_rt.export.run import export as write
 

@@ -269,7 +269,7 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from snoopi_rt.export.training.small import autoencoder, teacher
-    from snoopi_rt.export.weights import save_diffusers
+    from snoopi_rt.export.weights.files import save_diffusers
 
     folder = tmp_path_factory.mktemp("weights") / "student"
     torch.manual_seed(0)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import InputError, OutputError
-from snoopi_rt.export import graph as graph_module
-from snoopi_rt.export.builds import PRECISIONS, Graph, build, check_precision
-from snoopi_rt.export.parity import View
+from snoopi_rt.export.graphs import write as graph_module
+from snoopi_rt.export.graphs.builds import PRECISIONS, Graph, build, check_precision
+from snoopi_rt.export.graphs.parity import View
 
 ENGINES = [name for name in installed() if name in ("cpu", "openvino")]
 pytestmark = pytest.mark.skipif(len(ENGINES) < 2, reason="needs both engines")

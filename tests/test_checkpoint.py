@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.export.checkpoint import load_module
+from snoopi_rt.export.weights.checkpoint import load_module
 
 UNET = "diffusion_pytorch_model.safetensors"
 

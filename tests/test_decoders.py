@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from snoopi_rt.engines import load_engine
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.decoder import Decoder
-from snoopi_rt.export.graph import write_graph
+from snoopi_rt.export.graphs.write import write_graph
 
 
 def full(**changes: object) -> AutoencoderKL:

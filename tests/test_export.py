@@ -13,9 +13,9 @@ import torch
 
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.engines.base import InputError, OutputError
-from snoopi_rt.export import parity
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt
-from snoopi_rt.export.graph import node_counts
+from snoopi_rt.export.graphs import parity
+from snoopi_rt.export.graphs.write import node_counts
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.export.origin import find_origin
@@ -219,7 +219,8 @@ def test_weights_without_a_part_are_one_clear_line(tiny_student, tmp_path):
 def test_a_killed_export_leaves_no_bundle_and_the_next_one_succeeds(tiny_student, tmp_path):
     out = tmp_path / "bundle"
     code = (
-        "import os, signal, sys; from pathlib import Path; from snoopi_rt.export import builds, origin, run\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from snoopi_rt.export import origin, run\nfrom snoopi_rt.export.graphs import builds\n"
         "measure = builds.measure\n"
         "def killed(graph, *rest):\n"
         "    if graph == 'decoder': os.kill(os.getpid(), signal.SIGKILL)\n"

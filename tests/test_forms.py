@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from snoopi_rt.engines import installed, load_engine, ort
-from snoopi_rt.export import graph
 from snoopi_rt.export.attention import merge_heads, split_heads
-from snoopi_rt.export.forms import one_image_bf16, onnxruntime_operators
-from snoopi_rt.export.graph import node_counts, write_graph
-from snoopi_rt.export.quantise import calibrate, quantise
-from snoopi_rt.export.storage import Storage
+from snoopi_rt.export.graphs import write as graph
+from snoopi_rt.export.graphs.forms import one_image_bf16, onnxruntime_operators
+from snoopi_rt.export.graphs.quantise import calibrate, quantise
+from snoopi_rt.export.graphs.storage import Storage
+from snoopi_rt.export.graphs.write import node_counts, write_graph
 from snoopi_rt.kernels import fused_attention
 
 ENGINES = [name for name in installed() if name in ("cpu", "openvino")]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.export.checkpoint import load_module
-from snoopi_rt.export.lora import merge_lora, parse_lora
+from snoopi_rt.export.weights.checkpoint import load_module
+from snoopi_rt.export.weights.lora import merge_lora, parse_lora
 
 EVERY_LAYER = (
     "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut conv_in conv_out time_emb_proj "

@@ -9,8 +9,8 @@ import pytest
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
-from snoopi_rt.export.preset import FACTS, SETTABLE
-from snoopi_rt.export.presets import DEFAULT_PRESET, PRESETS, Preset, check_scheduler, default_preset, find_preset, override, table
+from snoopi_rt.export.presets.preset import FACTS, SETTABLE
+from snoopi_rt.export.presets.rows import DEFAULT_PRESET, PRESETS, Preset, check_scheduler, default_preset, find_preset, override, table
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 PIXART = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000}

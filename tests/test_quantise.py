@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from snoopi_rt.engines import installed, load_engine
-from snoopi_rt.export import quantise as module
-from snoopi_rt.export.graph import node_counts, write_graph
-from snoopi_rt.export.quantise import Activation, QuantizedConv, QuantizedLinear, calibrate, layers, quantise
+from snoopi_rt.export.graphs import quantise as module
+from snoopi_rt.export.graphs.quantise import Activation, QuantizedConv, QuantizedLinear, calibrate, layers, quantise
+from snoopi_rt.export.graphs.write import node_counts, write_graph
 
 WIDTH = 128
 OUTLIERS = (7,)  # 1 % of the channels

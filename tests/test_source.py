@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.export.source import Source, find_source, weight_files
+from snoopi_rt.export.weights.source import Source, find_source, weight_files
 
 COMMIT = "a" * 40
 # More than one chunk of the client: it goes on after the last whole one.
@@ -159,7 +159,7 @@ def run(cache: Path, endpoint: str, *arguments: object, prelude: str = "", **env
 import json, sys
 {prelude}
 from snoopi_rt.engines.base import SnoopiError
-from snoopi_rt.export.source import find_source
+from snoopi_rt.export.weights.source import find_source
 try:
     source = find_source(*{arguments!r})
     print(json.dumps(dict(vars(source), folder=str(source.folder))))

@@ -10,9 +10,9 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from snoopi_rt.engines import installed, load_engine
-from snoopi_rt.export import graph
-from snoopi_rt.export.graph import node_counts, write_graph
-from snoopi_rt.export.storage import BLOCK, Storage, block_scale, pack
+from snoopi_rt.export.graphs import write as graph
+from snoopi_rt.export.graphs.storage import BLOCK, Storage, block_scale, pack
+from snoopi_rt.export.graphs.write import node_counts, write_graph
 
 ENGINES = [name for name in installed() if name in ("cpu", "openvino")]
 # int8 and int4 steps in blocks; ONNX Runtime also rounds the other side of an 8 bit product to int8 in blocks.

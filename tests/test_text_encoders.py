@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from snoopi_rt.bundle import Text
 from snoopi_rt.engines import load_engine
 from snoopi_rt.engines.base import EngineMissing, InputError
-from snoopi_rt.export.graph import write_graph
+from snoopi_rt.export.graphs.write import write_graph
 from snoopi_rt.export.text.clip import ClipTextEncoder, SdxlTextEncoder
 from snoopi_rt.export.text.rule import clip_rule, t5_rule
 from snoopi_rt.export.text.t5 import T5TextEncoder, T5Weights, reference_states, skeleton

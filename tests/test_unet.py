@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from snoopi_rt.engines import load_engine
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones.unet import FoldedUNet
-from snoopi_rt.export.graph import node_counts, write_graph
+from snoopi_rt.export.graphs.write import node_counts, write_graph
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.export.run import dynamic_axes

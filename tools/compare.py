@@ -32,9 +32,9 @@ from snoopi_rt.cache import Cache
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.engines.base import Engine
 from snoopi_rt.export.backbones.pixart import size_condition
-from snoopi_rt.export.checkpoint import load_module
-from snoopi_rt.export.preset import Preset, override
-from snoopi_rt.export.presets import find_preset
+from snoopi_rt.export.presets.preset import Preset, override
+from snoopi_rt.export.presets.rows import find_preset
+from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.feeds import draw_noise
 from snoopi_rt.tokenizer import Tokenizer
 

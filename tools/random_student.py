@@ -17,7 +17,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import tiny_students
 
-from snoopi_rt.export.weights import save_tensors
+from snoopi_rt.export.weights.files import save_tensors
 
 SD_UNET = {
     "sample_size": 64,

@@ -29,7 +29,7 @@ from snoopi_rt.export.attention import PlainAttention
 from snoopi_rt.export.backbones import Denoiser, Weights, find_backbone
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.unet import unet_answer
-from snoopi_rt.export.presets import default_preset
+from snoopi_rt.export.presets.rows import default_preset
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.distillation import Distillation, Task
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
@@ -43,7 +43,7 @@ from snoopi_rt.export.training.small.scorer import KINDS, open_scorer
 from snoopi_rt.export.training.small.statistics import frechet
 from snoopi_rt.export.training.small.teacher import schedule
 from snoopi_rt.export.training.text_states import encode_prompts
-from snoopi_rt.export.weights import fingerprint, save_diffusers, save_tensors
+from snoopi_rt.export.weights.files import fingerprint, save_diffusers, save_tensors
 
 SIDE, CHANNELS = 8, 8  # of a latent of 64 x 64 pixels
 LOW, HIGH = 1.0, 3.5

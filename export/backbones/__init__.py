@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from snoopi_rt.bundle import Text
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.guidance import Guidance
-from snoopi_rt.export.preset import Preset
+from snoopi_rt.export.presets.preset import Preset
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from torch import nn
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import Weights
-from snoopi_rt.export.checkpoint import load_module
 from snoopi_rt.export.decoder import Decoder
-from snoopi_rt.export.lora import merge_lora
-from snoopi_rt.export.preset import Preset
-from snoopi_rt.export.weights import CONFIG
+from snoopi_rt.export.presets.preset import Preset
+from snoopi_rt.export.weights.checkpoint import load_module
+from snoopi_rt.export.weights.files import CONFIG
+from snoopi_rt.export.weights.lora import merge_lora
 
 
 def load_network(weights: Weights, kind: type, part: str) -> nn.Module:

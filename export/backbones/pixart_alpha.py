@@ -11,7 +11,7 @@ from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder, load_network
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer
-from snoopi_rt.export.preset import Preset
+from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.text.rule import t5_rule
 from snoopi_rt.export.text.t5 import T5Weights, reference_states, skeleton
 

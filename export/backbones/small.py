@@ -12,9 +12,9 @@ from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder, load_network
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer
 from snoopi_rt.export.backbones.pixart_alpha import LORA_TARGETS
-from snoopi_rt.export.preset import Preset
+from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.text import minilm
-from snoopi_rt.export.weights import require
+from snoopi_rt.export.weights.files import require
 from snoopi_rt.kernels import attention
 
 

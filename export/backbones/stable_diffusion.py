@@ -10,10 +10,10 @@ from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder, load_network
 from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet, unet_answer
-from snoopi_rt.export.checkpoint import load_module
-from snoopi_rt.export.preset import Preset
+from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.text.clip import ClipTextEncoder, SdxlTextEncoder
 from snoopi_rt.export.text.rule import clip_rule, clip_tokenizer
+from snoopi_rt.export.weights.checkpoint import load_module
 
 
 def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -> Student:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.export.checkpoint import read_weights
-from snoopi_rt.export.source import weight_files
+from snoopi_rt.export.weights.checkpoint import read_weights
+from snoopi_rt.export.weights.source import weight_files
 
 
 class T5TextEncoder(nn.Module):

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from snoopi_rt.export.backbones import PromptEncoder, Weights
 from snoopi_rt.export.backbones.network import load_decoder
-from snoopi_rt.export.checkpoint import load_module
-from snoopi_rt.export.preset import Preset
+from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.text.rule import clip_rule
 from snoopi_rt.export.training.pgsb import clamped_clip_loss
 from snoopi_rt.export.training.prompt_files import read_prompts
 from snoopi_rt.export.training.text_states import encode_prompts, states_key
+from snoopi_rt.export.weights.checkpoint import load_module
 
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of CLIP's pictures, by channel (Radford et al. 2021)."""

@@ -14,10 +14,9 @@ from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.attention import GuidedAttention, PlainAttention
 from snoopi_rt.export.backbones import Denoiser, Weights
 from snoopi_rt.export.backbones.network import load_decoder
-from snoopi_rt.export.checkpoint import load_module
 from snoopi_rt.export.guidance import find_guidance
-from snoopi_rt.export.preset import Preset
-from snoopi_rt.export.presets import PRESETS
+from snoopi_rt.export.presets.preset import Preset
+from snoopi_rt.export.presets.rows import PRESETS
 from snoopi_rt.export.training.clip_loss import ClipJudge
 from snoopi_rt.export.training.draws import Draws, draw, draw_lora
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
@@ -30,6 +29,7 @@ from snoopi_rt.export.training.schedule import Schedule
 from snoopi_rt.export.training.sheet import contact_sheet
 from snoopi_rt.export.training.teachers import Teachers, with_lora, without_adapters
 from snoopi_rt.export.training.text_states import Text, TextStates, encode_prompts, joined, shuffled, states_key
+from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.kernels import attention, fused_attention
 
 SHORT = 256

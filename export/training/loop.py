@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from snoopi_rt.engines.base import InputError, OutputError
 from snoopi_rt.export.training.processes import Processes
-from snoopi_rt.export.weights import save_tensors
+from snoopi_rt.export.weights.files import save_tensors
 from snoopi_rt.files import write_whole
 from snoopi_rt.request import integer
 

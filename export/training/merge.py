@@ -6,9 +6,9 @@ import torch
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import find_backbone
-from snoopi_rt.export.checkpoint import load_module
 from snoopi_rt.export.training.distil import write_beside
-from snoopi_rt.export.weights import CONFIG
+from snoopi_rt.export.weights.checkpoint import load_module
+from snoopi_rt.export.weights.files import CONFIG
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.one_step import OneStepRule, Prediction
-from snoopi_rt.export.scheduler_check import DIFFUSERS_PREDICTION, open_scheduler
+from snoopi_rt.export.presets.scheduler_check import DIFFUSERS_PREDICTION, open_scheduler
 
 
 @dataclass(frozen=True)

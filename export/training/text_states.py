@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import PromptEncoder
-from snoopi_rt.export.weights import save_tensors
+from snoopi_rt.export.weights.files import save_tensors
 from snoopi_rt.files import sha256, write_whole
 from snoopi_rt.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.small.emoji import open_pictures, read_rows
-from snoopi_rt.export.weights import fingerprint, save_diffusers
+from snoopi_rt.export.weights.files import fingerprint, save_diffusers
 
 CROP = 64  # a crop trains 4 to 5 times faster than the whole picture, and the network is convolutional
 

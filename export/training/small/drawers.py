@@ -13,13 +13,13 @@ from snoopi_rt.export.attention import PlainAttention
 from snoopi_rt.export.backbones import Weights
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.pixart import pixart_answer
-from snoopi_rt.export.checkpoint import load_module
-from snoopi_rt.export.presets import default_preset
+from snoopi_rt.export.presets.rows import default_preset
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training.sampling import ddim
 from snoopi_rt.export.training.schedule import Schedule
 from snoopi_rt.export.training.small.autoencoder import to_network, to_pictures
 from snoopi_rt.export.training.small.evaluate import Drawer
+from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.feeds import draw_noise
 
 TOGETHER = 16

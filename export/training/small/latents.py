@@ -13,7 +13,7 @@ from tqdm import tqdm
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training.small.autoencoder import to_network
 from snoopi_rt.export.training.small.emoji import open_pictures, read_rows
-from snoopi_rt.export.weights import WEIGHTS, fingerprint, save_tensors
+from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_tensors
 
 
 @dataclass(frozen=True)

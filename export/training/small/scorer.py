@@ -18,7 +18,7 @@ from tqdm import tqdm
 from snoopi_rt.export.training.optimise import learning_rate
 from snoopi_rt.export.training.small.concepts import CONCEPTS
 from snoopi_rt.export.training.small.emoji import BACKGROUNDS, DRAWINGS, FLAWED, QUALITIES, Drawing, Facts, draw, fetch_sprites
-from snoopi_rt.export.weights import save_tensors
+from snoopi_rt.export.weights.files import save_tensors
 
 UNSEEN = (
     Drawing("@iconify-json/twemoji", "1.2.5", "simple icon", "CC BY 4.0", "github.com/jdecked/twemoji, (c) Twitter and contributors"),

@@ -14,7 +14,8 @@ from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.small.autoencoder import to_pictures
 from snoopi_rt.export.training.small.emoji import contact_sheet
 from snoopi_rt.export.training.small.latents import Captions, encode_captions, load_captions, load_latents
-from snoopi_rt.export.weights import WEIGHTS, fingerprint, require, save_diffusers
+from snoopi_rt.export.weights.checkpoint import load_module
+from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, require, save_diffusers
 
 SAMPLE_PROMPTS = (
     "a cat on a blue background",
@@ -118,13 +119,22 @@ def sheet(latents: Tensor, autoencoder: AutoencoderTiny, prompts: Sequence[str],
     contact_sheet(to_pictures(autoencoder.decoder(latents)), list(prompts)).save(path)
 
 
-def train(pictures: Path, autoencoder: Path, out: Path, recipe: Recipe, compiled: bool = False) -> None:
-    """Trains the teacher on a picture set and writes transformer/, vae/ and scheduler/ to `out` in diffusers layout, fp16."""
+def train(pictures: Path, autoencoder: Path, out: Path, recipe: Recipe, compiled: bool = False, start: Path | None = None) -> None:
+    """Trains the teacher on a picture set and writes transformer/, vae/ and scheduler/ to `out` in diffusers layout, fp16.
+
+    `start`: a teacher that is trained on, instead of a new network.
+    """
     require(autoencoder, "train autoencoder")
     captions, all_latents = load_captions(pictures), load_latents(pictures, autoencoder, out)
     torch.manual_seed(recipe.seed)
-    model = network().bfloat16()
-    weights = MasterWeights(model, ema=0.9995)
+    model = network()
+    inputs = {"data": fingerprint(pictures / "dataset.json"), "autoencoder": fingerprint(autoencoder / WEIGHTS)}
+    if start is not None:
+        before = require(start / "transformer", "train teacher")
+        model.load_state_dict(load_module(before, PixArtTransformer2DModel).state_dict())
+        inputs["start"] = fingerprint(before / WEIGHTS)
+    weights = MasterWeights(model, ema=0.9995)  # of what the file holds, before it is rounded
+    model.bfloat16()
     scheduler = schedule()
     compute = torch.compile(loss) if compiled else loss
     decoder = AutoencoderTiny.from_pretrained(autoencoder)
@@ -153,7 +163,6 @@ def train(pictures: Path, autoencoder: Path, out: Path, recipe: Recipe, compiled
         with torch.no_grad():
             sheet(draw(averaged().bfloat16(), shown, shown.of_picture, noise), decoder, SAMPLE_PROMPTS, path)
 
-    inputs = {"data": fingerprint(pictures / "dataset.json"), "autoencoder": fingerprint(autoencoder / WEIGHTS)}
     loop.run(loop.Stage("teacher", out, recipe, inputs), {"teacher": weights}, step, sample)
     save_diffusers(decoder, out / "vae")
     scheduler.save_pretrained(out / "scheduler")

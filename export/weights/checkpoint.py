@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.export.source import weight_files
-from snoopi_rt.export.weights import CONFIG
+from snoopi_rt.export.weights.files import CONFIG
+from snoopi_rt.export.weights.source import weight_files
 
 # The first PixArt checkpoints name the class that diffusers then had, and hold a tensor that only training used.
 _FORMER_CLASSES = {"Transformer2DModel": "PixArtTransformer2DModel"}

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from snoopi_rt.bundle import Build, File
 from snoopi_rt.engines.base import InputError, OutputError
 from snoopi_rt.engines.ov import NO_BF16
-from snoopi_rt.export.forms import one_image_bf16, onnxruntime_operators
-from snoopi_rt.export.graph import write_graph
-from snoopi_rt.export.parity import Arrays, View, measure
-from snoopi_rt.export.quantise import calibrate, layers, quantise
-from snoopi_rt.export.storage import Storage
+from snoopi_rt.export.graphs.forms import one_image_bf16, onnxruntime_operators
+from snoopi_rt.export.graphs.parity import Arrays, View, measure
+from snoopi_rt.export.graphs.quantise import calibrate, layers, quantise
+from snoopi_rt.export.graphs.storage import Storage
+from snoopi_rt.export.graphs.write import write_graph
 
 Cases = Sequence[Mapping[str, Tensor]]
 

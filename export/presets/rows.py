@@ -8,8 +8,8 @@ from typing import Any
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.one_step import SCHEDULES
-from snoopi_rt.export.preset import Preset, override, written
-from snoopi_rt.export.scheduler_check import check_scheduler
+from snoopi_rt.export.presets.preset import Preset, override, written
+from snoopi_rt.export.presets.scheduler_check import check_scheduler
 
 __all__ = ["DEFAULT_PRESET", "PRESETS", "Preset", "check_scheduler", "default_preset", "find_preset", "override", "table"]
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.export.checkpoint import first_few, read_weights
+from snoopi_rt.export.weights.checkpoint import first_few, read_weights
 
 _KEY = re.compile(
     r"(?:base_model\.model\.|unet\.|transformer\.|lora_unet_|lora_transformer_)?"

@@ -14,7 +14,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from snoopi_rt.export.storage import SMALL, Storage, store_weights, turn_products
+from snoopi_rt.export.graphs.storage import SMALL, Storage, store_weights, turn_products
 
 OPSET = 23  # the first with Attention
 INLINE = 64 * 2**20  # bytes; larger weights lie in a file of their own, which engines map into memory

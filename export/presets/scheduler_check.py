@@ -9,7 +9,7 @@ from typing import Any
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.one_step import Prediction
-from snoopi_rt.export.preset import Preset, written
+from snoopi_rt.export.presets.preset import Preset, written
 
 DIFFUSERS_PREDICTION: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 

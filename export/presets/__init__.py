@@ -1,0 +1,1 @@
+"""Public students as data."""

@@ -1,0 +1,1 @@
+"""Weights on disk, and where they come from."""
