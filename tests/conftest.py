@@ -1,5 +1,6 @@
 """A whole bundle of three tiny graphs whose mathematics is written twice: as ONNX and in numpy."""
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 try:
@@ -22,6 +24,10 @@ from snoopi_rt.cache import Cache
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.prompts import write_prompts
 from snoopi_rt.tokenizer import Tokenizer
+
+# Read when triton is imported: without a GPU its kernels run on the CPU, slowly.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 WORDS = ["[CLS]", "[SEP]", "[UNK]", "a", "red", "blue", "fox", "cat", "blurry", "warm"]
 WIDTH, FACTOR = 4, 2

@@ -256,7 +256,11 @@ class Distillation:
         if self.negatives is None:
             self.student.set_attn_processor(PlainAttention(form))
         else:
-            self.student.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), form))
+            fused = None
+            if self.device.type == "cuda":
+                # Triton comes with torch wherever that has CUDA.
+                from snoopi_rt.kernels.nasa import fused_nasa_attention as fused
+            self.student.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), form, fused))
 
     def _states(self, prompts: Path, name: str) -> TextStates:
         encoder = self.denoiser.prompt_encoder(self.task.teacher, self.preset.max_tokens)
