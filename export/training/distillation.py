@@ -207,7 +207,11 @@ class Distillation:
         frozen, lora = kappas(draws.kappa, recipe.kappa_min, recipe.kappa_max, recipe.kappa_on, recipe.lora_kappa)
         with self.teachers.frozen() as network:
             frozen_x0 = schedule.x0(x_t, guided(*self._both(network, x_t, draws.t, text, unwanted), frozen), draws.t)
-        lora_x0 = schedule.x0(x_t, guided(*self._both(self.teachers.network, x_t, draws.t, text, empty), lora), draws.t)
+        if recipe.lora_kappa == 1:
+            said = self._say(self.teachers.network, x_t, draws.t, text)
+        else:
+            said = guided(*self._both(self.teachers.network, x_t, draws.t, text, empty), lora)
+        lora_x0 = schedule.x0(x_t, said, draws.t)
         return vsd_gradient(x0, frozen_x0, lora_x0, *schedule.alpha_sigma(draws.t), recipe.weight)
 
     def _lora_loss(self, i: int, turn: int, samples: range, x0: Tensor) -> Tensor:
