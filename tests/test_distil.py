@@ -131,7 +131,7 @@ def test_scales_that_are_drawn_are_not_the_mean_and_each_choice_matters(teachers
         {"lora_weighted": True},
         {"timestep": 200},
         {"student_rank": 2},
-        {"warm_steps": 1, "warm_calls": 2},
+        {"warm_steps": 1, "warm_calls": 2, "warm_pairs": 4},
     ]
     found = [distil(teachers, tmp_path / str(number), **each)[-1]["vsd"] for number, each in enumerate(settings)]
     assert len(set(found)) == len(settings)
@@ -163,6 +163,27 @@ def test_warm_steps_bring_the_student_nearer_to_the_teachers_own_pictures(teache
     steps = distil(teachers, tmp_path, steps=25, warm_steps=25, warm_calls=4, lr=3e-3)
     assert "vsd" not in steps[0]
     assert sum(row["warm"] for row in steps[-5:]) < 0.7 * sum(row["warm"] for row in steps[:5])
+
+
+def test_the_teachers_pictures_are_drawn_once_and_a_resumed_run_sees_the_same(
+    teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from snoopi_rt.export.training import distillation
+
+    asked = []
+    ddim = distillation.ddim
+    monkeypatch.setattr(distillation, "ddim", lambda *given: asked.append(len(given[2])) or ddim(*given))
+    always_save(monkeypatch)
+    warm = {"warm_steps": 6, "warm_pairs": 8, "warm_calls": 2, "batch": 4}
+    whole = distil(teachers, tmp_path / "whole", steps=6, **warm)
+    assert asked == [4, 4]  # of 24 samples
+    assert len({row["warm"] for row in whole}) == 6
+    stopped = tmp_path / "stopped"
+    distil(teachers, stopped, steps=6, **warm)
+    for checkpoint in sorted((stopped / "checkpoints").iterdir())[1:]:
+        checkpoint.unlink()
+    assert distil(teachers, stopped, steps=6, **warm) == whole
+    assert asked == [4] * 4
 
 
 def test_nasa_t_trains_with_negatives(teachers: Path, tmp_path: Path) -> None:

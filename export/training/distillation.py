@@ -1,5 +1,6 @@
 """A student, its two teachers and one step of PG-SB of all three. Sees prompts and noise, never a picture."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from snoopi_rt.export.guidance import find_guidance
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.presets.rows import PRESETS
 from snoopi_rt.export.training.clip_loss import ClipJudge
-from snoopi_rt.export.training.draws import Draws, draw, draw_lora
+from snoopi_rt.export.training.draws import Draws, draw, draw_lora, pair_noise
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.pgsb import guided, kappas, lora_loss, vsd_gradient, vsd_loss
 from snoopi_rt.export.training.processes import Processes
@@ -27,6 +28,7 @@ from snoopi_rt.export.training.recipe import Recipe
 from snoopi_rt.export.training.sampling import ddim
 from snoopi_rt.export.training.schedule import Schedule
 from snoopi_rt.export.training.sheet import contact_sheet
+from snoopi_rt.export.training.teacher_pictures import TeacherPictures
 from snoopi_rt.export.training.teachers import Teachers, with_lora, without_adapters
 from snoopi_rt.export.training.text_states import Text, TextStates, encode_prompts, joined, shuffled, states_key
 from snoopi_rt.export.weights.checkpoint import load_module
@@ -81,6 +83,7 @@ class Distillation:
             self.student.requires_grad_(True)
         self.teachers = Teachers(teacher, denoiser.lora_targets, recipe.lora_rank, recipe.lora_alpha)
         self.rule = schedule.rule(denoiser.timestep if recipe.timestep < 0 else recipe.timestep)
+        self.pictures = self._teacher_pictures() if recipe.warm_steps else None
         self._set_attention()
         if recipe.checkpointing:
             for network in (self.student, self.teachers.network):
@@ -182,15 +185,13 @@ class Distillation:
 
     def _student_loss(self, i: int, samples: range, warming: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         recipe = self.recipe
+        if warming:
+            return self._warm_loss(i, samples)
         draws = draw(recipe, i, samples, self.shape, len(self.negatives or ()), self.device)
         rows = self._rows(i, samples)
         text, empty = self._batch(rows), self._batch([-1] * len(rows))
         negative = None if self.negatives is None else self.negatives.batch(draws.negative).to(self.device, self.dtype)
         x0 = self.clean(draws.noise, text, None if negative is None else (negative, recipe.nasa_max * draws.nasa))
-        if warming:
-            wanted = self._teacher_picture(draws.noise, text, empty)
-            loss = nn.functional.mse_loss(x0, wanted)
-            return x0, loss, {"warm": loss}
         gradient = self._gradient(x0.detach(), draws, text, empty, negative or empty)
         loss, values = vsd_loss(x0, gradient), {"vsd": gradient.square().mean()}
         if self.judge is not None:
@@ -198,6 +199,18 @@ class Distillation:
             values["clip"] = self.judge.loss(x0, rows, recipe.clip_threshold)
             loss = loss + weight * values["clip"]
         return x0, loss, values
+
+    def _warm_loss(self, i: int, samples: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The distance to what the teacher makes of the same noise, of the pairs of noise and prompt that are kept."""
+        first = i * self.recipe.batch
+        pairs = [shuffled(first + sample, self.recipe.warm_pairs, self.recipe.seed) for sample in samples]
+        noise = pair_noise(self.recipe, pairs, self.shape, self.device)
+        text, empty = self._batch([pair % len(self.texts) for pair in pairs]), self._batch([-1] * len(pairs))
+        assert self.pictures is not None
+        wanted = self.pictures.get(pairs, lambda: self._teacher_picture(noise, text, empty)).to(self.device)
+        x0 = self.clean(noise, text, None)
+        loss = nn.functional.mse_loss(x0, wanted)
+        return x0, loss, {"warm": loss}
 
     @torch.no_grad()
     def _gradient(self, x0: Tensor, draws: Draws, text: Text, empty: Text, unwanted: Text) -> Tensor:
@@ -220,6 +233,14 @@ class Distillation:
         said = self._say(self.teachers.network, self.schedule.noised(x0, draws.eps, draws.t), draws.t, self._batch(rows))
         alpha, _ = self.schedule.alpha_sigma(draws.t)
         return lora_loss(said, self.schedule.target(x0, draws.eps, draws.t), alpha, self.recipe.lora_weighted)
+
+    def _teacher_pictures(self) -> TeacherPictures:
+        recipe, task = self.recipe, self.task
+        facts = [recipe.seed, recipe.warm_calls, recipe.kappa_min + recipe.kappa_max, recipe.precision]
+        known = json.dumps([states_key(task.prompts, task.teacher / self.denoiser.part), *facts])
+        key = hashlib.sha256(known.encode()).hexdigest()[:16]
+        with self.processes.first():
+            return TeacherPictures(task.out / "pictures", key, recipe.warm_pairs, self.shape)
 
     def _teacher_picture(self, noise: Tensor, text: Text, empty: Text) -> Tensor:
         with self.teachers.frozen() as network:

@@ -63,3 +63,8 @@ def draw_lora(recipe: Recipe, step: int, turn: int, samples: Iterable[int], shap
         )
     eps, t, empty = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
     return LoraDraws(eps, t, empty)
+
+
+def pair_noise(recipe: Recipe, pairs: Iterable[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The noise (B, C, h, w) of the pairs that a warm start is trained on, by their numbers."""
+    return torch.stack([torch.randn(*shape, generator=generator(recipe.seed, "pair", pair)) for pair in pairs]).to(device)
