@@ -224,7 +224,8 @@ def test_openvino_needs_no_more_memory_after_many_token_lengths() -> None:
     def memory() -> int:
         return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
 
-    engine = load_engine("openvino", EMBEDDED / "generator.onnx", "fp32", 2)
+    build = Bundle.load(EMBEDDED).build("generator", "openvino")
+    engine = load_engine("openvino", EMBEDDED / build.files[0].path, build.precision, 2)
     shapes = {spec.name: spec.shape for spec in engine.inputs}
     stream, after = np.random.RandomState(0), {}
     for call in range(100):

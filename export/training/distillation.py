@@ -281,11 +281,13 @@ class Distillation:
         if self.negatives is None:
             self.student.set_attn_processor(PlainAttention(form))
         else:
-            fused = None
+            attend = None
             if self.device.type == "cuda":
                 # Triton comes with torch wherever that has CUDA.
-                from snoopi_rt.kernels.nasa import fused_nasa_attention as fused
-            self.student.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), form, fused))
+                from snoopi_rt.kernels.nasa import fused_nasa_attention
+
+                attend = fused_nasa_attention
+            self.student.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), form, attend))
 
     def _states(self, prompts: Path, name: str) -> TextStates:
         encoder = self.denoiser.prompt_encoder(self.task.teacher, self.preset.max_tokens)

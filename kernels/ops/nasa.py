@@ -40,7 +40,8 @@ def fused_nasa_attention(
 class _Nasa(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, scale = (None if x is None else _dense(x) for x in given)
+        q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, scale = given
+        q, k_pos, v_pos, k_neg, v_neg = map(_dense, (q, k_pos, v_pos, k_neg, v_neg))
         # The kernels know no strides of masks, and an expanded one has none.
         mask_pos, mask_neg = (None if mask is None else mask.contiguous() for mask in (mask_pos, mask_neg))
         factor = -scale.float()
