@@ -75,7 +75,7 @@ def test_it_rounds_and_no_more(made: tuple[Path, Path]) -> None:
     }
     wide, half = (load_engine("cpu", path)(**given)["latent"] for path in made)
     assert np.isfinite(half).all()  # the masked image too: the lowest fp32 number is no fp16
-    # Measured 3e-4; fp16 has 11 bits.
+    # Measured 1.6e-5, since ONNX Runtime leaves out roundings between operators that it computes in fp32; fp16 has 11 bits, 5e-4.
     error = np.linalg.norm(half - wide) / np.linalg.norm(wide)
     assert 1e-6 < error < 1e-3
 

@@ -16,10 +16,10 @@ from snoopi_rt.kernels.nasa import fused_nasa_attention  # noqa: E402 - needs tr
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS = (16, 40, 64, 72, 80, 128, 160)
 LENGTHS = ((1, 1), (77, 77), (120, 13), (300, 300))
-# Largest difference to the fp32 reference on the same rounded inputs, outputs being up to 3. Measured over all cases here: 2.2e-6, 1.6e-3
-# and 1.9e-2, in the interpreter; weights and results are rounded to 11 and 8 bits.
+# Largest difference to the fp32 reference on the same rounded inputs, outputs being up to 3.2. Measured over all cases, in the interpreter:
+# 1.7e-6, 9.8e-4 and 1.5e-2; weights and results are rounded to 11 and 8 bits.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
-GRADIENT_TOLERANCE = 2e-5  # of the largest gradient, in fp32; measured 3e-6
+GRADIENT_TOLERANCE = 2e-5  # of the largest gradient, in fp32; measured 9e-7
 
 
 def given(batch=2, heads=2, queries=70, t=77, u=13, size=72, dtype=torch.float32, masked=True):
