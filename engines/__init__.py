@@ -1,44 +1,49 @@
 """Engines by name: what each needs, which are installed, and how one is loaded."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from snoopi_rt.engines.base import Engine, EngineError, EngineMissing, InputError
+from snoopi_rt.engines.base import Axis, Engine, EngineMissing, InputError, Opening, Progress
 from snoopi_rt.engines.compiled import CompiledModels
 from snoopi_rt.engines.threads import available_threads
 
 
 class Kind(NamedTuple):
-    """Where an engine's class is ("module:Class", None = not in this version), the package that it imports, and that package's name.
+    """Where an engine's class is ("module:Class"), the packages one of which it imports, and the first one's name.
 
-    The extra of setup.py that installs the package has the engine's own name. `distribution` is what must be installed where a package
-    comes in several forms.
+    The extra of setup.py that installs the first package has the engine's own name. `distribution` is what must be installed where a
+    package comes in several forms. `repeats`: it is fastest for shapes that it has seen before.
     """
 
-    target: str | None
-    package: str
+    target: str
+    packages: tuple[str, ...]
     label: str
     distribution: str | None = None
+    repeats: bool = False
+
+    @property
+    def package(self) -> str:
+        """The first package that is there, else the first."""
+        return next((name for name in self.packages if find_spec(name) is not None), self.packages[0])
 
 
 ENGINES = {
-    "cpu": Kind("snoopi_rt.engines.ort:OrtEngine", "onnxruntime", "ONNX Runtime"),
-    "openvino": Kind("snoopi_rt.engines.ov:OvEngine", "openvino", "OpenVINO"),
-    "cuda": Kind("snoopi_rt.engines.ort:OrtEngine", "onnxruntime", "ONNX Runtime for CUDA", "onnxruntime-gpu"),
-    "tensorrt": Kind(None, "tensorrt", "TensorRT"),
+    "cpu": Kind("snoopi_rt.engines.ort:OrtEngine", ("onnxruntime",), "ONNX Runtime"),
+    "openvino": Kind("snoopi_rt.engines.ov:OvEngine", ("openvino",), "OpenVINO"),
+    "cuda": Kind("snoopi_rt.engines.ort:OrtEngine", ("onnxruntime",), "ONNX Runtime for CUDA", "onnxruntime-gpu", repeats=True),
+    "tensorrt": Kind("snoopi_rt.engines.trt:TrtEngine", ("tensorrt", "tensorrt_rtx"), "TensorRT", repeats=True),
 }
 
 
 def known_engine(name: str) -> Kind:
-    """What belongs to the name. Raises InputError (unknown) or EngineError (not yet)."""
+    """What belongs to the name. Raises InputError for an unknown one."""
     if name not in ENGINES:
         raise InputError(f"unknown engine {name!r}, choose from {', '.join(ENGINES)}")
-    kind = ENGINES[name]
-    if kind.target is None:
-        raise EngineError(f"engine {name!r} is not supported by this version of snoopi-rt yet, choose from {', '.join(_supported())}")
-    return kind
+    return ENGINES[name]
 
 
 def check_engine(name: str) -> None:
@@ -53,8 +58,8 @@ def check_engine(name: str) -> None:
 
 
 def installed() -> tuple[str, ...]:
-    """The names of the engines whose package is there, in the order of ENGINES (`cuda` may still find no GPU)."""
-    return tuple(name for name in _supported() if _is_there(ENGINES[name]))
+    """The names of the engines whose package is there, in the order of ENGINES (`cuda` and `tensorrt` may still find no GPU)."""
+    return tuple(name for name, kind in ENGINES.items() if _is_there(kind))
 
 
 def conflict(package: str = "onnxruntime") -> str:
@@ -71,31 +76,35 @@ def load_engine(
     threads: int | None = None,
     cache: CompiledModels | None = None,
     key: str = "",
+    axes: Mapping[str, Axis] | None = None,
+    progress: Progress | None = None,
 ) -> Engine:
     """The model file as a callable Engine.
 
     `precision` is the build's ("fp32", "bf16" ...), `threads` the number of CPU threads (None = see `available_threads`). `cache` keeps
-    what is compiled, for as long as the file's path, size and time and `key` are the same: give the build's hash.
+    what is compiled, for as long as the file's path, size and time and `key` are the same: give the build's hash. `axes` are the sizes
+    that free axes can have, by name, which `tensorrt` needs; it tells `progress` what it builds.
     Raises what `check_engine` raises, and EngineError where the file cannot be loaded.
     """
     check_engine(name)
-    target = ENGINES[name].target
-    assert target is not None
-    module, _, attribute = target.partition(":")
-    engine = getattr(import_module(module), attribute)
-    return engine(path, name, precision, available_threads() if threads is None else threads, cache, key)
+    opening = Opening(name, precision, available_threads() if threads is None else threads, cache, key, axes or {})
+    if progress is not None:
+        opening = replace(opening, progress=progress)
+    module, _, attribute = ENGINES[name].target.partition(":")
+    return getattr(import_module(module), attribute)(path, opening)
 
 
 def versions() -> dict[str, str]:
     """The version of each installed engine's package."""
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
     found = {}
     for name in installed():
+        package = ENGINES[name].package
         try:
-            found[name] = version(ENGINES[name].distribution or ENGINES[name].package)
+            found[name] = version(ENGINES[name].distribution or package)
         except PackageNotFoundError:  # such as onnxruntime out of onnxruntime-gpu
-            found[name] = "unknown"
+            found[name] = ", ".join(f"{each} {version(each)}" for each in packages_distributions().get(package, ())) or "unknown"
     return found
 
 
@@ -113,7 +122,3 @@ def _is_distributed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-def _supported() -> tuple[str, ...]:
-    return tuple(name for name, kind in ENGINES.items() if kind.target is not None)

@@ -10,13 +10,15 @@ The errors of the whole project, drawn:
     └── OutputError         what came out cannot be used (NaN) or cannot be written
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from snoopi_rt.engines.compiled import CompiledModels
 
 
 class SnoopiError(Exception):
@@ -55,8 +57,40 @@ class TensorSpec:
     dtype: str
 
 
+class Axis(NamedTuple):
+    """The sizes that a free axis can have, and the one that matters most."""
+
+    min: int
+    best: int
+    max: int
+
+
+Progress = Callable[[str, float], None]
+"""progress(what is done, the share of it that is done, 0 to 1)"""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a model is opened. name: the engine's. precision: the build's. cache, key: where compiled models are kept, and of which build.
+
+    axes: of the free axes by name, for engines that compile for ranges of them.
+    """
+
+    name: str
+    precision: str | None
+    threads: int
+    cache: "CompiledModels | None" = None
+    key: str = ""
+    axes: Mapping[str, Axis] = field(default_factory=dict)
+    progress: Progress = lambda what, share: None
+
+
 class Engine(Protocol):
-    """One loaded model. Many threads may call it; the arrays that it returns are fresh and belong to the caller."""
+    """One loaded model. Many threads may call it; the arrays that it returns are fresh and belong to the caller.
+
+    They are numpy's, or the engine's own, which lie on its device: `np.asarray` copies those, and engines of the same kind take them as
+    they are.
+    """
 
     provider: str
     """What the model really runs on, in the words of the package below."""

@@ -20,6 +20,9 @@ class CompiledModels(Protocol):
     def drop(self, name: str) -> None:
         """Removes the folder: what is in it does not work."""
 
+    def alone(self, name: str) -> AbstractContextManager[None]:
+        """A block that one thread of one process runs at a time for each name: for what takes minutes to compile."""
+
 
 def model_files(path: Path) -> list[Path]:
     """The model file and the files of weights beside it: NAME.onnx.data, NAME.bin, and those of other models that it reads."""

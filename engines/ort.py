@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from snoopi_rt.engines import conflict
-from snoopi_rt.engines.base import EngineError, EngineMissing, TensorSpec, check_inputs, engine_errors
+from snoopi_rt.engines.base import EngineError, EngineMissing, Opening, TensorSpec, check_inputs, engine_errors
 from snoopi_rt.engines.compiled import CompiledModels, compiled_name, model_files, processor
+from snoopi_rt.engines.ort_bound import BoundSession
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DTYPES = {
@@ -47,9 +48,8 @@ class OrtEngine:
     Optimising a large model takes ONNX Runtime longer than running it, so `cpu` keeps the outcome in the cache.
     """
 
-    def __init__(
-        self, path: Path, name: str, precision: str | None, threads: int, cache: CompiledModels | None = None, key: str = ""
-    ) -> None:
+    def __init__(self, path: Path, opening: Opening) -> None:
+        name, threads, cache = opening.name, opening.threads, opening.cache
         provider = PROVIDERS[name]
         try:
             with engine_errors(f"engine {name!r} cannot use ONNX Runtime"):
@@ -64,9 +64,9 @@ class OrtEngine:
         session = None
         if cache is not None and name == "cpu":
             with suppress(EngineError), engine_errors("the cache is of no use"):
-                session = _kept_session(path, threads, cache, key)
+                session = _kept_session(path, threads, cache, opening.key)
         with engine_errors(f"engine {name!r} cannot load {path.name}"):
-            session = session or onnxruntime.InferenceSession(str(path), _options(threads), providers=[provider])
+            session, graphs = (session, False) if session is not None else _session(path, provider, threads)
         # A provider that cannot start is replaced by the CPU without an error: only the session says what is used.
         self.provider = session.get_providers()[0]
         if self.provider != provider:
@@ -74,6 +74,7 @@ class OrtEngine:
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
         self._session: Any = session
+        self._bound = BoundSession(session, "cuda", self.outputs, graphs) if name == "cuda" else None
 
     def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         session = self._session
@@ -81,11 +82,23 @@ class OrtEngine:
             raise EngineError("this engine is closed")
         check_inputs(self.inputs, arrays)
         with engine_errors("ONNX Runtime failed"):
+            if self._bound is not None:
+                return self._bound(arrays)
             values = session.run(None, arrays)
         return {spec.name: value for spec, value in zip(self.outputs, values, strict=True)}
 
     def close(self) -> None:
-        self._session = None
+        self._session = self._bound = None
+
+
+def _session(path: Path, provider: str, threads: int) -> tuple[Any, bool]:
+    """A session, and whether it can record CUDA graphs: not where some operator runs on the CPU."""
+    from onnxruntime import InferenceSession
+
+    if provider == PROVIDERS["cuda"]:
+        with suppress(Exception):
+            return InferenceSession(str(path), _options(threads), providers=[(provider, {"enable_cuda_graph": "1"})]), True
+    return InferenceSession(str(path), _options(threads), providers=[provider]), False
 
 
 def _settings() -> dict[str, str]:

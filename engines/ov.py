@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from snoopi_rt.engines.base import EngineError, TensorSpec, check_inputs, engine_errors
+from snoopi_rt.engines.base import EngineError, Opening, TensorSpec, check_inputs, engine_errors
 from snoopi_rt.engines.compiled import CompiledModels, compiled_name, model_files
 
 BF16 = ("bf16", "int8")
@@ -23,18 +23,17 @@ class OvEngine:
     A call takes an idle infer request, or makes one: as many exist as threads ever called at once.
     """
 
-    def __init__(
-        self, path: Path, name: str, precision: str | None, threads: int, cache: CompiledModels | None = None, key: str = ""
-    ) -> None:
+    def __init__(self, path: Path, opening: Opening) -> None:
+        name, cache = opening.name, opening.cache
         with engine_errors(f"engine {name!r} cannot use OpenVINO"):
             import openvino
 
             core = openvino.Core()
-            hint, remark = arithmetic(precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+            hint, remark = arithmetic(opening.precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
         options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": hint,
-            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_NUM_THREADS": opening.threads,
             # Every shape that a dynamic axis ever had leaves compiled layers behind: 5,000 of them unless bounded.
             "CPU_RUNTIME_CACHE_CAPACITY": "1000",
             # Else activations beside int8 weights would be rounded too, together for a whole batch.
@@ -48,7 +47,7 @@ class OvEngine:
         compiled = None
         if cache is not None:
             with suppress(EngineError), engine_errors("the cache is of no use"):
-                compiled = _through(cache, compiled_name(path, key, "openvino", openvino.__version__, hint), path, compile_model)
+                compiled = _through(cache, compiled_name(path, opening.key, "openvino", openvino.__version__, hint), path, compile_model)
         with engine_errors(f"engine {name!r} cannot load {path.name}"):
             compiled = compiled or compile_model(None)
             self.provider = f"CPU {compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}{remark}"

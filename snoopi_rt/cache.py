@@ -101,6 +101,15 @@ class Cache:
         if self._private() and folder.is_dir():
             _remove(folder)
 
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """A block that one thread of one process runs at a time for each name; without a usable cache there is nothing to wait for."""
+        from filelock import FileLock
+
+        folder = self._folder("locks")
+        with contextlib.nullcontext() if folder is None else FileLock(folder / f"{name[:32]}.lock"):
+            yield
+
     def problem(self) -> str | None:
         """Why nothing can be kept in the folder, which is made if need be; None where all is well."""
         try:

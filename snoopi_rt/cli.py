@@ -4,8 +4,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from snoopi_rt import __version__
 from snoopi_rt.cli_build import data, merge, train
 from snoopi_rt.cli_eval import evaluate
 from snoopi_rt.cli_export import export, presets
-from snoopi_rt.engines.base import InputError, SnoopiError
+from snoopi_rt.engines.base import EngineError, InputError, SnoopiError
 
 PATIENCE = 2.0
 """Seconds without a word on standard error."""
@@ -56,7 +56,10 @@ class Size(click.ParamType):
 
 bundle_option = click.option("--bundle", metavar="FOLDER", help="The bundle's folder.  [default: the one that came with snoopi-rt]")
 engine_option = click.option(
-    "--engine", default="auto", metavar="NAME", help="cpu, openvino, or cuda if the bundle serves it; auto: the fastest by bench, else cpu."
+    "--engine",
+    default="auto",
+    metavar="NAME",
+    help="cpu, openvino, cuda or tensorrt, if the bundle serves it; auto: the fastest by bench, else cpu.",
 )
 precision_option = click.option(
     "--precision",
@@ -122,7 +125,7 @@ def generate(
     paths = [output] if count == 1 else [output.with_stem(f"{output.stem}-{each}") for each in seeds]
     for path in paths:
         image.check_writable(path, force)
-    with _progress() as progress, load(bundle, engine, precision, threads, low_memory=True) as pipe:
+    with _progress() as progress, load(bundle, engine, precision, threads, True, _told(progress)) as pipe:
         for start in range(0, count, pipe.max_batch):
             progress["doing"] = f"image {start + 1} of {count}"
             batch = paths[start : start + pipe.max_batch]
@@ -144,7 +147,7 @@ def prompts(file: Path, bundle: str | None, engine: str, precision: str | None, 
     from snoopi_rt.request import prompt_lines
 
     asked, new, refused = prompt_lines(file), 0, 0
-    with _progress() as progress, load(bundle, engine, precision, threads, low_memory=True) as pipe:
+    with _progress() as progress, load(bundle, engine, precision, threads, True, _told(progress)) as pipe:
         for done, (number, prompt) in enumerate(asked.items(), 1):
             progress["doing"] = f"prompt {done} of {len(asked)}"
             try:
@@ -155,6 +158,35 @@ def prompts(file: Path, bundle: str | None, engine: str, precision: str | None, 
     click.echo(f"{new} new, {len(asked) - refused - new} kept before")
     if refused:
         click.get_current_context().exit(2)
+
+
+@main.command(epilog="Example: snoopi-rt build --engine tensorrt --bundle my-bundle")
+@bundle_option
+@click.option("--engine", required=True, metavar="NAME", help="cpu, openvino, cuda or tensorrt, if the bundle serves it.")
+@precision_option
+@threads_option
+def build(bundle: str | None, engine: str, precision: str | None, threads: int | None) -> None:
+    """Compile a bundle for an engine and draw one image, so that no later start on this machine waits for it."""
+    from snoopi_rt.cache import Cache
+    from snoopi_rt.pipeline import load
+
+    start, before = time.monotonic(), Cache().sizes()["engines"]
+    with ExitStack() as bars:
+        bar: Any = None
+
+        def progress(what: str, share: float) -> None:
+            nonlocal bar
+            if bar is None or bar.label != what:
+                bars.close()
+                bar = bars.enter_context(click.progressbar(length=1000, label=what, file=click.get_text_stream("stderr")))
+            bar.update(max(0, round(1000 * share) - bar.pos))
+
+        with load(bundle, engine, precision, threads, progress=progress) as pipe:
+            provider = pipe.warmup().provider
+    if problem := Cache().problem():
+        raise EngineError(f"nothing was kept in {Cache().path}: {problem}")
+    new = (Cache().sizes()["engines"] - before) / 1e6
+    click.echo(f"ready on {provider} after {time.monotonic() - start:.0f} s, {new:.1f} MB new in {Cache().path}")
 
 
 @main.command(epilog="Example: snoopi-rt info image.png")
@@ -231,6 +263,15 @@ def _with_ending(output: Path, format: str | None) -> Path:
     if format is not None and FORMATS.get(output.suffix.lower()) != format:
         raise InputError(f"{output} does not end as {format} does: leave out --format, or the ending")
     return output
+
+
+def _told(progress: dict[str, str]) -> Callable[[str, float], None]:
+    """Tells `_progress` of what an engine compiles."""
+
+    def tell(what: str, share: float) -> None:
+        progress["doing"] = f"{what}, {share:.0%}"
+
+    return tell
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from snoopi_rt.axes import TOKENS
 from snoopi_rt.bundle import Latent
 from snoopi_rt.engines.base import BundleError, TensorSpec
 from snoopi_rt.prompts import States
@@ -29,13 +30,22 @@ def in_batches(
 
 
 def generator_feeds(
-    batch: Sequence[Request], states: Mapping[str, States], inputs: Sequence[TensorSpec], latent: Latent, size: tuple[int, int]
+    batch: Sequence[Request],
+    states: Mapping[str, States],
+    inputs: Sequence[TensorSpec],
+    latent: Latent,
+    size: tuple[int, int],
+    longest: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """The arrays for those inputs that the generator lists. Raises BundleError for one that is unknown."""
+    """The arrays for those inputs that the generator lists. Raises BundleError for one that is unknown.
+
+    `longest`: given for an engine that is fastest for shapes that it has seen, the most tokens that a prompt can have: masked prompts are
+    then filled to a multiple of TOKENS.
+    """
     prompts, negatives = zip(*(_states(request, states) for request in batch), strict=True)
-    prompt_states, prompt_mask = _padded(prompts)
-    negative_states, negative_mask = _padded(negatives)
     shapes = {spec.name: spec.shape for spec in inputs}
+    prompt_states, prompt_mask = _padded(prompts, longest if "prompt_mask" in shapes else None)
+    negative_states, negative_mask = _padded(negatives, longest if "negative_mask" in shapes else None)
     shape = (latent.channels, size[0] // latent.factor, size[1] // latent.factor)
     steps = shapes["renoise"][1] or 0 if "renoise" in shapes else 0
     noise, renoise = zip(*(draw_noise(request.seed, shape, steps) for request in batch), strict=True)
@@ -71,11 +81,13 @@ def _states(request: Request, states: Mapping[str, States]) -> tuple[np.ndarray,
     return prompt, negative
 
 
-def _padded(states: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _padded(states: Sequence[np.ndarray], longest: int | None) -> tuple[np.ndarray, np.ndarray]:
     """States of (1, T, D) each as one (B, max T, D), zeros behind, and the mask of what is real (B, max T)."""
-    longest = max(state.shape[1] for state in states)
-    padded = np.zeros((len(states), longest, states[0].shape[2]), np.float32)
-    mask = np.zeros((len(states), longest), bool)
+    tokens = max(state.shape[1] for state in states)
+    if longest is not None:
+        tokens = min(-(-tokens // TOKENS) * TOKENS, longest)
+    padded = np.zeros((len(states), tokens, states[0].shape[2]), np.float32)
+    mask = np.zeros((len(states), tokens), bool)
     for row, state in enumerate(states):
         padded[row, : state.shape[1]] = state[0]
         mask[row, : state.shape[1]] = True

@@ -13,11 +13,12 @@ from typing import Any, Self
 
 import numpy as np
 
+from snoopi_rt.axes import axes
 from snoopi_rt.bundle import GRAPHS, TEXT_ENGINE, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.choice import choose
 from snoopi_rt.engines import known_engine, load_engine
-from snoopi_rt.engines.base import Engine, OutputError
+from snoopi_rt.engines.base import Engine, OutputError, Progress
 from snoopi_rt.feeds import generator_feeds, in_batches
 from snoopi_rt.precision import format_precision, select_builds
 from snoopi_rt.prompts import PromptEncoder, States
@@ -51,6 +52,7 @@ class Pipeline:
         self.max_batch, self._max_decoded = (
             min(bundle.max_batch, builds[graph].max_batch or bundle.max_batch) for graph in ("generator", "decoder")
         )
+        self._longest = bundle.text.max_tokens if known_engine(engine).repeats else None
         self._low_memory = low_memory
         self._turn: AbstractContextManager[Any] = threading.Lock() if low_memory else nullcontext()
         self._generator, self._decoder = Stage(lambda: open_engine("generator")), Stage(lambda: open_engine("decoder"))
@@ -151,27 +153,34 @@ class Pipeline:
     def _images(self, batch: list[Request], states: dict[str, States], size: tuple[int, int], timings: dict[str, float]) -> np.ndarray:
         with _timed(timings, "generator"):
             generator = self._generator.open()
-            latent = np.asarray(generator(**generator_feeds(batch, states, generator.inputs, self.bundle.latent, size))["latent"])
-            self._refuse(batch, ~np.isfinite(latent).all(axis=(1, 2, 3)), "generator gave NaN or infinity")
+            latent = generator(**generator_feeds(batch, states, generator.inputs, self.bundle.latent, size, self._longest))["latent"]
         with _timed(timings, "decoder"):
             images = self._decode(latent)
+            # Looked at when the decoder is done: a GPU would wait for it in between.
+            self._refuse(batch, ~np.isfinite(np.asarray(latent)).all(axis=(1, 2, 3)), "generator gave NaN or infinity")
             # NaN becomes one value as uint8. A decoder's noise makes a plain picture that is meant practically impossible.
             self._refuse(batch, images.min(axis=(1, 2, 3)) == images.max(axis=(1, 2, 3)), "decoder gave one value for all pixels")
             return images
 
     def _decode(self, latent: np.ndarray) -> np.ndarray:
-        """The images of latents, as many at once as the decoder's build takes, in tiles where the bundle wants that."""
+        """The images of latents, as many at once as the decoder's build takes, in tiles where the bundle wants that.
+
+        Latents that lie on a device stay there if they are decoded as they are.
+        """
         decoder, tile = self._decoder.open(), self.bundle.tile
 
         def decode(part: np.ndarray) -> np.ndarray:
             return np.asarray(decoder(latent=part)["image"])
 
+        if tile is None and len(latent) <= self._max_decoded:
+            return decode(latent)
+        latent = np.asarray(latent)
         parts = [latent[start : start + self._max_decoded] for start in range(0, len(latent), self._max_decoded)]
         if tile is None:
             images = [decode(part) for part in parts]
         else:
             images = [decode_tiled(decode, part, tile.size, tile.overlap, self.bundle.latent.factor) for part in parts]
-        return images[0] if len(images) == 1 else np.concatenate(images)
+        return np.concatenate(images)
 
     def _refuse(self, batch: list[Request], broken: np.ndarray, what: str) -> None:
         """Raises OutputError where one of the batch is broken, (B,) bool."""
@@ -186,12 +195,14 @@ def load(
     precision: str | None = None,
     threads: int | None = None,
     low_memory: bool = False,
+    progress: Progress | None = None,
 ) -> Pipeline:
     """The pipeline of a bundle (a folder; None = the embedded one) on an engine.
 
     `engine` "auto" takes the fastest that `snoopi-rt bench` measured here, with its precisions, else `cpu`, then `openvino`; `precision` is
     one of the bundle's, or one a graph ("generator=int8,decoder=fp16"); `threads` bounds the CPU threads; with `low_memory` the
     memory's peak is that of the text encoder or that of the rest, not both: a new prompt then waits for models to be opened again.
+    An engine that compiles for minutes calls progress(what, share of it that is done, 0 to 1) meanwhile.
     Raises BundleError, EngineMissing, EngineError, InputError.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.load(EMBEDDED if bundle is None else bundle)
@@ -200,11 +211,17 @@ def load(
     if engine == "auto":
         choice = choose(opened, cache, precision)
         engine, chosen = choice.engine, choice.precision if precision is None else precision
-    return open_pipeline(opened, engine, chosen, threads, cache, low_memory)
+    return open_pipeline(opened, engine, chosen, threads, cache, low_memory, progress)
 
 
 def open_pipeline(
-    bundle: Bundle, engine: str, precision: str | Mapping[str, str] | None, threads: int | None, cache: Cache, low_memory: bool = False
+    bundle: Bundle,
+    engine: str,
+    precision: str | Mapping[str, str] | None,
+    threads: int | None,
+    cache: Cache,
+    low_memory: bool = False,
+    progress: Progress | None = None,
 ) -> Pipeline:
     """The pipeline of a bundle on an engine by its own name, with its files in the cache. Raises as `load` does."""
     known_engine(engine)
@@ -215,7 +232,8 @@ def open_pipeline(
     def open_engine(graph: str) -> Engine:
         build = builds[graph]
         name = engine if engine in build.engines else TEXT_ENGINE
-        return load_engine(name, bundle.folder / build.files[0].path, build.precision, threads, cache, build.hash)
+        path = bundle.folder / build.files[0].path
+        return load_engine(name, path, build.precision, threads, cache, build.hash, axes(bundle, graph), progress)
 
     return Pipeline(bundle, open_engine, engine, precision, cache, low_memory)
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import InputError, OutputError
-from snoopi_rt.export.graphs import write as graph_module
 from snoopi_rt.export.graphs.builds import PRECISIONS, Graph, build, check_precision
 from snoopi_rt.export.graphs.parity import View
 
@@ -119,7 +118,6 @@ def test_without_openvino_auto_is_what_onnx_runtime_can_run(tmp_path: Path) -> N
 
 
 def test_each_engine_has_its_form_of_int8_and_all_read_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_module, "INLINE", 2**10)
     cpu, openvino = build(graph(0, 0.05), ["int8"], tmp_path, ENGINES, print)
     assert [file.path for file in cpu.files] == ["generator-int8-cpu.onnx", "generator-int8.onnx.data"]
     assert [file.path for file in openvino.files] == ["generator-int8-openvino.onnx", "generator-int8.onnx.data"]

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from snoopi_rt.engines import installed, load_engine, ort
 from snoopi_rt.export.attention import merge_heads, split_heads
-from snoopi_rt.export.graphs import write as graph
 from snoopi_rt.export.graphs.forms import one_image_bf16, onnxruntime_operators
 from snoopi_rt.export.graphs.quantise import calibrate, quantise
 from snoopi_rt.export.graphs.storage import Storage
@@ -46,7 +45,6 @@ def answer(engine: str, path: Path, precision: str = "fp32", **inputs: Tensor) -
 def test_a_graph_for_one_image_shares_the_weights_of_the_graph_for_any_number(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "INLINE", 2**10)
     x = torch.randn(2, 10, 48)
     path, one = written(SelfAttention(), tmp_path / "any.onnx", x=x), tmp_path / "one.onnx"
     assert one_image_bf16(path, one)
@@ -70,7 +68,6 @@ def test_heads_whose_size_bf16_products_do_not_like_are_filled_with_zeros(engine
 def test_attention_goes_block_by_block_in_onnx_runtime(
     tokens: int, weights: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "INLINE", 2**10)
     x = torch.randn(2, tokens, 48)
     path, form = written(SelfAttention(), tmp_path / "any.onnx", weights, x=x), tmp_path / "form.onnx"
     assert onnxruntime_operators(path, form)

@@ -10,7 +10,6 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from snoopi_rt.engines import installed, load_engine
-from snoopi_rt.export.graphs import write as graph
 from snoopi_rt.export.graphs.storage import BLOCK, Storage, block_scale, pack
 from snoopi_rt.export.graphs.write import node_counts, write_graph
 
@@ -140,7 +139,6 @@ def test_weights_that_are_int8_steps_already_stay_so_without_loss(engine: str, t
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("storage", NEAR)
 def test_large_weights_lie_in_a_file_of_their_own(storage: Storage, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "INLINE", 2**10)
     network = Network()
     path = written(network, storage, tmp_path / "network.onnx")
     data = path.with_name("network.onnx.data")

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from snoopi_rt.bundle import Build, File
+from snoopi_rt.bundle import Build, File, Parity
 from snoopi_rt.engines.base import InputError, OutputError
 from snoopi_rt.engines.ov import NO_BF16
 from snoopi_rt.export.graphs.forms import one_image_bf16, onnxruntime_operators
+from snoopi_rt.export.graphs.half import Half, half_arithmetic, rounded
 from snoopi_rt.export.graphs.parity import Arrays, View, measure
 from snoopi_rt.export.graphs.quantise import calibrate, layers, quantise
 from snoopi_rt.export.graphs.storage import Storage
@@ -44,6 +45,9 @@ PRECISIONS = {
 }
 AUTO = ("int8", "bf16")
 """The fast precisions, fastest first: `auto` takes the first that is near enough, and fp16 (else fp32) for every engine."""
+GPU_ENGINES = ("tensorrt", "cuda")
+HALVES: tuple[Half, ...] = ("fp16", "bf16")
+"""Of these the GPU's engines get the first that is near enough; their arithmetic is that type's."""
 LARGE_ENGINES = ("cpu",)
 """Those for a graph larger than the memory: OpenVINO holds packed weights two to three times (T5-XXL: 14.9 GB) and takes twice as long."""
 INT8_CONVOLUTIONS = ("openvino",)
@@ -110,9 +114,20 @@ def build(graph: Graph, precisions: Sequence[str], folder: Path, engines: Sequen
                         say(f"{graph.name}: {each.described()}")
                 if name in made:
                     break
-    taken = tuple(each for builds in made.values() for each in builds)
+    taken = [each for builds in made.values() for each in builds]
+    halves = [half for half in HALVES if half in precisions or "auto" in precisions] if graph.tensor_of is None else []
+    for half in halves:
+        try:
+            taken.append(_gpu_build(graph, half, folder, engines[0]))
+        except (InputError, OutputError) as error:
+            say(f"{graph.name}: {half} is not taken for {' and '.join(GPU_ENGINES)}: {error}")
+            if isinstance(error, InputError):
+                break
+        else:
+            say(f"{graph.name}: {taken[-1].described()}")
+            break
     _drop_unused(graph, taken, folder)
-    return taken
+    return tuple(taken)
 
 
 def _auto(graph: Graph) -> Sequence[Sequence[str]]:
@@ -129,8 +144,7 @@ def _build(graph: Graph, name: str, folder: Path, engines: Sequence[str], say: C
         if not engines:
             raise OutputError(f"graph {graph.name} has convolutions, which in int8 are for {', '.join(INT8_CONVOLUTIONS)}, not installed")
     module = _quantised(graph, say) if name == "int8" else graph.module
-    if not written.exists():
-        write_graph(module, graph.example, graph.outputs, graph.dynamic, written, precision.weights, graph.opset, graph.tensor_of)
+    _write(graph, module, written, precision.weights)
     served: dict[Path, list[str]] = {}
     for engine in engines:
         own = folder / f"{graph.name}-{name}-{engine}.onnx"
@@ -139,10 +153,29 @@ def _build(graph: Graph, name: str, folder: Path, engines: Sequence[str], say: C
     return [_measured(graph, name, path, written, on, say) for path, on in served.items()]
 
 
+def _gpu_build(graph: Graph, half: Half, folder: Path, engine: str) -> Build:
+    """The build with half arithmetic for a GPU's engines, measured on `engine` with every operator's outcome rounded as a GPU rounds it."""
+    written = folder / f"{graph.name}-{PRECISIONS['bf16'].file}.onnx"
+    _write(graph, graph.module, written, PRECISIONS["fp16"].weights)
+    path, simulated = folder / f"{graph.name}-{half}-gpu.onnx", folder / f"{graph.name}-rounded.onnx"
+    half_arithmetic(written, path, half)
+    rounded(path, simulated)
+    try:
+        found = measure(graph.name, simulated, "fp16", (engine,), _arrays_of(graph.scored), graph.wanted, graph.view)
+    finally:
+        simulated.unlink()
+    _within(graph, half, found.parity, f"{engine} with its roundings")
+    return Build(GPU_ENGINES, half, "onnx", _files(path, written), found.inputs, found.outputs, found.parity, graph.tolerance)
+
+
+def _write(graph: Graph, module: nn.Module, path: Path, weights: Storage) -> None:
+    if not path.exists():
+        write_graph(module, graph.example, graph.outputs, graph.dynamic, path, weights, graph.opset, graph.tensor_of)
+
+
 def _measured(graph: Graph, name: str, path: Path, written: Path, engines: Sequence[str], say: Callable[[str], None]) -> Build:
     """The build of the model in `path`, which is `written` or a form of it. Raises OutputError where it is beyond its tolerance."""
-    cases = [{key: value.numpy() for key, value in case.items()} for case in graph.scored]
-    found = measure(graph.name, path, name, engines, cases, graph.wanted, graph.view)
+    found = measure(graph.name, path, name, engines, _arrays_of(graph.scored), graph.wanted, graph.view)
     parity, on = found.parity, ", ".join(engines)
     if any(NO_BF16 in provider for provider in found.providers):
         if name == "bf16":
@@ -151,11 +184,24 @@ def _measured(graph: Graph, name: str, path: Path, written: Path, engines: Seque
     if name == "fp32" and not parity.relative_l2 <= graph.fp32_tolerance:
         far = f"{parity.relative_l2:.2g} (relative L2) off PyTorch on {on}, allowed is {graph.fp32_tolerance:.2g}"
         raise OutputError(f"graph {graph.name} in fp32 is {far}")
+    _within(graph, name, parity, on)
+    limit = 1 if graph.alone or (path != written and "openvino" in engines) else None
+    return Build(tuple(engines), name, "onnx", _files(path, written), found.inputs, found.outputs, parity, graph.tolerance, limit)
+
+
+def _within(graph: Graph, name: str, parity: Parity, on: str) -> None:
+    """Raises OutputError where a build is beyond its tolerance."""
     if not parity.error <= graph.tolerance:
         raise OutputError(f"graph {graph.name} in {name} is {parity.judged()} off PyTorch on {on}, allowed is {graph.tolerance:.2g}")
-    files = tuple(File.of(file) for file in (path, written.with_name(f"{written.name}.data")) if file.exists())
-    limit = 1 if graph.alone or (path != written and "openvino" in engines) else None
-    return Build(tuple(engines), name, "onnx", files, found.inputs, found.outputs, parity, graph.tolerance, limit)
+
+
+def _files(path: Path, written: Path) -> tuple[File, ...]:
+    """The model in `path` and the file of weights of the model that it is or is a form of."""
+    return tuple(File.of(file) for file in (path, written.with_name(f"{written.name}.data")) if file.exists())
+
+
+def _arrays_of(cases: Cases) -> list[Arrays]:
+    return [{key: value.numpy() for key, value in case.items()} for case in cases]
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from snoopi_rt.export.graphs.storage import SMALL, Storage, store_weights, turn_products
 
 OPSET = 23  # the first with Attention
-INLINE = 64 * 2**20  # bytes; larger weights lie in a file of their own, which engines map into memory
 
 
 def write_graph(
@@ -30,7 +29,7 @@ def write_graph(
     opset: int = OPSET,
     tensor_of: Callable[[str], Tensor] | None = None,
 ) -> list[Path]:
-    """Writes `module(**inputs)` to `path` with fp32 arithmetic and gives the files written, `path` first.
+    """Writes `module(**inputs)` to `path` with fp32 arithmetic and gives the files written, `path` first; its weights are in the second.
 
     `dynamic`: input name to {axis: axis name}; the example needs a batch of 2, since 1 would be taken for a constant. `weights`: how
     matrices are stored, see storage.py. `tensor_of`: gives the tensors of a module on the meta device by name; they are
@@ -60,11 +59,10 @@ def write_graph(
     # Stack traces and absolute paths of the exporting machine.
     ClearMetadataAndDocStringPass()(model)
     store_weights(model.graph, weights)
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     data = path.with_name(f"{path.name}.data")
-    ir.save(model, path, external_data=data.name if size > INLINE else None, size_threshold_bytes=SMALL)
+    ir.save(model, path, external_data=data.name, size_threshold_bytes=SMALL)
     onnx.checker.check_model(str(path), full_check=True)
-    return [path, data] if size > INLINE else [path]
+    return [path, data] if data.exists() else [path]
 
 
 def node_counts(path: Path) -> dict[str, int]:

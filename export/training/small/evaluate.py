@@ -12,7 +12,7 @@ import numpy as np
 
 from snoopi_rt.export.training.small import pixel_metrics
 from snoopi_rt.export.training.small.concepts import CONCEPTS, with_article
-from snoopi_rt.export.training.small.emoji import BACKGROUNDS, NEUTRAL, QUALITIES, compose, split_of
+from snoopi_rt.export.training.small.emoji import BACKGROUNDS, QUALITIES, compose, split_of
 from snoopi_rt.export.training.small.scorer import Scorer, Sprites
 from snoopi_rt.export.training.small.statistics import frechet, interval, kernel_distance, precision_recall
 
@@ -58,9 +58,9 @@ def compositions(split: str) -> Iterator[tuple[str, str]]:
 
 
 def plain(name: str, colour: str, flaw: str | None = None) -> str:
-    """The caption of a thing on a background, with a flaw or without."""
+    """The caption of a thing on a background, with a flaw or without. A grayscale one has no colour: no caption of training has both."""
     words = f"a {flaw} {name}" if flaw else with_article(name)
-    return f"{words} on {with_article(colour)} background"
+    return words if flaw == "grayscale" else f"{words} on {with_article(colour)} background"
 
 
 def real_pictures(sprites: Sprites, count: int, seed: int) -> tuple[np.ndarray, list[str], list[str | None]]:
@@ -83,7 +83,7 @@ def asked(drawer: Drawer, scorers: Sequence[Scorer], limits: Limits, count: int,
     document["scorers agree"] = share(first == second)
     document["background"] = share(np.array(pixel_metrics.background(pictures)) == np.array(colours))
     for flaw in QUALITIES:
-        wanted = [pair for pair in pairs if flaw != "grayscale" or pair[1] not in NEUTRAL][: count // len(QUALITIES) or 1]
+        wanted = pairs[: count // len(QUALITIES) or 1]
         flawed = drawer([plain(*pair, flaw) for pair in wanted], list(range(skip, skip + len(wanted))))
         document[flaw] = share(limits.shows(flawed, flaw))
     return document

@@ -58,7 +58,9 @@ def _flaw(flaw: str, scorer: Scorer, limits: Limits) -> list[Case]:
         return flaw != "grayscale" or colour not in NEUTRAL
 
     kept: Kept = {"thing": partial(_thing, scorer), "background": _background}
-    return [Case(flaw, True, ask, shows, kept, usable), Case(flaw, False, plain, shows, kept, usable)]
+    without_colour: Kept = {"thing": kept["thing"]}
+    asked = Case(flaw, True, ask, shows, without_colour if flaw == "grayscale" else kept)
+    return [asked, Case(flaw, False, plain, shows, kept, usable)]
 
 
 def _colour(colour: str, scorer: Scorer) -> list[Case]:

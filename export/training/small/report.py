@@ -13,7 +13,7 @@ from snoopi_rt.export.training.sheet import contact_sheet
 from snoopi_rt.export.training.small import pixel_metrics
 from snoopi_rt.export.training.small.concepts import CONCEPTS
 from snoopi_rt.export.training.small.drawers import bundle_drawer, reconstructed, teacher_drawer
-from snoopi_rt.export.training.small.emoji import BACKGROUNDS, fetch_sprites
+from snoopi_rt.export.training.small.emoji import BACKGROUNDS, QUALITIES, fetch_sprites
 from snoopi_rt.export.training.small.evaluate import Drawer, Limits, asked, nearness, plain, real_pictures, share
 from snoopi_rt.export.training.small.figures import plot
 from snoopi_rt.export.training.small.removal import cases, removed, unrelated_change
@@ -93,7 +93,7 @@ def evaluate(
 
 def sweep(draw: Drawer, scorer: Scorer, limits: Limits, largest: float, extent: Extent) -> dict[str, Any]:
     """By scale, over the flaws asked for: the share left, the things kept, and the levels moved, on seeds that are not reported."""
-    flaws = [case for case in cases(scorer, limits) if case.asked and "background" in case.kept and "thing" in case.kept]
+    flaws = [case for case in cases(scorer, limits) if case.asked and case.negative in QUALITIES]
     found = {}
     for scale in (scale for scale in SCALES if scale <= largest):
         rows = [removed(draw, case, scale, extent.swept, extent.most // 4 or 4, "tuned") for case in flaws]
