@@ -9,17 +9,24 @@ from snoopi_rt.cli_export import building, folder, out_option
 from snoopi_rt.engines.base import InputError
 
 
-@click.command("eval", epilog="Example: snoopi-rt eval --teacher weights/small/teacher --out out/evaluation")
+@click.command(
+    "eval", epilog="Example: snoopi-rt eval --teacher weights/small/teacher --scorers weights/small/scorers --out out/evaluation"
+)
 @click.option("--domain", default="small", metavar="NAME", help="What is drawn; only small, the emoji-like things.  [default: small]")
 @click.option(
     "--bundle", "bundles", multiple=True, metavar="[NAME=]FOLDER", help="One or more; the first in full.  [default: the embedded]"
 )
 @click.option("--teacher", type=folder, required=True, metavar="FOLDER", help="Judged alike, at 25 steps and its best guidance.")
-@click.option("--scorers", type=folder, metavar="FOLDER", help="Where trained scorers and drawings are kept.  [default: in --out]")
+@click.option(
+    "--scorers",
+    type=folder,
+    metavar="FOLDER",
+    help="Where trained scorers are kept, such as weights/small/scorers.  [default: in --out, trained first]",
+)
 @click.option("--quick", is_flag=True, help="A few pictures of each kind: to see that it runs.")
 @out_option
 def evaluate(domain: str, bundles: tuple[str, ...], teacher: Path, scorers: Path | None, quick: bool, out: Path) -> None:
-    """Measure things, backgrounds, flaws and negative prompts; write evaluation.json and pictures. The scorers are trained first."""
+    """Measure things, backgrounds, flaws and negative prompts; write evaluation.json and pictures."""
     if domain != "small":
         raise InputError(f"unknown domain {domain!r}, choose from small")
     named: dict[str, Path | None] = {name or Path(path).name: Path(path) for name, _, path in (_split(each) for each in bundles)}

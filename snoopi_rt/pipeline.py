@@ -153,11 +153,13 @@ class Pipeline:
     def _images(self, batch: list[Request], states: dict[str, States], size: tuple[int, int], timings: dict[str, float]) -> np.ndarray:
         with _timed(timings, "generator"):
             generator = self._generator.open()
-            latent = generator(**generator_feeds(batch, states, generator.inputs, self.bundle.latent, size, self._longest))["latent"]
+            latent: Any = generator(**generator_feeds(batch, states, generator.inputs, self.bundle.latent, size, self._longest))["latent"]
+            if isinstance(latent, np.ndarray):
+                self._refuse_broken(batch, latent)
         with _timed(timings, "decoder"):
             images = self._decode(latent)
-            # Looked at when the decoder is done: a GPU would wait for it in between.
-            self._refuse(batch, ~np.isfinite(np.asarray(latent)).all(axis=(1, 2, 3)), "generator gave NaN or infinity")
+            if not isinstance(latent, np.ndarray):  # on a device, which would have waited for this before the decoder
+                self._refuse_broken(batch, np.asarray(latent))
             # NaN becomes one value as uint8. A decoder's noise makes a plain picture that is meant practically impossible.
             self._refuse(batch, images.min(axis=(1, 2, 3)) == images.max(axis=(1, 2, 3)), "decoder gave one value for all pixels")
             return images
@@ -181,6 +183,9 @@ class Pipeline:
         else:
             images = [decode_tiled(decode, part, tile.size, tile.overlap, self.bundle.latent.factor) for part in parts]
         return np.concatenate(images)
+
+    def _refuse_broken(self, batch: list[Request], latent: np.ndarray) -> None:
+        self._refuse(batch, ~np.isfinite(latent).all(axis=(1, 2, 3)), "generator gave NaN or infinity")
 
     def _refuse(self, batch: list[Request], broken: np.ndarray, what: str) -> None:
         """Raises OutputError where one of the batch is broken, (B,) bool."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import InputError, OutputError
-from snoopi_rt.export.graphs.builds import PRECISIONS, Graph, build, check_precision
+from snoopi_rt.export.graphs.builds import GPU_ENGINES, PRECISIONS, Graph, build, check_precision
 from snoopi_rt.export.graphs.parity import View
 
 ENGINES = [name for name in installed() if name in ("cpu", "openvino")]
@@ -68,7 +68,8 @@ def made(graph: Graph, precisions: list[str], folder: Path, engines: list[str] =
     served: dict[str, list[str]] = {}
     for each in builds:
         assert each.parity.error <= each.tolerance == graph.tolerance
-        served.setdefault(each.precision, []).extend(each.engines)
+        if each.engines != GPU_ENGINES:
+            served.setdefault(each.precision, []).extend(each.engines)
     for precision, names in served.items():
         assert names == [name for name in PRECISIONS[precision].engines if name in engines]
     return list(served), said
@@ -115,6 +116,29 @@ def test_without_openvino_auto_is_what_onnx_runtime_can_run(tmp_path: Path) -> N
         folder = tmp_path / left[0]
         folder.mkdir()
         assert made(graph(fragile, tolerance), ["auto"], folder, ["cpu"])[0] == left
+
+
+@pytest.mark.parametrize(
+    ("precisions", "tolerance", "expected"),
+    [
+        (["auto"], 0.05, ["fp16"]),
+        (["auto"], 5e-5, []),
+        (["fp32", "bf16", "fp16"], 0.05, ["fp16", "bf16"]),
+        (["bf16"], 0.05, ["bf16"]),
+        (["fp32", "int8"], 0.05, []),
+    ],
+)
+def test_a_gpu_gets_half_arithmetic_that_is_near_enough(
+    precisions: list[str], tolerance: float, expected: list[str], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    found = [each for each in build(graph(0, tolerance), precisions, tmp_path, ENGINES, said.append) if each.engines == GPU_ENGINES]
+    assert [each.precision for each in found] == expected
+    for each in found:
+        assert [file.path for file in each.files] == [f"generator-{each.precision}-gpu.onnx", "generator-fp16.onnx.data"]
+        # Of a deviation of 1: 11 bits change less than 8.
+        assert {"fp16": 5e-5, "bf16": 5e-4}[each.precision] < each.parity.error < {"fp16": 2e-3, "bf16": 2e-2}[each.precision]
+    assert [line for line in said if "is not taken for tensorrt and cuda" in line] == [] or not expected
 
 
 def test_each_engine_has_its_form_of_int8_and_all_read_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,10 +92,10 @@ def test_a_scorer_learns_to_tell_things_it_has_seen(tiny_sprites: dict, monkeypa
     few = {key: tiny_sprites[key] for key in list(tiny_sprites)[:9:3]}  # three things whose colours differ
     monkeypatch.setattr(scorer, "_varied", lambda pictures, random: pictures)
     monkeypatch.setattr(scorer, "BATCH", 16)
-    trained = open_scorer(KINDS[0], tmp_path, steps=40)
+    trained = open_scorer(KINDS[0], tmp_path, tmp_path / "npm", steps=40)
     pictures, things = examples(few, 60, np.random.default_rng(9), flawed=0.0)
     assert trained.right(pictures, [NAMES[thing] for thing in things]).mean() > 0.8
-    again = open_scorer(KINDS[0], tmp_path, steps=40)
+    again = open_scorer(KINDS[0], tmp_path, tmp_path / "npm", steps=40)
     np.testing.assert_array_equal(again(pictures)[0], trained(pictures)[0])
     assert isinstance(again, Scorer)
 

@@ -5,7 +5,8 @@ pictures at 64 x 64 pixels as teachers; then every setting of kappa distils each
 distance of the student's pictures of held-out captions to real ones, in the features of a scorer. One command, that goes on where it
 was stopped:
 
-    python tools/vsd_networks.py --data runs/emoji --vae weights/small/teacher/vae --work runs/vsd_networks --out docs/vsd_networks.json
+    python tools/vsd_networks.py --data runs/emoji --vae weights/small/teacher/vae --scorers weights/small/scorers \
+        --work runs/vsd_networks --out docs/vsd_networks.json
 """
 
 import json
@@ -189,9 +190,9 @@ def distil(name: str, setting: dict[str, Any], seed: int, work: Path, prompts: P
     return {"distance": measure(run), "vsd": float(np.mean(log[-50:])), "seconds": time.perf_counter() - began}
 
 
-def measurer(data: Path, vae: Path, work: Path, samples: int) -> tuple[Callable[[Distillation], float], float]:
+def measurer(data: Path, vae: Path, scorers: Path, work: Path, samples: int) -> tuple[Callable[[Distillation], float], float]:
     """measure(run): the Frechet distance of a student's pictures of held-out captions; and that of real pictures to real ones."""
-    scorer = open_scorer(KINDS[1], work / "scorers")
+    scorer = open_scorer(KINDS[1], scorers, data / "npm")
     sprites = fetch_sprites(data / "npm")
     real, captions, _ = real_pictures(sprites, samples, 0)
     other, _, _ = real_pictures(sprites, samples, 1)
@@ -214,19 +215,20 @@ def measurer(data: Path, vae: Path, work: Path, samples: int) -> tuple[Callable[
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="What `snoopi-rt data emoji` wrote.")
 @click.option("--vae", type=click.Path(path_type=Path), required=True, help="The small model's vae.")
+@click.option("--scorers", type=click.Path(path_type=Path), required=True, help="The small model's scorers; trained if they are not there.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where teachers and finished runs are kept.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--seeds", default=5)
 @click.option("--teacher-steps", default=6000)
 @click.option("--steps", default=400)
 @click.option("--samples", default=1500)
-def main(data: Path, vae: Path, work: Path, out: Path, seeds: int, teacher_steps: int, steps: int, samples: int) -> None:
+def main(data: Path, vae: Path, scorers: Path, work: Path, out: Path, seeds: int, teacher_steps: int, steps: int, samples: int) -> None:
     """Train what is missing, run what was not run yet, and write table, JSON and plot of what there is."""
     # Another extent or other data are another grid.
     work = work / fingerprint(data / "dataset.json", vae / "config.json")[:8] / f"{teacher_steps}-{steps}-{samples}"
     for name in ARCHITECTURES:
         train_teacher(name, data, vae, work / f"teacher-{name}", teacher_steps)
-    measure, floor = measurer(data, vae, work, samples)
+    measure, floor = measurer(data, vae, scorers, work, samples)
     runs = work / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     # Seed by seed: what was stopped early still has all settings.

@@ -115,17 +115,8 @@ def build(graph: Graph, precisions: Sequence[str], folder: Path, engines: Sequen
                 if name in made:
                     break
     taken = [each for builds in made.values() for each in builds]
-    halves = [half for half in HALVES if half in precisions or "auto" in precisions] if graph.tensor_of is None else []
-    for half in halves:
-        try:
-            taken.append(_gpu_build(graph, half, folder, engines[0]))
-        except (InputError, OutputError) as error:
-            say(f"{graph.name}: {half} is not taken for {' and '.join(GPU_ENGINES)}: {error}")
-            if isinstance(error, InputError):
-                break
-        else:
-            say(f"{graph.name}: {taken[-1].described()}")
-            break
+    if graph.tensor_of is None:
+        taken += _gpu_builds(graph, precisions, folder, engines[0], say)
     _drop_unused(graph, taken, folder)
     return tuple(taken)
 
@@ -151,6 +142,23 @@ def _build(graph: Graph, name: str, folder: Path, engines: Sequence[str], say: C
         changed = onnxruntime_operators(written, own) if engine == "cpu" else precision.bf16 and one_image_bf16(written, own)
         served.setdefault(own if changed else written, []).append(engine)
     return [_measured(graph, name, path, written, on, say) for path, on in served.items()]
+
+
+def _gpu_builds(graph: Graph, precisions: Sequence[str], folder: Path, engine: str, say: Callable[[str], None]) -> list[Build]:
+    """Those with half arithmetic that are near enough: all that are asked for by name, of `auto` the first."""
+    named, made = [half for half in HALVES if half in precisions], []
+    for half in named or (HALVES if "auto" in precisions else ()):
+        try:
+            made.append(_gpu_build(graph, half, folder, engine))
+        except (InputError, OutputError) as error:
+            say(f"{graph.name}: {half} is not taken for {' and '.join(GPU_ENGINES)}: {error}")
+            if isinstance(error, InputError):
+                break
+        else:
+            say(f"{graph.name}: {made[-1].described()}")
+            if not named:
+                break
+    return made
 
 
 def _gpu_build(graph: Graph, half: Half, folder: Path, engine: str) -> Build:

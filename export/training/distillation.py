@@ -83,7 +83,7 @@ class Distillation:
             self.student.requires_grad_(True)
         self.teachers = Teachers(teacher, denoiser.lora_targets, recipe.lora_rank, recipe.lora_alpha)
         self.rule = schedule.rule(denoiser.timestep if recipe.timestep < 0 else recipe.timestep)
-        self.pictures = self._teacher_pictures() if recipe.warm_steps else None
+        self.pictures = self._teacher_pictures() if recipe.warm_steps or recipe.warm_weight else None
         self._set_attention()
         if recipe.checkpointing:
             for network in (self.student, self.teachers.network):
@@ -198,6 +198,9 @@ class Distillation:
             weight = recipe.clip_weight * (1 - i / recipe.steps)
             values["clip"] = self.judge.loss(x0, rows, recipe.clip_threshold)
             loss = loss + weight * values["clip"]
+        if recipe.warm_weight:
+            _, distance, warm = self._warm_loss(i, samples)
+            loss, values = loss + recipe.warm_weight * distance, values | warm
         return x0, loss, values
 
     def _warm_loss(self, i: int, samples: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

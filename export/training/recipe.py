@@ -23,9 +23,10 @@ class Recipe(loop.Recipe):
 
     timestep: what the student is fed, -1 is the backbone's. student_rank: 0 trains all of the student, else a LoRA that is merged at the
     end. warm_steps: so many steps first that bring the student near the teacher's own pictures of warm_pairs pairs of noise and prompt,
-    drawn in warm_calls calls at guidance kappa's mean. nasa_max: above 0 the student runs with NASA at a scale of U(0, nasa_max) and the
-    frozen teacher has the negative in place of the empty prompt (NASA-T, v3 section 4.3). clip_weight: of the clamped CLIP loss, falling
-    linearly to 0. collapse: the deviation of clean latents below which the run stops; theirs is about 1.
+    drawn in warm_calls calls at guidance kappa's mean. warm_weight: that distance's part of the loss in the steps after them (the
+    regression loss of DMD, which keeps what VSD alone forgets). nasa_max: above 0 the student runs with NASA at a scale of U(0, nasa_max)
+    and the frozen teacher has the negative in place of the empty prompt (NASA-T, v3 section 4.3). clip_weight: of the clamped CLIP loss,
+    falling linearly to 0. collapse: the deviation of clean latents below which the run stops; theirs is about 1.
     """
 
     micro_batch: int = 0
@@ -57,6 +58,7 @@ class Recipe(loop.Recipe):
     warm_steps: int = 0
     warm_pairs: int = 16_384
     warm_calls: int = 10
+    warm_weight: float = 0.0
     nasa_max: float = 0.0
     clip_weight: float = 0.0
     clip_threshold: float = 0.37
@@ -74,7 +76,7 @@ class Recipe(loop.Recipe):
         for name in ("empty", "beta1", "beta2", "ema", "decay_from"):
             self._require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1")
         counts = ("micro_batch", "student_rank", "lora_rank", "warm_steps", "warmup")
-        for name in (*counts, "lora_kappa", "nasa_max", "clip_weight", "collapse"):
+        for name in (*counts, "lora_kappa", "warm_weight", "nasa_max", "clip_weight", "collapse"):
             self._require(getattr(self, name) >= 0, f"{name} must not be negative")
         for name in ("clip", "lora_lr", "lora_steps", "lora_alpha", "warm_pairs", "warm_calls"):
             self._require(getattr(self, name) > 0, f"{name} must be above 0")

@@ -4,6 +4,7 @@ Source: three permissively licensed drawings of every concept, fetched from npm 
 because the picture is made from the caption's own facts. The recipe is seeded a picture: picture i depends on (seed, i) alone.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -11,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -293,16 +295,16 @@ def _fetch(drawing: Drawing, folder: Path) -> Path:
     if npm is None:
         raise SnoopiError("the emoji pictures come from npm packages, and npm is not installed: install Node.js (https://nodejs.org)")
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [npm, "pack", f"{drawing.package}@{drawing.version}", "--silent"], cwd=folder, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[0]
-        raise SnoopiError(f"npm pack {drawing.package}@{drawing.version} failed: {reason}")
-    beside = root.with_suffix(".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    with tarfile.open(folder / done.stdout.split()[-1]) as archive:
-        archive.extractall(beside, filter="data")
-    os.replace(beside / "package", root)
-    shutil.rmtree(beside)
+    # A folder of its own, since others may fetch the same package now.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as beside:
+        done = subprocess.run(
+            [npm, "pack", f"{drawing.package}@{drawing.version}", "--silent"], cwd=beside, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[0]
+            raise SnoopiError(f"npm pack {drawing.package}@{drawing.version} failed: {reason}")
+        with tarfile.open(Path(beside) / done.stdout.split()[-1]) as archive:
+            archive.extractall(beside, filter="data")
+        with contextlib.suppress(OSError):  # another was first
+            os.replace(Path(beside) / "package", root)
     return root

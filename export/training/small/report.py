@@ -50,11 +50,11 @@ def evaluate(
     """The document, written to `out` as evaluation.json with evaluation.png, samples.png and negative_scale.png beside it.
 
     bundles: by name, None is the embedded one; all are swept over the scale, and the first is measured in full, beside its teacher.
-    scorers_folder: where trained scorers and fetched drawings are kept. Raises what load, Pipeline.generate and open_scorer raise.
+    scorers_folder: where trained scorers are kept; drawings are fetched to `out`. Raises what load, Pipeline.generate and open_scorer do.
     """
     out.mkdir(parents=True, exist_ok=True)
-    sprites = fetch_sprites(scorers_folder / "npm")
-    scorers = [open_scorer(kind, scorers_folder, extent.scorer_steps) for kind in KINDS]
+    sprites = fetch_sprites(out / "npm")
+    scorers = [open_scorer(kind, scorers_folder, out / "npm", extent.scorer_steps) for kind in KINDS]
     say("real pictures")
     real, captions, qualities = real_pictures(sprites, max(extent.samples, extent.limiting), 0)
     other, _, _ = real_pictures(sprites, extent.samples, 1)

@@ -100,17 +100,18 @@ class Scorer:
         return self(pictures)[1] == np.array([NAMES.index(name) for name in names])
 
 
-def open_scorer(kind: Kind, folder: Path, steps: int = STEPS) -> Scorer:
-    """The scorer, trained first (a few minutes) unless `folder` has it. Drawings are fetched as emoji.fetch_sprites does."""
+def open_scorer(kind: Kind, folder: Path, drawings: Path, steps: int = STEPS) -> Scorer:
+    """The scorer, trained first (10 to 20 minutes) unless `folder` has it; its drawings are then fetched to `drawings`.
+
+    Raises what fetch_sprites raises.
+    """
     file, network = folder / f"scorer-{kind.name}-{steps}.safetensors", Network(kind.widths, kind.depth)
-    if file.exists():
-        with safe_open(file, framework="pt") as stored:
-            network.load_state_dict({key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118 - safe_open is not a dict
-        return Scorer(kind, network)
-    folder.mkdir(parents=True, exist_ok=True)
-    sprites = fetch_sprites(folder / "npm", kind.drawings, share=0.5)
-    network = train(kind, sprites, steps)
-    save_tensors(file, network.state_dict())
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = train(kind, fetch_sprites(drawings, kind.drawings, share=0.5), steps)
+        save_tensors(file, {name: value.half() for name, value in trained.state_dict().items()})
+    with safe_open(file, framework="pt") as stored:
+        network.load_state_dict({key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118 - safe_open is not a dict
     return Scorer(kind, network)
 
 
