@@ -29,7 +29,7 @@ EXPORT = [*TORCH, *MINILM, *WEIGHTS, "onnx>=1.21", "onnxscript>=0.7", "onnxrunti
 TRAIN = [*TORCH, *MINILM, *WEIGHTS, "peft>=0.18", "resvg-py>=0.5", "tensorboard>=2.19", "pyarrow>=20", "matplotlib>=3.10"]
 # For the kernels' tests; torch with CUDA brings its own.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
-# TensorRT reads Attention since 10.14. What an engine on an NVIDIA GPU needs beside its own package: memory and graphs of the GPU, and one builder at a time.
+# What an engine on an NVIDIA GPU needs beside its own package: memory and graphs of the GPU, and one builder at a time.
 GPU = ["cuda-bindings>=13", "filelock>=3.16"]
 # It builds engines without a GPU too: so far do the tests go everywhere.
 RTX = ["tensorrt-rtx-cu13>=1.4; platform_system != 'Darwin' and platform_machine != 'aarch64'"]
@@ -37,8 +37,10 @@ EXTRAS = {
     "cpu": ["onnxruntime>=1.24"],
     "openvino": ["openvino>=2026.1"],
     "cuda": ["onnxruntime-gpu>=1.24"],
+    # The first that reads the operator Attention.
     "tensorrt": ["tensorrt>=10.14", *GPU],
     "tensorrt-rtx": [*RTX, *GPU],
+    "parquet": ["pyarrow>=20"],
     "export": EXPORT,
     "train": TRAIN,
     "dev": [*EXPORT, *TRAIN, *TRITON, *RTX, *GPU, "pytest>=8", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],

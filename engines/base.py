@@ -7,6 +7,7 @@ The errors of the whole project, drawn:
     │   └── EngineMissing   ... because its package is not installed (also ImportError)
     ├── BundleError         a bundle is not what its bundle.json promises
     ├── InputError          the caller asked for something that cannot be (also ValueError)
+    ├── Cancelled           the caller's time is over, or the caller waits no more
     └── OutputError         what came out cannot be used (NaN) or cannot be written
 """
 
@@ -39,6 +40,10 @@ class BundleError(SnoopiError):
 
 class InputError(SnoopiError, ValueError):
     """The caller asked for something that cannot be."""
+
+
+class Cancelled(SnoopiError):
+    """The caller's time is over, or the caller waits no more."""
 
 
 class OutputError(SnoopiError):

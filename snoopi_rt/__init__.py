@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from snoopi_rt.bundle import Bundle
-    from snoopi_rt.engines.base import BundleError, EngineError, EngineMissing, InputError, OutputError, SnoopiError
+    from snoopi_rt.engines.base import BundleError, Cancelled, EngineError, EngineMissing, InputError, OutputError, SnoopiError
     from snoopi_rt.pipeline import Pipeline, Result, load
+    from snoopi_rt.prompts import Conditioning
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Bundle": "snoopi_rt.bundle",
     "BundleError": "snoopi_rt.engines.base",
+    "Cancelled": "snoopi_rt.engines.base",
+    "Conditioning": "snoopi_rt.prompts",
     "EngineError": "snoopi_rt.engines.base",
     "EngineMissing": "snoopi_rt.engines.base",
     "InputError": "snoopi_rt.engines.base",
@@ -27,6 +30,8 @@ _HOMES = {
 __all__ = [
     "Bundle",
     "BundleError",
+    "Cancelled",
+    "Conditioning",
     "EngineError",
     "EngineMissing",
     "InputError",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from snoopi_rt.cli_build import data, merge, train
 from snoopi_rt.cli_eval import evaluate
 from snoopi_rt.cli_export import export, presets
 from snoopi_rt.engines.base import EngineError, InputError, SnoopiError
+
+if TYPE_CHECKING:
+    from snoopi_rt.batch import Batch
 
 PATIENCE = 2.0
 """Seconds without a word on standard error."""
@@ -81,7 +84,11 @@ for command in (data, train, merge, evaluate, export, presets):
 
 
 @main.command(epilog='Example: snoopi-rt generate "a red apple on a blue background" --neg blurry --seed 7 -o apple.png')
-@click.argument("prompt")
+@click.argument("prompt", required=False)
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Instead of PROMPT: .txt, .jsonl, .csv or .parquet, a row an image."
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Where the images of --prompts and their index go.")
 @click.option("--neg", metavar="TEXT", help="The negative prompt: what not to draw.")
 @click.option("--neg-scale", type=float, metavar="X", help="How strongly it counts.  [default: the bundle's]")
 @click.option("--seed", type=int, metavar="N", help="The first image's seed; the next has N + 1.  [default: drawn, and printed]")
@@ -98,7 +105,9 @@ for command in (data, train, merge, evaluate, export, presets):
 @precision_option
 @threads_option
 def generate(
-    prompt: str,
+    prompt: str | None,
+    prompts: Path | None,
+    out: Path | None,
     neg: str | None,
     neg_scale: float | None,
     seed: int | None,
@@ -113,7 +122,17 @@ def generate(
     precision: str | None,
     threads: int | None,
 ) -> None:
-    """Draw PROMPT into an image file."""
+    """Draw PROMPT into an image file, or the rows of a file into a folder; a folder that was left half done is finished."""
+    if (prompt is None) == (prompts is None) or (prompts is None) != (out is None):
+        raise InputError("give a PROMPT, or --prompts FILE and --out FOLDER")
+    if prompts is not None and count != 1:
+        raise InputError("-n is for one PROMPT: a row of --prompts is one image")
+    if prompts is not None and out is not None:
+        from snoopi_rt.batch import Batch
+
+        _batch(Batch(prompts, out, seed or 0, neg, neg_scale, size, truncate, format or "png"), bundle, engine, precision, threads)
+        return
+    assert prompt is not None
     from snoopi_rt import image
     from snoopi_rt.pipeline import load
     from snoopi_rt.request import SEEDS, draw_seed, integer
@@ -251,6 +270,23 @@ def bench(bundle: str | None, engines: tuple[str, ...], precision: str | None, t
     document = measure(opened, list(engines) or usable(opened), precision, threads, runs, lambda line: click.echo(line, err=True))
     click.echo(table(document))
     click.echo(json.dumps(document))
+
+
+def _batch(batch: "Batch", bundle: str | None, engine: str, precision: str | None, threads: int | None) -> None:
+    from snoopi_rt.batch import read_rows
+    from snoopi_rt.pipeline import load
+
+    count = sum(1 for _ in read_rows(batch.prompts))
+    with _progress() as progress:
+        pipe = load(bundle, engine, precision, threads, False, _told(progress)).warmup()
+    start = time.monotonic()
+    with pipe, click.progressbar(length=count, label="images", show_pos=True, file=click.get_text_stream("stderr")) as bar:
+        outcome = batch.run(pipe, bar.update)
+    seconds = time.monotonic() - start
+    click.echo(f"{outcome.drawn} drawn ({outcome.drawn / seconds:.1f} images a second), {outcome.kept} there before, in {batch.out}")
+    if outcome.failed:
+        click.echo(f"error: {outcome.failed} rows could not be drawn: see error in {batch.out / 'index.jsonl'}", err=True)
+        click.get_current_context().exit(2)
 
 
 def _with_ending(output: Path, format: str | None) -> Path:

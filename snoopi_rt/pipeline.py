@@ -5,8 +5,9 @@ Knows no formula, no backbone and no engine package: it feeds the inputs that th
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,10 +19,11 @@ from snoopi_rt.bundle import GRAPHS, TEXT_ENGINE, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.choice import choose
 from snoopi_rt.engines import known_engine, load_engine
-from snoopi_rt.engines.base import Engine, OutputError, Progress
+from snoopi_rt.engines.base import Engine, InputError, OutputError, Progress
 from snoopi_rt.feeds import generator_feeds, in_batches
+from snoopi_rt.limits import Limits
 from snoopi_rt.precision import format_precision, select_builds
-from snoopi_rt.prompts import PromptEncoder, States
+from snoopi_rt.prompts import Conditioning, PromptEncoder, States
 from snoopi_rt.request import Request, image_size, integer, prompt_text, requests
 from snoopi_rt.result import Result
 from snoopi_rt.stage import Stage
@@ -29,6 +31,9 @@ from snoopi_rt.tiles import decode_tiled
 
 EMBEDDED = Path(__file__).parent / "bundles" / "small"
 STAGES = GRAPHS
+Prompt = str | Conditioning
+JOB = ("prompt", "negative_prompt", "negative_scale", "seed")
+"""What a job of `generate_many` may say, in the order of `generate`'s arguments."""
 
 
 class Pipeline:
@@ -75,27 +80,32 @@ class Pipeline:
 
     def generate(
         self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str | None] | None = None,
+        prompt: Prompt | Sequence[Prompt],
+        negative_prompt: Prompt | Sequence[Prompt | None] | None = None,
         negative_scale: float | Sequence[float | None] | None = None,
         seed: int | Sequence[int | None] | None = None,
         n: int = 1,
         size: Sequence[int] | None = None,
         truncate: bool = False,
+        timeout: float | None = None,
+        cancel: threading.Event | None = None,
     ) -> Result:
         """The n images of each prompt, prompt by prompt; image i of a prompt uses seed + i, and no seed draws one.
 
-        Prompt, negative, scale and seed may be lists of one length. `size` is (height, width); `truncate` cuts prompts that are too long.
-        Raises InputError for what cannot be asked, OutputError where a stage gives NaN, infinity or a picture of one value.
+        Prompt, negative, scale and seed may be lists of one length; a prompt may be what `prepare` gave. `size` is (height, width);
+        `truncate` cuts prompts that are too long. After `timeout` seconds, or once `cancel` is set, no further stage begins.
+        Raises InputError for what cannot be asked, OutputError where a stage gives NaN, infinity or a picture of one value, Cancelled.
         """
-        start = time.perf_counter()
+        start, limits = time.perf_counter(), Limits(timeout, cancel)
+        prepared: dict[str, States] = {}
+        prompt, negative_prompt = self._texts(prompt, prepared), self._texts(negative_prompt, prepared)
         asked = requests(prompt, negative_prompt, negative_scale, seed, n, self.bundle.guidance)
         size = image_size(size, self.bundle.sizes)
         timings = dict.fromkeys(STAGES, 0.0)
         with self._turn:
-            states = self._encode(asked, truncate, timings)
+            states = self._encode(asked, truncate, prepared, timings, limits)
             batches = in_batches(asked, states, self._generator.open().inputs, self.max_batch)
-            images = [self._images(batch, states, size, timings) for batch in batches]
+            images = [self._images(batch, states, size, timings, limits) for batch in batches]
             provider = self.provider
         timings["total"] = time.perf_counter() - start
         return Result(
@@ -114,6 +124,43 @@ class Pipeline:
         )
 
     __call__ = generate
+
+    async def generate_async(self, *arguments: Any, **named: Any) -> Result:
+        """What `generate` gives, drawn in a thread; when the task is cancelled, no further stage begins."""
+        import asyncio  # not at the top: it is a tenth of a cold start's imports
+
+        cancel = named.setdefault("cancel", threading.Event())
+        try:
+            return await asyncio.to_thread(self.generate, *arguments, **named)
+        except asyncio.CancelledError:
+            cancel.set()
+            raise
+
+    def generate_many(self, jobs: Iterable[str | Conditioning | Mapping[str, Any]], **shared: Any) -> Iterator[Result]:
+        """One result for each job, in order, drawn as many at once as the bundle takes; jobs are read as they are needed.
+
+        A job is a prompt, or prompt, negative_prompt, negative_scale and seed by name. `shared` is what `generate` takes besides them.
+        Raises what `generate` raises, when the wrong job is reached: the results before it are given first.
+        """
+        waiting = iter(jobs)
+        while together := list(islice(waiting, self.max_batch)):
+            rows = [dict(job) if isinstance(job, Mapping) else {"prompt": job} for job in together]
+            if unknown := {name for row in rows for name in row} - set(JOB):
+                raise InputError(f"unknown {min(unknown)!r} in a job, choose from {', '.join(JOB)}")
+            try:
+                results = self.generate(*([row.get(name) for row in rows] for name in JOB), **shared).split()
+            except InputError:
+                # One by one, to find the wrong one. None is drawn twice: a wrong job stops a batch before its first stage.
+                results = (self.generate(*(row.get(name) for name in JOB), **shared) for row in rows)  # type: ignore[assignment]
+            yield from results
+
+    def prepare(self, prompt: str, truncate: bool = False) -> Conditioning:
+        """The prompt with its states, for any number of calls: nothing of it is computed or looked up again.
+
+        Raises InputError for what cannot be asked, OutputError where the text encoder gives NaN.
+        """
+        with self._turn:
+            return Conditioning(prompt_text(prompt), self._prompts.encode(prompt, truncate), self.bundle.hash)
 
     def keep(self, prompt: str, truncate: bool = False) -> bool:
         """Sees to it that the prompt's states are on disk, for this and later processes; whether that took the text encoder.
@@ -140,22 +187,43 @@ class Pipeline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _encode(self, asked: list[Request], truncate: bool, timings: dict[str, float]) -> dict[str, States]:
+    def _texts(self, given: Any, prepared: dict[str, States]) -> Any:
+        """The same with texts in the place of prepared prompts, whose states are put into `prepared`."""
+        if isinstance(given, list | tuple):
+            return [self._texts(each, prepared) for each in given]
+        if not isinstance(given, Conditioning):
+            return given
+        if given.bundle_hash != self.bundle.hash:
+            raise InputError(f"prompt {given.text!r} was prepared for another bundle")
+        prepared[given.text] = given.states
+        return given.text
+
+    def _encode(
+        self, asked: list[Request], truncate: bool, prepared: dict[str, States], timings: dict[str, float], limits: Limits
+    ) -> dict[str, States]:
         """The states of all texts that are asked for."""
         texts = dict.fromkeys(text for request in asked for text in (request.prompt, request.negative) if text is not None)
         with _timed(timings, "text_encoder"):
             try:
-                return {text: self._prompts.encode(text, truncate) for text in texts}
+                states = dict(prepared)
+                for text in (text for text in texts if text not in prepared):
+                    limits.check("text_encoder")
+                    states[text] = self._prompts.encode(text, truncate)
+                return states
             finally:
                 if self._low_memory:
                     self._prompts.release()
 
-    def _images(self, batch: list[Request], states: dict[str, States], size: tuple[int, int], timings: dict[str, float]) -> np.ndarray:
+    def _images(
+        self, batch: list[Request], states: dict[str, States], size: tuple[int, int], timings: dict[str, float], limits: Limits
+    ) -> np.ndarray:
+        limits.check("generator")
         with _timed(timings, "generator"):
             generator = self._generator.open()
             latent: Any = generator(**generator_feeds(batch, states, generator.inputs, self.bundle.latent, size, self._longest))["latent"]
             if isinstance(latent, np.ndarray):
                 self._refuse_broken(batch, latent)
+        limits.check("decoder")
         with _timed(timings, "decoder"):
             images = self._decode(latent)
             if not isinstance(latent, np.ndarray):  # on a device, which would have waited for this before the decoder

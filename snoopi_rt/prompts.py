@@ -7,7 +7,7 @@ import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,21 @@ IN_MEMORY = 256
 CARRIED = "prompts.npz"
 NAMED = 10
 """How many of the known prompts an error names."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """A prompt whose states are at hand: `Pipeline.prepare` makes it, and it may stand wherever a prompt or a negative does.
+
+    `bundle_hash`: of the bundle that it is for.
+    """
+
+    text: str
+    states: States
+    bundle_hash: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class PromptEncoder:

@@ -1,6 +1,6 @@
 """What `Pipeline.generate` returns: images, and what is needed to make each of them again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +30,23 @@ class Result:
     bundle: str
     bundle_hash: str
     truncated: bool
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def split(self) -> "list[Result]":
+        """A result for each image; the timings of each are those of all."""
+        return [
+            replace(
+                self,
+                images=self.images[i : i + 1],
+                prompts=self.prompts[i : i + 1],
+                negatives=self.negatives[i : i + 1],
+                scales=self.scales[i : i + 1],
+                seeds=self.seeds[i : i + 1],
+            )
+            for i in range(len(self))
+        ]
 
     def pil(self) -> "list[Image]":
         """The images as Pillow images."""

@@ -12,6 +12,8 @@ from snoopi_rt.engines import installed
 PUBLIC = [
     "Bundle",
     "BundleError",
+    "Cancelled",
+    "Conditioning",
     "EngineError",
     "EngineMissing",
     "InputError",

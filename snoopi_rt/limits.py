@@ -1,0 +1,30 @@
+"""How long a call may take, and whether anybody still waits for it."""
+
+import math
+import threading
+import time
+from numbers import Real
+from typing import Any
+
+from snoopi_rt.engines.base import Cancelled, InputError
+
+
+class Limits:
+    """Asked before every stage: a stage that has begun is finished.
+
+    timeout: seconds from now on, None is no limit. cancel: an event that anybody may set. Raises InputError for a timeout that is none.
+    """
+
+    def __init__(self, timeout: Any = None, cancel: threading.Event | None = None) -> None:
+        real = timeout is None or (isinstance(timeout, Real) and not isinstance(timeout, bool))
+        if not real or (timeout is not None and not (math.isfinite(timeout) and timeout > 0)):
+            raise InputError(f"timeout must be a positive number of seconds, got {timeout!r}")
+        self._timeout, self._cancel = timeout, cancel
+        self._end = None if timeout is None else time.monotonic() + timeout
+
+    def check(self, stage: str) -> None:
+        """Returns when the stage may begin, else raises Cancelled."""
+        if self._cancel is not None and self._cancel.is_set():
+            raise Cancelled(f"cancelled before {stage}")
+        if self._end is not None and time.monotonic() >= self._end:
+            raise Cancelled(f"the timeout of {self._timeout:g} s is over before {stage}")

@@ -1,0 +1,154 @@
+"""`generate --prompts FILE --out FOLDER`: every row once, whole files only, and what became of each row in the index."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from snoopi_rt.batch import INDEX, Batch, read_rows
+from snoopi_rt.cli import main
+from snoopi_rt.engines import installed
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.pipeline import Pipeline
+
+
+def index(folder: Path) -> list[dict]:
+    """The index without its first line."""
+    return [json.loads(line) for line in (folder / INDEX).read_text().splitlines()][1:]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n\na red fox\na blue fox\na fox\na blue cat\n")
+    return path
+
+
+def test_each_row_is_one_image_with_a_seed_of_its_own(pipe: Pipeline, prompts: Path, tmp_path: Path) -> None:
+    told: list[int] = []
+    outcome = Batch(prompts, tmp_path / "out", seed=7, negative="blurry", scale=0.5).run(pipe, told.append)
+    assert (outcome.drawn, outcome.kept, outcome.failed, sum(told)) == (5, 0, 0, 5)
+    rows = index(tmp_path / "out")
+    assert [row["row"] for row in rows] == [1, 2, 3, 4, 5] and [row["seed"] for row in rows] == [7, 8, 9, 10, 11]
+    assert rows[1] == {
+        "row": 2, "file": "000002.png", "prompt": "a red fox", "negative_prompt": "blurry", "negative_scale": 0.5, "seed": 8,
+    }  # fmt: skip
+    with Image.open(tmp_path / "out" / "000002.png") as opened:
+        np.testing.assert_array_equal(np.asarray(opened), pipe.generate("a red fox", "blurry", 0.5, 8).images[0])
+
+
+def test_what_is_there_is_not_drawn_again_and_what_is_gone_is(pipe: Pipeline, prompts: Path, tmp_path: Path) -> None:
+    batch = Batch(prompts, tmp_path / "out")
+    batch.run(pipe)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
+    (tmp_path / "out" / "000003.png").unlink()
+    outcome = batch.run(pipe)
+    assert (outcome.drawn, outcome.kept) == (1, 4)
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
+    assert {name for name in before if before[name] != after[name]} == {"000003.png"}
+    assert sorted(row["row"] for row in index(tmp_path / "out")) == [1, 2, 3, 4, 5]
+
+
+def test_an_index_that_a_kill_cut_short_is_made_whole(pipe: Pipeline, prompts: Path, tmp_path: Path) -> None:
+    batch = Batch(prompts, tmp_path / "out", negative="blurry")
+    batch.run(pipe)
+    whole = index(tmp_path / "out")
+    lines = (tmp_path / "out" / INDEX).read_bytes()
+    (tmp_path / "out" / INDEX).write_bytes(lines[:-70])
+    assert batch.run(pipe).drawn == 0
+    assert index(tmp_path / "out") == whole
+
+
+def test_rows_that_cannot_be_drawn_are_listed_and_the_rest_is_done(pipe: Pipeline, tmp_path: Path) -> None:
+    rows = ['{"prompt": "a cat", "seed": 3}', "no json", '{"prompt": "a a a a a a"}', '{"prompt": "a fox", "colour": 1}', '{"seed": 1}']
+    rows += ['{"prompt": "a fox", "negative_scale": 7, "negative_prompt": "blurry"}', '{"prompt": "a blue fox", "seed": "x"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    outcome = Batch(tmp_path / "rows.jsonl", tmp_path / "out").run(pipe)
+    assert (outcome.drawn, outcome.failed) == (1, 6)
+    errors = {row["row"]: row["error"] for row in index(tmp_path / "out") if "error" in row}
+    assert errors.keys() == {2, 3, 4, 5, 6, 7} and all("\n" not in error for error in errors.values())
+    assert (
+        errors[2] == "not a JSON object: no json" and "limit" in errors[3] and "unknown 'colour'" in errors[4] and errors[5] == "no prompt"
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"000001.png", INDEX}
+
+
+def test_csv_and_parquet_give_the_rows_that_jsonl_gives(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    jobs = [
+        {"prompt": "a cat, red", "negative_prompt": "blurry", "negative_scale": 0.5, "seed": 3},
+        {"prompt": "a fox", "negative_prompt": "warm"},
+        {"prompt": "a cat"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(job) for job in jobs))
+    (tmp_path / "rows.csv").write_text('prompt,negative_prompt,negative_scale,seed\n"a cat, red",blurry,0.5,3\na fox,warm,,\na cat,,,\n')
+    names = ("prompt", "negative_prompt", "negative_scale", "seed", "other")
+    parquet.write_table(pyarrow.table({name: [job.get(name) for job in jobs] for name in names}), tmp_path / "rows.parquet")
+    for kind in ("jsonl", "csv", "parquet"):
+        assert list(read_rows(tmp_path / f"rows.{kind}")) == list(enumerate(jobs, 1)), kind
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.doc", b"", "is not one of .txt, .jsonl, .csv, .parquet"),
+        ("rows.txt", b"\xff\xfe", "is not UTF-8 text"),
+        ("rows.parquet", b"PAR1", "is not a whole Parquet file"),
+        ("gone.txt", None, "cannot read .*: No such file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        list(read_rows(tmp_path / name))
+
+
+def test_another_batch_does_not_mix_with_what_is_there(pipe: Pipeline, prompts: Path, tmp_path: Path) -> None:
+    Batch(prompts, tmp_path / "out").run(pipe)
+    with pytest.raises(InputError, match="holds another batch"):
+        Batch(prompts, tmp_path / "out", negative="blurry").run(pipe)
+    (tmp_path / "out" / INDEX).write_text("not ours\n")
+    with pytest.raises(InputError, match="is not an index of snoopi-rt"):
+        Batch(prompts, tmp_path / "out").run(pipe)
+
+
+@pytest.mark.skipif("cpu" not in installed(), reason="needs onnxruntime")
+def test_a_killed_run_goes_on_without_drawing_an_image_twice(tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("\n".join(f"a panda on a {colour} background" for colour in ("red", "blue", "green") for _ in range(200)))
+    words = [sys.executable, "-m", "snoopi_rt", "generate", "--prompts", prompts, "--out", out, "--engine", "cpu"]
+    running = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(out.glob("*.png"))) < 70 and running.poll() is None:
+        time.sleep(0.01)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert 70 <= len(before) < 600
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert f"{600 - len(before)} drawn" in done.stdout and f"{len(before)} there before" in done.stdout
+    assert all((out / name).stat().st_mtime_ns == time for name, time in before.items())
+    assert sorted(row["row"] for row in index(out)) == list(range(1, 601))
+    for path in out.glob("*.png"):
+        with Image.open(path) as opened:
+            opened.load()
+
+
+def test_the_command_line_says_what_is_missing(tmp_path: Path) -> None:
+    for words, message in (
+        (["generate"], "give a PROMPT, or --prompts FILE and --out FOLDER"),
+        (["generate", "a cat", "--out", tmp_path], "give a PROMPT, or --prompts FILE and --out FOLDER"),
+        (["generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path, "-n", 2], "-n is for one PROMPT"),
+    ):
+        result = CliRunner().invoke(main, [str(word) for word in words])
+        assert result.exit_code == 2 and message in result.output
