@@ -8,6 +8,7 @@ from setuptools import setup
 # Hugging Face's `kernels` from transformers and diffusers whenever the repository root is on sys.path.
 PACKAGES = {
     "snoopi_rt": "snoopi_rt",
+    "snoopi_rt.server": "snoopi_rt/server",
     "snoopi_rt.engines": "engines",
     "snoopi_rt.export": "export",
     "snoopi_rt.export.backbones": "export/backbones",
@@ -29,6 +30,9 @@ EXPORT = [*TORCH, *MINILM, *WEIGHTS, "onnx>=1.21", "onnxscript>=0.7", "onnxrunti
 TRAIN = [*TORCH, *MINILM, *WEIGHTS, "peft>=0.18", "resvg-py>=0.5", "tensorboard>=2.19", "pyarrow>=20", "matplotlib>=3.10"]
 # For the kernels' tests; torch with CUDA brings its own.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
+SERVE = ["fastapi>=0.130", "uvicorn>=0.40", "prometheus-client>=0.22"]
+# The official client, and a fuzzer of OpenAPI documents.
+CLIENTS = ["openai>=2", "schemathesis>=4"]
 # What an engine on an NVIDIA GPU needs beside its own package: memory and graphs of the GPU, and one builder at a time.
 GPU = ["cuda-bindings>=13", "filelock>=3.16"]
 # It builds engines without a GPU too: so far do the tests go everywhere.
@@ -41,9 +45,10 @@ EXTRAS = {
     "tensorrt": ["tensorrt>=10.14", *GPU],
     "tensorrt-rtx": [*RTX, *GPU],
     "parquet": ["pyarrow>=20"],
+    "serve": SERVE,
     "export": EXPORT,
     "train": TRAIN,
-    "dev": [*EXPORT, *TRAIN, *TRITON, *RTX, *GPU, "pytest>=8", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
+    "dev": [*EXPORT, *TRAIN, *TRITON, *RTX, *GPU, *SERVE, *CLIENTS, "pytest>=8", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
 }
 
 setup(

@@ -15,6 +15,7 @@ from snoopi_rt import __version__
 from snoopi_rt.cli_build import data, merge, train
 from snoopi_rt.cli_eval import evaluate
 from snoopi_rt.cli_export import export, presets
+from snoopi_rt.cli_serve import serve
 from snoopi_rt.engines.base import EngineError, InputError, SnoopiError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def main(debug: bool) -> None:
     """One-step text-to-image with negative prompts."""
 
 
-for command in (data, train, merge, evaluate, export, presets):
+for command in (data, train, merge, evaluate, export, presets, serve):
     main.add_command(command)
 
 

@@ -28,30 +28,40 @@ OPTIONS = {
 }
 
 
-def save(image: np.ndarray, path: Path, metadata: Mapping[str, str], force: bool = False) -> None:
-    """Writes a uint8 (H, W, 3) image whole or not at all, in the format of the name's ending.
+def encode(image: np.ndarray, format: str, metadata: Mapping[str, str], quality: int = 95) -> bytes:
+    """The file of a uint8 (H, W, 3) image in one of FORMATS; quality, 0 to 100, is that of JPEG and WebP.
 
-    Raises InputError and OutputError as `check_writable` does, and OutputError for metadata beyond the 64 kB of a JPEG.
+    Raises OutputError for metadata beyond the 64 kB of a JPEG.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    check_writable(path, force)
     picture, data = Image.fromarray(image), io.BytesIO()
-    if FORMATS[path.suffix.lower()] == "png":
+    if format == "png":
         texts = PngInfo()
         for key, value in metadata.items():
             texts.add_text(key, value)
         picture.save(data, "png", pnginfo=texts)
-    else:
-        exif = Image.Exif()
-        exif[DESCRIPTION] = json.dumps(dict(metadata))
-        try:
-            picture.save(data, FORMATS[path.suffix.lower()], quality=95, exif=exif)
-        except ValueError as error:
-            raise OutputError(f"cannot write {path}: the prompt is too long for this format ({error}): write a .png") from error
+        return data.getvalue()
+    exif = Image.Exif()
+    exif[DESCRIPTION] = json.dumps(dict(metadata))
     try:
-        write_whole(path, data.getvalue())
+        picture.save(data, format, quality=quality, exif=exif)
+    except ValueError as error:
+        raise OutputError(f"the prompt is too long for this format ({error}): ask for png") from error
+    return data.getvalue()
+
+
+def save(image: np.ndarray, path: Path, metadata: Mapping[str, str], force: bool = False) -> None:
+    """Writes a uint8 (H, W, 3) image whole or not at all, in the format of the name's ending.
+
+    Raises InputError and OutputError as `check_writable` does, and OutputError as `encode` does.
+    """
+    check_writable(path, force)
+    try:
+        write_whole(path, encode(image, FORMATS[path.suffix.lower()], metadata))
+    except OutputError as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 

@@ -154,6 +154,26 @@ class Pipeline:
                 results = (self.generate(*(row.get(name) for name in JOB), **shared) for row in rows)  # type: ignore[assignment]
             yield from results
 
+    def check(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        negative_prompt: Prompt | Sequence[Prompt | None] | None = None,
+        negative_scale: float | Sequence[float | None] | None = None,
+        seed: int | Sequence[int | None] | None = None,
+        n: int = 1,
+        size: Sequence[int] | None = None,
+        truncate: bool = False,
+    ) -> list[Request]:
+        """What `generate` would draw, an entry an image, without drawing it. Raises InputError for what cannot be asked."""
+        prepared: dict[str, States] = {}
+        prompt, negative_prompt = self._texts(prompt, prepared), self._texts(negative_prompt, prepared)
+        asked = requests(prompt, negative_prompt, negative_scale, seed, n, self.bundle.guidance)
+        image_size(size, self.bundle.sizes)
+        for text in dict.fromkeys(text for request in asked for text in (request.prompt, request.negative) if text is not None):
+            if text not in prepared:
+                self._prompts.check(text, truncate)
+        return asked
+
     def prepare(self, prompt: str, truncate: bool = False) -> Conditioning:
         """The prompt with its states, for any number of calls: nothing of it is computed or looked up again.
 

@@ -71,6 +71,12 @@ class PromptEncoder:
         key = ids.tobytes()
         return self._remembered(key) or self._remember(key, self._from_disk(ids) or self._compute(ids))
 
+    def check(self, prompt: str, truncate: bool = False) -> None:
+        """Returns for a prompt that can be encoded, else raises InputError as `encode` does."""
+        text = text_rule(prompt, self._bundle.text.lowercase)
+        if text not in self._carried:
+            self._ids(text, truncate)
+
     def keep(self, prompt: str, truncate: bool = False) -> bool:
         """Sees to it that the prompt's states outlive this process; whether that took the text encoder.
 

@@ -34,19 +34,21 @@ class Result:
     def __len__(self) -> int:
         return len(self.images)
 
+    def part(self, first: int, count: int) -> "Result":
+        """That many of the images, from `first` on; the timings are those of all."""
+        part = slice(first, first + count)
+        return replace(
+            self,
+            images=self.images[part],
+            prompts=self.prompts[part],
+            negatives=self.negatives[part],
+            scales=self.scales[part],
+            seeds=self.seeds[part],
+        )
+
     def split(self) -> "list[Result]":
-        """A result for each image; the timings of each are those of all."""
-        return [
-            replace(
-                self,
-                images=self.images[i : i + 1],
-                prompts=self.prompts[i : i + 1],
-                negatives=self.negatives[i : i + 1],
-                scales=self.scales[i : i + 1],
-                seeds=self.seeds[i : i + 1],
-            )
-            for i in range(len(self))
-        ]
+        """A result for each image."""
+        return [self.part(i, 1) for i in range(len(self))]
 
     def pil(self) -> "list[Image]":
         """The images as Pillow images."""

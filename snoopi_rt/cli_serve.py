@@ -1,0 +1,62 @@
+"""The command that serves bundles over HTTP. FastAPI and uvicorn are imported inside it."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from snoopi_rt.engines.base import EngineMissing, InputError
+
+
+@click.command(epilog="Example: snoopi-rt serve --port 8000, then POST http://127.0.0.1:8000/v1/images/generations")
+@click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Another than this machine's own needs an API key.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, metavar="N")
+@click.option(
+    "--bundle", "bundles", multiple=True, metavar="[NAME=]FOLDER", help="One or more; the first is the default.  [default: the embedded]"
+)
+@click.option("--engine", default="auto", metavar="NAME", help="cpu, openvino, cuda or tensorrt; auto: the fastest by bench, else cpu.")
+@click.option("--precision", metavar="NAME", help="A precision of the bundles, or one a graph.  [default: the bundle's first]")
+@click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: one for each core it may use]")
+@click.option(
+    "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="What clients must send.  [default: $SNOOPI_RT_API_KEY]"
+)
+@click.option("--batching/--no-batching", default=True, help="Draw requests that wait together.")
+@click.option("--batch-wait", type=click.FloatRange(0, 1000), default=0.0, metavar="MS", help="How long a batch waits for more requests.")
+@click.option("--queue", type=click.IntRange(1), default=256, metavar="N", help="Images that may wait; then 429.")
+@click.option("--max-images", type=click.IntRange(1), default=16, metavar="N", help="Images of one request.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=60.0, metavar="S", help="Seconds of one request.")
+@click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="A web page's origin that may call.  [default: none]")
+@click.option("--log-prompts", is_flag=True, help="Write prompts into the log.")
+def serve(
+    bundles: tuple[str, ...], engine: str, precision: str | None, threads: int | None, api_key_file: Path | None, **options: Any
+) -> None:
+    """Serve bundles over HTTP, in the words of OpenAI's image API."""
+    try:
+        from snoopi_rt.server.app import Settings, read_key
+        from snoopi_rt.server.run import serve as run
+    except ImportError as error:
+        raise EngineMissing(f'serve needs {error.name}: pip install "snoopi-rt[serve]"') from error
+    from snoopi_rt.pipeline import load
+
+    named = [_named(each) for each in bundles] or [("small", None)]
+    if len(dict(named)) < len(named):
+        raise InputError("two bundles have one name: --bundle NAME=FOLDER gives them others")
+    settings = Settings(
+        models={name: partial(load, folder, engine, precision, threads) for name, folder in named},
+        key=read_key(api_key_file, os.environ.get("SNOOPI_RT_API_KEY")),
+        batching=options["batching"],
+        batch_wait=options["batch_wait"] / 1000,
+        queue=options["queue"],
+        most=options["max_images"],
+        timeout=options["timeout"],
+        prompts_in_log=options["log_prompts"],
+        origins=options["origins"],
+    )
+    run(settings, options["host"], options["port"])
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    return (name, path) if equals else (Path(text).resolve().name, text)

@@ -1,0 +1,140 @@
+"""What a client may ask for and what it gets, in the words of OpenAI's image API; the OpenAPI document is made of these classes."""
+
+import base64
+import time
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from snoopi_rt import image
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.request import SEEDS, draw_seed, parse_size
+from snoopi_rt.result import Result
+
+
+class Generation(BaseModel):
+    """The body of POST /v1/images/generations. A field that is not here is refused: silence would look like obedience."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = Field(min_length=1, max_length=4000, description="What to draw.")
+    model: str | None = Field(None, max_length=200, description="A bundle's name; the first one where none is given.")
+    n: int = Field(1, ge=1, description="Images; image i uses seed + i.")
+    size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT, one of the model's; auto is its first.")
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: int = Field(95, ge=0, le=100, description="The quality of jpeg and webp.")
+    user: str | None = Field(None, max_length=256, description="Taken and not used.")
+    seed: int | None = Field(None, ge=0, lt=SEEDS, description="None draws one, which the answer says.")
+    negative_prompt: str | None = Field(None, max_length=4000, description="What not to draw.")
+    negative_scale: float | list[float] | None = Field(
+        None, description="How strongly it counts; a list draws every image once for each, with the same seed."
+    )
+
+    def seeds_and_scales(self, most: int) -> tuple[list[int], list[float | None]]:
+        """One of each for every image, seed by seed. Raises InputError for more than `most` images."""
+        scales = self.negative_scale if isinstance(self.negative_scale, list) else [self.negative_scale]
+        if not scales:
+            raise InputError("negative_scale is an empty list")
+        if self.n * len(scales) > most:
+            raise InputError(f"{self.n * len(scales)} images in one request, at most {most} are drawn")
+        first = draw_seed() if self.seed is None else self.seed
+        return [(first + i) % SEEDS for i in range(self.n) for _ in scales], list(scales) * self.n
+
+    def height_and_width(self, sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+        """The size, the first of the model's where none is given. Raises InputError for what is no size."""
+        return sizes[0] if self.size in (None, "auto") else parse_size(self.size or "")
+
+
+class Drawn(BaseModel):
+    """One image of an answer, and what draws it again."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+    negative_scale: float | None = None
+
+
+class Images(BaseModel):
+    """The answer to a Generation."""
+
+    created: int = Field(description="Seconds since 1970.")
+    data: list[Drawn]
+    output_format: Literal["png", "jpeg", "webp"]
+    size: str
+    model: str
+    timings: dict[str, float] = Field(description="Seconds by stage, of the batch that the images were drawn in.")
+
+
+class Model(BaseModel):
+    """A bundle."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["snoopi-rt"] = "snoopi-rt"
+    sizes: list[str]
+    negative_prompts: bool
+    negative_scale: dict[str, float]
+    engine: str
+
+
+class Models(BaseModel):
+    """All bundles that are served."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Problem(BaseModel):
+    """Why there is no image, in OpenAI's form."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Failure(BaseModel):
+    """The body of every answer that is not 200."""
+
+    error: Problem
+
+
+def generation(body: bytes) -> Generation:
+    """The request in a body. Raises InputError, in one line that names the field."""
+    try:
+        return Generation.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("float", "list[")))
+        unknown = first["type"] == "extra_forbidden"
+        message = f"unknown field, known are {', '.join(Generation.model_fields)}" if unknown else first["msg"]
+        raise InputError(f"{place}: {message}" if place else message) from error
+
+
+def encoded(result: Result, index: int, asked: Generation) -> bytes:
+    """The file of one image, with what draws it again inside."""
+    return image.encode(result.images[index], asked.output_format, result.metadata(index), asked.output_compression)
+
+
+def answer(model: str, result: Result, files: list[bytes], urls: list[str] | None, asked: Generation) -> Images:
+    """The images as base64, or as addresses."""
+    height, width = result.images.shape[1:3]
+    data = [
+        Drawn(
+            b64_json=base64.b64encode(file).decode() if urls is None else None,
+            url=None if urls is None else urls[i],
+            seed=result.seeds[i],
+            negative_scale=result.scales[i],
+        )
+        for i, file in enumerate(files)
+    ]
+    size = f"{width}x{height}"
+    timings = {stage: round(seconds, 6) for stage, seconds in result.timings.items()}
+    return Images(created=int(time.time()), data=data, output_format=asked.output_format, size=size, model=model, timings=timings)
+
+
+def schema(model: type[BaseModel]) -> dict[str, Any]:
+    """Where a class stands in the OpenAPI document."""
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}

@@ -1,0 +1,336 @@
+"""The application: routes, limits, request ids, logs. Any ASGI server runs it; `snoopi-rt serve` uses uvicorn."""
+
+import asyncio
+import hmac
+import json
+import logging
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
+
+from snoopi_rt import __version__
+from snoopi_rt.engines.base import Cancelled, InputError, SnoopiError
+from snoopi_rt.pipeline import Pipeline
+from snoopi_rt.server import api
+from snoopi_rt.server.batching import Batcher, QueueFull
+from snoopi_rt.server.metrics import Metrics
+
+log = logging.getLogger("snoopi_rt.server")
+KEPT_BYTES, KEPT_SECONDS = 256 * 2**20, 3600.0
+"""Images that are given as addresses stay in memory until others need the room, or so long."""
+MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server is told.
+
+    models: open(name) by bundle name, the first is the default. key: what clients must send as a bearer token, None is nothing. batching:
+    draw waiting requests together. batch_wait: seconds that a batch waits for more. queue: images that may wait for a model. most: images
+    of one request. body: bytes of one request. timeout: seconds of one request. prompts_in_log: write prompts into the log. origins: of
+    web pages that may call (CORS).
+    """
+
+    models: dict[str, Callable[[], Pipeline]]
+    key: str | None = None
+    batching: bool = True
+    batch_wait: float = 0.0
+    queue: int = 256
+    most: int = 16
+    body: int = 64 * 1024
+    timeout: float = 60.0
+    prompts_in_log: bool = False
+    origins: tuple[str, ...] = ()
+
+
+class Refused(Exception):
+    """An answer other than 200."""
+
+    def __init__(self, code: int, message: str, kind: str = "invalid_request_error", headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.code, self.kind, self.headers = code, kind, headers or {}
+
+    def response(self) -> Response:
+        """In OpenAI's form."""
+        failure = api.Failure(error=api.Problem(message=str(self), type=self.kind, code=str(self.code)))
+        return Response(failure.model_dump_json(), self.code, self.headers, "application/json")
+
+
+@dataclass
+class State:
+    """What is alive while a server runs: batchers by model, and why others could not be opened."""
+
+    batchers: dict[str, Batcher] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    files: "OrderedDict[str, tuple[float, str, bytes]]" = field(default_factory=OrderedDict)
+    started: float = field(default_factory=time.time)
+
+
+def application(settings: Settings) -> FastAPI:
+    """The ASGI application. Its bundles are opened when it starts; one that is broken is told in the log and under /v1/models' errors."""
+    state, metrics = State(), Metrics()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        for name, open_pipeline in settings.models.items():
+            try:
+                pipe = await asyncio.to_thread(lambda opened=open_pipeline: opened().warmup())
+            except SnoopiError as error:
+                state.broken[name] = str(error)
+                tell("bundle cannot be served", model=name, error=str(error))
+                continue
+            together = pipe.max_batch if settings.batching else 1
+            observe = metrics.batch.labels(name).observe
+            state.batchers[name] = batcher = Batcher(name, pipe, settings.batch_wait, together, settings.queue, observe)
+            metrics.watch(name, lambda batcher=batcher: batcher.waiting)
+        tell("ready", models=list(state.batchers), broken=state.broken)
+        yield
+        for batcher in state.batchers.values():
+            await asyncio.to_thread(batcher.close)
+            batcher.pipe.close()
+
+    app = FastAPI(title="snoopi-rt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    if settings.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"])
+
+    @app.middleware("http")
+    async def around(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
+        """Key, request id, metrics and one line of log."""
+        begun, given = time.perf_counter(), request.headers.get("x-request-id", "")
+        request.state.id = given if 0 < len(given) <= 100 and given.isprintable() and given.isascii() else secrets.token_hex(8)
+        request.state.facts = {}
+        try:
+            allow(request)
+            response = await call(request)
+        except Refused as refused:
+            response = refused.response()
+        except Exception as error:
+            log.exception("request %s", request.state.id)
+            response = Refused(500, f"internal error: {type(error).__name__}", "server_error").response()
+        response.headers["x-request-id"] = request.state.id
+        route = getattr(request.scope.get("route"), "path", "other")
+        seconds = time.perf_counter() - begun
+        metrics.requests.labels(route, response.status_code).inc()
+        metrics.seconds.labels(route).observe(seconds)
+        facts = {
+            "id": request.state.id,
+            "method": request.method,
+            "path": route,
+            "code": response.status_code,
+            "seconds": round(seconds, 4),
+        }
+        tell("request", **facts, **request.state.facts)
+        return response
+
+    def allow(request: Request) -> None:
+        """Raises Refused without the key; a watchdog needs none."""
+        if settings.key is None or request.url.path in ("/healthz", "/readyz") or request.method == "OPTIONS":
+            return
+        kind, _, key = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), settings.key.encode()):
+            raise Refused(401, "wrong or missing API key", "authentication_error", {"www-authenticate": "Bearer"})
+
+    @app.post("/v1/images/generations", openapi_extra={"requestBody": {"required": True, "content": api.schema(api.Generation)}})
+    async def generations(request: Request) -> Response:
+        """Draw images."""
+        body = await read(request)
+        try:
+            asked = api.generation(body)
+            batcher, facts = find(asked.model), request.state.facts
+            seeds, scales = asked.seeds_and_scales(settings.most)
+            count, size = len(seeds), asked.height_and_width(batcher.pipe.bundle.sizes)
+            given = [asked.prompt] * count, [asked.negative_prompt] * count, scales, seeds
+            facts |= {"model": batcher.name, "images": count}
+            if settings.prompts_in_log:
+                facts |= {"prompt": asked.prompt, "negative_prompt": asked.negative_prompt}
+            images = await asyncio.to_thread(batcher.pipe.check, *given, size=size)
+        except InputError as error:
+            raise Refused(400, str(error)) from error
+        try:
+            result = await unless_gone(request, batcher.draw(images, size, settings.timeout), settings.timeout)
+        except QueueFull as error:
+            metrics.refused.labels(batcher.name).inc()
+            raise Refused(429, str(error), "rate_limit_error", {"retry-after": f"{error.seconds:.0f}"}) from error
+        except (Cancelled, TimeoutError) as error:
+            raise Refused(504, str(error) or f"no image within {settings.timeout:g} s", "timeout") from error
+        except SnoopiError as error:
+            raise Refused(500, str(error), "server_error") from error
+        metrics.images.labels(batcher.name).inc(count)
+        for stage, seconds in result.timings.items():
+            metrics.stages.labels(batcher.name, stage).observe(seconds)
+        try:
+            files = await asyncio.gather(*(asyncio.to_thread(api.encoded, result, i, asked) for i in range(count)))
+        except SnoopiError as error:
+            raise Refused(400, str(error)) from error
+        urls = [keep(request, asked.output_format, file) for file in files] if asked.response_format == "url" else None
+        return Response(
+            api.answer(batcher.name, result, files, urls, asked).model_dump_json(exclude_none=True), media_type="application/json"
+        )
+
+    @app.get("/v1/models", response_model=api.Models)
+    async def models() -> Any:
+        """The bundles that are served; the first is the default."""
+        return api.Models(data=[described(name) for name in state.batchers])
+
+    @app.get("/v1/models/{name}", response_model=api.Model)
+    async def model(name: str) -> Any:
+        """One bundle."""
+        return described(find(name).name)
+
+    @app.get("/v1/images/files/{name}", include_in_schema=False)
+    async def file(name: str) -> Response:
+        """An image that was given as an address."""
+        kept = state.files.get(name)
+        if kept is None or time.monotonic() - kept[0] > KEPT_SECONDS:
+            raise Refused(404, "no such image, or not any more", "not_found_error")
+        return Response(kept[2], media_type=kept[1])
+
+    @app.get("/healthz", include_in_schema=False)
+    async def healthz() -> Response:
+        return Response("alive\n", media_type="text/plain")
+
+    @app.get("/readyz", include_in_schema=False)
+    async def readyz() -> Response:
+        lines = [*(f"{name}: ready" for name in state.batchers), *(f"{name}: {why}" for name, why in state.broken.items())]
+        first = next(iter(settings.models))
+        return Response("\n".join(lines) + "\n", 200 if first in state.batchers else 503, media_type="text/plain")
+
+    @app.get("/metrics", include_in_schema=False)
+    async def figures() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.exception_handler(404)
+    async def nothing(request: Request, _: Exception) -> Response:
+        return Refused(404, f"nothing is at {request.url.path[:200]}", "not_found_error").response()
+
+    @app.exception_handler(405)
+    async def another(request: Request, _: Exception) -> Response:
+        return Refused(405, f"{request.method} is not for {request.url.path[:200]}").response()
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return error.response()
+
+    def find(name: str | None) -> Batcher:
+        chosen = next(iter(settings.models)) if name is None else name
+        return state.batchers[chosen] if chosen in state.batchers else missing(chosen)
+
+    def missing(name: str) -> Any:
+        if name in state.broken:
+            raise Refused(503, f"model {name!r} cannot be served: {state.broken[name]}", "server_error")
+        raise Refused(404, f"unknown model {name[:200]!r}, choose from {', '.join(state.batchers)}", "not_found_error")
+
+    def described(name: str) -> api.Model:
+        pipe = state.batchers[name].pipe
+        scale = pipe.bundle.guidance.scale
+        return api.Model(
+            id=name,
+            created=int(state.started),
+            sizes=[f"{width}x{height}" for height, width in pipe.bundle.sizes],
+            negative_prompts=pipe.bundle.guidance.kind != "none",
+            negative_scale={"min": scale.min, "max": scale.max, "default": scale.default},
+            engine=pipe.engine,
+        )
+
+    async def read(request: Request) -> bytes:
+        """The body. Raises Refused for another type, too many bytes, and one that does not come."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Refused(415, "the body must be application/json")
+        parts: list[bytes] = []
+        try:
+            async with asyncio.timeout(min(settings.timeout, 10)):
+                async for part in request.stream():
+                    parts.append(part)
+                    if sum(map(len, parts)) > settings.body:
+                        raise Refused(413, f"the body is larger than {settings.body} bytes", headers={"connection": "close"})
+        except TimeoutError as error:
+            raise Refused(408, "the body did not come", headers={"connection": "close"}) from error
+        return b"".join(parts)
+
+    def keep(request: Request, format: str, data: bytes) -> str:
+        """Keeps an image for a while; its address."""
+        name = f"{secrets.token_hex(16)}.{format}"
+        state.files[name] = time.monotonic(), MEDIA[format], data
+        while sum(len(each[2]) for each in state.files.values()) > KEPT_BYTES and len(state.files) > 1:
+            state.files.popitem(last=False)
+        return str(request.url_for("file", name=name))
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            described = api.Generation.model_json_schema(ref_template="#/components/schemas/{model}")
+            document["components"]["schemas"] |= {"Generation": described} | {
+                kind.__name__: kind.model_json_schema(ref_template="#/components/schemas/{model}")
+                for kind in (api.Images, api.Drawn, api.Failure)
+            }
+            post = document["paths"]["/v1/images/generations"]["post"]
+            post["responses"] = {"200": {"description": "The images.", "content": api.schema(api.Images)}} | {
+                str(code): {"description": what, "content": api.schema(api.Failure)} for code, what in CODES.items()
+            }
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app
+
+
+CODES = {
+    400: "Something that cannot be asked.",
+    401: "No key, or a wrong one.",
+    404: "An unknown model.",
+    408: "The body did not come.",
+    413: "The body is too large.",
+    415: "The body is not JSON.",
+    429: "Too many images wait; Retry-After says when to come back.",
+    500: "A picture could not be made.",
+    503: "A model that cannot be served.",
+    504: "No image within the time.",
+}
+
+
+async def unless_gone(request: Request, work: Awaitable[Any], timeout: float) -> Any:
+    """The work's answer; it is cancelled when the client goes, and after the timeout (TimeoutError)."""
+    task = asyncio.ensure_future(work)
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        async with asyncio.timeout(timeout):
+            return await task
+    except asyncio.CancelledError:
+        if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+            raise
+        raise Refused(499, "the client went") from None
+    finally:
+        watching.cancel()
+
+
+def tell(what: str, **facts: Any) -> None:
+    """One line of JSON in the log."""
+    log.info(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "what": what, **facts}))
+
+
+def read_key(file: Path | None, environment: str | None) -> str | None:
+    """The API key: a file's first line, else the environment's. Raises InputError for an empty or unreadable file."""
+    if file is None:
+        return environment or None
+    try:
+        key = file.read_text().strip()
+    except OSError as error:
+        raise InputError(f"cannot read the key in {file}: {error.strerror}") from error
+    if not key:
+        raise InputError(f"there is no key in {file}")
+    return key

@@ -1,0 +1,153 @@
+"""Waiting requests to one call of a pipeline: what comes while it draws is drawn together next."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from snoopi_rt.engines.base import Cancelled, SnoopiError
+from snoopi_rt.pipeline import Pipeline
+from snoopi_rt.request import Request
+from snoopi_rt.result import Result
+
+
+class QueueFull(SnoopiError):
+    """So many images wait already that another request is not taken."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the queue is full, try again in {seconds:.0f} s")
+        self.seconds = seconds
+
+
+@dataclass(eq=False)
+class Waiting:
+    """One request's images, all of one size, and the future that gets their Result. `end`: of time.monotonic(), after which it is late."""
+
+    images: list[Request]
+    size: tuple[int, int]
+    end: float
+    future: "asyncio.Future[Result]"
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def given_up(self) -> bool:
+        """Nobody waits for it any more."""
+        return self.future.cancelled()
+
+
+class Batcher:
+    """A thread that draws for one pipeline, and the queue before it. Made inside an event loop.
+
+    name: what clients call it. wait: seconds that a batch which is not full waits for more; without it, only what came while the last one
+    was drawn is together. together: the most images of one call, 1 turns batching off. limit: the most images that wait.
+    observe(images): told of every batch.
+    """
+
+    def __init__(self, name: str, pipe: Pipeline, wait: float, together: int, limit: int, observe: Any = lambda images: None) -> None:
+        self.name = name
+        self.pipe, self._wait, self._together, self._limit, self._observe = pipe, wait, together, limit, observe
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[Waiting] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._pace = 0.1  # seconds an image, of late
+        self._thread = threading.Thread(target=self._work, daemon=True, name=f"draws {name}")
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Images in the queue."""
+        return sum(len(each.images) for each in tuple(self._queue))
+
+    async def draw(self, images: list[Request], size: tuple[int, int], timeout: float) -> Result:
+        """The images. When the task is cancelled they are not drawn, unless that has begun.
+
+        Raises QueueFull, Cancelled after `timeout` seconds in the queue, and what Pipeline.generate raises.
+        """
+        waiting = self.waiting
+        if waiting and waiting + len(images) > self._limit:
+            raise QueueFull(max(1.0, waiting * self._pace))
+        item = Waiting(images, size, time.monotonic() + timeout, self._loop.create_future())
+        with self._changed:
+            if self._closed:
+                raise Cancelled("the server is stopping")
+            self._queue.append(item)
+            self._changed.notify()
+        return await item.future
+
+    def close(self) -> None:
+        """Draws what is waiting, then ends the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while batch := self._next():
+            self._draw(batch)
+
+    def _next(self) -> list[Waiting]:
+        """The next requests of one size, as many as fit together; empty when all is over."""
+        with self._changed:
+            while True:
+                batch = self._take([])
+                if batch or self._closed:
+                    break
+                self._changed.wait()
+            end = time.monotonic() + self._wait
+            while batch and not self._closed and self._together > 1 and (rest := end - time.monotonic()) > 0:
+                if sum(len(each.images) for each in batch) >= self._together:
+                    break
+                self._changed.wait(rest)
+                batch = self._take(batch)
+            return batch
+
+    def _take(self, batch: list[Waiting]) -> list[Waiting]:
+        """The batch with what fits to it from the queue, in order; late and given up requests are let go."""
+        left: deque[Waiting] = deque()
+        count = sum(len(each.images) for each in batch)
+        while self._queue:
+            item = self._queue.popleft()
+            if item.given_up:
+                continue
+            if time.monotonic() > item.end:
+                self._answer(item, Cancelled("the timeout is over before the queue"))
+            elif not batch or (item.size == batch[0].size and count + len(item.images) <= self._together):
+                batch = [*batch, item]
+                count += len(item.images)
+            else:
+                left.append(item)
+        self._queue = left
+        return batch
+
+    def _draw(self, batch: list[Waiting]) -> None:
+        images, start = [image for item in batch for image in item.images], time.monotonic()
+        columns = ([getattr(image, name) for image in images] for name in ("prompt", "negative", "scale", "seed"))
+        try:
+            result = self.pipe.generate(*columns, size=batch[0].size)
+        except BaseException as error:
+            if len(batch) > 1:  # one request must not cost the others their pictures
+                for item in batch:
+                    self._draw([item])
+                return
+            self._answer(batch[0], error)
+            return
+        self._observe(len(images))
+        self._pace += 0.2 * ((time.monotonic() - start) / len(images) - self._pace)
+        first = 0
+        for item in batch:
+            self._answer(item, result.part(first, len(item.images)))
+            first += len(item.images)
+
+    def _answer(self, item: Waiting, answer: Result | BaseException) -> None:
+        def give() -> None:
+            if item.future.done():  # given up
+                return
+            if isinstance(answer, BaseException):
+                item.future.set_exception(answer)
+            else:
+                item.future.set_result(answer)
+
+        self._loop.call_soon_threadsafe(give)

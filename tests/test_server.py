@@ -1,0 +1,378 @@
+"""The HTTP server: OpenAI's client gets the pipeline's pictures, and whatever else comes is answered in one clear line."""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from snoopi_rt.bundle import Bundle
+from snoopi_rt.cache import Cache
+from snoopi_rt.engines.base import BundleError, InputError
+from snoopi_rt.engines.fake import FakeEngine
+from snoopi_rt.pipeline import Pipeline
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+httpx = pytest.importorskip("httpx")
+import uvicorn  # noqa: E402
+
+from snoopi_rt.server import run  # noqa: E402
+from snoopi_rt.server.app import Settings, application, read_key  # noqa: E402
+
+DRAW = "/v1/images/generations"
+
+
+@contextmanager
+def served(settings: Settings) -> Iterator[str]:
+    """The address of a server that runs meanwhile."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(application(settings), "127.0.0.1", port, http=run.Impatient, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+class Slow:
+    """The tiny bundle on fake engines whose generator waits for `go` and counts the images of its calls."""
+
+    def __init__(self, bundle: Bundle, fakes: dict[str, FakeEngine]) -> None:
+        self.go, self.calls = threading.Event(), []
+
+        def generator(**arrays: np.ndarray) -> dict[str, np.ndarray]:
+            self.calls.append(len(arrays["noise"]))
+            assert self.go.wait(20)
+            return fakes["generator"](**arrays)
+
+        engines = {**fakes, "generator": FakeEngine(generator, fakes["generator"].inputs, fakes["generator"].outputs)}
+        self.pipe = Pipeline(bundle, engines.__getitem__, "cpu", cache=Cache())
+
+    def open(self) -> Pipeline:
+        """The pipeline; its warm-up does not wait."""
+        self.go.set()
+        self.pipe.warmup()
+        self.calls.clear()
+        self.go.clear()
+        opened = self.pipe
+        opened.warmup = lambda: opened  # type: ignore[method-assign]
+        return opened
+
+
+@pytest.fixture
+def slow(original: Bundle, fakes: dict[str, FakeEngine]) -> Slow:
+    return Slow(original, fakes)
+
+
+@pytest.fixture
+def address(pipe: Pipeline) -> Iterator[str]:
+    with served(Settings({"tiny": lambda: pipe})) as found:
+        yield found
+
+
+def pictures(answer: dict[str, Any]) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(io.BytesIO(base64.b64decode(each["b64_json"])))) for each in answer["data"]])
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_the_official_client_gets_the_pictures_of_the_pipeline(address: str, pipe: Pipeline) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+    more = {"negative_prompt": "blurry", "negative_scale": 0.5, "seed": 7}
+    found = client.images.generate(model="tiny", prompt="a red fox", n=3, size="16x16", output_format="png", user="me", extra_body=more)
+    expected = pipe.generate("a red fox", "blurry", 0.5, 7, n=3).images
+    np.testing.assert_array_equal(pictures(found.model_dump()), expected)
+    assert [each.seed for each in found.data] == [7, 8, 9] and found.size == "16x16" and found.created > 1.7e9
+    assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").owned_by == "snoopi-rt"
+
+
+def test_a_list_of_scales_draws_the_same_seed_at_each(address: str, pipe: Pipeline) -> None:
+    body = {"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": [0, 0.5, 1], "seed": 3, "n": 2}
+    found = httpx.post(address + DRAW, json=body).json()
+    assert [(each["seed"], each["negative_scale"]) for each in found["data"]] == [(s, a) for s in (3, 4) for a in (0.0, 0.5, 1.0)]
+    np.testing.assert_array_equal(pictures(found)[4], pipe.generate("a cat", "blurry", 0.5, 4).images[0])
+
+
+@pytest.mark.parametrize(("format", "kind"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_an_address_gives_the_file_for_a_while(address: str, format: str, kind: str) -> None:
+    found = httpx.post(address + DRAW, json={"prompt": "a cat", "response_format": "url", "output_format": format}).json()
+    (each,) = found["data"]
+    assert "b64_json" not in each and each["url"].startswith(f"{address}/v1/images/files/")
+    file = httpx.get(each["url"])
+    assert file.headers["content-type"] == f"image/{format}"
+    with Image.open(io.BytesIO(file.content)) as opened:
+        assert opened.format == kind
+    for trick in ("gone.png", "../../../etc/passwd", "%2e%2e%2f%2e%2e%2fetc%2fpasswd"):
+        assert httpx.get(f"{address}/v1/images/files/{trick}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        (b"{", 400, "Invalid JSON"),
+        (b"[]", 400, "should be"),
+        (b'{"prompt": "a cat", "quality": "hd"}', 400, "quality: unknown field, known are prompt, model"),
+        (b'{"prompt": 5}', 400, "prompt: "),
+        (b'{"prompt": ""}', 400, "prompt: "),
+        (b'{"prompt": "   "}', 400, "prompt is empty"),
+        (b'{"prompt": "a cat", "n": "3"}', 400, "n: "),
+        (b'{"prompt": "a cat", "n": 0}', 400, "n: "),
+        (b'{"prompt": "a cat", "n": 1e99}', 400, "n: "),
+        (b'{"prompt": "a cat", "n": 17}', 400, "17 images in one request, at most 16"),
+        (b'{"prompt": "a cat", "seed": -1}', 400, "seed: "),
+        (b'{"prompt": "a cat", "seed": 4294967296}', 400, "seed: "),
+        (b'{"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": NaN}', 400, "negative"),
+        (b'{"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": 1e999}', 400, "negative"),
+        (b'{"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": []}', 400, "negative_scale is an empty list"),
+        (b'{"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": 7}', 400, "negative scale must be a number from 0.0 to 1.0"),
+        (b'{"prompt": "a cat", "negative_scale": 0.5}', 400, "without a negative prompt"),
+        (b'{"prompt": "a cat", "size": "32x32"}', 400, "size 32x32 is not supported, choose from 16x16"),
+        (b'{"prompt": "a cat", "size": "huge"}', 400, "is not WIDTHxHEIGHT"),
+        (b'{"prompt": "a a a a a a a a a"}', 400, "the limit is 6"),
+        (b'{"prompt": "\\ud800"}', 400, ""),
+        (json.dumps({"prompt": "cat " * 25_000}).encode(), 413, "the body is larger than 65536 bytes"),
+        (b'{"prompt": "a cat", "model": "../../etc"}', 404, "unknown model '../../etc', choose from tiny"),
+        (b"\xff\xfe", 400, ""),
+        (b"", 400, ""),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(address: str, body: bytes, code: int, message: str) -> None:
+    answer = httpx.post(address + DRAW, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == code, answer.text
+    error = answer.json()["error"]
+    assert message in error["message"] and "\n" not in error["message"] and error["code"] == str(code)
+    assert httpx.post(address + DRAW, json={"prompt": "a cat"}).status_code == 200
+
+
+def test_a_prompt_of_emoji_is_drawn(address: str) -> None:
+    assert httpx.post(address + DRAW, json={"prompt": "🦊 🎉"}).status_code == 200
+
+
+def test_other_requests_have_their_answers_too(address: str) -> None:
+    assert httpx.post(address + DRAW, content=b'{"prompt": "a cat"}', headers={"content-type": "text/plain"}).status_code == 415
+    assert httpx.get(address + DRAW).status_code == 405
+    assert httpx.get(f"{address}/nothing").json()["error"]["message"] == "nothing is at /nothing"
+    assert httpx.get(f"{address}/v1/models/other").status_code == 404
+    assert (httpx.get(f"{address}/healthz").status_code, httpx.get(f"{address}/readyz").text) == (200, "tiny: ready\n")
+    assert "access-control-allow-origin" not in httpx.get(f"{address}/v1/models", headers={"origin": "http://a.example"}).headers
+
+
+def test_every_answer_has_the_request_id_that_was_sent_or_one_of_its_own(address: str) -> None:
+    assert httpx.get(f"{address}/healthz", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    for bad in ("", "a" * 101):
+        assert len(httpx.get(f"{address}/healthz", headers={"x-request-id": bad}).headers["x-request-id"]) == 16
+
+
+def test_figures_say_what_was_drawn(address: str) -> None:
+    httpx.post(address + DRAW, json={"prompt": "a cat", "n": 3})
+    figures = httpx.get(f"{address}/metrics").text
+    for line in (
+        'snoopi_rt_images_total{model="tiny"} 3.0',
+        'snoopi_rt_requests_total{code="200",path="/v1/images/generations"} 1.0',
+        'snoopi_rt_waiting_images{model="tiny"} 0.0',
+        'snoopi_rt_batch_images_count{model="tiny"} 1.0',
+        'snoopi_rt_stage_seconds_count{model="tiny",stage="decoder"} 1.0',
+    ):
+        assert line in figures
+
+
+def test_a_broken_bundle_does_not_keep_a_good_one_from_serving(pipe: Pipeline) -> None:
+    def broken() -> Pipeline:
+        raise BundleError("generator.onnx: wrong hash")
+
+    with served(Settings({"tiny": lambda: pipe, "bad": broken})) as address:
+        assert httpx.post(address + DRAW, json={"prompt": "a cat"}).status_code == 200
+        answer = httpx.post(address + DRAW, json={"prompt": "a cat", "model": "bad"})
+        assert answer.status_code == 503 and "'bad' cannot be served: generator.onnx: wrong hash" in answer.text
+        ready = httpx.get(f"{address}/readyz")
+        assert ready.status_code == 200 and ready.text == "tiny: ready\nbad: generator.onnx: wrong hash\n"
+    with served(Settings({"bad": broken})) as address:
+        assert httpx.get(f"{address}/readyz").status_code == 503
+
+
+def test_a_key_is_needed_where_there_is_one(pipe: Pipeline) -> None:
+    with served(Settings({"tiny": lambda: pipe}, key="secret")) as address:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
+            answer = httpx.post(address + DRAW, json={"prompt": "a cat"}, headers=headers)
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        assert httpx.post(address + DRAW, json={"prompt": "a cat"}, headers={"authorization": "Bearer secret"}).status_code == 200
+        assert httpx.get(f"{address}/readyz").status_code == 200
+
+
+def test_other_machines_need_a_key(tmp_path: Path) -> None:
+    for host in ("127.0.0.1", "localhost", "::1"):
+        run.check_address(host, None)
+    for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
+        run.check_address(host, "key")
+        with pytest.raises(InputError, match=r"is for others too: give --api-key-file FILE or \$SNOOPI_RT_API_KEY"):
+            run.check_address(host, None)
+    (tmp_path / "key").write_text("abc\n")
+    (tmp_path / "empty").write_text("\n")
+    assert (read_key(tmp_path / "key", "other"), read_key(None, "other"), read_key(None, "")) == ("abc", "other", None)
+    for name, message in (("empty", "there is no key"), ("gone", "cannot read the key")):
+        with pytest.raises(InputError, match=message):
+            read_key(tmp_path / name, None)
+
+
+def test_what_waits_is_drawn_together(slow: Slow, pipe: Pipeline) -> None:
+    with served(Settings({"tiny": slow.open})) as address, ThreadPoolExecutor(8) as threads:
+        first = threads.submit(httpx.post, address + DRAW, json={"prompt": "a cat", "seed": 0}, timeout=30)
+        eventually(lambda: slow.calls)
+        rest = [threads.submit(httpx.post, address + DRAW, json={"prompt": "a cat", "seed": seed}, timeout=30) for seed in range(1, 6)]
+        eventually(lambda: 'waiting_images{model="tiny"} 5.0' in httpx.get(f"{address}/metrics").text)
+        slow.go.set()
+        answers = [each.result() for each in (first, *rest)]
+    assert slow.calls == [1, 4, 1]  # as many as the bundle draws at once
+    for seed, answer in enumerate(answers):
+        np.testing.assert_array_equal(pictures(answer.json()), pipe.generate("a cat", seed=seed).images)
+
+
+def test_without_batching_each_is_drawn_alone(slow: Slow) -> None:
+    with served(Settings({"tiny": slow.open}, batching=False)) as address, ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(httpx.post, address + DRAW, json={"prompt": "a cat"}, timeout=30) for _ in range(4)]
+        eventually(lambda: 'waiting_images{model="tiny"} 3.0' in httpx.get(f"{address}/metrics").text)
+        slow.go.set()
+        assert all(each.result().status_code == 200 for each in asked)
+    assert slow.calls == [1, 1, 1, 1]
+
+
+def test_a_full_queue_says_when_to_come_back(slow: Slow) -> None:
+    with served(Settings({"tiny": slow.open}, queue=2)) as address, ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(httpx.post, address + DRAW, json={"prompt": "a cat"}, timeout=30)]
+        eventually(lambda: slow.calls)
+        asked += [threads.submit(httpx.post, address + DRAW, json={"prompt": "a cat"}, timeout=30) for _ in range(2)]
+        eventually(lambda: 'waiting_images{model="tiny"} 2.0' in httpx.get(f"{address}/metrics").text)
+        answer = httpx.post(address + DRAW, json={"prompt": "a cat"})
+        assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+        slow.go.set()
+        assert all(each.result().status_code == 200 for each in asked)
+
+
+def test_a_request_that_takes_too_long_is_let_go(slow: Slow) -> None:
+    with served(Settings({"tiny": slow.open}, timeout=0.3)) as address:
+        answer = httpx.post(address + DRAW, json={"prompt": "a cat"})
+        assert answer.status_code == 504 and "no image within 0.3 s" in answer.text
+        slow.go.set()
+
+
+def test_a_client_that_goes_leaves_the_queue(slow: Slow) -> None:
+    with served(Settings({"tiny": slow.open})) as address, ThreadPoolExecutor(4) as threads:
+        first = threads.submit(httpx.post, address + DRAW, json={"prompt": "a cat"}, timeout=30)
+        eventually(lambda: slow.calls)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(address + DRAW, json={"prompt": "a fox", "n": 3}, timeout=0.3)
+        eventually(lambda: 'code="499"' in httpx.get(f"{address}/metrics").text)
+        slow.go.set()
+        assert first.result().status_code == 200
+        assert httpx.post(address + DRAW, json={"prompt": "a cat"}).status_code == 200
+    assert slow.calls == [1, 1]
+
+
+def test_a_connection_that_says_nothing_or_half_a_request_is_closed(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "HEADERS", 0.3)
+    with served(Settings({"tiny": lambda: pipe})) as address:
+        port = int(address.rpartition(":")[2])
+        for said in (b"", b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nX-Slow: "):
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.settimeout(5)
+                client.sendall(said)
+                assert client.recv(100) == b""
+        with httpx.Client() as client:  # while one that asks again and again keeps its own
+            for _ in range(4):
+                assert client.post(address + DRAW, json={"prompt": "a cat"}).status_code == 200
+                time.sleep(0.15)
+
+
+def test_a_hundred_megabytes_are_not_read(address: str) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(100):
+            yield bytes(2**20)
+
+    with suppress(httpx.WriteError):  # the server may close while we are still writing
+        assert httpx.post(address + DRAW, content=endless(), headers={"content-type": "application/json"}).status_code == 413
+    assert httpx.get(f"{address}/healthz").status_code == 200
+
+
+def test_prompts_are_in_the_log_only_when_asked_for(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    for wanted in (False, True):
+        caplog.clear()
+        with caplog.at_level("INFO", "snoopi_rt.server"), served(Settings({"tiny": lambda: pipe}, prompts_in_log=wanted)) as address:
+            httpx.post(address + DRAW, json={"prompt": "a red fox"}, headers={"x-request-id": "r1"})
+        (line,) = [json.loads(record.message) for record in caplog.records if '"id": "r1"' in record.message]
+        assert line["code"] == 200 and line["model"] == "tiny" and line["images"] == 1 and ("prompt" in line) == wanted
+
+
+def test_schemathesis_finds_no_internal_error(address: str) -> None:
+    pytest.importorskip("schemathesis")
+    command = [Path(sys.executable).parent / "schemathesis", "run", f"{address}/openapi.json", "--checks", "not_a_server_error"]
+    command += ["--max-examples", "30", "--seed", "1", "--no-color", "--generation-database", "none"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_signal_to_stop_lets_accepted_requests_finish(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "snoopi_rt", "serve", "--port", str(port), "--engine", "cpu"]
+    running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    address = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        try:
+            return httpx.get(f"{address}/readyz").status_code == 200
+        except httpx.ConnectError:
+            return False
+
+    try:
+        eventually(ready, 30)
+
+        async def load() -> list[int]:
+            async with httpx.AsyncClient(timeout=30) as client:
+                asked = [asyncio.create_task(client.post(address + DRAW, json={"prompt": "a panda", "n": 8})) for _ in range(12)]
+                await asyncio.sleep(0.3)
+                os.kill(running.pid, signal.SIGTERM)
+                return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+        assert asyncio.run(load()) == [200] * 12
+        assert running.wait(20) in (0, -signal.SIGTERM)
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = [sys.executable, "-m", "snoopi_rt", "serve", "--port", str(port), "--engine", "cpu"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"error: http://127.0.0.1:{port} cannot be served: is the port in use?"
