@@ -31,8 +31,8 @@ TRAIN = [*TORCH, *MINILM, *WEIGHTS, "peft>=0.18", "resvg-py>=0.5", "tensorboard>
 # For the kernels' tests; torch with CUDA brings its own.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 SERVE = ["fastapi>=0.130", "uvicorn>=0.40", "prometheus-client>=0.22"]
-# The official client, and a fuzzer of OpenAPI documents.
-CLIENTS = ["openai>=2", "schemathesis>=4"]
+# The official client, a fuzzer of OpenAPI documents, and what drives the browser in which the page is tested.
+CLIENTS = ["openai>=2", "schemathesis>=4", "playwright>=1.50"]
 # What an engine on an NVIDIA GPU needs beside its own package: memory and graphs of the GPU, and one builder at a time.
 GPU = ["cuda-bindings>=13", "filelock>=3.16"]
 # It builds engines without a GPU too: so far do the tests go everywhere.
@@ -61,7 +61,7 @@ setup(
     python_requires=">=3.11",
     package_dir=PACKAGES,
     packages=list(PACKAGES),
-    package_data={"snoopi_rt": ["py.typed", "bundles/*/*"]},
+    package_data={"snoopi_rt": ["py.typed", "bundles/*/*"], "snoopi_rt.server": ["page/*"]},
     entry_points={"console_scripts": ["snoopi-rt = snoopi_rt.cli:main"]},
     install_requires=["numpy>=1.26", "tokenizers>=0.20", "pillow>=10", "click>=8.1"],
     extras_require=EXTRAS,

@@ -27,6 +27,13 @@ from snoopi_rt.server.metrics import Metrics
 log = logging.getLogger("snoopi_rt.server")
 KEPT_BYTES, KEPT_SECONDS = 256 * 2**20, 3600.0
 """Images that are given as addresses stay in memory until others need the room, or so long."""
+FOLDER = Path(__file__).parent / "page"
+PAGE = {"index.html": "text/html; charset=utf-8", "page.css": "text/css", "page.js": "text/javascript"}
+SAFE = {
+    "content-security-policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-cache",
+}
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
@@ -132,8 +139,9 @@ def application(settings: Settings) -> FastAPI:
         return response
 
     def allow(request: Request) -> None:
-        """Raises Refused without the key; a watchdog needs none."""
-        if settings.key is None or request.url.path in ("/healthz", "/readyz") or request.method == "OPTIONS":
+        """Raises Refused without the key; a watchdog and the page, which asks for it, need none."""
+        open_to_all = ("/", "/healthz", "/readyz", *(f"/{name}" for name in PAGE))
+        if settings.key is None or request.url.path in open_to_all or request.method == "OPTIONS":
             return
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), settings.key.encode()):
@@ -207,6 +215,17 @@ def application(settings: Settings) -> FastAPI:
     @app.get("/metrics", include_in_schema=False)
     async def figures() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/{name}", include_in_schema=False)
+    async def page(name: str) -> Response:
+        """The web page's three files; the page itself is at /."""
+        if name not in PAGE:
+            raise Refused(404, f"nothing is at /{name[:200]}", "not_found_error")
+        return Response((FOLDER / name).read_bytes(), media_type=PAGE[name], headers=SAFE)
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return await page("index.html")
 
     @app.exception_handler(404)
     async def nothing(request: Request, _: Exception) -> Response:

@@ -1,0 +1,192 @@
+// One call draws every image once for each negative scale, from the same seed; the slider then only chooses what is shown.
+
+const STEPS = 8; // scales beside 0
+const KEPT = 48; // entries of the history
+const at = (id) => document.getElementById(id);
+let models = [];
+let shown = null; // {asked, scales, rows: [{seed, sources}]}
+
+const key = () => sessionStorage.getItem("key");
+
+async function call(path, body) {
+  const headers = { ...(body && { "content-type": "application/json" }), ...(key() && { authorization: `Bearer ${key()}` }) };
+  const answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body) });
+  const found = await answer.json().catch(() => ({ error: { message: `answer ${answer.status}` } }));
+  if (answer.status === 401) at("key-row").hidden = false;
+  if (!answer.ok) throw new Error(found.error.message);
+  return found;
+}
+
+function say(text, wrong = false) {
+  at("status").textContent = text;
+  at("status").classList.toggle("wrong", wrong);
+}
+
+const model = () => models.find((each) => each.id === at("model").value) ?? models[0];
+
+async function start() {
+  models = (await call("v1/models")).data;
+  at("model").replaceChildren(...models.map((each) => new Option(each.id)));
+  choose();
+  say("");
+}
+
+function choose() {
+  at("size").replaceChildren(...model().sizes.map((size) => new Option(size)));
+  at("negative").disabled = !model().negative_prompts;
+}
+
+function scales() {
+  const { max, default: usual } = model().negative_scale;
+  const even = Array.from({ length: STEPS + 1 }, (_, i) => +((max * i) / STEPS).toFixed(3));
+  return [...new Set([...even, usual])].sort((a, b) => a - b);
+}
+
+async function draw() {
+  const negative = model().negative_prompts ? at("negative").value.trim() : "";
+  const asked = { model: model().id, prompt: at("prompt").value, size: at("size").value, n: 1 };
+  if (negative) Object.assign(asked, { negative_prompt: negative, negative_scale: scales() });
+  const count = Math.min(4, Math.max(1, Number(at("count").value) || 1));
+  const first = at("seed").value === "" ? Math.floor(Math.random() * 2 ** 32) : Number(at("seed").value);
+  const begun = performance.now();
+  at("draw").disabled = true;
+  say("drawing ...");
+  try {
+    const rows = [];
+    for (let i = 0; i < count; i++) {
+      const seed = (first + i) % 2 ** 32;
+      const { data } = await call("v1/images/generations", { ...asked, seed });
+      rows.push({ seed, sources: data.map((each) => `data:image/png;base64,${each.b64_json}`) });
+      show({ asked, scales: asked.negative_scale ?? [0], rows: [...rows] }, i === 0);
+    }
+    const drawn = count * shown.scales.length;
+    say(`${drawn} image${drawn > 1 ? "s" : ""} in ${((performance.now() - begun) / 1000).toFixed(2)} s`);
+    rows.forEach(remember);
+  } catch (error) {
+    say(error.message, true);
+  } finally {
+    at("draw").disabled = false;
+  }
+}
+
+function show(what, fresh) {
+  shown = what;
+  const { scales } = shown;
+  at("slider").hidden = scales.length < 2;
+  at("scale").max = scales.length - 1;
+  if (fresh) at("scale").value = Math.max(0, scales.indexOf(model().negative_scale.default));
+  at("images").replaceChildren(...shown.rows.map(card));
+  slide();
+}
+
+function card(row) {
+  const made = at("image").content.cloneNode(true).firstElementChild;
+  made.row = row;
+  made.querySelector(".copy").addEventListener("click", (event) => copy(event.target, row));
+  return made;
+}
+
+function slide() {
+  const place = Number(at("scale").value);
+  const scale = shown.scales[place];
+  at("scale-value").textContent = scale;
+  at("scale").setAttribute("aria-valuetext", String(scale));
+  for (const made of at("images").children) {
+    const source = made.row.sources[place] ?? made.row.sources[0];
+    made.querySelector("img").src = source;
+    made.querySelector("img").alt = shown.asked.prompt;
+    made.querySelector(".said").textContent = `seed ${made.row.seed}${shown.asked.negative_prompt ? `, scale ${scale}` : ""}`;
+    Object.assign(made.querySelector(".download"), { href: source, download: `snoopi-${made.row.seed}-${scale}.png` });
+  }
+}
+
+const quoted = (text) => (/^[\w./:=-]+$/.test(text) ? text : `'${text.replaceAll("'", `'"'"'`)}'`);
+
+async function copy(button, row) {
+  const { asked, scales } = shown;
+  const negative = asked.negative_prompt
+    ? ["--neg", asked.negative_prompt, "--neg-scale", String(scales[Number(at("scale").value)])]
+    : [];
+  const words = ["snoopi-rt", "generate", ...negative, "--seed", String(row.seed), "--size", asked.size, "--", asked.prompt];
+  const command = words.map(quoted).join(" ");
+  try {
+    await navigator.clipboard.writeText(command);
+    button.textContent = "Copied";
+    setTimeout(() => (button.textContent = "Copy as command"), 1500);
+  } catch {
+    say(command); // without https a browser may not copy: then it can be marked by hand
+  }
+}
+
+const history = () => JSON.parse(localStorage.getItem("history") ?? "[]");
+
+function remember(row) {
+  const place = Number(at("scale").value);
+  const { asked } = shown;
+  const entry = { asked, seed: row.seed, source: row.sources[place] ?? row.sources[0] };
+  let all = [entry, ...history()].slice(0, KEPT);
+  for (; all.length; all = all.slice(0, -1)) {
+    try {
+      localStorage.setItem("history", JSON.stringify(all));
+      break;
+    } catch {
+      // full: the oldest goes
+    }
+  }
+  list();
+}
+
+function list() {
+  const entries = history();
+  at("history").replaceChildren(
+    ...entries.map((entry) => {
+      const button = document.createElement("button");
+      const image = document.createElement("img");
+      Object.assign(image, { src: entry.source, alt: "" });
+      Object.assign(button, { type: "button", title: `${entry.asked.prompt}, seed ${entry.seed}` });
+      button.setAttribute("aria-label", `Draw again: ${button.title}`);
+      button.append(image);
+      button.addEventListener("click", () => again(entry));
+      const item = document.createElement("li");
+      item.append(button);
+      return item;
+    }),
+  );
+  at("forget").hidden = entries.length === 0;
+}
+
+function again({ asked, seed }) {
+  if (models.some((each) => each.id === asked.model)) at("model").value = asked.model;
+  choose();
+  Object.assign(at("prompt"), { value: asked.prompt });
+  at("negative").value = asked.negative_prompt ?? "";
+  at("seed").value = seed;
+  at("count").value = 1;
+  if (model().sizes.includes(asked.size)) at("size").value = asked.size;
+  scrollTo({ top: 0 });
+  draw();
+}
+
+at("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  draw();
+});
+at("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey) {
+    event.preventDefault();
+    at("form").requestSubmit();
+  }
+});
+at("scale").addEventListener("input", slide);
+at("model").addEventListener("change", choose);
+at("key").addEventListener("change", () => {
+  sessionStorage.setItem("key", at("key").value);
+  start().catch((error) => say(error.message, true));
+});
+at("forget").addEventListener("click", () => {
+  localStorage.removeItem("history");
+  list();
+});
+list();
+say("loading ...");
+start().catch((error) => say(error.message, true));
