@@ -1,0 +1,68 @@
+"""A desktop program's loop: a slider moves, and the picture of one seed follows. Only the newest value is drawn, off the window's thread.
+
+python examples/slider.py
+"""
+
+import threading
+import time
+
+import snoopi_rt
+
+
+class Preview:
+    """Draws the newest scale that it was told; what is overtaken stops before its next stage."""
+
+    def __init__(self, pipe: snoopi_rt.Pipeline, prompt: str, negative: str, seed: int) -> None:
+        # Encoded once: no move of the slider looks at text again.
+        self.prompt, self.negative = pipe.prepare(prompt), pipe.prepare(negative)
+        self.pipe, self.seed = pipe, seed
+        self.newest: float | None = None
+        self.cancel, self.moved, self.closed = threading.Event(), threading.Condition(), False
+        self.drawn: list[tuple[float, float]] = []
+        self.thread = threading.Thread(target=self.work)
+        self.thread.start()
+
+    def move(self, scale: float) -> None:
+        """What the window calls: returns at once."""
+        with self.moved:
+            self.newest = scale
+            self.cancel.set()
+            self.moved.notify()
+
+    def close(self) -> None:
+        """Draws what was told last, then ends."""
+        with self.moved:
+            self.closed = True
+            self.moved.notify()
+        self.thread.join()
+
+    def work(self) -> None:
+        while True:
+            with self.moved:
+                while self.newest is None and not self.closed:
+                    self.moved.wait()
+                if self.newest is None:
+                    return
+                scale, self.newest = self.newest, None
+                self.cancel = threading.Event()
+            try:
+                result = self.pipe.generate(self.prompt, self.negative, scale, self.seed, cancel=self.cancel)
+            except snoopi_rt.Cancelled:
+                continue
+            # Here a program would hand result.images[0] to its window.
+            self.drawn.append((scale, result.timings["total"]))
+
+
+with snoopi_rt.load(threads=2) as pipe:
+    pipe.warmup()
+    preview = Preview(pipe, "a blurry panda on an orange background", "blurry", seed=9)
+    moves = [step / 50 for step in range(51)]
+    for scale in moves:
+        preview.move(scale)
+        time.sleep(0.004)  # a hand on a slider
+    preview.close()
+    scales = [scale for scale, _ in preview.drawn]
+    print(
+        f"{len(moves)} moves, {len(scales)} pictures, {1e3 * sum(s for _, s in preview.drawn) / len(scales):.1f} ms each, the last at {scales[-1]}"
+    )
+    assert scales[-1] == moves[-1]

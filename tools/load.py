@@ -1,0 +1,131 @@
+"""Load on `snoopi-rt serve`: clients that ask again and again, against a bare loop of the pipeline that also writes the PNG.
+
+    python tools/load.py --out docs/load.json
+
+The server runs in a process of its own on the same cores as the clients, so its CPU seconds are given too.
+"""
+
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+
+import snoopi_rt
+from snoopi_rt import image
+
+PROMPTS = [
+    f"a {thing} on a {colour} background" for thing in ("panda", "fox", "red apple", "rocket") for colour in ("red", "blue", "green")
+]
+PORT = 8199
+DRAW = f"http://127.0.0.1:{PORT}/v1/images/generations"
+
+
+@click.command()
+@click.option("--clients", type=int, multiple=True, default=(1, 8, 64))
+@click.option("--seconds", default=60.0)
+@click.option("--batching", type=click.Choice(["off", "on", "both"]), default="both")
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(clients: tuple[int, ...], seconds: float, batching: str, out: Path) -> None:
+    """Print the table and write it as JSON."""
+    document: dict[str, Any] = {"seconds": seconds, "bare": bare(min(seconds, 20)), "cold start": None, "rows": []}
+    click.echo(f"bare pipeline with PNG: {document['bare']['images a second']:.1f} images a second")
+    click.echo(
+        f"{'batching':>9}{'clients':>9}{'images/s':>10}{'of bare':>9}{'p50 ms':>9}{'p95':>8}{'p99':>8}{'CPU s/image':>13}{'MB':>7}  answers"
+    )
+    for on in {"off": [False], "on": [True], "both": [False, True]}[batching]:
+        start = time.perf_counter()
+        server = subprocess.Popen(
+            [sys.executable, "-m", "snoopi_rt", "serve", "--port", str(PORT), *([] if on else ["--no-batching"])], stderr=subprocess.DEVNULL
+        )
+        try:
+            wait(server)
+            first = httpx.post(DRAW, json={"prompt": PROMPTS[0], "seed": 1})
+            assert first.status_code == 200, first.text
+            document["cold start"] = time.perf_counter() - start
+            for count in clients:
+                row = {"batching": on, "clients": count, **asyncio.run(load(server.pid, count, seconds))}
+                row["of bare"] = row["images a second"] / document["bare"]["images a second"]
+                document["rows"].append(row)
+                out.write_text(json.dumps(document, indent=1) + "\n")
+                click.echo(
+                    f"{'on' if on else 'off':>9}{count:9}{row['images a second']:10.1f}{row['of bare']:9.0%}{row['p50']:9.0f}{row['p95']:8.0f}"
+                    f"{row['p99']:8.0f}{row['CPU seconds an image']:13.4f}{row['megabytes']:7.0f}  {row['answers']}"
+                )
+        finally:
+            server.terminate()
+            server.wait()
+    click.echo(f"process start to the first image over HTTP: {document['cold start']:.2f} s")
+
+
+def bare(seconds: float) -> dict[str, float]:
+    """Images a second of a loop that draws one image and encodes it, every prompt known, and CPU seconds of each."""
+    with snoopi_rt.load() as pipe:
+        pipe.warmup()
+        for prompt in PROMPTS:
+            pipe.generate(prompt, seed=0)
+        start, cpu, count = time.perf_counter(), time.process_time(), 0
+        while time.perf_counter() - start < seconds:
+            result = pipe.generate(PROMPTS[count % len(PROMPTS)], seed=count)
+            image.encode(result.images[0], "png", result.metadata(0))
+            count += 1
+        taken = time.perf_counter() - start
+        return {"images a second": count / taken, "CPU seconds an image": (time.process_time() - cpu) / count}
+
+
+def wait(server: subprocess.Popen) -> None:
+    """Returns when the server is ready."""
+    while server.poll() is None:
+        try:
+            if httpx.get(f"http://127.0.0.1:{PORT}/readyz").status_code == 200:
+                return
+        except httpx.ConnectError:
+            time.sleep(0.02)
+    raise click.ClickException("the server ended")
+
+
+async def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
+    """What so many clients got in so many seconds, each asking again as soon as it has its image."""
+    taken: list[float] = []
+    answers: dict[str, int] = {}
+    cpu, begun = cpu_seconds(pid), time.perf_counter()
+
+    async def client(number: int, http: httpx.AsyncClient) -> None:
+        turn = number
+        while time.perf_counter() - begun < seconds:
+            start = time.perf_counter()
+            answer = await http.post(DRAW, json={"prompt": PROMPTS[turn % len(PROMPTS)], "seed": turn})
+            answers[str(answer.status_code)] = answers.get(str(answer.status_code), 0) + 1
+            if answer.status_code == 200:
+                taken.append(time.perf_counter() - start)
+            turn += clients
+
+    async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=clients)) as http:
+        await asyncio.gather(*(client(number, http) for number in range(clients)))
+    wall, used = time.perf_counter() - begun, cpu_seconds(pid) - cpu
+    cuts = statistics.quantiles(taken, n=100)
+    return {
+        "images a second": len(taken) / wall,
+        "p50": 1e3 * cuts[49],
+        "p95": 1e3 * cuts[94],
+        "p99": 1e3 * cuts[98],
+        "CPU seconds an image": used / len(taken),
+        "megabytes": int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 1e6,
+        "answers": answers,
+    }
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of a process, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+if __name__ == "__main__":
+    main()
