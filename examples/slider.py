@@ -62,7 +62,6 @@ with snoopi_rt.load(threads=2) as pipe:
         time.sleep(0.004)  # a hand on a slider
     preview.close()
     scales = [scale for scale, _ in preview.drawn]
-    print(
-        f"{len(moves)} moves, {len(scales)} pictures, {1e3 * sum(s for _, s in preview.drawn) / len(scales):.1f} ms each, the last at {scales[-1]}"
-    )
+    each = 1e3 * sum(seconds for _, seconds in preview.drawn) / len(scales)
+    print(f"{len(moves)} moves, {len(scales)} pictures, {each:.1f} ms each, the last at {scales[-1]}")
     assert scales[-1] == moves[-1]

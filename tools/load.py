@@ -36,9 +36,8 @@ def main(clients: tuple[int, ...], seconds: float, batching: str, out: Path) -> 
     """Print the table and write it as JSON."""
     document: dict[str, Any] = {"seconds": seconds, "bare": bare(min(seconds, 20)), "cold start": None, "rows": []}
     click.echo(f"bare pipeline with PNG: {document['bare']['images a second']:.1f} images a second")
-    click.echo(
-        f"{'batching':>9}{'clients':>9}{'images/s':>10}{'of bare':>9}{'p50 ms':>9}{'p95':>8}{'p99':>8}{'CPU s/image':>13}{'MB':>7}  answers"
-    )
+    titles = ("batching", "clients", "images/s", "% of bare", "p50 ms", "p95 ms", "p99 ms", "CPU s/image", "MB")
+    click.echo("".join(f"{title:>12}" for title in titles) + "  answers")
     for on in {"off": [False], "on": [True], "both": [False, True]}[batching]:
         start = time.perf_counter()
         server = subprocess.Popen(
@@ -54,10 +53,9 @@ def main(clients: tuple[int, ...], seconds: float, batching: str, out: Path) -> 
                 row["of bare"] = row["images a second"] / document["bare"]["images a second"]
                 document["rows"].append(row)
                 out.write_text(json.dumps(document, indent=1) + "\n")
-                click.echo(
-                    f"{'on' if on else 'off':>9}{count:9}{row['images a second']:10.1f}{row['of bare']:9.0%}{row['p50']:9.0f}{row['p95']:8.0f}"
-                    f"{row['p99']:8.0f}{row['CPU seconds an image']:13.4f}{row['megabytes']:7.0f}  {row['answers']}"
-                )
+                figures = (row["images a second"], 100 * row["of bare"], row["p50"], row["p95"], row["p99"])
+                cells = ("on" if on else "off", count, *(f"{figure:.1f}" for figure in figures), f"{row['CPU seconds an image']:.4f}")
+                click.echo("".join(f"{cell:>12}" for cell in (*cells, f"{row['megabytes']:.0f}")) + f"  {row['answers']}")
         finally:
             server.terminate()
             server.wait()
