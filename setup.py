@@ -48,7 +48,7 @@ EXTRAS = {
     "serve": SERVE,
     "export": EXPORT,
     "train": TRAIN,
-    "dev": [*EXPORT, *TRAIN, *TRITON, *RTX, *GPU, *SERVE, *CLIENTS, "pytest>=8", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
+    "dev": [*EXPORT, *TRAIN, *TRITON, *RTX, *GPU, *SERVE, *CLIENTS, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
 }
 
 setup(

@@ -14,7 +14,7 @@ The errors of the whole project, drawn:
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,7 +109,7 @@ class Engine(Protocol):
         """Frees the model; a later call raises EngineError."""
 
 
-def check_inputs(specs: Sequence[TensorSpec], arrays: "Mapping[str, np.ndarray]") -> None:
+def check_inputs(specs: Sequence[TensorSpec], arrays: Mapping[str, Any]) -> None:
     """Returns when every input is there once with the right dtype and shape and all have one batch, else raises EngineError."""
     names = [spec.name for spec in specs]
     if unknown := arrays.keys() - set(names):

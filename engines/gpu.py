@@ -151,8 +151,8 @@ class Pinned:
     def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """A view of its first bytes."""
         size = int(np.prod(shape)) * dtype.itemsize
-        view = (ctypes.c_char * size).from_address(self.pointer)
-        view.memory = self  # type: ignore[attr-defined] # so that the array's base holds the memory
+        view: Any = (ctypes.c_char * size).from_address(self.pointer)
+        view.memory = self  # so that the array's base holds the memory
         return np.frombuffer(view, dtype).reshape(shape)
 
     def __del__(self) -> None:

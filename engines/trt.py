@@ -51,8 +51,9 @@ class TrtEngine:
                 raise EngineError(f"engine {opening.name!r} cannot load {path.name}: {first(errors)}")
             if plan.streaming:
                 engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
-            self._contexts = _Contexts(trt, engine, Kept(opening.cache, f"{plan.name}-kernels") if opening.cache else None)
-        self._trt, self._engine, self._kept_alive = trt, engine, (log, runtime)
+            self._contexts: Any = _Contexts(trt, engine, Kept(opening.cache, f"{plan.name}-kernels") if opening.cache else None)
+        self._trt, self._engine = trt, engine
+        self._kept_alive: Any = log, runtime
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         given = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self.inputs = tuple(self._spec(name) for name in given)

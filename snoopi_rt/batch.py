@@ -13,7 +13,7 @@ from typing import Any
 
 from snoopi_rt import image
 from snoopi_rt.engines.base import EngineMissing, InputError, OutputError
-from snoopi_rt.pipeline import JOB, Pipeline
+from snoopi_rt.pipeline import JOB, Pipeline, columns
 from snoopi_rt.request import SEEDS
 
 INDEX = "index.jsonl"
@@ -76,8 +76,7 @@ class Batch:
             return
         jobs = [self._job(number, job) for number, _, job in wanted]
         try:
-            columns = ([job[name] for job in jobs] for name in JOB)
-            results = pipe.generate(*columns, size=self.size, truncate=self.truncate).split()
+            results = pipe.generate(**columns(jobs), size=self.size, truncate=self.truncate).split()
         except InputError as error:
             if len(wanted) > 1:
                 for each in wanted:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -198,7 +199,7 @@ def build(bundle: str | None, engine: str, precision: str | None, threads: int |
             nonlocal bar
             if bar is None or bar.label != what:
                 bars.close()
-                bar = bars.enter_context(click.progressbar(length=1000, label=what, file=click.get_text_stream("stderr")))
+                bar = bars.enter_context(click.progressbar(length=1000, label=what, file=sys.stderr))
             bar.update(max(0, round(1000 * share) - bar.pos))
 
         with load(bundle, engine, precision, threads, progress=progress) as pipe:
@@ -281,7 +282,7 @@ def _batch(batch: "Batch", bundle: str | None, engine: str, precision: str | Non
     with _progress() as progress:
         pipe = load(bundle, engine, precision, threads, False, _told(progress)).warmup()
     start = time.monotonic()
-    with pipe, click.progressbar(length=count, label="images", show_pos=True, file=click.get_text_stream("stderr")) as bar:
+    with pipe, click.progressbar(length=count, label="images", show_pos=True, file=sys.stderr) as bar:
         outcome = batch.run(pipe, bar.update)
     seconds = time.monotonic() - start
     click.echo(f"{outcome.drawn} drawn ({outcome.drawn / seconds:.1f} images a second), {outcome.kept} there before, in {batch.out}")

@@ -40,7 +40,7 @@ def serve(
         raise EngineMissing(f'serve needs {error.name}: pip install "snoopi-rt[serve]"') from error
     from snoopi_rt.pipeline import load
 
-    named = [_named(each) for each in bundles] or [("small", None)]
+    named: list[tuple[str, str | None]] = [_named(each) for each in bundles] or [("small", None)]
     if len(dict(named)) < len(named):
         raise InputError("two bundles have one name: --bundle NAME=FOLDER gives them others")
     settings = Settings(
@@ -57,6 +57,6 @@ def serve(
     run(settings, options["host"], options["port"])
 
 
-def _named(text: str) -> tuple[str, str]:
+def _named(text: str) -> tuple[str, str | None]:
     name, equals, path = text.partition("=")
     return (name, path) if equals else (Path(text).resolve().name, text)

@@ -33,7 +33,7 @@ EMBEDDED = Path(__file__).parent / "bundles" / "small"
 STAGES = GRAPHS
 Prompt = str | Conditioning
 JOB = ("prompt", "negative_prompt", "negative_scale", "seed")
-"""What a job of `generate_many` may say, in the order of `generate`'s arguments."""
+"""What a job of `generate_many` may say: arguments of `generate`."""
 
 
 class Pipeline:
@@ -148,10 +148,10 @@ class Pipeline:
             if unknown := {name for row in rows for name in row} - set(JOB):
                 raise InputError(f"unknown {min(unknown)!r} in a job, choose from {', '.join(JOB)}")
             try:
-                results = self.generate(*([row.get(name) for row in rows] for name in JOB), **shared).split()
+                results: Iterable[Result] = self.generate(**columns(rows), **shared).split()
             except InputError:
                 # One by one, to find the wrong one. None is drawn twice: a wrong job stops a batch before its first stage.
-                results = (self.generate(*(row.get(name) for name in JOB), **shared) for row in rows)  # type: ignore[assignment]
+                results = (self.generate(**row, **shared) for row in rows)
             yield from results
 
     def check(
@@ -329,6 +329,11 @@ def open_pipeline(
         return load_engine(name, path, build.precision, threads, cache, build.hash, axes(bundle, graph), progress)
 
     return Pipeline(bundle, open_engine, engine, precision, cache, low_memory)
+
+
+def columns(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Jobs by name to the lists that `generate` takes."""
+    return {name: [job.get(name) for job in jobs] for name in JOB}
 
 
 @contextmanager

@@ -23,6 +23,10 @@ class Request:
     scale: float | None
     seed: int
 
+    def job(self) -> dict[str, Any]:
+        """The arguments of `Pipeline.generate` that ask for it."""
+        return {"prompt": self.prompt, "negative_prompt": self.negative, "negative_scale": self.scale, "seed": self.seed}
+
 
 def requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, n: Any, guidance: Guidance) -> list[Request]:
     """The n requests of each prompt, prompt by prompt, with seeds seed, seed + 1 ... modulo 2**32; raises InputError."""

@@ -90,7 +90,7 @@ def application(settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         for name, open_pipeline in settings.models.items():
             try:
-                pipe = await asyncio.to_thread(lambda opened=open_pipeline: opened().warmup())
+                pipe = await asyncio.to_thread(_opened, open_pipeline)
             except SnoopiError as error:
                 state.broken[name] = str(error)
                 tell("bundle cannot be served", model=name, error=str(error))
@@ -98,7 +98,7 @@ def application(settings: Settings) -> FastAPI:
             together = pipe.max_batch if settings.batching else 1
             observe = metrics.batch.labels(name).observe
             state.batchers[name] = batcher = Batcher(name, pipe, settings.batch_wait, together, settings.queue, observe)
-            metrics.watch(name, lambda batcher=batcher: batcher.waiting)
+            metrics.watch(name, batcher)
         tell("ready", models=list(state.batchers), broken=state.broken)
         yield
         for batcher in state.batchers.values():
@@ -314,6 +314,10 @@ CODES = {
     503: "A model that cannot be served.",
     504: "No image within the time.",
 }
+
+
+def _opened(open_pipeline: Callable[[], Pipeline]) -> Pipeline:
+    return open_pipeline().warmup()
 
 
 async def unless_gone(request: Request, work: Awaitable[Any], timeout: float) -> Any:

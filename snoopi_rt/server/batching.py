@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from snoopi_rt.engines.base import Cancelled, SnoopiError
-from snoopi_rt.pipeline import Pipeline
+from snoopi_rt.pipeline import Pipeline, columns
 from snoopi_rt.request import Request
 from snoopi_rt.result import Result
 
@@ -124,9 +124,8 @@ class Batcher:
 
     def _draw(self, batch: list[Waiting]) -> None:
         images, start = [image for item in batch for image in item.images], time.monotonic()
-        columns = ([getattr(image, name) for image in images] for name in ("prompt", "negative", "scale", "seed"))
         try:
-            result = self.pipe.generate(*columns, size=batch[0].size)
+            result = self.pipe.generate(**columns([image.job() for image in images]), size=batch[0].size)
         except BaseException as error:
             if len(batch) > 1:  # one request must not cost the others their pictures
                 for item in batch:

@@ -1,9 +1,10 @@
 """What Prometheus reads: requests, images, batches, stages and the queue. One registry a server, so that several may live in a process."""
 
-from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from snoopi_rt.server.batching import Batcher
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
@@ -21,9 +22,9 @@ class Metrics:
         self.refused = self._made(Counter, "refused", "Requests that were not taken because the queue was full.", ["model"])
         self._waiting = self._made(Gauge, "waiting_images", "Images in the queue.", ["model"])
 
-    def watch(self, model: str, waiting: Callable[[], int]) -> None:
+    def watch(self, model: str, batcher: Batcher) -> None:
         """Reads a model's queue whenever the figures are read."""
-        self._waiting.labels(model).set_function(waiting)
+        self._waiting.labels(model).set_function(lambda: batcher.waiting)
 
     def text(self) -> bytes:
         """All figures in Prometheus' format."""
