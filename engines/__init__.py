@@ -1,6 +1,7 @@
 """Engines by name: what each needs, which are installed, and how one is loaded."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -96,15 +97,16 @@ def load_engine(
 
 def versions() -> dict[str, str]:
     """The version of each installed engine's package."""
-    from importlib.metadata import PackageNotFoundError, packages_distributions, version
+    from importlib.metadata import PackageNotFoundError, version
 
     found = {}
     for name in installed():
         package = ENGINES[name].package
-        try:
-            found[name] = version(ENGINES[name].distribution or package)
-        except PackageNotFoundError:  # such as onnxruntime out of onnxruntime-gpu
-            found[name] = ", ".join(f"{each} {version(each)}" for each in packages_distributions().get(package, ())) or "unknown"
+        found[name] = "unknown"  # such as onnxruntime out of onnxruntime-gpu
+        for distribution in (ENGINES[name].distribution or package, f"{package}_cu13"):
+            with suppress(PackageNotFoundError):
+                found[name] = version(distribution)
+                break
     return found
 
 

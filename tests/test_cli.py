@@ -248,6 +248,15 @@ def test_cache_says_why_it_cannot_be_used(here: Path, monkeypatch: pytest.Monkey
 
 
 @needs_engine
+@pytest.mark.parametrize("name", HERE)
+def test_build_compiles_ahead_and_says_what_it_runs_on(original: Bundle, name: str, here: Path) -> None:
+    said = run("build", "--bundle", original.folder, "--engine", name).stdout
+    assert said.startswith("ready on CPU") and str(Cache().path) in said
+    assert (Cache().sizes()["engines"] > 0) == (name == "openvino")  # ONNX Runtime keeps nothing so small
+    assert "has no generator for engine 'tensorrt'" in run("build", "--bundle", original.folder, "--engine", "tensorrt", code=1).output
+
+
+@needs_engine
 def test_bench_ends_with_one_json_document_and_remembers(original: Bundle, here: Path) -> None:
     result = run("bench", "--bundle", original.folder, "--engine", HERE[0], "--runs", 3)
     document = json.loads(result.stdout.splitlines()[-1])

@@ -165,6 +165,13 @@ def test_warm_steps_bring_the_student_nearer_to_the_teachers_own_pictures(teache
     assert sum(row["warm"] for row in steps[-5:]) < 0.7 * sum(row["warm"] for row in steps[:5])
 
 
+def test_the_distance_to_the_teachers_pictures_can_stay_in_the_loss(teachers: Path, tmp_path: Path) -> None:
+    both = {"warm_calls": 4, "lr": 3e-3, "steps": 25}
+    alone, held = (distil(teachers, tmp_path / str(weight), warm_weight=weight, **both) for weight in (0.0, 50.0))
+    assert "warm" not in alone[-1] and held[0]["vsd"] == alone[0]["vsd"] and held[-1]["vsd"] != alone[-1]["vsd"]
+    assert sum(row["warm"] for row in held[-5:]) < 0.7 * sum(row["warm"] for row in held[:5])
+
+
 def test_the_teachers_pictures_are_drawn_once_and_a_resumed_run_sees_the_same(
     teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

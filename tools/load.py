@@ -34,6 +34,7 @@ DRAW = f"http://127.0.0.1:{PORT}/v1/images/generations"
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(clients: tuple[int, ...], seconds: float, batching: str, out: Path) -> None:
     """Print the table and write it as JSON."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = {"seconds": seconds, "bare": bare(min(seconds, 20)), "cold start": None, "rows": []}
     click.echo(f"bare pipeline with PNG: {document['bare']['images a second']:.1f} images a second")
     titles = ("batching", "clients", "images/s", "% of bare", "p50 ms", "p95 ms", "p99 ms", "CPU s/image", "MB")
