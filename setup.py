@@ -37,6 +37,7 @@ CLIENTS = ["openai>=2", "schemathesis>=4", "playwright>=1.50"]
 GPU = ["cuda-bindings>=13", "filelock>=3.16"]
 # It builds engines without a GPU too: so far do the tests go everywhere.
 RTX = ["tensorrt-rtx-cu13>=1.4; platform_system != 'Darwin' and platform_machine != 'aarch64'"]
+CHECKS = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "mypy>=1.18", "types-tqdm"]
 EXTRAS = {
     "cpu": ["onnxruntime>=1.24"],
     "openvino": ["openvino>=2026.1"],
@@ -48,7 +49,7 @@ EXTRAS = {
     "serve": SERVE,
     "export": EXPORT,
     "train": TRAIN,
-    "dev": [*EXPORT, *TRAIN, *TRITON, *RTX, *GPU, *SERVE, *CLIENTS, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
+    "dev": [*EXPORT, *TRAIN, *TRITON, *RTX, *GPU, *SERVE, *CLIENTS, *CHECKS],
 }
 
 setup(

@@ -127,6 +127,43 @@ class FakeTrt:
         return {"float": np.float32, "uint8": np.uint8}[kind]
 
 
+class FakeRtx(FakeTrt):
+    """The module `tensorrt_rtx`: compiles kernels when a context is made, and keeps them in a runtime cache."""
+
+    IRuntimeCache = object
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE=1)
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__(cuda)
+        self.__name__ = "tensorrt_rtx"
+        self.compiled = 0
+
+
+class FakeConfig:
+    """A runtime configuration of TensorRT for RTX, and its cache in one."""
+
+    cuda_graph_strategy = 0
+
+    def __init__(self, trt: FakeTrt) -> None:
+        self.trt, self.kernels = trt, b""
+
+    def set_execution_context_allocation_strategy(self, strategy: int) -> None:
+        assert strategy == 2
+
+    def create_runtime_cache(self) -> "FakeConfig":
+        return self
+
+    def set_runtime_cache(self, kernels: "FakeConfig") -> None:
+        assert kernels is self
+
+    def deserialize(self, data: bytes) -> bool:
+        self.kernels = data
+        return True
+
+    def serialize(self) -> bytes:
+        return self.kernels
+
+
 class FakePlan:
     """An engine: one profile for a batch of 1, one for 2 to `largest`."""
 
@@ -153,8 +190,17 @@ class FakePlan:
         rest = self.get_tensor_shape(name)[1:]
         return (low, *rest), (high, *rest), (high, *rest)
 
-    def create_execution_context(self, strategy: int) -> "FakeContext":
-        assert strategy == 2
+    def create_runtime_config(self) -> FakeConfig:
+        return FakeConfig(self.trt)
+
+    def create_execution_context(self, how: "int | FakeConfig") -> "FakeContext":
+        if isinstance(how, FakeConfig):
+            assert how.cuda_graph_strategy == 1 and isinstance(self.trt, FakeRtx)
+            if not how.kernels:
+                self.trt.compiled += 1
+                how.kernels = b"kernels"
+        else:
+            assert how == 2
         self.trt.contexts += 1
         return FakeContext(self.trt)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import FakeCuda, FakeTrt
+from fake_gpu import FakeCuda, FakeRtx, FakeTrt
 
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import gpu, trt, trt_plan
@@ -40,7 +40,8 @@ def library(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeTrt:
 
 
 def opened(tmp_path: Path, cache: Cache | None = None) -> TrtEngine:
-    (tmp_path / "any.onnx").write_bytes(b"x" * 100)
+    if not (tmp_path / "any.onnx").exists():
+        (tmp_path / "any.onnx").write_bytes(b"x" * 100)
     return TrtEngine(tmp_path / "any.onnx", Opening("tensorrt", "fp16", 1, cache))
 
 
@@ -164,6 +165,32 @@ def test_weights_are_streamed_where_they_do_not_fit(library: FakeTrt, cuda: Fake
     cuda.free = 120
     opened(tmp_path)
     assert library.streamed
+
+
+def test_tensorrt_for_rtx_keeps_its_kernels_and_records_graphs_itself(
+    cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rtx = FakeRtx(cuda)
+    monkeypatch.setattr(trt, "library", lambda package: rtx)
+    monkeypatch.setattr(trt_plan, "build_plan", lambda *_: b"a plan")
+    for start in range(2):
+        engine = opened(tmp_path, Cache())
+        assert engine.provider == "TensorRT for RTX 99.0 on Fake 4090"
+        for seed in range(4):
+            assert right(engine(**given(1, seed)), given(1, seed))
+        engine.close()
+        assert rtx.compiled == 1, start
+    assert set(cuda.did) == {"enqueue"}
+
+
+def test_what_is_kept_grows_and_survives(tmp_path: Path) -> None:
+    kept = trt_plan.Kept(Cache(), "0" * 64)
+    assert kept.read() == b""
+    for data in (b"one", b"one and two"):
+        kept.write(data)
+        assert trt_plan.Kept(Cache(), "0" * 64).read() == data
+    kept.write(b"")  # nothing new is no reason to forget
+    assert kept.read() == b"one and two"
 
 
 def test_tensorrt_for_rtx_refuses_a_gpu_that_it_has_no_kernels_for(
