@@ -16,7 +16,7 @@ import snoopi_rt
 from snoopi_rt.engines import installed
 from snoopi_rt.export.training.small import pixel_metrics
 from snoopi_rt.export.training.small.concepts import CONCEPTS, with_article
-from snoopi_rt.export.training.small.emoji import BACKGROUNDS, NEUTRAL, QUALITIES, contact_sheet, split_of
+from snoopi_rt.export.training.small.emoji import BACKGROUNDS, QUALITIES, contact_sheet, split_of
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -62,11 +62,14 @@ def negatives(pipe: snoopi_rt.Pipeline, count: int, scale: float | None, seed: i
     means: every metric before, after and on the plain picture. distance: mean levels to the plain picture.
     """
     pairs, seeds = compositions("train", count), list(range(seed, seed + count))
-    clean = draw(pipe, [plain(*pair) for pair in pairs], seeds)
-    limits = {flaw: np.percentile(metric(clean), 95) for flaw, metric in pixel_metrics.FLAWS.items()}
+    coloured = draw(pipe, [plain(*pair) for pair in pairs], seeds)
     report: dict[str, dict] = {}
     for flaw in QUALITIES:
-        asked = [f"a {flaw} {name} on {with_article(colour)} background" for name, colour in pairs]
+        # A grayscale picture has no background of a colour, and no caption of training says that it has.
+        behind = [""] * count if flaw == "grayscale" else [f" on {with_article(colour)} background" for _, colour in pairs]
+        clean = draw(pipe, [with_article(name) for name, _ in pairs], seeds) if flaw == "grayscale" else coloured
+        limits = {name: np.percentile(metric(clean), 95) for name, metric in pixel_metrics.FLAWS.items()}
+        asked = [f"a {flaw} {name}{where}" for (name, _), where in zip(pairs, behind, strict=True)]
         before, after = draw(pipe, asked, seeds), draw(pipe, asked, seeds, flaw, scale)
         metric = pixel_metrics.FLAWS[flaw]
         shown = (metric(before) > limits[flaw]) & (metric(before) > metric(clean))
@@ -75,16 +78,16 @@ def negatives(pipe: snoopi_rt.Pipeline, count: int, scale: float | None, seed: i
             other: float(np.mean(m(after) > limits[other]) - np.mean(m(before) > limits[other])) for other, m in pixel_metrics.FLAWS.items()
         }
         rising = max((name for name in others if name != flaw), key=others.__getitem__)
-        judged = [i for i in range(count) if shown[i] and not (flaw == "grayscale" and pairs[i][1] in NEUTRAL)]
+        judged = np.flatnonzero(shown)
         right = pixel_metrics.background(after)
         report[flaw] = {
             "shown": float(shown.mean()),
-            "moved": float(np.mean((metric(after) <= halfway)[judged])) if judged else 0.0,
-            "background_right": float(np.mean([right[i] == pairs[i][1] for i in judged])) if judged else 0.0,
+            "moved": float(np.mean((metric(after) <= halfway)[judged])) if len(judged) else 0.0,
+            "background_right": float(np.mean([right[i] == pairs[i][1] for i in judged])) if len(judged) and flaw != "grayscale" else None,
             "rises_most": rising,
             "rises": others[rising],
             "means": {name: [float(m(x)[judged].mean()) for x in (before, after, clean)] for name, m in pixel_metrics.FLAWS.items()}
-            if judged
+            if len(judged)
             else {},
             "distance_before": levels(before[judged], clean[judged]),
             "distance_after": levels(after[judged], clean[judged]),
@@ -132,7 +135,8 @@ def sheets(pipe: snoopi_rt.Pipeline, out: Path) -> None:
         ("pixelated", "apple", "blue"),
         ("grainy", "banana", "pink"),
     ):
-        prompt, metric = f"a {flaw} {thing} on a {colour} background", pixel_metrics.FLAWS[flaw]
+        prompt = f"a {flaw} {thing}" if flaw == "grayscale" else f"a {flaw} {thing} on a {colour} background"
+        metric = pixel_metrics.FLAWS[flaw]
         # Of 16 seeds the one on which the negative acts most: the row shows how the scale works, not how often.
         before, after = (metric(draw(pipe, [prompt] * 16, list(range(16)), flaw, scale)) for scale in (0.0, 1.0))
         seed = int((before - after).argmax())
@@ -168,9 +172,8 @@ def main(bundle: str | None, engine: str, count: int, scale: float | None, seed:
     click.echo(f"{'negative':12}{'shown':>8}{'moved':>8}{'background':>12}{'distance':>18}   rises most")
     for flaw, r in document["negatives"].items():
         change = f"{r['distance_before']:.1f} -> {r['distance_after']:.1f}"
-        click.echo(
-            f"{flaw:12}{r['shown']:8.0%}{r['moved']:8.0%}{r['background_right']:12.0%}{change:>18}   {r['rises_most']} {r['rises']:+.0%}"
-        )
+        kept = "-" if r["background_right"] is None else f"{r['background_right']:.0%}"
+        click.echo(f"{flaw:12}{r['shown']:8.0%}{r['moved']:8.0%}{kept:>12}{change:>18}   {r['rises_most']} {r['rises']:+.0%}")
     click.echo(
         "unrelated negatives change a clean picture by " + ", ".join(f"{v:.1f} ({k})" for k, v in document["unrelated"].items()) + " levels"
     )
