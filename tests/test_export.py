@@ -141,11 +141,12 @@ def test_the_timestep_is_folded_and_keys_of_both_prompts_are_one_product(bundles
 
 
 def test_the_bundle_says_its_measured_parity(bundles):
-    for graph, (build,) in bundles["nasa"].graphs.items():
-        assert 0 <= build.parity.relative_l2 < 1e-3
-        assert (build.parity.latent_error is None) == (graph == "decoder")
-        assert build.parity.psnr is not None and build.parity.psnr > 40
-        assert 0 <= build.parity.error <= build.tolerance
+    for graph, builds in bundles["nasa"].graphs.items():
+        for build in builds:
+            assert 0 <= build.parity.relative_l2 < (1e-2 if "tensorrt" in build.engines else 1e-3)
+            assert (build.parity.latent_error is None) == (graph == "decoder")
+            assert build.parity.psnr is not None and build.parity.psnr > 40
+            assert 0 <= build.parity.error <= build.tolerance
     assert bundles["nasa"].graphs["generator"][0].parity.error > 0
 
 

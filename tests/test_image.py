@@ -71,7 +71,7 @@ def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> No
 
 def test_metadata_that_a_jpeg_cannot_hold_is_one_line(tmp_path: Path) -> None:
     long = {**METADATA, "prompt": "fox " * 20_000}
-    with pytest.raises(OutputError, match=r"^cannot write .*image.jpg: the prompt is too long for this format \(.*\): write a .png$"):
+    with pytest.raises(OutputError, match=r"^cannot write .*image.jpg: the prompt is too long for this format \(.*\): ask for png$"):
         image.save(PICTURE, tmp_path / "image.jpg", long)
     assert list(tmp_path.iterdir()) == []
     for name in ("image.png", "image.webp"):
