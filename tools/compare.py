@@ -29,6 +29,7 @@ import torch
 import snoopi_rt
 from snoopi_rt.bundle import Build, Bundle
 from snoopi_rt.cache import Cache
+from snoopi_rt.choice import ORDER
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.engines.base import Engine
 from snoopi_rt.export.backbones.pixart import size_condition
@@ -295,7 +296,7 @@ def builds(bundle: Bundle, graph: str) -> dict[str, Callable[[], Engine]]:
         f"{engine} {build.precision}": partial(opened, bundle, build, engine)
         for build in bundle.graphs[graph]
         for engine in build.engines
-        if engine in installed()
+        if engine in ORDER and engine in installed()
     }
 
 
