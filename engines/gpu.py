@@ -44,7 +44,7 @@ class Gpu:
             (properties,) = self.call(runtime.cudaGetDeviceProperties, 0)
             (driver,) = self.call(runtime.cudaDriverGetVersion)
             (self.stream,) = self.call(runtime.cudaStreamCreateWithFlags, runtime.cudaStreamNonBlocking)
-        self.name = properties.name.decode()
+        self.name = properties.name.decode().rstrip("\0")
         self.capability = (properties.major, properties.minor)
         self.driver = int(driver)
         self._pinned: dict[int, list[int]] = defaultdict(list)
