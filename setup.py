@@ -30,9 +30,9 @@ EXPORT = [*TORCH, *MINILM, *WEIGHTS, "onnx>=1.21", "onnxscript>=0.7", "onnxrunti
 TRAIN = [*TORCH, *MINILM, *WEIGHTS, "peft>=0.18", "resvg-py>=0.5", "tensorboard>=2.19", "pyarrow>=20", "matplotlib>=3.10"]
 # For the kernels' tests; torch with CUDA brings its own.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
-SERVE = ["fastapi>=0.130", "uvicorn>=0.40", "prometheus-client>=0.22"]
+SERVE = ["fastapi>=0.130", "uvicorn>=0.40", "httptools>=0.6.3", "uvloop>=0.21; platform_system != 'Windows'", "prometheus-client>=0.22"]
 # The official client, a fuzzer of OpenAPI documents, and what drives the browser in which the page is tested.
-CLIENTS = ["openai>=2", "httpx>=0.28", "schemathesis>=4", "playwright>=1.50"]
+CLIENTS = ["openai>=2", "httpx>=0.28", "aiohttp>=3.12", "schemathesis>=4", "playwright>=1.50"]
 # What an engine on an NVIDIA GPU needs beside its own package: memory and graphs of the GPU, and one builder at a time.
 GPU = ["cuda-bindings>=13", "filelock>=3.16"]
 # It builds engines without a GPU too: so far do the tests go everywhere.

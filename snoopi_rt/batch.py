@@ -1,25 +1,23 @@
 """Many prompts of a file to images in a folder: in constant memory, resumed after a kill, with an index of what became of each row."""
 
-import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from snoopi_rt import image
-from snoopi_rt.engines.base import EngineMissing, InputError, OutputError
+from snoopi_rt.engines.base import InputError, OutputError
 from snoopi_rt.pipeline import JOB, Pipeline, columns
 from snoopi_rt.request import SEEDS
+from snoopi_rt.rows import read_rows
 
 INDEX = "index.jsonl"
-KINDS = (".txt", ".jsonl", ".csv", ".parquet")
-Row = tuple[int, dict[str, Any] | str]
-"""A row's number, from 1, and its job, or what is wrong with it."""
+Job = tuple[int, dict[str, Any]]
+"""A row's number and what `Pipeline.generate` takes."""
 
 
 @dataclass
@@ -29,6 +27,16 @@ class Outcome:
     drawn: int = 0
     kept: int = 0
     failed: int = 0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What became of a row: an image's file and the metadata in it, or an error."""
+
+    row: int
+    file: bytes = b""
+    metadata: dict[str, str] = field(default_factory=dict)
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,51 +52,40 @@ class Batch:
     truncate: bool = False
     format: str = "png"
 
-    def run(self, pipe: Pipeline, progress: Callable[[int], None] = lambda rows: None) -> Outcome:
-        """Draws what is not there yet; progress(rows) after each few.
+    def run(self, pipe: Pipeline, progress: Callable[[int], None] = lambda rows: None, draw: "Draw | None" = None) -> Outcome:
+        """Draws what is not there yet; progress(rows) after each few. `draw`: how, here and in one process where nothing is said.
 
         Raises InputError for a file that cannot be read and a folder that holds another batch, OutputError where a picture cannot be
-        made or written. A row that cannot be drawn is listed in the index with its reason, and the rest is done.
+        written. A row that cannot be drawn is listed in the index with its reason, and the rest is done.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         index, outcome = _Index(self.out / INDEX, self._identity(pipe)), Outcome()
         with index:
-            rows = iter(read_rows(self.prompts))
-            while together := list(islice(rows, pipe.max_batch)):
-                wanted = []
-                for number, job in together:
-                    path = self._path(number)
-                    if path.exists():
-                        outcome.kept += 1
-                        index.found(number, path)
-                    elif isinstance(job, str):
-                        outcome.failed += 1
-                        index.add(number, {"error": job})
-                    else:
-                        wanted.append((number, path, job))
-                self._draw(pipe, wanted, index, outcome)
-                progress(len(together))
+            for drawn in (draw or draw_here)(pipe, self, self._wanted(index, outcome, progress)):
+                if drawn.error:
+                    outcome.failed += 1
+                    index.add(drawn.row, {"error": drawn.error})
+                else:
+                    outcome.drawn += 1
+                    image.write(drawn.file, self._path(drawn.row))
+                    index.drawn(drawn.row, self._path(drawn.row), drawn.metadata)
+                progress(1)
         return outcome
 
-    def _draw(self, pipe: Pipeline, wanted: list[tuple[int, Path, dict[str, Any]]], index: "_Index", outcome: Outcome) -> None:
-        """Draws some rows in one call; where one of them cannot be, each by itself."""
-        if not wanted:
-            return
-        jobs = [self._job(number, job) for number, _, job in wanted]
-        try:
-            results = pipe.generate(**columns(jobs), size=self.size, truncate=self.truncate).split()
-        except InputError as error:
-            if len(wanted) > 1:
-                for each in wanted:
-                    self._draw(pipe, [each], index, outcome)
-                return
-            outcome.failed += 1
-            index.add(wanted[0][0], {"error": str(error)})
-            return
-        for (number, path, _), result in zip(wanted, results, strict=True):
-            image.save(result.images[0], path, result.metadata(0))
-            index.drawn(number, path, result.metadata(0))
-            outcome.drawn += 1
+    def _wanted(self, index: "_Index", outcome: Outcome, progress: Callable[[int], None]) -> Iterator[Job]:
+        """The jobs that are still to be drawn; of the other rows it is noted what became of them."""
+        for number, job in read_rows(self.prompts):
+            path = self._path(number)
+            if path.exists():
+                outcome.kept += 1
+                index.found(number, path)
+            elif isinstance(job, str):
+                outcome.failed += 1
+                index.add(number, {"error": job})
+            else:
+                yield number, self._job(number, job)
+                continue
+            progress(1)
 
     def _job(self, number: int, job: dict[str, Any]) -> dict[str, Any]:
         negative = job.get("negative_prompt", self.negative)
@@ -104,6 +101,29 @@ class Batch:
             prompts = hashlib.file_digest(file, "sha256").hexdigest()
         settings = [self.seed, self.negative, self.scale, self.size, self.truncate, self.format]
         return {"batch": 1, "bundle_hash": pipe.bundle.hash, "prompts": prompts, "settings": settings}
+
+
+Draw = Callable[[Pipeline, Batch, Iterable[Job]], Iterable[Drawn]]
+"""draw(pipe, batch, jobs), in any order; jobs are read as they are needed."""
+
+
+def draw_here(pipe: Pipeline, batch: Batch, jobs: Iterable[Job]) -> Iterator[Drawn]:
+    """Draws jobs in this process, as many at once as the bundle takes."""
+    waiting = iter(jobs)
+    while together := list(islice(waiting, pipe.max_batch)):
+        yield from draw_together(pipe, batch, together)
+
+
+def draw_together(pipe: Pipeline, batch: Batch, jobs: list[Job]) -> list[Drawn]:
+    """Draws some jobs in one call; where one of them cannot be drawn, each by itself."""
+    try:
+        results = pipe.generate(**columns([job for _, job in jobs]), size=batch.size, truncate=batch.truncate).split()
+        found = [(row, result.images[0], result.metadata(0)) for (row, _), result in zip(jobs, results, strict=True)]
+        return [Drawn(row, image.encode(picture, batch.format, metadata), metadata) for row, picture, metadata in found]
+    except (InputError, OutputError) as error:
+        if len(jobs) == 1:
+            return [Drawn(jobs[0][0], error=str(error))]
+        return [each for job in jobs for each in draw_together(pipe, batch, [job])]
 
 
 class _Index:
@@ -151,64 +171,3 @@ class _Index:
         """Writes the line of an image that is there, if a kill came between the two."""
         if number not in self._known:
             self.drawn(number, path, image.read_metadata(path))
-
-
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a .txt (a prompt a line), .jsonl, .csv or .parquet file with prompt, negative_prompt, negative_scale and seed by name.
-
-    Blank lines are no rows. Raises InputError for a file of another kind and one that cannot be read.
-    """
-    readers = {".txt": _lines, ".jsonl": _objects, ".csv": _records, ".parquet": _columns}
-    if path.suffix not in readers:
-        raise InputError(f"{path} is not one of {', '.join(KINDS)}")
-    try:
-        yield from enumerate(readers[path.suffix](path), 1)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text") from error
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any] | str]:
-    with open(path, encoding="utf-8-sig") as file:
-        yield from ({"prompt": line.strip()} for line in file if line.strip())
-
-
-def _objects(path: Path) -> Iterator[dict[str, Any] | str]:
-    with open(path, encoding="utf-8-sig") as file:
-        for line in file:
-            if line.strip():
-                found: Any = None
-                with suppress(ValueError):
-                    found = json.loads(line)
-                yield _job(found) if isinstance(found, dict) else f"not a JSON object: {line.strip()[:40]}"
-
-
-def _records(path: Path) -> Iterator[dict[str, Any] | str]:
-    """CSV knows text only; an empty cell is one that was not given."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for record in csv.DictReader(file, restkey="more cells than the header has"):
-            given: dict[str, Any] = {name: value for name, value in record.items() if value not in ("", None)}
-            for name, kind in (("negative_scale", float), ("seed", int)):
-                with suppress(ValueError):
-                    given = {**given, name: kind(given[name])} if name in given else given
-            yield _job(given)
-
-
-def _columns(path: Path) -> Iterator[dict[str, Any] | str]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError as error:
-        raise EngineMissing(f'{path} needs pyarrow: pip install "snoopi-rt[parquet]"') from error
-    try:
-        file = parquet.ParquetFile(path)
-        for part in file.iter_batches(1024, columns=[name for name in file.schema_arrow.names if name in JOB]):
-            yield from (_job({name: value for name, value in row.items() if value is not None}) for row in part.to_pylist())
-    except ArrowInvalid as error:
-        raise InputError(f"{path} is not a whole Parquet file") from error
-
-
-def _job(given: dict[str, Any]) -> dict[str, Any] | str:
-    if unknown := set(given) - set(JOB):
-        return f"unknown {min(unknown)!r}, choose from {', '.join(JOB)}"
-    return given if "prompt" in given else "no prompt"

@@ -275,8 +275,8 @@ def bench(bundle: str | None, engines: tuple[str, ...], precision: str | None, t
 
 
 def _batch(batch: "Batch", bundle: str | None, engine: str, precision: str | None, threads: int | None) -> None:
-    from snoopi_rt.batch import read_rows
     from snoopi_rt.pipeline import load
+    from snoopi_rt.rows import read_rows
 
     count = sum(1 for _ in read_rows(batch.prompts))
     with _progress() as progress:

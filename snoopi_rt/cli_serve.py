@@ -22,7 +22,7 @@ from snoopi_rt.engines.base import EngineMissing, InputError
 @click.option(
     "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="What clients must send.  [default: $SNOOPI_RT_API_KEY]"
 )
-@click.option("--batching/--no-batching", default=True, help="Draw requests that wait together.")
+@click.option("--max-batch", type=click.IntRange(1), default=16, metavar="N", help="Images of waiting requests drawn in one call; 1: none.")
 @click.option("--batch-wait", type=click.FloatRange(0, 1000), default=0.0, metavar="MS", help="How long a batch waits for more requests.")
 @click.option("--queue", type=click.IntRange(1), default=256, metavar="N", help="Images that may wait; then 429.")
 @click.option("--max-images", type=click.IntRange(1), default=16, metavar="N", help="Images of one request.")
@@ -46,7 +46,7 @@ def serve(
     settings = Settings(
         models={name: partial(load, folder, engine, precision, threads) for name, folder in named},
         key=read_key(api_key_file, os.environ.get("SNOOPI_RT_API_KEY")),
-        batching=options["batching"],
+        together=options["max_batch"],
         batch_wait=options["batch_wait"] / 1000,
         queue=options["queue"],
         most=options["max_images"],

@@ -59,9 +59,16 @@ def save(image: np.ndarray, path: Path, metadata: Mapping[str, str], force: bool
     """
     check_writable(path, force)
     try:
-        write_whole(path, encode(image, FORMATS[path.suffix.lower()], metadata))
+        file = encode(image, FORMATS[path.suffix.lower()], metadata)
     except OutputError as error:
         raise OutputError(f"cannot write {path}: {error}") from error
+    write(file, path)
+
+
+def write(file: bytes, path: Path) -> None:
+    """Writes an encoded image whole or not at all. Raises OutputError."""
+    try:
+        write_whole(path, file)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 

@@ -13,11 +13,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from snoopi_rt.batch import INDEX, Batch, read_rows
+from snoopi_rt.batch import INDEX, Batch
 from snoopi_rt.cli import main
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.pipeline import Pipeline
+from snoopi_rt.rows import read_rows
 
 
 def index(folder: Path) -> list[dict]:

@@ -255,7 +255,7 @@ def test_what_waits_is_drawn_together(slow: Slow, pipe: Pipeline) -> None:
 
 
 def test_without_batching_each_is_drawn_alone(slow: Slow) -> None:
-    with served(Settings({"tiny": slow.open}, batching=False)) as address, ThreadPoolExecutor(8) as threads:
+    with served(Settings({"tiny": slow.open}, together=1)) as address, ThreadPoolExecutor(8) as threads:
         asked = [threads.submit(httpx.post, address + DRAW, json={"prompt": "a cat"}, timeout=30) for _ in range(4)]
         eventually(lambda: 'waiting_images{model="tiny"} 3.0' in httpx.get(f"{address}/metrics").text)
         slow.go.set()

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import click
 import httpx
 
@@ -42,7 +43,8 @@ def main(clients: tuple[int, ...], seconds: float, batching: str, out: Path) -> 
     for on in {"off": [False], "on": [True], "both": [False, True]}[batching]:
         start = time.perf_counter()
         server = subprocess.Popen(
-            [sys.executable, "-m", "snoopi_rt", "serve", "--port", str(PORT), *([] if on else ["--no-batching"])], stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "snoopi_rt", "serve", "--port", str(PORT), *([] if on else ["--max-batch", "1"])],
+            stderr=subprocess.DEVNULL,
         )
         try:
             wait(server)
@@ -95,17 +97,18 @@ async def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
     answers: dict[str, int] = {}
     cpu, begun = cpu_seconds(pid), time.perf_counter()
 
-    async def client(number: int, http: httpx.AsyncClient) -> None:
+    async def client(number: int, http: aiohttp.ClientSession) -> None:
         turn = number
         while time.perf_counter() - begun < seconds:
             start = time.perf_counter()
-            answer = await http.post(DRAW, json={"prompt": PROMPTS[turn % len(PROMPTS)], "seed": turn})
-            answers[str(answer.status_code)] = answers.get(str(answer.status_code), 0) + 1
-            if answer.status_code == 200:
+            async with http.post(DRAW, json={"prompt": PROMPTS[turn % len(PROMPTS)], "seed": turn}) as answer:
+                await answer.read()
+            answers[str(answer.status)] = answers.get(str(answer.status), 0) + 1
+            if answer.status == 200:
                 taken.append(time.perf_counter() - start)
             turn += clients
 
-    async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=clients)) as http:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=clients)) as http:
         await asyncio.gather(*(client(number, http) for number in range(clients)))
     wall, used = time.perf_counter() - begun, cpu_seconds(pid) - cpu
     cuts = statistics.quantiles(taken, n=100)

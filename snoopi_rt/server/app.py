@@ -1,9 +1,6 @@
 """The application: routes, limits, request ids, logs. Any ASGI server runs it; `snoopi-rt serve` uses uvicorn."""
 
 import asyncio
-import hmac
-import json
-import logging
 import secrets
 import time
 from collections import OrderedDict
@@ -21,10 +18,11 @@ from snoopi_rt import __version__
 from snoopi_rt.engines.base import Cancelled, InputError, SnoopiError
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.server import api
-from snoopi_rt.server.batching import Batcher, QueueFull
+from snoopi_rt.server.around import Around, tell
+from snoopi_rt.server.batching import Batcher, Drawing, QueueFull
 from snoopi_rt.server.metrics import Metrics
+from snoopi_rt.server.refusals import CODES, Refused
 
-log = logging.getLogger("snoopi_rt.server")
 KEPT_BYTES, KEPT_SECONDS = 256 * 2**20, 3600.0
 """Images that are given as addresses stay in memory until others need the room, or so long."""
 FOLDER = Path(__file__).parent / "page"
@@ -41,15 +39,15 @@ MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 class Settings:
     """What a server is told.
 
-    models: open(name) by bundle name, the first is the default. key: what clients must send as a bearer token, None is nothing. batching:
-    draw waiting requests together. batch_wait: seconds that a batch waits for more. queue: images that may wait for a model. most: images
-    of one request. body: bytes of one request. timeout: seconds of one request. prompts_in_log: write prompts into the log. origins: of
-    web pages that may call (CORS).
+    models: what opens each, by the bundle's name; the first is the default. key: what clients must send as a bearer token, None is nothing.
+    together: images of waiting requests that are drawn in one call, 1 draws each request alone. batch_wait: seconds that a batch waits for
+    more. queue: images that may wait for a model. most: images of one request. body: bytes of one request. timeout: seconds of one
+    request. prompts_in_log: write prompts into the log. origins: of web pages that may call (CORS).
     """
 
     models: dict[str, Callable[[], Pipeline]]
     key: str | None = None
-    batching: bool = True
+    together: int = 16
     batch_wait: float = 0.0
     queue: int = 256
     most: int = 16
@@ -59,93 +57,50 @@ class Settings:
     origins: tuple[str, ...] = ()
 
 
-class Refused(Exception):
-    """An answer other than 200."""
-
-    def __init__(self, code: int, message: str, kind: str = "invalid_request_error", headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.code, self.kind, self.headers = code, kind, headers or {}
-
-    def response(self) -> Response:
-        """In OpenAI's form."""
-        failure = api.Failure(error=api.Problem(message=str(self), type=self.kind, code=str(self.code)))
-        return Response(failure.model_dump_json(), self.code, self.headers, "application/json")
-
-
 @dataclass
 class State:
-    """What is alive while a server runs: batchers by model, and why others could not be opened."""
+    """What is alive while a server runs: what draws, by model, and why others could not be opened."""
 
-    batchers: dict[str, Batcher] = field(default_factory=dict)
+    drawing: dict[str, Drawing] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     files: "OrderedDict[str, tuple[float, str, bytes]]" = field(default_factory=OrderedDict)
     started: float = field(default_factory=time.time)
 
 
-def application(settings: Settings) -> FastAPI:
-    """The ASGI application. Its bundles are opened when it starts; one that is broken is told in the log and under /v1/models' errors."""
+async def here(name: str, settings: Settings, observe: Callable[[int], None]) -> Drawing:
+    """A model that draws in this process. Raises what `load` does."""
+    pipe = await asyncio.to_thread(_opened, settings.models[name])
+    return Batcher(name, pipe, settings.batch_wait, settings.together, settings.queue, observe)
+
+
+def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]] = here) -> FastAPI:
+    """The ASGI application. Its bundles are opened when it starts; one that is broken is told in the log and under /readyz.
+
+    open_model(name, settings, observe): what draws a model's images; observe(images) is to be told of every call.
+    """
     state, metrics = State(), Metrics()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        for name, open_pipeline in settings.models.items():
+        for name in settings.models:
             try:
-                pipe = await asyncio.to_thread(_opened, open_pipeline)
+                state.drawing[name] = await open_model(name, settings, metrics.batch.labels(name).observe)
             except SnoopiError as error:
                 state.broken[name] = str(error)
                 tell("bundle cannot be served", model=name, error=str(error))
                 continue
-            together = pipe.max_batch if settings.batching else 1
-            observe = metrics.batch.labels(name).observe
-            state.batchers[name] = batcher = Batcher(name, pipe, settings.batch_wait, together, settings.queue, observe)
-            metrics.watch(name, batcher)
-        tell("ready", models=list(state.batchers), broken=state.broken)
+            metrics.watch(name, state.drawing[name])
+        tell("ready", models=list(state.drawing), broken=state.broken)
         yield
-        for batcher in state.batchers.values():
-            await asyncio.to_thread(batcher.close)
-            batcher.pipe.close()
+        for drawing in state.drawing.values():
+            await asyncio.to_thread(drawing.close)
 
     app = FastAPI(title="snoopi-rt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    # A watchdog, and the page, which asks for the key, need none.
+    free = frozenset(("/", "/healthz", "/readyz", *(f"/{name}" for name in PAGE)))
+    app.add_middleware(Around, key=settings.key, free=free, metrics=metrics)
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"])
-
-    @app.middleware("http")
-    async def around(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Key, request id, metrics and one line of log."""
-        begun, given = time.perf_counter(), request.headers.get("x-request-id", "")
-        request.state.id = given if 0 < len(given) <= 100 and given.isprintable() and given.isascii() else secrets.token_hex(8)
-        request.state.facts = {}
-        try:
-            allow(request)
-            response = await call(request)
-        except Refused as refused:
-            response = refused.response()
-        except Exception as error:
-            log.exception("request %s", request.state.id)
-            response = Refused(500, f"internal error: {type(error).__name__}", "server_error").response()
-        response.headers["x-request-id"] = request.state.id
-        route = getattr(request.scope.get("route"), "path", "other")
-        seconds = time.perf_counter() - begun
-        metrics.requests.labels(route, response.status_code).inc()
-        metrics.seconds.labels(route).observe(seconds)
-        facts = {
-            "id": request.state.id,
-            "method": request.method,
-            "path": route,
-            "code": response.status_code,
-            "seconds": round(seconds, 4),
-        }
-        tell("request", **facts, **request.state.facts)
-        return response
-
-    def allow(request: Request) -> None:
-        """Raises Refused without the key; a watchdog and the page, which asks for it, need none."""
-        open_to_all = ("/", "/healthz", "/readyz", *(f"/{name}" for name in PAGE))
-        if settings.key is None or request.url.path in open_to_all or request.method == "OPTIONS":
-            return
-        kind, _, key = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), settings.key.encode()):
-            raise Refused(401, "wrong or missing API key", "authentication_error", {"www-authenticate": "Bearer"})
 
     @app.post("/v1/images/generations", openapi_extra={"requestBody": {"required": True, "content": api.schema(api.Generation)}})
     async def generations(request: Request) -> Response:
@@ -153,41 +108,41 @@ def application(settings: Settings) -> FastAPI:
         body = await read(request)
         try:
             asked = api.generation(body)
-            batcher, facts = find(asked.model), request.state.facts
+            drawing, facts = find(asked.model), request.state.facts
             seeds, scales = asked.seeds_and_scales(settings.most)
-            count, size = len(seeds), asked.height_and_width(batcher.pipe.bundle.sizes)
+            count, size = len(seeds), asked.height_and_width(drawing.pipe.bundle.sizes)
             given = [asked.prompt] * count, [asked.negative_prompt] * count, scales, seeds
-            facts |= {"model": batcher.name, "images": count}
+            facts |= {"model": drawing.name, "images": count}
             if settings.prompts_in_log:
                 facts |= {"prompt": asked.prompt, "negative_prompt": asked.negative_prompt}
-            images = await asyncio.to_thread(batcher.pipe.check, *given, size=size)
+            images = drawing.pipe.check(*given, size=size)
         except InputError as error:
             raise Refused(400, str(error)) from error
         try:
-            result = await unless_gone(request, batcher.draw(images, size, settings.timeout), settings.timeout)
+            result = await unless_gone(request, drawing.draw(images, size, settings.timeout), settings.timeout)
         except QueueFull as error:
-            metrics.refused.labels(batcher.name).inc()
+            metrics.refused.labels(drawing.name).inc()
             raise Refused(429, str(error), "rate_limit_error", {"retry-after": f"{error.seconds:.0f}"}) from error
         except (Cancelled, TimeoutError) as error:
             raise Refused(504, str(error) or f"no image within {settings.timeout:g} s", "timeout") from error
         except SnoopiError as error:
             raise Refused(500, str(error), "server_error") from error
-        metrics.images.labels(batcher.name).inc(count)
+        metrics.images.labels(drawing.name).inc(count)
         for stage, seconds in result.timings.items():
-            metrics.stages.labels(batcher.name, stage).observe(seconds)
+            metrics.stages.labels(drawing.name, stage).observe(seconds)
         try:
             files = await asyncio.gather(*(asyncio.to_thread(api.encoded, result, i, asked) for i in range(count)))
         except SnoopiError as error:
             raise Refused(400, str(error)) from error
         urls = [keep(request, asked.output_format, file) for file in files] if asked.response_format == "url" else None
         return Response(
-            api.answer(batcher.name, result, files, urls, asked).model_dump_json(exclude_none=True), media_type="application/json"
+            api.answer(drawing.name, result, files, urls, asked).model_dump_json(exclude_none=True), media_type="application/json"
         )
 
     @app.get("/v1/models", response_model=api.Models)
     async def models() -> Any:
         """The bundles that are served; the first is the default."""
-        return api.Models(data=[described(name) for name in state.batchers])
+        return api.Models(data=[described(name) for name in state.drawing])
 
     @app.get("/v1/models/{name}", response_model=api.Model)
     async def model(name: str) -> Any:
@@ -208,9 +163,9 @@ def application(settings: Settings) -> FastAPI:
 
     @app.get("/readyz", include_in_schema=False)
     async def readyz() -> Response:
-        lines = [*(f"{name}: ready" for name in state.batchers), *(f"{name}: {why}" for name, why in state.broken.items())]
+        lines = [*(f"{name}: ready" for name in state.drawing), *(f"{name}: {why}" for name, why in state.broken.items())]
         first = next(iter(settings.models))
-        return Response("\n".join(lines) + "\n", 200 if first in state.batchers else 503, media_type="text/plain")
+        return Response("\n".join(lines) + "\n", 200 if first in state.drawing else 503, media_type="text/plain")
 
     @app.get("/metrics", include_in_schema=False)
     async def figures() -> Response:
@@ -239,17 +194,17 @@ def application(settings: Settings) -> FastAPI:
     async def refused(_: Request, error: Refused) -> Response:
         return error.response()
 
-    def find(name: str | None) -> Batcher:
+    def find(name: str | None) -> Drawing:
         chosen = next(iter(settings.models)) if name is None else name
-        return state.batchers[chosen] if chosen in state.batchers else missing(chosen)
+        return state.drawing[chosen] if chosen in state.drawing else missing(chosen)
 
     def missing(name: str) -> Any:
         if name in state.broken:
             raise Refused(503, f"model {name!r} cannot be served: {state.broken[name]}", "server_error")
-        raise Refused(404, f"unknown model {name[:200]!r}, choose from {', '.join(state.batchers)}", "not_found_error")
+        raise Refused(404, f"unknown model {name[:200]!r}, choose from {', '.join(state.drawing)}", "not_found_error")
 
     def described(name: str) -> api.Model:
-        pipe = state.batchers[name].pipe
+        pipe = state.drawing[name].pipe
         scale = pipe.bundle.guidance.scale
         return api.Model(
             id=name,
@@ -302,20 +257,6 @@ def application(settings: Settings) -> FastAPI:
     return app
 
 
-CODES = {
-    400: "Something that cannot be asked.",
-    401: "No key, or a wrong one.",
-    404: "An unknown model.",
-    408: "The body did not come.",
-    413: "The body is too large.",
-    415: "The body is not JSON.",
-    429: "Too many images wait; Retry-After says when to come back.",
-    500: "A picture could not be made.",
-    503: "A model that cannot be served.",
-    504: "No image within the time.",
-}
-
-
 def _opened(open_pipeline: Callable[[], Pipeline]) -> Pipeline:
     return open_pipeline().warmup()
 
@@ -339,11 +280,6 @@ async def unless_gone(request: Request, work: Awaitable[Any], timeout: float) ->
         raise Refused(499, "the client went") from None
     finally:
         watching.cancel()
-
-
-def tell(what: str, **facts: Any) -> None:
-    """One line of JSON in the log."""
-    log.info(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "what": what, **facts}))
 
 
 def read_key(file: Path | None, environment: str | None) -> str | None:

@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from snoopi_rt.engines.base import Cancelled, SnoopiError
 from snoopi_rt.pipeline import Pipeline, columns
@@ -37,17 +37,38 @@ class Waiting:
         return self.future.cancelled()
 
 
-class Batcher:
-    """A thread that draws for one pipeline, and the queue before it. Made inside an event loop.
+class Drawing(Protocol):
+    """What draws the images of a model: `name` is what clients call it, `pipe` tells what can be asked, `waiting` images wait."""
 
-    name: what clients call it. wait: seconds that a batch which is not full waits for more; without it, only what came while the last one
-    was drawn is together. together: the most images of one call, 1 turns batching off. limit: the most images that wait.
+    name: str
+    pipe: Pipeline
+
+    @property
+    def waiting(self) -> int: ...
+
+    async def draw(self, images: list[Request], size: tuple[int, int], timeout: float) -> Result:
+        """The images. When the task is cancelled they are not drawn, unless that has begun.
+
+        Raises QueueFull, Cancelled after `timeout` seconds in the queue, and what Pipeline.generate raises.
+        """
+        ...
+
+    def close(self) -> None:
+        """Draws what is waiting and frees the pipeline."""
+        ...
+
+
+class Batcher:
+    """A thread that draws for one pipeline, and the queue before it: a Drawing in this process. Made inside an event loop.
+
+    wait: seconds that a batch which is not full waits for more; without it, only what came while the last one was drawn is together.
+    together: the most images of one call, where the bundle takes as many; 1 turns batching off. limit: the most images that wait.
     observe(images): told of every batch.
     """
 
     def __init__(self, name: str, pipe: Pipeline, wait: float, together: int, limit: int, observe: Any = lambda images: None) -> None:
-        self.name = name
-        self.pipe, self._wait, self._together, self._limit, self._observe = pipe, wait, together, limit, observe
+        self.name, self.pipe = name, pipe
+        self._wait, self._together, self._limit, self._observe = wait, min(together, pipe.max_batch), limit, observe
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Waiting] = deque()
         self._changed = threading.Condition()
@@ -62,10 +83,7 @@ class Batcher:
         return sum(len(each.images) for each in tuple(self._queue))
 
     async def draw(self, images: list[Request], size: tuple[int, int], timeout: float) -> Result:
-        """The images. When the task is cancelled they are not drawn, unless that has begun.
-
-        Raises QueueFull, Cancelled after `timeout` seconds in the queue, and what Pipeline.generate raises.
-        """
+        """See Drawing."""
         waiting = self.waiting
         if waiting and waiting + len(images) > self._limit:
             raise QueueFull(max(1.0, waiting * self._pace))
@@ -78,11 +96,12 @@ class Batcher:
         return await item.future
 
     def close(self) -> None:
-        """Draws what is waiting, then ends the thread."""
+        """See Drawing."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+        self.pipe.close()
 
     def _work(self) -> None:
         while batch := self._next():

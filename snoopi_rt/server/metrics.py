@@ -4,7 +4,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from snoopi_rt.server.batching import Batcher
+from snoopi_rt.server.batching import Drawing
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
@@ -22,9 +22,9 @@ class Metrics:
         self.refused = self._made(Counter, "refused", "Requests that were not taken because the queue was full.", ["model"])
         self._waiting = self._made(Gauge, "waiting_images", "Images in the queue.", ["model"])
 
-    def watch(self, model: str, batcher: Batcher) -> None:
+    def watch(self, model: str, drawing: Drawing) -> None:
         """Reads a model's queue whenever the figures are read."""
-        self._waiting.labels(model).set_function(lambda: batcher.waiting)
+        self._waiting.labels(model).set_function(lambda: drawing.waiting)
 
     def text(self) -> bytes:
         """All figures in Prometheus' format."""

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.server.app import Settings, application
@@ -17,7 +17,7 @@ GRACE = 30
 """Seconds that accepted requests may take after a signal to stop."""
 
 
-class Impatient(H11Protocol):
+class Impatient(HttpToolsProtocol):
     """Closes a connection that begins a request and does not go on: else some hundred of them would hold the server."""
 
     _patience: asyncio.TimerHandle | None = None
