@@ -31,6 +31,7 @@ TRAIN = [*TORCH, *MINILM, *WEIGHTS, "peft>=0.18", "resvg-py>=0.5", "tensorboard>
 # For the kernels' tests; torch with CUDA brings its own.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 SERVE = ["fastapi>=0.130", "uvicorn>=0.40", "httptools>=0.6.3", "uvloop>=0.21; platform_system != 'Windows'", "prometheus-client>=0.22"]
+RAY = ["ray[data,serve]>=2.50"]
 # The official client, a fuzzer of OpenAPI documents, and what drives the browser in which the page is tested.
 CLIENTS = ["openai>=2", "httpx>=0.28", "aiohttp>=3.12", "schemathesis>=4", "playwright>=1.50"]
 # What an engine on an NVIDIA GPU needs beside its own package: memory and graphs of the GPU, and one builder at a time.
@@ -47,9 +48,10 @@ EXTRAS = {
     "tensorrt-rtx": [*RTX, *GPU],
     "parquet": ["pyarrow>=20"],
     "serve": SERVE,
+    "ray": RAY,
     "export": EXPORT,
     "train": TRAIN,
-    "dev": [*EXPORT, *TRAIN, *TRITON, *RTX, *GPU, *SERVE, *CLIENTS, *CHECKS],
+    "dev": [*EXPORT, *TRAIN, *TRITON, *RTX, *GPU, *SERVE, *RAY, *CLIENTS, *CHECKS],
 }
 
 setup(

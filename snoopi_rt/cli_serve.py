@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from snoopi_rt.cli_options import ray_options, ray_workers
 from snoopi_rt.engines.base import EngineMissing, InputError
 
 
@@ -29,10 +30,22 @@ from snoopi_rt.engines.base import EngineMissing, InputError
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=60.0, metavar="S", help="Seconds of one request.")
 @click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="A web page's origin that may call.  [default: none]")
 @click.option("--log-prompts", is_flag=True, help="Write prompts into the log.")
+@ray_options
 def serve(
-    bundles: tuple[str, ...], engine: str, precision: str | None, threads: int | None, api_key_file: Path | None, **options: Any
+    bundles: tuple[str, ...],
+    engine: str,
+    precision: str | None,
+    threads: int | None,
+    api_key_file: Path | None,
+    ray: bool,
+    workers: tuple[int, int] | None,
+    gpus: float | None,
+    **options: Any,
 ) -> None:
     """Serve bundles over HTTP, in the words of OpenAI's image API."""
+    scale = ray_workers(ray, workers, gpus, threads)
+    if scale is not None and threads is None:
+        threads = 1
     try:
         from snoopi_rt.server.app import Settings, read_key
         from snoopi_rt.server.run import serve as run
@@ -44,7 +57,7 @@ def serve(
     if len(dict(named)) < len(named):
         raise InputError("two bundles have one name: --bundle NAME=FOLDER gives them others")
     settings = Settings(
-        models={name: partial(load, folder, engine, precision, threads) for name, folder in named},
+        models={name: partial(load, folder, engine=engine, precision=precision, threads=threads) for name, folder in named},
         key=read_key(api_key_file, os.environ.get("SNOOPI_RT_API_KEY")),
         together=options["max_batch"],
         batch_wait=options["batch_wait"] / 1000,
@@ -54,9 +67,14 @@ def serve(
         prompts_in_log=options["log_prompts"],
         origins=options["origins"],
     )
-    run(settings, options["host"], options["port"])
+    if scale is None:
+        run(settings, options["host"], options["port"])
+    else:
+        from snoopi_rt.server.on_ray import serve_on_ray
+
+        serve_on_ray(settings, scale, options["host"], options["port"])
 
 
 def _named(text: str) -> tuple[str, str | None]:
     name, equals, path = text.partition("=")
-    return (name, path) if equals else (Path(text).resolve().name, text)
+    return name if equals else Path(text).resolve().name, str(Path(path if equals else text).resolve())

@@ -1,0 +1,112 @@
+"""Options and words that several commands share."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from snoopi_rt.engines.base import EngineMissing, InputError
+
+if TYPE_CHECKING:
+    from snoopi_rt.on_ray import Workers
+
+PATIENCE = 2.0
+"""Seconds without a word on standard error."""
+
+
+class Size(click.ParamType):
+    """WIDTHxHEIGHT in pixels, to (height, width)."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        from snoopi_rt.request import parse_size
+
+        return parse_size(value)
+
+
+bundle_option = click.option("--bundle", metavar="FOLDER", help="The bundle's folder.  [default: the one that came with snoopi-rt]")
+engine_option = click.option(
+    "--engine",
+    default="auto",
+    metavar="NAME",
+    help="cpu, openvino, cuda or tensorrt, if the bundle serves it; auto: the fastest by bench, else cpu.",
+)
+precision_option = click.option(
+    "--precision",
+    metavar="NAME",
+    help="A precision of the bundle, such as fp32, or one a graph: generator=int8,decoder=fp16.  [default: the bundle's first]",
+)
+threads_option = click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: one for each core it may use]")
+
+
+class Range(click.ParamType):
+    """N, or MIN-MAX, to (min, max)."""
+
+    name = "N[-MAX]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        least, dash, most = value.partition("-")
+        try:
+            found = int(least), int(most if dash else least)
+        except ValueError:
+            found = 0, 0
+        if not 1 <= found[0] <= found[1]:
+            raise InputError(f"{value!r} is not a number of processes, such as 4 or 1-8")
+        return found
+
+
+def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--ray, --workers and --gpus."""
+    gpus = click.option("--gpus", type=click.FloatRange(0), metavar="X", help="With --ray: of a process; 0.5 shares one.  [default: 0]")
+    workers = click.option("--workers", type=Range(), metavar="N[-MAX]", help="With --ray: processes that draw.  [default: 1]")
+    ray = click.option("--ray", is_flag=True, help="Draw on a Ray cluster: $RAY_ADDRESS, else one on this machine.")
+    return ray(workers(gpus(command)))
+
+
+def ray_workers(ray: bool, workers: tuple[int, int] | None, gpus: float | None, threads: int | None) -> "Workers | None":
+    """What the options say; None without --ray. A process takes `threads` CPUs, one where nothing is said.
+
+    Raises InputError for options that need --ray, EngineMissing without its package.
+    """
+    if not ray:
+        if workers is not None or gpus is not None:
+            raise InputError("--workers and --gpus go with --ray")
+        return None
+    try:
+        from snoopi_rt.on_ray import Workers
+    except ImportError as error:
+        raise EngineMissing(f'--ray needs {error.name}: pip install "snoopi-rt[ray]"') from error
+    return Workers(*(workers or (1, 1)), cpus=threads or 1, gpus=gpus or 0)
+
+
+def told(progress: dict[str, str]) -> Callable[[str, float], None]:
+    """Tells `progress_line` of what an engine compiles."""
+
+    def tell(what: str, share: float) -> None:
+        progress["doing"] = f"{what}, {share:.0%}"
+
+    return tell
+
+
+@contextmanager
+def progress_line() -> Iterator[dict[str, str]]:
+    """Says every two seconds on standard error what is being done: quick work is silent, slow work is not."""
+    progress, done, start = {"doing": "loading"}, threading.Event(), time.monotonic()
+
+    def talk() -> None:
+        while not done.wait(PATIENCE):
+            click.echo(f"{progress['doing']} ({time.monotonic() - start:.0f} s)", err=True)
+
+    threading.Thread(target=talk, daemon=True).start()
+    try:
+        yield progress
+    finally:
+        done.set()

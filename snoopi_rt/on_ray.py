@@ -1,0 +1,82 @@
+"""Many prompts on a Ray cluster: Ray Data hands the rows of a batch to processes that each have the bundle open."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from snoopi_rt.batch import Batch, Drawn, Job, draw_together
+from snoopi_rt.engines.base import EngineError, SnoopiError
+from snoopi_rt.pipeline import Pipeline, load
+
+
+def start_ray() -> None:
+    """Joins the cluster of $RAY_ADDRESS, else starts one on this machine that ends with this process. Raises EngineError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody unless asked for
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong comes as an exception
+    try:
+        ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EngineError(f"Ray cannot start: {str(error).splitlines()[0]}") from error
+
+
+def known(error: RayTaskError) -> BaseException:
+    """What was raised in another process, without Ray's page about it."""
+    cause = error.cause
+    return cause if isinstance(cause, SnoopiError) else EngineError(f"{type(cause).__name__}: {cause}")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many processes have a bundle open: `least` to `most`, as there is work. cpus, gpus: what each takes; may be a part of one."""
+
+    least: int = 1
+    most: int = 1
+    cpus: float = 1
+    gpus: float = 0
+
+
+def draw_on_ray(opening: dict[str, Any], workers: Workers, pipe: Pipeline, batch: Batch, jobs: Iterable[Job]) -> Iterator[Drawn]:
+    """With its first two given a Draw of batch.py; opening: what `load` takes by name. `pipe` itself is not opened.
+
+    A process that dies is replaced, and what it was drawing is drawn again.
+    """
+    rows = [{"job": json.dumps(job)} for job in jobs]
+    if not rows:
+        return
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for name in ("ray.data", "ray.data._internal"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # A block is handed out, comes back and is drawn again at once: it is one call.
+    made = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // pipe.max_batch)).map_batches(
+        Drawer,
+        batch_size=pipe.max_batch,
+        compute=ray.data.ActorPoolStrategy(min_size=workers.least, max_size=workers.most),
+        num_cpus=workers.cpus,
+        num_gpus=workers.gpus or None,
+        fn_constructor_args=(opening, batch),
+    )
+    try:
+        for row in made.iter_rows():
+            yield Drawn(row["row"], row["file"], json.loads(row["metadata"]), row["error"])
+    except RayTaskError as error:
+        raise known(error) from None
+
+
+class Drawer:
+    """What a process keeps open."""
+
+    def __init__(self, opening: dict[str, Any], batch: Batch) -> None:
+        self._pipe, self._batch = load(**opening), batch
+
+    def __call__(self, rows: dict[str, Sequence[str]]) -> dict[str, list[Any]]:
+        """Rows of jobs to rows of Drawn."""
+        jobs = [(row, job) for row, job in map(json.loads, rows["job"])]
+        drawn = [asdict(each) for each in draw_together(self._pipe, self._batch, jobs)]
+        columns = {name: [each[name] for each in drawn] for name in ("row", "file", "error")}
+        return columns | {"metadata": [json.dumps(each["metadata"]) for each in drawn]}
