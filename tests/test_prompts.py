@@ -149,3 +149,20 @@ def test_kept_states_belong_to_one_build_and_one_text_rule(original: Bundle, fak
     assert new(replace(original, text=replace(original.text, max_tokens=5)))
     assert new(replace(original, text=replace(original.text, pad=0)))
     assert not new(original)
+
+
+def test_memory_for_prompts_is_bounded_and_those_let_go_come_from_disk(
+    original: Bundle, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = PromptEncoder(original, original.graphs["text_encoder"][0], lambda: fakes["text_encoder"], Cache()).encode("a red fox")
+    limit = 2 * sum(value.nbytes for value in whole.values())
+    monkeypatch.setattr("snoopi_rt.prompts.IN_MEMORY", limit)
+    encoder = PromptEncoder(original, original.graphs["text_encoder"][0], lambda: fakes["text_encoder"], Cache())
+    asked = ["a cat", "a fox", "a red fox", "a blue cat"]
+    first = {prompt: encoder.encode(prompt) for prompt in asked}
+    assert 0 < len(encoder._kept) < len(asked)
+    assert encoder._bytes == sum(value.nbytes for states in encoder._kept.values() for value in states.values()) <= limit
+    calls = fakes["text_encoder"].calls
+    for prompt in asked:
+        np.testing.assert_array_equal(*(next(iter(states.values())) for states in (first[prompt], encoder.encode(prompt))))
+    assert fakes["text_encoder"].calls == calls

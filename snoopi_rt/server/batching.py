@@ -20,6 +20,10 @@ class QueueFull(SnoopiError):
         super().__init__(f"the queue is full, try again in {seconds:.0f} s")
         self.seconds = seconds
 
+    def __reduce__(self) -> tuple[type["QueueFull"], tuple[float]]:
+        """For another process: an exception would be made of its message."""
+        return QueueFull, (self.seconds,)
+
 
 @dataclass(eq=False)
 class Waiting:

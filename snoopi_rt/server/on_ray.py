@@ -13,7 +13,7 @@ from functools import partial
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -116,7 +116,8 @@ def deployed(settings: Settings, workers: Workers) -> serve.Application:
         serve.deployment(
             Replica,
             name=_deployment(name),
-            max_ongoing_requests=settings.queue,
+            # More than its queue takes: what is too much is refused there, and does not wait here.
+            max_ongoing_requests=settings.queue + settings.together + 1,
             # Twice what is drawn together: one batch is drawn while the next one gathers.
             autoscaling_config={
                 "min_replicas": workers.least,
@@ -165,7 +166,7 @@ def serve_on_ray(settings: Settings, workers: Workers, host: str, port: int) -> 
 def _start(host: str, port: int) -> None:
     try:
         serve.start(http_options=HTTPOptions(host=host, port=port))
-    except RuntimeError as error:
+    except (RayError, RuntimeError) as error:
         raise InputError(f"http://{host}:{port} cannot be served by Ray: is the port in use?") from error
 
 
