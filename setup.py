@@ -42,7 +42,7 @@ CHECKS = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "mypy>=1.18", "types-t
 EXTRAS = {
     "cpu": ["onnxruntime>=1.24"],
     "openvino": ["openvino>=2026.1"],
-    "cuda": ["onnxruntime-gpu>=1.24"],
+    "cuda": ["onnxruntime-gpu[cuda,cudnn]>=1.24"],
     # The first that reads the operator Attention.
     "tensorrt": ["tensorrt>=10.14", *GPU],
     "tensorrt-rtx": [*RTX, *GPU],

@@ -103,7 +103,7 @@ def versions() -> dict[str, str]:
     for name in installed():
         package = ENGINES[name].package
         found[name] = "unknown"  # such as onnxruntime out of onnxruntime-gpu
-        for distribution in (ENGINES[name].distribution or package, f"{package}_cu13"):
+        for distribution in (ENGINES[name].distribution or package, f"{package}_cu13", f"{package}_cu12"):
             with suppress(PackageNotFoundError):
                 found[name] = version(distribution)
                 break

@@ -10,6 +10,9 @@ import numpy as np
 
 from snoopi_rt.engines.base import EngineError, EngineMissing, engine_errors
 
+POOL = 256 * 2**20
+"""Bytes that the driver keeps for the next array instead of giving them back at every wait, which is its default."""
+
 
 class Gpu:
     """The first GPU that CUDA_VISIBLE_DEVICES leaves, and the stream on which all engines of the process work.
@@ -30,7 +33,7 @@ class Gpu:
 
     def __init__(self, name: str) -> None:
         try:
-            from cuda.bindings import runtime
+            from cuda.bindings import driver, runtime
         except ImportError as error:
             raise EngineMissing(f'engine {name!r} needs cuda-bindings: pip install "snoopi-rt[{name}]"') from error
         self.cuda: Any = runtime
@@ -42,13 +45,17 @@ class Gpu:
             raise EngineError(f"engine {name!r} needs an NVIDIA GPU, and none is visible (CUDA_VISIBLE_DEVICES)")
         with engine_errors(f"engine {name!r} cannot use the GPU"):
             (properties,) = self.call(runtime.cudaGetDeviceProperties, 0)
-            (driver,) = self.call(runtime.cudaDriverGetVersion)
+            (version,) = self.call(runtime.cudaDriverGetVersion)
+            (pool,) = self.call(runtime.cudaDeviceGetDefaultMemPool, 0)
+            threshold = runtime.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
+            self.call(runtime.cudaMemPoolSetAttribute, pool, threshold, driver.cuuint64_t(POOL))
             (self.stream,) = self.call(runtime.cudaStreamCreateWithFlags, runtime.cudaStreamNonBlocking)
         self.name = properties.name.decode().rstrip("\0")
         self.capability = (properties.major, properties.minor)
-        self.driver = int(driver)
+        self.driver = int(version)
         self._pinned: dict[int, list[int]] = defaultdict(list)
-        self._guard = threading.Lock()
+        # One thread may take it twice: the garbage collector gives memory back at any moment.
+        self._guard = threading.RLock()
 
     def call(self, function: Any, *arguments: Any) -> tuple:
         """What a function of the CUDA runtime gives. Raises RuntimeError with CUDA's own words."""
@@ -58,9 +65,10 @@ class Gpu:
             raise RuntimeError(f"CUDA says: {text.decode()}")
         return tuple(values)
 
-    def free_memory(self) -> int:
-        """Bytes."""
-        return int(self.call(self.cuda.cudaMemGetInfo)[0])
+    def memory(self) -> tuple[int, int]:
+        """Bytes that are free, and all."""
+        free, total = self.call(self.cuda.cudaMemGetInfo)
+        return int(free), int(total)
 
     def wait(self) -> None:
         """Returns when all work on the stream is done."""
@@ -92,7 +100,8 @@ class Gpu:
     def recorded(self, work: Callable[[Any], None]) -> Any:
         """What work(stream) puts on a stream, as a graph that can be launched again; nothing of it is done yet.
 
-        The stream is one of its own: what other threads do meanwhile on the one of all engines is none of it.
+        The stream is one of its own: what other threads do meanwhile on the one of all engines is none of it. Raises what work raises,
+        and RuntimeError where something in it cannot be recorded.
         """
         cuda = self.cuda
         (apart,) = self.call(cuda.cudaStreamCreateWithFlags, cuda.cudaStreamNonBlocking)
@@ -100,10 +109,14 @@ class Gpu:
             self.call(cuda.cudaStreamBeginCapture, apart, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
             try:
                 work(apart)
+            except BaseException:
+                cuda.cudaStreamEndCapture(apart)  # it fails too, and says less
+                raise
+            (graph,) = self.call(cuda.cudaStreamEndCapture, apart)
+            try:
+                (executable,) = self.call(cuda.cudaGraphInstantiate, graph, 0)
             finally:
-                (graph,) = self.call(cuda.cudaStreamEndCapture, apart)
-            (executable,) = self.call(cuda.cudaGraphInstantiate, graph, 0)
-            self.call(cuda.cudaGraphDestroy, graph)
+                self.call(cuda.cudaGraphDestroy, graph)
         finally:
             self.call(cuda.cudaStreamDestroy, apart)
         return executable
@@ -130,8 +143,8 @@ class GpuArray:
         return self.shape[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        memory = self.gpu.pinned(self.nbytes)
         with engine_errors("the GPU failed"):
+            memory = self.gpu.pinned(self.nbytes)
             self.gpu.copy(memory.pointer, self.pointer, self.nbytes)
             self.gpu.wait()
         values = memory.array(self.shape, self.dtype)

@@ -1,7 +1,9 @@
 """ONNX Runtime, on the CPU (engine `cpu`) and on CUDA (engine `cuda`)."""
 
+import io
 import json
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,44 +63,49 @@ class OrtEngine:
         if provider not in available:
             needs = f"engine {name!r} needs ONNX Runtime with {provider}, which the one installed has not{conflict()}"
             raise EngineMissing(f'{needs}: pip uninstall onnxruntime, then pip install "snoopi-rt[{name}]"')
-        session = None
+        session, self._bound = None, None
         if cache is not None and name == "cpu":
             with suppress(EngineError), engine_errors("the cache is of no use"):
                 session = _kept_session(path, threads, cache, opening.key)
         with engine_errors(f"engine {name!r} cannot load {path.name}"):
-            session, graphs = (session, False) if session is not None else _session(path, provider, threads)
+            if name == "cuda":
+                self._bound = BoundSession(partial(_cuda_session, path, threads), "cuda")
+                session = self._bound.session
+            elif session is None:
+                session = onnxruntime.InferenceSession(str(path), _options(threads), providers=[provider])
         # A provider that cannot start is replaced by the CPU without an error: only the session says what is used.
         self.provider = session.get_providers()[0]
         if self.provider != provider:
             raise EngineError(f"engine {name!r}: ONNX Runtime could not start {provider} and fell back to the CPU{conflict()}")
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
-        self._session: Any = session
-        self._bound = BoundSession(session, "cuda", self.outputs, graphs) if name == "cuda" else None
+        self._session: Any = None if self._bound is not None else session
 
     def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
-        session = self._session
-        if session is None:
+        session, bound = self._session, self._bound
+        if session is None and bound is None:
             raise EngineError("this engine is closed")
         check_inputs(self.inputs, arrays)
         with engine_errors("ONNX Runtime failed"):
-            if self._bound is not None:
-                return self._bound(arrays)
+            if bound is not None:
+                return bound(arrays, self.outputs)
             values = session.run(None, arrays)
         return {spec.name: value for spec, value in zip(self.outputs, values, strict=True)}
 
     def close(self) -> None:
-        self._session = self._bound = None
+        bound, self._session, self._bound = self._bound, None, None
+        if bound is not None:
+            bound.close()
 
 
-def _session(path: Path, provider: str, threads: int) -> tuple[Any, bool]:
-    """A session, and whether it can record CUDA graphs: not where some operator runs on the CPU."""
-    from onnxruntime import InferenceSession
+def _cuda_session(path: Path, threads: int, graphs: bool) -> Any:
+    """A session on the GPU. Without `enable_fallback` ONNX Runtime would print what is wrong and go on on the CPU."""
+    import onnxruntime
 
-    if provider == PROVIDERS["cuda"]:
-        with suppress(Exception):
-            return InferenceSession(str(path), _options(threads), providers=[(provider, {"enable_cuda_graph": "1"})]), True
-    return InferenceSession(str(path), _options(threads), providers=[provider]), False
+    with redirect_stdout(io.StringIO()):  # CUDA and cuDNN out of their packages, where they are there; it prints which are not
+        onnxruntime.preload_dlls()
+    provider = PROVIDERS["cuda"], {"enable_cuda_graph": "1"} if graphs else {}
+    return onnxruntime.InferenceSession(str(path), _options(threads), providers=[provider], enable_fallback=0)
 
 
 def _settings() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,21 @@ NO_RTX = {(8, 0), (9, 0), (10, 0), (10, 3)}
 LANES = 16
 """Combinations of input shapes that are kept ready; what was not used for longest goes first."""
 ROOM = 1.5
-"""How many times its weights must be free on the GPU, else they are streamed from the host."""
+"""How many times its weights the GPU's memory must be, else they are streamed from the host."""
+MARGIN = 256 * 2**20
+"""Bytes that are left free beside weights that are streamed."""
 
 Arrays = Mapping[str, np.ndarray | GpuArray]
+
+
+class Refused(Exception):
+    """TensorRT did not do what it was asked; why is in what it logged."""
+
+
+def accepted(answer: Any) -> None:
+    """Raises Refused for an answer that means no."""
+    if not answer:
+        raise Refused
 
 
 class TrtEngine:
@@ -39,18 +52,23 @@ class TrtEngine:
         self.provider = f"{label} on {gpu.name}"
         weights = sum(file.stat().st_size for file in model_files(path))
         described = f"{gpu.name}, {gpu.capability}, driver {gpu.driver}"
-        plan = KeptPlan(trt, path, opening, described, streaming=gpu.free_memory() < ROOM * weights)
-        log, errors = logger(trt)
+        # By all of its memory, not by what is free at the moment: a plan for the other case is another, which takes minutes.
+        plan = KeptPlan(trt, path, opening, described, streaming=gpu.memory()[1] < ROOM * weights)
+        log, self._errors = logger(trt)
         with engine_errors(f"engine {opening.name!r} cannot load {path.name}"):
             runtime = trt.Runtime(log)
-            engine = runtime.deserialize_cuda_engine(plan.read())
-            if engine is None:  # of another version, or damaged before it was written
+            data = plan.read()
+            engine = runtime.deserialize_cuda_engine(data)
+            # Of another version, or damaged before it was written; a lack of memory is no reason to spend minutes once more.
+            if engine is None and plan.kept and gpu.memory()[0] > ROOM * len(data):
                 plan.drop()
                 engine = runtime.deserialize_cuda_engine(plan.read())
             if engine is None:
-                raise EngineError(f"engine {opening.name!r} cannot load {path.name}: {first(errors)}")
+                raise EngineError(f"engine {opening.name!r} cannot load {path.name}: {first(self._errors)}")
             if plan.streaming:
-                engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+                # TensorRT's own budget comes to Python in 32 bits.
+                room = gpu.memory()[0] - engine.device_memory_size_v2 - MARGIN
+                engine.weight_streaming_budget_v2 = max(0, min(engine.streamable_weights_size, room))
             self._contexts: Any = _Contexts(trt, engine, Kept(opening.cache, f"{plan.name}-kernels") if opening.cache else None)
         self._trt, self._engine = trt, engine
         self._kept_alive: Any = log, runtime
@@ -67,7 +85,11 @@ class TrtEngine:
         with self._lock, engine_errors("TensorRT failed"):
             if self._engine is None:
                 raise EngineError("this engine is closed")
-            return self._lane(arrays).run(arrays)
+            self._errors.clear()
+            try:
+                return self._lane(arrays).run(arrays)
+            except Refused:
+                raise EngineError(f"TensorRT failed: {first(self._errors)}") from None
 
     def close(self) -> None:
         with self._lock, engine_errors("TensorRT failed"):
@@ -89,14 +111,17 @@ class TrtEngine:
         return lane
 
     def _new_lane(self, shapes: tuple[tuple[int, ...], ...]) -> "_Lane":
+        profile = self._profile(shapes)
         context = self._contexts.make()
-        context.set_optimization_profile_async(self._profile(shapes), int(self._gpu.stream))
+        accepted(context is not None and context.set_optimization_profile_async(profile, int(self._gpu.stream)))
         for spec, shape in zip(self.inputs, shapes, strict=True):
-            context.set_input_shape(spec.name, shape)
+            accepted(context.set_input_shape(spec.name, shape))
         size = int(context.update_device_memory_size_for_shapes())
+        accepted(size > 0 or not self._errors)
         if self._activations is None or self._activations.nbytes < size:
             # The others' graphs know the old memory by its address.
             self._forget_lanes()
+            self._activations = None  # before the larger one is asked for
             self._activations = self._gpu.array((size,), np.dtype(np.uint8))
         context.set_device_memory(self._activations.pointer, self._activations.nbytes)
         return _Lane(self._gpu, context, self.inputs, shapes, self.outputs, self._contexts.records)
@@ -166,7 +191,7 @@ class _Lane:
         self._inputs = {spec.name: gpu.array(shape, np.dtype(spec.dtype)) for spec, shape in zip(inputs, shapes, strict=True)}
         self._outputs = {spec.name: gpu.array(tuple(context.get_tensor_shape(spec.name)), np.dtype(spec.dtype)) for spec in outputs}
         for name, buffer in {**self._inputs, **self._outputs}.items():
-            context.set_tensor_address(name, buffer.pointer)
+            accepted(context.set_tensor_address(name, buffer.pointer))
         self._staging = {name: gpu.pinned(buffer.nbytes) for name, buffer in self._inputs.items()}
         (self._uploaded,) = gpu.call(gpu.cuda.cudaEventCreateWithFlags, gpu.cuda.cudaEventDisableTiming)
         self._runs = 0
@@ -181,12 +206,18 @@ class _Lane:
             self._enqueue(self._gpu.stream)
             self._runs += 1
             if self._records and self._runs == 2:  # the first run may still prepare something
-                self._graph = self._gpu.recorded(self._enqueue)
+                self._record()
         found = {}
         for name, buffer in self._outputs.items():
             found[name] = copy = self._gpu.array(buffer.shape, buffer.dtype)
             self._gpu.copy(copy.pointer, buffer.pointer, copy.nbytes)
         return found
+
+    def _record(self) -> None:
+        """Makes a graph of the run, unless something in the model cannot be recorded: then it goes on without."""
+        self._gpu.wait()
+        with suppress(Refused, RuntimeError):
+            self._graph = self._gpu.recorded(self._enqueue)
 
     def close(self) -> None:
         """Frees everything; nothing of it may still be running."""
@@ -212,5 +243,4 @@ class _Lane:
         gpu.call(gpu.cuda.cudaEventRecord, self._uploaded, gpu.stream)
 
     def _enqueue(self, stream: Any) -> None:
-        if not self._context.execute_async_v3(int(stream)):
-            raise EngineError("TensorRT refused to run the model")
+        accepted(self._context.execute_async_v3(int(stream)))

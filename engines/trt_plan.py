@@ -7,6 +7,7 @@ it is made here and nowhere else, and one whose digest is not what was written i
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,10 @@ def profiles(axes: Mapping[str, Axis]) -> list[Profile]:
 class KeptPlan:
     """The plan of the model in `path` for a GPU: from the cache if it is there, whole and of this version, else built.
 
-    gpu: all that is known of it and its driver. streaming: weights may stay on the host.
+    gpu: all that is known of it and its driver. streaming: weights may stay on the host. kept: whether it came from the cache.
     """
+
+    kept = False
 
     def __init__(self, trt: Any, path: Path, opening: Opening, gpu: str, streaming: bool = False) -> None:
         self.trt, self.path, self.opening, self.streaming = trt, path, opening, streaming
@@ -57,6 +60,7 @@ class KeptPlan:
             return self._build(None)
         with cache.alone(self.name):
             plan = _read(cache, self.name)
+            self.kept = plan is not None
             if plan is None:
                 plan = self._build(None if is_rtx(self.trt) else Kept(cache, self._timings))
                 with cache.fill(self.name, len(plan)) as folder:
@@ -121,14 +125,17 @@ def build_plan(
         if streaming:
             config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
         if timing is not None:
-            config.set_timing_cache(config.create_timing_cache(timing.read()), ignore_mismatch=False)
+            known = config.create_timing_cache(timing.read())
+            if known is None or not config.set_timing_cache(known, ignore_mismatch=False):  # of another GPU, or damaged
+                config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
         monitor = _monitor(trt, progress, f"building {path.stem}")
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise EngineError(f"{doing}: {first(errors)}")
         if timing is not None:
-            timing.write(bytes(config.get_timing_cache().serialize()))
+            with suppress(Exception):  # the plan is what minutes were spent for
+                timing.write(bytes(config.get_timing_cache().serialize()))
         progress(f"building {path.stem}", 1.0)
         return bytes(plan)
 

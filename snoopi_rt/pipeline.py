@@ -326,7 +326,7 @@ def open_pipeline(
         build = builds[graph]
         name = engine if engine in build.engines else TEXT_ENGINE
         path = bundle.folder / build.files[0].path
-        return load_engine(name, path, build.precision, threads, cache, build.hash, axes(bundle, graph), progress)
+        return load_engine(name, path, build.precision, threads, cache, build.hash, axes(bundle, graph, build), progress)
 
     return Pipeline(bundle, open_engine, engine, precision, cache, low_memory)
 

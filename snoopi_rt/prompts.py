@@ -138,7 +138,8 @@ class PromptEncoder:
 
     def _compute(self, ids: np.ndarray) -> States:
         engine = self._encoder.open()
-        states = {name: np.asarray(value) for name, value in engine(ids=ids).items()}
+        # Copied: an engine's own memory, such as pinned memory of a GPU, is not to be kept for hours.
+        states = {name: np.array(value) for name, value in engine(ids=ids).items()}
         for name, value in states.items():
             if not np.isfinite(value).all():
                 raise OutputError(f"text_encoder gave NaN or infinity in {name!r}: this build does not work on engine {engine.provider!r}")

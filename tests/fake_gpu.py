@@ -18,12 +18,15 @@ class FakeCuda:
     cudaStreamNonBlocking = cudaHostAllocDefault = cudaEventDisableTiming = 0
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaMemPoolAttr = SimpleNamespace(cudaMemPoolAttrReleaseThreshold=4)
 
     def __init__(self, devices: int = 1, capability: tuple[int, int] = (8, 9)) -> None:
         self.devices, self.capability = devices, capability
         self.memory: dict[int, Any] = {}
         self.pinned = 0
-        self.free = 1 << 34
+        self.free = self.total = 1 << 34
+        self.kept = 0
+        self.recordable = True
         self.did: list[str] = []
         self.recording: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}
@@ -38,7 +41,15 @@ class FakeCuda:
         return 0, 13000
 
     def cudaMemGetInfo(self) -> tuple:
-        return 0, self.free, self.free
+        return 0, self.free, self.total
+
+    def cudaDeviceGetDefaultMemPool(self, device: int) -> tuple:
+        return 0, 3
+
+    def cudaMemPoolSetAttribute(self, pool: int, attribute: int, value: int) -> tuple:
+        assert (pool, attribute) == (3, 4)
+        self.kept = value
+        return (0,)
 
     def cudaGetErrorString(self, error: int) -> tuple:
         return 0, f"error {error}".encode()
@@ -85,6 +96,8 @@ class FakeCuda:
     def cudaStreamEndCapture(self, stream: int) -> tuple:
         recorded, self.recording = self.recording, None
         assert recorded is not None
+        if not self.recordable:
+            return 901, None
         self.graphs[len(self.graphs) + 1] = recorded
         return 0, len(self.graphs)
 
@@ -118,9 +131,12 @@ class FakeTrt:
         self.cuda, self.largest = cuda, largest
         self.refuses: set[bytes] = set()
         self.contexts = 0
-        self.streamed = False
+        self.fails = ""
+        self.log: Any = None
+        self.streamed: int | None = None
 
     def Runtime(self, log: Any) -> Any:
+        self.log = log
         return SimpleNamespace(deserialize_cuda_engine=lambda plan: None if plan in self.refuses else FakePlan(self))
 
     def nptype(self, kind: str) -> type:
@@ -204,12 +220,11 @@ class FakePlan:
         self.trt.contexts += 1
         return FakeContext(self.trt)
 
-    def get_weight_streaming_automatic_budget(self) -> int:
-        return 5
+    streamable_weights_size, device_memory_size_v2 = 1 << 33, 1 << 20
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight_streaming_budget_v2":
-            self.trt.streamed = value == 5
+            self.trt.streamed = value
         super().__setattr__(name, value)
 
 
@@ -228,6 +243,9 @@ class FakeContext:
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if shape == (4, 3) and self.trt.largest == 99:
+            self.trt.log.log(1, "not this shape")
+            return False
         self.shapes[name] = shape
         return True
 
@@ -246,6 +264,11 @@ class FakeContext:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
+        if self.trt.fails:
+            self.trt.log.log(1, f"{self.trt.fails}\nmore of it")
+            return False
+        if self.cuda.recording is not None and not self.cuda.recordable:
+            return False
         assert self.activations is not None and self.activations[0] in self.cuda.memory
         assert (self.profile == 0) == (self.shapes["x"][0] == 1)
         if self.cuda.recording is not None:

@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,9 +251,46 @@ def test_memory_that_is_bound_gives_what_a_plain_call_gives(original: Bundle) ->
     import onnxruntime
 
     plain = load_engine("cpu", original.folder / "generator.onnx")
-    session = onnxruntime.InferenceSession(str(original.folder / "generator.onnx"), providers=["CPUExecutionProvider"])
-    bound = BoundSession(session, "cpu", plain.outputs, graphs=True)
+    path = str(original.folder / "generator.onnx")
+    bound = BoundSession(lambda graphs: onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]), "cpu")
     given = [feeds(batch=1 + i % 3, seed=i) for i in range(9)]
-    found = [bound(arrays)["latent"] for arrays in given]
+    found = [bound(arrays, plain.outputs)["latent"] for arrays in given]
     for arrays, latent in zip(given, found, strict=True):
         np.testing.assert_array_equal(latent, plain(**arrays)["latent"])
+
+
+@pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")
+def test_a_model_that_cannot_be_recorded_goes_on_without_graphs(original: Bundle) -> None:
+    import onnxruntime
+
+    plain, opened, threads = load_engine("cpu", original.folder / "generator.onnx"), [], set()
+
+    class Session:
+        """Refuses what has a graph's number, as one does whose operators wait for the GPU."""
+
+        def __init__(self, graphs: bool) -> None:
+            opened.append(graphs)
+            threads.add(threading.get_ident())
+            self._session = onnxruntime.InferenceSession(str(original.folder / "generator.onnx"), providers=["CPUExecutionProvider"])
+            self.io_binding = self._session.io_binding
+
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
+            threads.add(threading.get_ident())
+            if options.get_run_config_entry("gpu_graph_id") != "-1":
+                raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
+            self._session.run_with_iobinding(binding, options)
+
+    bound = BoundSession(Session, "cpu")
+    for i in range(6):
+        arrays = feeds(batch=1 + i % 2, seed=i)
+        np.testing.assert_array_equal(bound(arrays, plain.outputs)["latent"], plain(**arrays)["latent"])
+    assert opened == [True, False] and len(threads) == 1 and threading.get_ident() not in threads
+    bound.close()
+    opened.clear()
+
+    def no_graphs(graphs: bool) -> Session:
+        if graphs:
+            raise RuntimeError("an operator runs on the CPU")
+        return Session(graphs)
+
+    assert BoundSession(no_graphs, "cpu")(feeds(batch=1, seed=0), plain.outputs) and opened == [False]

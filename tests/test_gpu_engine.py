@@ -5,7 +5,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     runtime: Any = fake
     package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
     package.bindings, bindings.runtime = bindings, runtime  # type: ignore[attr-defined]
+    bindings.driver = SimpleNamespace(cuuint64_t=int)  # type: ignore[attr-defined]
     for name, module in (("cuda", package), ("cuda.bindings", bindings), ("cuda.bindings.runtime", runtime)):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(gpu.Gpu, "_one", None)
@@ -151,6 +152,7 @@ def test_many_threads_get_their_own_answers(library: FakeTrt, tmp_path: Path) ->
 def test_a_plan_that_does_not_load_is_built_again_once(library: FakeTrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = iter([b"old", b"new"])
     monkeypatch.setattr(trt_plan, "build_plan", lambda *_: next(plans))
+    opened(tmp_path, Cache())
     library.refuses = {b"old"}
     assert right(opened(tmp_path, Cache())(**given(1)), given(1))
     library.refuses = {b"old", b"new", b"third"}
@@ -161,10 +163,59 @@ def test_a_plan_that_does_not_load_is_built_again_once(library: FakeTrt, tmp_pat
 
 def test_weights_are_streamed_where_they_do_not_fit(library: FakeTrt, cuda: FakeCuda, tmp_path: Path) -> None:
     opened(tmp_path)
-    assert not library.streamed
-    cuda.free = 120
+    assert library.streamed is None
+    cuda.total, cuda.free = 120, 3 << 30
     opened(tmp_path)
-    assert library.streamed
+    # More than 32 bits can say.
+    assert library.streamed == (3 << 30) - (1 << 20) - trt.MARGIN
+    cuda.free = 1 << 34
+    opened(tmp_path)
+    assert library.streamed == 1 << 33
+
+
+def test_a_plan_that_lacks_memory_is_not_built_again(library: FakeTrt, cuda: FakeCuda, tmp_path: Path) -> None:
+    opened(tmp_path, Cache()).close()
+    library.refuses, cuda.free = {b"a plan"}, 3
+    built: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trt_plan, "build_plan", lambda *_: built.append(1) or b"another")
+        with pytest.raises(EngineError, match=r"cannot load any\.onnx"):
+            opened(tmp_path, Cache())
+    library.refuses = set()
+    assert not built and right(opened(tmp_path, Cache())(**given(1)), given(1))
+
+
+def test_what_cannot_be_recorded_goes_on_without_a_graph(library: FakeTrt, cuda: FakeCuda, tmp_path: Path) -> None:
+    cuda.recordable = False
+    engine = opened(tmp_path)
+    for seed in range(5):
+        assert right(engine(**given(1, seed)), given(1, seed))
+    assert cuda.did == ["enqueue"] * 5 and not cuda.graphs
+
+
+def test_why_tensorrt_refuses_is_in_the_line(library: FakeTrt, tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+    library.fails = "the kernels ran away"
+    with pytest.raises(EngineError, match=r"^TensorRT failed: the kernels ran away$"):
+        engine(**given(1))
+    library.fails, library.largest = "", 99
+    with pytest.raises(EngineError, match=r"^TensorRT failed: not this shape$"):
+        engine(**given(4))
+    assert right(engine(**given(2)), given(2))
+
+
+def test_the_driver_keeps_memory_between_calls(cuda: FakeCuda) -> None:
+    Gpu.open("tensorrt")
+    assert cuda.kept == gpu.POOL
+
+
+def test_memory_may_come_back_while_memory_is_taken(cuda: FakeCuda) -> None:
+    """The garbage collector frees an array in the very thread that asks for one."""
+    one = Gpu.open("tensorrt")
+    memory = one.pinned(10)
+    with one._guard:
+        del memory
+    assert one._pinned[1 << 12]
 
 
 def test_tensorrt_for_rtx_keeps_its_kernels_and_records_graphs_itself(

@@ -61,7 +61,7 @@ def test_tensorrt_reads_and_builds_every_graph_with_fp16_arithmetic(kind: str, r
         for build in builds:
             if "tensorrt" in build.engines:
                 assert build.precision == "fp16"
-                opening = Opening("tensorrt", "fp16", 1, axes=axes(bundle, graph))
+                opening = Opening("tensorrt", "fp16", 1, axes=axes(bundle, graph, build))
                 plan = build_plan(trt, bundle.folder / build.files[0].path, profiles(opening.axes), opening.progress)
                 assert len(plan) > 10_000
                 built.append(graph)
@@ -215,12 +215,13 @@ def test_without_a_gpu_the_engine_says_that_it_needs_one(model: Path) -> None:
     ],
 )
 def test_axes_are_those_that_the_bundle_promises(kind: str, graph: str, expected: dict[str, tuple[int, int, int]]) -> None:
-    found = axes(Bundle.load(EMBEDDED), graph)
+    bundle = Bundle.load(EMBEDDED)
+    found = axes(bundle, graph, bundle.graphs[graph][0])
     assert {name: tuple(found[name]) for name in expected} == expected
 
 
 def test_prompts_of_clip_are_always_whole_and_negatives_may_be_none(root: Path) -> None:
     bundle = tiny_bundle("sd21", root)
     longest = bundle.text.max_tokens
-    found = axes(bundle, "generator")
+    found = axes(bundle, "generator", bundle.graphs["generator"][0])
     assert tuple(found["tokens"]) == (longest, longest, longest) and tuple(found["negative_tokens"]) == (1, longest, longest)

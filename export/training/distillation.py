@@ -192,7 +192,7 @@ class Distillation:
         text, empty = self._batch(rows), self._batch([-1] * len(rows))
         negative = None if self.negatives is None else self.negatives.batch(draws.negative).to(self.device, self.dtype)
         x0 = self.clean(draws.noise, text, None if negative is None else (negative, recipe.nasa_max * draws.nasa))
-        gradient = self._gradient(x0.detach(), draws, text, empty, negative or empty)
+        gradient = self._gradient(x0.detach(), draws, text, empty, negative)
         loss, values = vsd_loss(x0, gradient), {"vsd": gradient.square().mean()}
         if self.judge is not None:
             weight = recipe.clip_weight * (1 - i / recipe.steps)
@@ -216,13 +216,16 @@ class Distillation:
         return x0, loss, {"warm": loss}
 
     @torch.no_grad()
-    def _gradient(self, x0: Tensor, draws: Draws, text: Text, empty: Text, unwanted: Text) -> Tensor:
-        """`unwanted`: what the frozen teacher is guided away from, the empty prompt or (NASA-T) the negative."""
+    def _gradient(self, x0: Tensor, draws: Draws, text: Text, empty: Text, negative: Text | None) -> Tensor:
+        """`negative`: what the frozen teacher is guided away from besides the empty prompt, as far as the student is (NASA-T)."""
         recipe, schedule = self.recipe, self.schedule
         x_t = schedule.noised(x0, draws.eps, draws.t)
         frozen, lora = kappas(draws.kappa, recipe.kappa_min, recipe.kappa_max, recipe.kappa_on, recipe.lora_kappa)
         with self.teachers.frozen() as network:
-            frozen_x0 = schedule.x0(x_t, guided(*self._both(network, x_t, draws.t, text, unwanted), frozen), draws.t)
+            wanted, unwanted = self._both(network, x_t, draws.t, text, empty)
+            if negative is not None:
+                unwanted = guided(self._say(network, x_t, draws.t, negative), unwanted, draws.nasa.view(-1, 1, 1, 1))
+            frozen_x0 = schedule.x0(x_t, guided(wanted, unwanted, frozen), draws.t)
         if recipe.lora_kappa == 1:
             said = self._say(self.teachers.network, x_t, draws.t, text)
         else:

@@ -25,8 +25,9 @@ class Recipe(loop.Recipe):
     end. warm_steps: so many steps first that bring the student near the teacher's own pictures of warm_pairs pairs of noise and prompt,
     drawn in warm_calls calls at guidance kappa's mean. warm_weight: that distance's part of the loss in the steps after them (the
     regression loss of DMD, which keeps what VSD alone forgets). nasa_max: above 0 the student runs with NASA at a scale of U(0, nasa_max)
-    and the frozen teacher has the negative in place of the empty prompt (NASA-T, v3 section 4.3). clip_weight: of the clamped CLIP loss,
-    falling linearly to 0. collapse: the deviation of clean latents below which the run stops; theirs is about 1.
+    and the frozen teacher has the negative in place of the empty prompt (NASA-T, v3 section 4.3), by the same share of it.
+    clip_weight: of the clamped CLIP loss, falling linearly to 0. collapse: the deviation of clean latents below which the run stops;
+    theirs is about 1.
     """
 
     micro_batch: int = 0
