@@ -29,6 +29,13 @@ from snoopi_rt.engines.base import EngineMissing, InputError
 @click.option("--max-images", type=click.IntRange(1), default=16, metavar="N", help="Images of one request.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=60.0, metavar="S", help="Seconds of one request.")
 @click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="A web page's origin that may call.  [default: none]")
+@click.option(
+    "--allowed-host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Another name by which it may be called without a key.",
+)
 @click.option("--log-prompts", is_flag=True, help="Write prompts into the log.")
 @ray_options
 def serve(
@@ -66,6 +73,7 @@ def serve(
         timeout=options["timeout"],
         prompts_in_log=options["log_prompts"],
         origins=options["origins"],
+        hosts=options["hosts"],
     )
     if scale is None:
         run(settings, options["host"], options["port"])
@@ -76,5 +84,5 @@ def serve(
 
 
 def _named(text: str) -> tuple[str, str | None]:
-    name, equals, path = text.partition("=")
+    name, equals, path = text.partition("=") if not Path(text).is_dir() else ("", "", text)
     return name if equals else Path(text).resolve().name, str(Path(path if equals else text).resolve())

@@ -1,12 +1,17 @@
 """How long a call may take, and whether anybody still waits for it."""
 
 import math
-import threading
 import time
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 from snoopi_rt.engines.base import Cancelled, InputError
+
+
+class Event(Protocol):
+    """A threading.Event, or whatever else can say whether it is set."""
+
+    def is_set(self) -> bool: ...
 
 
 class Limits:
@@ -15,7 +20,7 @@ class Limits:
     timeout: seconds from now on, None is no limit. cancel: an event that anybody may set. Raises InputError for a timeout that is none.
     """
 
-    def __init__(self, timeout: Any = None, cancel: threading.Event | None = None) -> None:
+    def __init__(self, timeout: Any = None, cancel: Event | None = None) -> None:
         real = timeout is None or (isinstance(timeout, Real) and not isinstance(timeout, bool))
         if not real or (timeout is not None and not (math.isfinite(timeout) and timeout > 0)):
             raise InputError(f"timeout must be a positive number of seconds, got {timeout!r}")

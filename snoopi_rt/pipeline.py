@@ -21,7 +21,7 @@ from snoopi_rt.choice import choose
 from snoopi_rt.engines import known_engine, load_engine
 from snoopi_rt.engines.base import Engine, InputError, OutputError, Progress
 from snoopi_rt.feeds import generator_feeds, in_batches
-from snoopi_rt.limits import Limits
+from snoopi_rt.limits import Event, Limits
 from snoopi_rt.precision import format_precision, select_builds
 from snoopi_rt.prompts import Conditioning, PromptEncoder, States
 from snoopi_rt.request import Request, image_size, integer, prompt_text, requests
@@ -88,7 +88,7 @@ class Pipeline:
         size: Sequence[int] | None = None,
         truncate: bool = False,
         timeout: float | None = None,
-        cancel: threading.Event | None = None,
+        cancel: Event | None = None,
     ) -> Result:
         """The n images of each prompt, prompt by prompt; image i of a prompt uses seed + i, and no seed draws one.
 

@@ -48,8 +48,11 @@ def served(settings: Settings) -> Iterator[str]:
     thread.start()
     while not server.started and thread.is_alive():
         time.sleep(0.01)
+    address = f"http://127.0.0.1:{port}"
+    while "loading" in httpx.get(f"{address}/readyz").text:
+        time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield address
     finally:
         server.should_exit = True
         thread.join()

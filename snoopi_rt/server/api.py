@@ -4,7 +4,7 @@ import base64
 import time
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from snoopi_rt import image
 from snoopi_rt.engines.base import InputError
@@ -19,7 +19,7 @@ class Generation(BaseModel):
 
     prompt: str = Field(min_length=1, max_length=4000, description="What to draw.")
     model: str | None = Field(None, max_length=200, description="A bundle's name; the first one where none is given.")
-    n: int = Field(1, ge=1, description="Images; image i uses seed + i.")
+    n: int = Field(1, ge=1, le=10_000, description="Images; image i uses seed + i.")
     size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT, one of the model's; auto is its first.")
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
@@ -30,6 +30,12 @@ class Generation(BaseModel):
     negative_scale: float | list[float] | None = Field(
         None, description="How strongly it counts; a list draws every image once for each, with the same seed."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_given(cls, body: Any) -> Any:
+        """OpenAI's clients say null for what they do not say."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
     def seeds_and_scales(self, most: int) -> tuple[list[int], list[float | None]]:
         """One of each for every image, seed by seed. Raises InputError for more than `most` images."""
@@ -110,7 +116,7 @@ def generation(body: bytes) -> Generation:
         place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("float", "list[")))
         unknown = first["type"] == "extra_forbidden"
         message = f"unknown field, known are {', '.join(Generation.model_fields)}" if unknown else first["msg"]
-        raise InputError(f"{place}: {message}" if place else message) from error
+        raise InputError(f"{' '.join(place.split())[:100]}: {message}" if place else message) from error
 
 
 def encoded(result: Result, index: int, asked: Generation) -> bytes:

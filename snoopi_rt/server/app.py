@@ -9,10 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
+from starlette.requests import ClientDisconnect
 
 from snoopi_rt import __version__
 from snoopi_rt.engines.base import Cancelled, InputError, SnoopiError
@@ -42,7 +44,8 @@ class Settings:
     models: what opens each, by the bundle's name; the first is the default. key: what clients must send as a bearer token, None is nothing.
     together: images of waiting requests that are drawn in one call, 1 draws each request alone. batch_wait: seconds that a batch waits for
     more. queue: images that may wait for a model. most: images of one request. body: bytes of one request. timeout: seconds of one
-    request. prompts_in_log: write prompts into the log. origins: of web pages that may call (CORS).
+    request. prompts_in_log: write prompts into the log. origins: of web pages that may call (CORS). hosts: names besides localhost by
+    which it may be called without a key.
     """
 
     models: dict[str, Callable[[], Pipeline]]
@@ -55,6 +58,7 @@ class Settings:
     timeout: float = 60.0
     prompts_in_log: bool = False
     origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -64,6 +68,7 @@ class State:
     drawing: dict[str, Drawing] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     files: "OrderedDict[str, tuple[float, str, bytes]]" = field(default_factory=OrderedDict)
+    bytes: int = 0
     started: float = field(default_factory=time.time)
 
 
@@ -80,25 +85,31 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
     """
     state, metrics = State(), Metrics()
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def open_all() -> None:
         for name in settings.models:
             try:
                 state.drawing[name] = await open_model(name, settings, metrics.batch.labels(name).observe)
-            except SnoopiError as error:
-                state.broken[name] = str(error)
-                tell("bundle cannot be served", model=name, error=str(error))
+            except Exception as error:
+                state.broken[name] = str(error) if isinstance(error, SnoopiError) else f"{type(error).__name__}: {error}"
+                tell("bundle cannot be served", model=name, error=state.broken[name])
                 continue
             metrics.watch(name, state.drawing[name])
         tell("ready", models=list(state.drawing), broken=state.broken)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # Meanwhile a watchdog is answered: an engine may compile for minutes.
+        opening = asyncio.create_task(open_all())
         yield
+        opening.cancel()
         for drawing in state.drawing.values():
             await asyncio.to_thread(drawing.close)
 
     app = FastAPI(title="snoopi-rt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    # A watchdog, and the page, which asks for the key, need none.
-    free = frozenset(("/", "/healthz", "/readyz", *(f"/{name}" for name in PAGE)))
-    app.add_middleware(Around, key=settings.key, free=free, metrics=metrics)
+    # A watchdog, and the page, which asks for the key, need none; who has an image's address had it when it was drawn.
+    free = ("/$", "/healthz$", "/readyz$", "/v1/images/files/", *(f"/{name}$" for name in PAGE))
+    hosts = frozenset((*settings.hosts, *(urlsplit(origin).hostname or "" for origin in settings.origins)))
+    app.add_middleware(Around, key=settings.key, free=free, hosts=hosts, metrics=metrics)
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"])
 
@@ -126,6 +137,7 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
         except (Cancelled, TimeoutError) as error:
             raise Refused(504, str(error) or f"no image within {settings.timeout:g} s", "timeout") from error
         except SnoopiError as error:
+            facts["error"] = str(error)
             raise Refused(500, str(error), "server_error") from error
         metrics.images.labels(drawing.name).inc(count)
         for stage, seconds in result.timings.items():
@@ -157,13 +169,14 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
             raise Refused(404, "no such image, or not any more", "not_found_error")
         return Response(kept[2], media_type=kept[1])
 
-    @app.get("/healthz", include_in_schema=False)
+    @app.api_route("/healthz", methods=["GET", "HEAD"], include_in_schema=False)
     async def healthz() -> Response:
         return Response("alive\n", media_type="text/plain")
 
-    @app.get("/readyz", include_in_schema=False)
+    @app.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
     async def readyz() -> Response:
-        lines = [*(f"{name}: ready" for name in state.drawing), *(f"{name}: {why}" for name, why in state.broken.items())]
+        told = {**dict.fromkeys(settings.models, "loading"), **state.broken, **dict.fromkeys(state.drawing, "ready")}
+        lines = [f"{name}: {what}" for name, what in told.items()]
         first = next(iter(settings.models))
         return Response("\n".join(lines) + "\n", 200 if first in state.drawing else 503, media_type="text/plain")
 
@@ -187,8 +200,9 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
         return Refused(404, f"nothing is at {request.url.path[:200]}", "not_found_error").response()
 
     @app.exception_handler(405)
-    async def another(request: Request, _: Exception) -> Response:
-        return Refused(405, f"{request.method} is not for {request.url.path[:200]}").response()
+    async def another(request: Request, error: Exception) -> Response:
+        allowed = getattr(error, "headers", None)
+        return Refused(405, f"{request.method} is not for {request.url.path[:200]}", headers=allowed).response()
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
@@ -201,7 +215,9 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
     def missing(name: str) -> Any:
         if name in state.broken:
             raise Refused(503, f"model {name!r} cannot be served: {state.broken[name]}", "server_error")
-        raise Refused(404, f"unknown model {name[:200]!r}, choose from {', '.join(state.drawing)}", "not_found_error")
+        if name in settings.models:
+            raise Refused(503, f"model {name!r} is still loading", "server_error", {"retry-after": "2"})
+        raise Refused(404, f"unknown model {name[:200]!r}, choose from {', '.join(settings.models)}", "not_found_error")
 
     def described(name: str) -> api.Model:
         pipe = state.drawing[name].pipe
@@ -219,23 +235,26 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
         """The body. Raises Refused for another type, too many bytes, and one that does not come."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "the body must be application/json")
-        parts: list[bytes] = []
+        body = bytearray()
         try:
             async with asyncio.timeout(min(settings.timeout, 10)):
                 async for part in request.stream():
-                    parts.append(part)
-                    if sum(map(len, parts)) > settings.body:
+                    body += part
+                    if len(body) > settings.body:
                         raise Refused(413, f"the body is larger than {settings.body} bytes", headers={"connection": "close"})
         except TimeoutError as error:
             raise Refused(408, "the body did not come", headers={"connection": "close"}) from error
-        return b"".join(parts)
+        except ClientDisconnect:
+            raise Refused(499, "the client went") from None
+        return bytes(body)
 
     def keep(request: Request, format: str, data: bytes) -> str:
         """Keeps an image for a while; its address."""
         name = f"{secrets.token_hex(16)}.{format}"
         state.files[name] = time.monotonic(), MEDIA[format], data
-        while sum(len(each[2]) for each in state.files.values()) > KEPT_BYTES and len(state.files) > 1:
-            state.files.popitem(last=False)
+        state.bytes += len(data)
+        while state.bytes > KEPT_BYTES and len(state.files) > 1:
+            state.bytes -= len(state.files.popitem(last=False)[1][2])
         return str(request.url_for("file", name=name))
 
     def openapi() -> dict[str, Any]:
@@ -244,7 +263,7 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
             described = api.Generation.model_json_schema(ref_template="#/components/schemas/{model}")
             document["components"]["schemas"] |= {"Generation": described} | {
                 kind.__name__: kind.model_json_schema(ref_template="#/components/schemas/{model}")
-                for kind in (api.Images, api.Drawn, api.Failure)
+                for kind in (api.Images, api.Drawn, api.Failure, api.Problem)
             }
             post = document["paths"]["/v1/images/generations"]["post"]
             post["responses"] = {"200": {"description": "The images.", "content": api.schema(api.Images)}} | {
@@ -283,13 +302,17 @@ async def unless_gone(request: Request, work: Awaitable[Any], timeout: float) ->
 
 
 def read_key(file: Path | None, environment: str | None) -> str | None:
-    """The API key: a file's first line, else the environment's. Raises InputError for an empty or unreadable file."""
-    if file is None:
-        return environment or None
+    """The API key: a file's first line, else the environment's. Raises InputError for an unreadable file, and a key that cannot be one."""
+    if file is None and not environment:
+        return None
+    place = "$SNOOPI_RT_API_KEY" if file is None else str(file)
     try:
-        key = file.read_text().strip()
+        text = (environment or "") if file is None else file.read_text(errors="replace")
     except OSError as error:
         raise InputError(f"cannot read the key in {file}: {error.strerror}") from error
+    key = text.strip().partition("\n")[0].strip()
     if not key:
-        raise InputError(f"there is no key in {file}")
+        raise InputError(f"there is no key in {place}")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise InputError(f"the key in {place} must be one word of ASCII letters, digits and signs")
     return key

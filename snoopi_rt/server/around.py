@@ -1,11 +1,15 @@
 """What is around every request: its id, the key, figures and one line of log. Plain ASGI: a middleware of responses costs more."""
 
+import asyncio
 import hmac
+import ipaddress
 import json
 import logging
 import secrets
 import time
+from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,10 +21,14 @@ log = logging.getLogger("snoopi_rt.server")
 
 
 class Around:
-    """The application `app` for clients that have the key; `free` are the paths that need none."""
+    """The application `app` for clients that have the key; `free` are beginnings of paths that need none, a whole path ends in "$".
 
-    def __init__(self, app: ASGIApp, key: str | None, free: frozenset[str], metrics: Metrics) -> None:
-        self._app, self._key, self._free, self._metrics = app, key, free, metrics
+    Without a key it answers only requests that call it by a name in `hosts` or by a loopback address: another name is that of a web page
+    somewhere whose address was made this machine's (DNS rebinding), which a browser then lets read everything.
+    """
+
+    def __init__(self, app: ASGIApp, key: str | None, free: tuple[str, ...], hosts: frozenset[str], metrics: Metrics) -> None:
+        self._app, self._key, self._free, self._hosts, self._metrics = app, key, free, hosts, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,6 +51,11 @@ class Around:
             await self._app(scope, receive, answer)
         except Refused as refused:
             await refused.response()(scope, receive, answer)
+        except asyncio.CancelledError:
+            if not code:  # the server ends and waits no more
+                stopping = Refused(503, "the server is stopping", "server_error", {"retry-after": "5"})
+                await stopping.response()(scope, receive, answer)
+            raise
         except Exception as error:
             log.exception("request %s", state["id"])
             if code:  # half an answer is out: the server cuts the connection
@@ -57,12 +70,20 @@ class Around:
             tell("request", **facts, **state["facts"])
 
     def _allow(self, scope: Scope, headers: Headers) -> None:
-        """Raises Refused without the key."""
-        if self._key is None or scope["path"] in self._free or scope["method"] == "OPTIONS":
+        """Raises Refused without the key, or without one for another host."""
+        if self._key is None and not self._is_here(headers.get("host", "localhost")):
+            raise Refused(421, f"this server is not {headers['host'][:200]}: see --allowed-host")
+        if self._key is None or f"{scope['path']}$".startswith(self._free) or scope["method"] == "OPTIONS":
             return
         kind, _, key = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._key.encode()):
             raise Refused(401, "wrong or missing API key", "authentication_error", {"www-authenticate": "Bearer"})
+
+    def _is_here(self, host: str) -> bool:
+        name = (urlsplit(f"//{host}").hostname or "") if host.isprintable() else ""
+        with suppress(ValueError):
+            return ipaddress.ip_address(name).is_loopback
+        return name == "localhost" or name in self._hosts
 
 
 def tell(what: str, **facts: Any) -> None:

@@ -38,7 +38,17 @@ class Waiting:
     @property
     def given_up(self) -> bool:
         """Nobody waits for it any more."""
-        return self.future.cancelled()
+        return self.future.cancelled() or time.monotonic() > self.end
+
+
+class _NobodyWaits:
+    """What a call of the pipeline asks before each stage: whether all requests of a batch are given up."""
+
+    def __init__(self, batch: list[Waiting]) -> None:
+        self._batch = batch
+
+    def is_set(self) -> bool:
+        return all(item.given_up for item in self._batch)
 
 
 class Drawing(Protocol):
@@ -88,13 +98,14 @@ class Batcher:
 
     async def draw(self, images: list[Request], size: tuple[int, int], timeout: float) -> Result:
         """See Drawing."""
-        waiting = self.waiting
-        if waiting and waiting + len(images) > self._limit:
-            raise QueueFull(max(1.0, waiting * self._pace))
         item = Waiting(images, size, time.monotonic() + timeout, self._loop.create_future())
         with self._changed:
             if self._closed:
                 raise Cancelled("the server is stopping")
+            self._let_go()
+            waiting = self.waiting
+            if waiting and waiting + len(images) > self._limit:
+                raise QueueFull(max(1.0, waiting * self._pace))
             self._queue.append(item)
             self._changed.notify()
         return await item.future
@@ -116,28 +127,27 @@ class Batcher:
         with self._changed:
             while True:
                 batch = self._take([])
-                if batch or self._closed:
-                    break
-                self._changed.wait()
-            end = time.monotonic() + self._wait
-            while batch and not self._closed and self._together > 1 and (rest := end - time.monotonic()) > 0:
-                if sum(len(each.images) for each in batch) >= self._together:
-                    break
-                self._changed.wait(rest)
-                batch = self._take(batch)
-            return batch
+                end = time.monotonic() + self._wait
+                while batch and not self._closed and self._together > 1 and (rest := end - time.monotonic()) > 0:
+                    if sum(len(each.images) for each in batch) >= self._together:
+                        break
+                    self._changed.wait(rest)
+                    batch = self._take(batch)
+                batch = [item for item in batch if not self._is_late(item)]
+                if batch:
+                    return batch
+                if not self._queue:
+                    if self._closed:
+                        return []
+                    self._changed.wait()
 
     def _take(self, batch: list[Waiting]) -> list[Waiting]:
-        """The batch with what fits to it from the queue, in order; late and given up requests are let go."""
+        """The batch with what fits to it from the queue, in order."""
+        self._let_go()
         left: deque[Waiting] = deque()
         count = sum(len(each.images) for each in batch)
-        while self._queue:
-            item = self._queue.popleft()
-            if item.given_up:
-                continue
-            if time.monotonic() > item.end:
-                self._answer(item, Cancelled("the timeout is over before the queue"))
-            elif not batch or (item.size == batch[0].size and count + len(item.images) <= self._together):
+        for item in self._queue:
+            if not batch or (item.size == batch[0].size and count + len(item.images) <= self._together):
                 batch = [*batch, item]
                 count += len(item.images)
             else:
@@ -145,14 +155,25 @@ class Batcher:
         self._queue = left
         return batch
 
+    def _let_go(self) -> None:
+        """Drops late and given up requests from the queue: they take nobody's place."""
+        self._queue = deque(item for item in self._queue if not self._is_late(item))
+
+    def _is_late(self, item: Waiting) -> bool:
+        late = item.given_up
+        if late:
+            self._answer(item, Cancelled("the timeout is over before the queue"))
+        return late
+
     def _draw(self, batch: list[Waiting]) -> None:
         images, start = [image for item in batch for image in item.images], time.monotonic()
         try:
-            result = self.pipe.generate(**columns([image.job() for image in images]), size=batch[0].size)
+            result = self.pipe.generate(**columns([image.job() for image in images]), size=batch[0].size, cancel=_NobodyWaits(batch))
         except BaseException as error:
             if len(batch) > 1:  # one request must not cost the others their pictures
                 for item in batch:
-                    self._draw([item])
+                    if not self._is_late(item):
+                        self._draw([item])
                 return
             self._answer(batch[0], error)
             return

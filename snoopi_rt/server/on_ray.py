@@ -125,7 +125,7 @@ def deployed(settings: Settings, workers: Workers) -> serve.Application:
                 "target_ongoing_requests": 2 * settings.together,
             },
             ray_actor_options={"num_cpus": workers.cpus, "num_gpus": workers.gpus},
-            graceful_shutdown_timeout_s=GRACE,
+            graceful_shutdown_timeout_s=max(GRACE, settings.timeout),
         ).bind(name, replace(settings, key=None))
         for name in whole
     ]
@@ -135,7 +135,7 @@ def deployed(settings: Settings, workers: Workers) -> serve.Application:
         name="http",
         max_ongoing_requests=FRONT,
         ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=GRACE,
+        graceful_shutdown_timeout_s=max(GRACE, settings.timeout),
     )
     return front.bind(*drawing)
 

@@ -11,9 +11,10 @@ CODES = {
     408: "The body did not come.",
     413: "The body is too large.",
     415: "The body is not JSON.",
+    421: "Called by a name that is not this server's.",
     429: "Too many images wait; Retry-After says when to come back.",
     500: "A picture could not be made.",
-    503: "A model that cannot be served.",
+    503: "A model that cannot be served, or not yet.",
     504: "No image within the time.",
 }
 

@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import logging
+import math
 from typing import Any
 
 import uvicorn
@@ -12,21 +13,37 @@ from snoopi_rt.engines.base import InputError
 from snoopi_rt.server.app import Settings, application
 
 HEADERS = 10.0
-"""Seconds in which a connection must have sent a request's headers."""
-GRACE = 30
-"""Seconds that accepted requests may take after a signal to stop."""
+"""Seconds in which a connection must have sent a request's headers, and in which it must read something of an answer."""
+LARGEST = 2**20
+"""Bytes of one request with its headers; the application's limit of a body is smaller."""
+GRACE = 30.0
+"""Seconds that accepted requests may take after a signal to stop, at least: else as long as any request."""
 
 
 class Impatient(HttpToolsProtocol):
-    """Closes a connection that begins a request and does not go on: else some hundred of them would hold the server."""
+    """Closes a connection that begins a request and does not go on, says too much, or does not read its answer: else some hundred of them
+    would hold the server."""
 
     _patience: asyncio.TimerHandle | None = None
+    _taken = 0
+
+    def on_message_begin(self) -> None:
+        self._taken = 0
+        super().on_message_begin()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.loop.call_later(HEADERS, self._unread, self.transport.get_write_buffer_size())
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._wait()
 
     def data_received(self, data: bytes) -> None:
+        self._taken += len(data)
+        if self._taken > LARGEST:
+            self.transport.abort()
+            return
         super().data_received(data)
         if self._asks():
             self._go_on()
@@ -49,6 +66,13 @@ class Impatient(HttpToolsProtocol):
             self._patience.cancel()
             self._patience = None
 
+    def _unread(self, before: int) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left and left == before:
+            self.transport.abort()
+        elif left:
+            self.loop.call_later(HEADERS, self._unread, left)
+
     def _close(self) -> None:
         self._patience = None
         if not self._asks():
@@ -70,7 +94,13 @@ def serve(settings: Settings, host: str, port: int) -> None:
     check_address(host, settings.key)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = uvicorn.Config(
-        application(settings), host, port, http=Impatient, access_log=False, log_level="warning", timeout_graceful_shutdown=GRACE
+        application(settings),
+        host,
+        port,
+        http=Impatient,
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=math.ceil(max(GRACE, settings.timeout)),
     )
     server = uvicorn.Server(config)
     try:
