@@ -111,16 +111,21 @@ def test_the_embedded_bundle_and_its_teacher_are_judged_in_one_run(
     monkeypatch.setattr(
         report, "cases", lambda *given: [case for case in every(*given) if case.negative in ("blurry", "a red background", "a dog")]
     )
-    monkeypatch.setattr(report, "sheets", lambda draw, limits, out: drawn.append(draw(["a cat"], [0])))
+    monkeypatch.setattr(report, "sheets", lambda draw, *rest: drawn.append(draw(["a cat"], [0])))
     drawn: list[np.ndarray] = []
     monkeypatch.setattr(report, "TEACHER_STEPS", 2)
     teacher = Path(__file__).parent.parent / "weights" / "small" / "teacher"
-    done = CliRunner().invoke(main, ["eval", "--quick", "--teacher", str(teacher), "--out", str(tmp_path)], catch_exceptions=False)
+    asked = ["eval", "--quick", "--teacher", str(teacher), "--out", str(tmp_path)]
+    done = CliRunner().invoke(main, asked, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     document = json.loads((tmp_path / "evaluation.json").read_text())
     assert document["bundles"]["embedded"]["asked"]["background"]["of"] == document["teacher"]["asked"]["background"]["of"] == 8
     assert {row["negative"] for row in document["bundles"]["embedded"]["removal"]} >= {"blurry", "a red background", "a dog"}
     assert (tmp_path / "evaluation.png").stat().st_size > 10_000 and len(drawn) == 1
+    # The same teacher is not judged again; another is.
+    assert report._known_teacher(tmp_path, teacher, report.TINY) == document["teacher"]
+    assert report._known_teacher(tmp_path, teacher / "vae", report.TINY) is None
+    assert report._known_teacher(tmp_path, teacher, report.Extent()) is None
 
 
 def test_a_domain_that_is_not_known_is_one_line(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,7 +32,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 httpx = pytest.importorskip("httpx")
 import uvicorn  # noqa: E402
 
-from snoopi_rt.server import run  # noqa: E402
+from snoopi_rt.server import api, run  # noqa: E402
 from snoopi_rt.server.app import Settings, application, read_key  # noqa: E402
 
 DRAW = "/v1/images/generations"
@@ -285,6 +286,20 @@ def test_a_request_that_takes_too_long_is_let_go(slow: Slow) -> None:
         slow.go.set()
 
 
+def test_what_was_given_up_is_not_drawn_further_and_takes_nobodys_place(slow: Slow) -> None:
+    with served(Settings({"tiny": slow.open}, queue=2, together=1)) as address, ThreadPoolExecutor(8) as threads:
+        first = threads.submit(httpx.post, address + DRAW, json={"prompt": "a cat"}, timeout=0.5)
+        eventually(lambda: slow.calls)
+        others = [threads.submit(httpx.post, address + DRAW, json={"prompt": "a fox"}, timeout=0.5) for _ in range(2)]
+        for each in (first, *others):
+            assert isinstance(each.exception(), httpx.ReadTimeout)
+        last = threads.submit(httpx.post, address + DRAW, json={"prompt": "a red fox"}, timeout=30)
+        time.sleep(0.3)
+        assert not last.done()  # not 429: nobody is before it any more
+        slow.go.set()
+        assert last.result().status_code == 200 and slow.calls == [1, 1]
+
+
 def test_a_client_that_goes_leaves_the_queue(slow: Slow) -> None:
     with served(Settings({"tiny": slow.open})) as address, ThreadPoolExecutor(4) as threads:
         first = threads.submit(httpx.post, address + DRAW, json={"prompt": "a cat"}, timeout=30)
@@ -311,6 +326,100 @@ def test_a_connection_that_says_nothing_or_half_a_request_is_closed(pipe: Pipeli
             for _ in range(4):
                 assert client.post(address + DRAW, json={"prompt": "a cat"}).status_code == 200
                 time.sleep(0.15)
+
+
+def test_endless_headers_are_cut_off_long_before_they_fill_the_memory(address: str) -> None:
+    port = int(address.rpartition(":")[2])
+    for start in (b"GET /healthz HTTP/1.1\r\nx: ", b"POST " + DRAW.encode() + CHUNKED + b"0\r\nx: "):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(start)
+            sent = 0
+            with pytest.raises((ConnectionError, BrokenPipeError)):
+                while sent < 50 * 2**20:
+                    sent += connection.send(b"a" * 2**16)
+            assert sent < 16 * 2**20  # what the system's own buffers take
+    assert httpx.get(f"{address}/healthz").status_code == 200
+
+
+CHUNKED = b" HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n"
+
+
+def test_a_client_that_does_not_read_its_answer_is_cut_off(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "HEADERS", 0.2)
+    ended = threading.Event()
+    lost = run.Impatient.connection_lost
+    monkeypatch.setattr(run.Impatient, "connection_lost", lambda self, error: (lost(self, error), ended.set()))
+    monkeypatch.setattr(api, "encoded", lambda *_: b"x" * 2**23)
+    with served(Settings({"tiny": lambda: pipe})) as address:
+        ended.clear()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", int(address.rpartition(":")[2])))
+            body = b'{"prompt": "a cat"}'
+            head = f"POST {DRAW} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            assert ended.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("host", "code"),
+    [("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("evil.example", 421), ("localhost.evil.example:8000", 421), ("", 421)],
+)
+def test_another_name_for_this_machine_is_refused(address: str, host: str, code: int) -> None:
+    """A web page whose name was made to mean 127.0.0.1 would else be let in by the browser."""
+    assert httpx.get(f"{address}/v1/models", headers={"host": host}).status_code == code
+
+
+def test_names_that_are_allowed_and_clients_with_a_key_may_call(pipe: Pipeline) -> None:
+    with served(Settings({"tiny": lambda: pipe}, key="secret")) as address:
+        given = {"host": "any.example", "authorization": "Bearer secret"}
+        assert httpx.get(f"{address}/v1/models", headers=given).status_code == 200
+        drawn = httpx.post(address + DRAW, headers=given, json={"prompt": "a cat", "response_format": "url"}).json()
+        assert httpx.get(drawn["data"][0]["url"].replace("http://any.example", address)).status_code == 200  # as an <img> asks
+    with served(Settings({"tiny": lambda: pipe}, hosts=("proxy.example",), origins=("https://page.example",))) as address:
+        for host in ("proxy.example", "page.example:8000"):
+            assert httpx.get(f"{address}/v1/models", headers={"host": host}).status_code == 200
+
+
+def test_what_is_null_was_not_said(address: str) -> None:
+    body = {"prompt": "a cat", "n": None, "response_format": None, "output_format": None, "output_compression": None, "seed": None}
+    assert httpx.post(address + DRAW, json=body).status_code == 200
+    assert "prompt" in httpx.post(address + DRAW, json={"prompt": None}).json()["error"]["message"]
+
+
+def test_models_are_opened_while_the_server_answers(pipe: Pipeline) -> None:
+    go = threading.Event()
+
+    def slowly() -> Pipeline:
+        assert go.wait(20)
+        return pipe
+
+    def wrongly() -> Pipeline:
+        raise MemoryError("all of it is in use")
+
+    config = uvicorn.Config(application(Settings({"tiny": slowly, "big": wrongly})), "127.0.0.1", 0, log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        eventually(lambda: server.started)
+        address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        assert httpx.get(f"{address}/healthz").status_code == 200
+        waiting = httpx.get(f"{address}/readyz")
+        assert waiting.status_code == 503 and waiting.text == "tiny: loading\nbig: loading\n"
+        early = httpx.post(address + DRAW, json={"prompt": "a cat"})
+        assert early.status_code == 503 and "still loading" in early.json()["error"]["message"] and early.headers["retry-after"]
+        go.set()
+        eventually(lambda: httpx.get(f"{address}/readyz").text == "tiny: ready\nbig: MemoryError: all of it is in use\n")
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_every_reference_of_the_openapi_document_leads_somewhere(address: str) -> None:
+    text = httpx.get(f"{address}/openapi.json").text
+    schemas = json.loads(text)["components"]["schemas"]
+    assert set(re.findall(r'"#/components/schemas/(\w+)"', text)) <= schemas.keys()
 
 
 def test_a_hundred_megabytes_are_not_read(address: str) -> None:

@@ -8,21 +8,23 @@ def plot(document: dict[str, Any], bundles: list[str], path: Path) -> None:
     """Writes the picture of a document that report.evaluate made."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 9), layout="constrained")
-    (top, sweeps), (removal, kept) = figure.subplots(2, 2)
+    figure = Figure(figsize=(15, 13), layout="constrained")
+    places = figure.subplot_mosaic([["top", "sweeps", "costs"], ["removal"] * 3, ["kept"] * 3])
+    top, sweeps, costs, removal, kept = (places[name] for name in ("top", "sweeps", "costs", "removal", "kept"))
     first = document["bundles"][bundles[0]]
     who = {bundles[0]: first["asked"], "teacher": document["teacher"]["asked"]}
     for number, (name, figures) in enumerate(who.items()):
         _bars(top, figures, number, len(who), name)
     top.set_title("held-out captions: share that shows what was asked")
     for name in bundles:
-        rows = document["bundles"][name]["sweep"]
-        scales = [float(scale) for scale in rows]
-        (line,) = sweeps.plot(
-            scales, [row["left"] for row in rows.values()], marker="o", label=f"{document['bundles'][name]['guidance']}: flaw left"
-        )
+        found = document["bundles"][name]
+        rows, label = found["sweep"], f"{found['guidance']}, up to {found['largest']:g}"
+        scales, left = [float(scale) / found["largest"] for scale in rows], [row["left"] for row in rows.values()]
+        (line,) = sweeps.plot(scales, left, marker="o", label=f"{label}: flaw left")
         sweeps.plot(scales, [row["kept"] for row in rows.values()], linestyle="--", color=line.get_color(), label="thing kept")
-    sweeps.set(title="negative scale (tuning seeds)", xlabel="scale", ylim=(0, 1.1))
+        costs.plot([row["unrelated"] for row in rows.values()], left, marker="o", color=line.get_color(), label=label)
+    sweeps.set(title="negative scale (tuning seeds)", xlabel="scale, of the kind's largest", ylim=(0, 1.1))
+    costs.set(title="what that costs", xlabel="levels that an unrelated negative moves", ylabel="flaw left", ylim=(0, 1.1))
     rows = {f"{row['negative']}{'' if row['asked'] else ', unasked'} ({row['found']})": row for row in first["removal"] if row["found"]}
     _bars(removal, {name: row["left"] for name, row in rows.items()}, 0, 1, "left")
     removal.set_title("share that still shows it under the negative (pictures)")
@@ -32,8 +34,8 @@ def plot(document: dict[str, Any], bundles: list[str], path: Path) -> None:
             kept, {name: None if value is None else {"share": value, "interval": None} for name, value in shares.items()}, number, 3, what
         )
     kept.set_title("kept, of what an unrelated negative keeps")
-    for axes in (top, sweeps, kept):
-        axes.legend(fontsize=8, loc="lower right")
+    for axes in (top, sweeps, costs, kept):
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=90)
 
 

@@ -18,11 +18,15 @@ from snoopi_rt.export.training.small.evaluate import Drawer, Limits, asked, near
 from snoopi_rt.export.training.small.figures import plot
 from snoopi_rt.export.training.small.removal import cases, removed, unrelated_change
 from snoopi_rt.export.training.small.scorer import KINDS, NAMES, Scorer, Sprites, examples, open_scorer
+from snoopi_rt.export.weights.files import fingerprint
 from snoopi_rt.files import write_whole
 
 TEACHER_STEPS = 25
 GUIDANCES = (1.5, 2.0, 2.5, 3.5, 5.0)
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+SCALES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
+"""Of the largest that a kind of guidance takes: 1 is something else to each."""
+SHOWN = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of the scale that is the default."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def evaluate(
     other, _, _ = real_pictures(sprites, extent.samples, 1)
     limits = Limits.of(reconstructed(real[: extent.limiting], teacher / "vae"), qualities[: extent.limiting])
     document: dict[str, Any] = {"limits": limits.values, "limits right": limits.right, "scorers": _of_real(scorers, sprites)}
+    if known := _known_teacher(out, teacher, extent):
+        document["teacher"] = known
     path = out / "evaluation.json"
 
     def keep() -> None:
@@ -71,6 +77,7 @@ def evaluate(
             draw, guidance = bundle_drawer(pipe), pipe.bundle.guidance
             document["bundles"][name] = found = {"hash": pipe.bundle.hash, "guidance": guidance.kind, "scale": guidance.scale.default}
             say(f"{name}: negative scales")
+            found["largest"] = guidance.scale.max
             found["sweep"] = sweep(draw, scorers[0], limits, guidance.scale.max, extent)
             keep()
             if number == 0:
@@ -84,18 +91,20 @@ def evaluate(
                 found["removal"] = [removed(draw, case, None, extent.unwanted, extent.most) for case in cases(scorers[0], limits)]
                 found["unrelated"] = unrelated_change(draw, None)
                 keep()
-                sheets(draw, limits, out)
-    document["teacher"] = _of_teacher(teacher, scorers, limits, captions, real, other, extent, say)
+                sheets(draw, limits, guidance.scale.default, out)
+    if known is None:
+        document["teacher"] = _of_teacher(teacher, scorers, limits, captions, real, other, extent, say)
     keep()
     plot(document, list(bundles), out / "evaluation.png")
     return document
 
 
 def sweep(draw: Drawer, scorer: Scorer, limits: Limits, largest: float, extent: Extent) -> dict[str, Any]:
-    """By scale, over the flaws asked for: the share left, the things kept, and the levels moved, on seeds that are not reported."""
+    """By scale, over the flaws asked for: the share left, the things kept, and the levels moved, on seeds that are not reported; and the
+    levels by which negatives move a clean picture that they have nothing to do with."""
     flaws = [case for case in cases(scorer, limits) if case.asked and case.negative in QUALITIES]
     found = {}
-    for scale in (scale for scale in SCALES if scale <= largest):
+    for scale in (part * largest for part in SCALES):
         rows = [removed(draw, case, scale, extent.swept, extent.most // 4 or 4, "tuned") for case in flaws]
         rows = [row for row in rows if row["found"]]
         if not rows:
@@ -104,11 +113,12 @@ def sweep(draw: Drawer, scorer: Scorer, limits: Limits, largest: float, extent: 
             "left": float(np.mean([row["left"]["share"] for row in rows])),
             "kept": float(np.mean([row["kept thing"]["share"] for row in rows])),
             "moved": float(np.mean([row["moved"] for row in rows])),
+            "unrelated": float(np.mean(list(unrelated_change(draw, scale, extent.swept).values()))),
         }
     return found
 
 
-def sheets(draw: Drawer, limits: Limits, out: Path) -> None:
+def sheets(draw: Drawer, limits: Limits, default: float, out: Path) -> None:
     """samples.png: 64 uncurated samples, seeds 0 to 63. negative_scale.png: rows of one prompt under rising scales of its flaw.
 
     Of 16 seeds a row shows the one on which the negative acts most: it shows how the scale works, not how often.
@@ -116,7 +126,7 @@ def sheets(draw: Drawer, limits: Limits, out: Path) -> None:
     order = np.random.RandomState(1).permutation(len(CONCEPTS))[:64]
     prompts = [plain(CONCEPTS[i].name, list(BACKGROUNDS)[n % len(BACKGROUNDS)]) for n, i in enumerate(order)]
     contact_sheet(draw(prompts, list(range(64))), prompts).save(out / "samples.png")
-    rows, labels, scales = [], [], SCALES[:5]
+    rows, labels, scales = [], [], [part * default for part in SHOWN]
     for flaw, thing, colour in (
         ("blurry", "panda", "orange"),
         ("grayscale", "watermelon", "purple"),
@@ -124,7 +134,7 @@ def sheets(draw: Drawer, limits: Limits, out: Path) -> None:
         ("grainy", "banana", "pink"),
     ):
         prompt, metric = plain(thing, colour, flaw), pixel_metrics.FLAWS[flaw]
-        before, after = (metric(draw([prompt] * 16, list(range(16)), flaw, scale)) for scale in (0.0, 1.0))
+        before, after = (metric(draw([prompt] * 16, list(range(16)), flaw, scale)) for scale in (0.0, default))
         seed = int((before - after).argmax())
         rows += [draw([prompt], [seed], flaw, scale) for scale in scales]
         labels += [f"{flaw} {thing}, seed {seed}, --neg-scale {scale:g}" for scale in scales]
@@ -136,6 +146,26 @@ def _of_real(scorers: list[Scorer], sprites: Sprites) -> dict[str, Any]:
     pictures, things = examples(sprites, 1000, np.random.default_rng(5), flawed=0.0)
     names = [NAMES[thing] for thing in things]
     return {scorer.kind.name: share(scorer.right(pictures, names)) for scorer in scorers}
+
+
+def _known_teacher(out: Path, folder: Path, extent: Extent) -> dict[str, Any] | None:
+    """What an evaluation in the same folder found of the same teacher: it takes longer than all the rest."""
+    try:
+        found = json.loads((out / "evaluation.json").read_text())["teacher"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return found if found.get("of") == _facts(folder, extent) else None
+
+
+def _facts(folder: Path, extent: Extent) -> list[Any]:
+    return [
+        fingerprint(*sorted(folder.rglob("*.safetensors"))),
+        TEACHER_STEPS,
+        *GUIDANCES,
+        extent.captions,
+        extent.samples,
+        extent.limiting,
+    ]
 
 
 def _of_teacher(
@@ -159,6 +189,7 @@ def _of_teacher(
     say(f"teacher: held-out captions and distances at guidance {best:g}")
     made = draw(captions[: extent.samples], list(range(extent.samples)))
     return {
+        "of": _facts(folder, extent),
         "guidance": best,
         "things by guidance": {f"{guidance:g}": value for guidance, value in things.items()},
         "asked": asked(draw, scorers, limits, extent.captions),
