@@ -34,8 +34,8 @@ SERVE = ["fastapi>=0.130", "uvicorn>=0.40", "httptools>=0.6.3", "uvloop>=0.21; p
 RAY = ["ray[data,serve]>=2.50"]
 # The official client, a fuzzer of OpenAPI documents, and what drives the browser in which the page is tested.
 CLIENTS = ["openai>=2", "httpx>=0.28", "aiohttp>=3.12", "schemathesis>=4", "playwright>=1.50"]
-# What an engine on an NVIDIA GPU needs beside its own package: memory and graphs of the GPU, and one builder at a time.
-GPU = ["cuda-bindings>=13", "filelock>=3.16"]
+# What an engine on an NVIDIA GPU needs beside its own package: memory and graphs of the GPU.
+GPU = ["cuda-bindings>=13"]
 # It builds engines without a GPU too: so far do the tests go everywhere.
 RTX = ["tensorrt-rtx-cu13>=1.4; platform_system != 'Darwin' and platform_machine != 'aarch64'"]
 CHECKS = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "mypy>=1.18", "types-tqdm"]
@@ -66,6 +66,6 @@ setup(
     packages=list(PACKAGES),
     package_data={"snoopi_rt": ["py.typed", "bundles/*/*"], "snoopi_rt.server": ["page/*"]},
     entry_points={"console_scripts": ["snoopi-rt = snoopi_rt.cli:main"]},
-    install_requires=["numpy>=1.26", "tokenizers>=0.20", "pillow>=10", "click>=8.1"],
+    install_requires=["numpy>=1.26", "tokenizers>=0.20", "pillow>=10", "click>=8.1", "filelock>=3.16"],
     extras_require=EXTRAS,
 )

@@ -129,7 +129,7 @@ class Pipeline:
         """What `generate` gives, drawn in a thread; when the task is cancelled, no further stage begins."""
         import asyncio  # not at the top: it is a tenth of a cold start's imports
 
-        cancel = named.setdefault("cancel", threading.Event())
+        cancel = named["cancel"] = named.get("cancel") or threading.Event()
         try:
             return await asyncio.to_thread(self.generate, *arguments, **named)
         except asyncio.CancelledError:
@@ -143,6 +143,8 @@ class Pipeline:
         Raises what `generate` raises, when the wrong job is reached: the results before it are given first.
         """
         waiting = iter(jobs)
+        if shared.get("n", 1) != 1:
+            raise InputError("a job is one image: give it twice instead of n=2")
         while together := list(islice(waiting, self.max_batch)):
             rows = [dict(job) if isinstance(job, Mapping) else {"prompt": job} for job in together]
             if unknown := {name for row in rows for name in row} - set(JOB):

@@ -1,6 +1,5 @@
 """What a caller may ask for: lists are broadcast to one Request an image, and every wrong value is one clear InputError."""
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,7 +116,7 @@ def _negative(negative: Any, guidance: Guidance) -> str | None:
 def _scale(scale: Any, guidance: Guidance) -> float:
     low, high = guidance.scale.min, guidance.scale.max
     real = isinstance(scale, Real) and not isinstance(scale, bool)
-    if not real or not math.isfinite(scale) or not low <= scale <= high:
+    if not real or not low <= scale <= high:  # no NaN either
         raise InputError(f"negative scale must be a number from {low} to {high}, got {scale!r}")
     return float(scale)
 

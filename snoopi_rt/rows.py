@@ -27,6 +27,8 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield from enumerate(readers[path.suffix](path), 1)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except csv.Error as error:
+        raise InputError(f"{path} is not CSV: {error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text") from error
 
@@ -41,16 +43,16 @@ def _objects(path: Path) -> Iterator[dict[str, Any] | str]:
         for line in file:
             if line.strip():
                 found: Any = None
-                with suppress(ValueError):
+                with suppress(ValueError, RecursionError):
                     found = json.loads(line)
-                yield _job(found) if isinstance(found, dict) else f"not a JSON object: {line.strip()[:40]}"
+                yield _job(_said(found)) if isinstance(found, dict) else f"not a JSON object: {line.strip()[:40]}"
 
 
 def _records(path: Path) -> Iterator[dict[str, Any] | str]:
     """CSV knows text only; an empty cell is one that was not given."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         for record in csv.DictReader(file, restkey="more cells than the header has"):
-            given: dict[str, Any] = {name: value for name, value in record.items() if value not in ("", None)}
+            given = _said({name: value or None for name, value in record.items()})
             for name, kind in (("negative_scale", float), ("seed", int)):
                 with suppress(ValueError):
                     given = {**given, name: kind(given[name])} if name in given else given
@@ -65,9 +67,14 @@ def _columns(path: Path) -> Iterator[dict[str, Any] | str]:
     try:
         file = parquet.ParquetFile(path)
         for part in file.iter_batches(1024, columns=[name for name in file.schema_arrow.names if name in JOB]):
-            yield from (_job({name: value for name, value in row.items() if value is not None}) for row in part.to_pylist())
+            yield from (_job(_said(row)) for row in part.to_pylist())
     except ArrowInvalid as error:
         raise InputError(f"{path} is not a whole Parquet file") from error
+
+
+def _said(given: dict[str, Any]) -> dict[str, Any]:
+    """Without what is null: that is not said."""
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _job(given: dict[str, Any]) -> dict[str, Any] | str:

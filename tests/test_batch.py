@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from snoopi_rt.batch import INDEX, Batch
+from snoopi_rt.batch import INDEX, Batch, _Index
 from snoopi_rt.cli import main
 from snoopi_rt.engines import installed
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.engines.base import InputError, OutputError
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.rows import read_rows
 
@@ -68,6 +68,85 @@ def test_an_index_that_a_kill_cut_short_is_made_whole(pipe: Pipeline, prompts: P
     assert index(tmp_path / "out") == whole
 
 
+def test_an_image_of_something_else_is_neither_taken_nor_lost(pipe: Pipeline, prompts: Path, tmp_path: Path) -> None:
+    """The index is gone and a prompt was changed: the old picture is not the new row's."""
+    out = tmp_path / "out"
+    Batch(prompts, out, negative="blurry", scale=0.5).run(pipe)
+    (out / INDEX).unlink()
+    prompts.write_text(prompts.read_text().replace("a red fox", "a red cat"))
+    (out / "000004.png").write_bytes(b"")  # a power cut
+    (out / "000005.png").write_bytes(b"somebody's")
+    outcome = Batch(prompts, out, negative="blurry", scale=0.5).run(pipe)
+    assert (outcome.drawn, outcome.kept, outcome.failed) == (1, 2, 2)
+    errors = {row["row"]: row["error"] for row in index(out) if "error" in row}
+    assert errors == {row: f"00000{row}.png is there and is not this row's image: remove it" for row in (2, 5)}
+    assert (out / "000005.png").read_bytes() == b"somebody's"
+
+
+def test_a_damaged_line_of_the_index_costs_that_line_alone(pipe: Pipeline, prompts: Path, tmp_path: Path) -> None:
+    batch = Batch(prompts, tmp_path / "out")
+    batch.run(pipe)
+    path = tmp_path / "out" / INDEX
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([*lines[:2], lines[2][:9] + lines[3], b"[]", b'{"row": "x", "file": 1}', *lines[4:]]))
+    outcome = batch.run(pipe)
+    assert (outcome.drawn, outcome.kept) == (0, 5) and sorted(row["row"] for row in index(tmp_path / "out")) == [1, 2, 3, 4, 5]
+    path.write_text("no index\n")
+    with pytest.raises(InputError, match=r"index.jsonl is not an index of snoopi-rt$"):
+        batch.run(pipe)
+
+
+def test_two_at_once_do_not_share_a_folder(pipe: Pipeline, prompts: Path, tmp_path: Path) -> None:
+    batch = Batch(prompts, tmp_path / "out")
+
+    def second(rows: int) -> None:
+        with pytest.raises(InputError, match=r"^another process draws into .*out$"):
+            Batch(prompts, tmp_path / "out").run(pipe)
+        told.append(rows)
+
+    told: list[int] = []
+    assert batch.run(pipe, second).drawn == 5 and len(told) == 5
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
+    pipe: Pipeline, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, add = Batch(prompts, tmp_path / "out"), _Index.add
+
+    class Full:
+        """A file that takes half of a line."""
+
+        def write(self, line: bytes) -> int:
+            return len(line) // 2
+
+    def full(self: _Index, number: int, record: dict) -> None:
+        self._file, kept = Full(), self._file  # type: ignore[assignment]
+        try:
+            add(self, number, record)
+        finally:
+            self._file = kept
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"the disk is full$"):
+        patch.setattr(_Index, "add", full)
+        batch.run(pipe)
+    assert batch.run(pipe).drawn == 4
+
+
+def test_what_is_null_or_empty_in_a_row_was_not_said(pipe: Pipeline, tmp_path: Path) -> None:
+    rows = [
+        '{"prompt": "a cat", "seed": null, "negative_prompt": null, "negative_scale": null}',
+        '{"prompt": "a fox", "negative_prompt": ""}',
+    ]
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join([*rows, '{"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": 1' + "0" * 400 + "}"])
+    )
+    outcome = Batch(tmp_path / "rows.jsonl", tmp_path / "out", seed=5, negative="blurry", scale=0.5).run(pipe)
+    first, second, third = index(tmp_path / "out")
+    assert (first["seed"], first["negative_prompt"], first["negative_scale"]) == (5, "blurry", 0.5)
+    assert second["seed"] == 6 and "negative_prompt" not in second and outcome.drawn == 2
+    assert "negative scale must be a number" in third["error"]
+
+
 def test_rows_that_cannot_be_drawn_are_listed_and_the_rest_is_done(pipe: Pipeline, tmp_path: Path) -> None:
     rows = ['{"prompt": "a cat", "seed": 3}', "no json", '{"prompt": "a a a a a a"}', '{"prompt": "a fox", "colour": 1}', '{"seed": 1}']
     rows += ['{"prompt": "a fox", "negative_scale": 7, "negative_prompt": "blurry"}', '{"prompt": "a blue fox", "seed": "x"}']
@@ -79,7 +158,7 @@ def test_rows_that_cannot_be_drawn_are_listed_and_the_rest_is_done(pipe: Pipelin
     assert (
         errors[2] == "not a JSON object: no json" and "limit" in errors[3] and "unknown 'colour'" in errors[4] and errors[5] == "no prompt"
     )
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"000001.png", INDEX}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"000001.png", INDEX, ".lock"}
 
 
 def test_csv_and_parquet_give_the_rows_that_jsonl_gives(tmp_path: Path) -> None:
