@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from test_server import served
 
+from snoopi_rt.engines.base import BundleError
 from snoopi_rt.pipeline import load
 from snoopi_rt.server.app import Settings
 
@@ -170,3 +171,46 @@ def test_a_key_is_asked_for(browser: Any) -> None:
         page.wait_for_selector("#size option", state="attached")
         page.click("#draw")
         drawn(page)
+
+
+def test_what_another_program_stored_does_not_break_it(browser: Any, address: str) -> None:
+    context = browser.new_context()
+    context.add_init_script("localStorage.setItem('snoopi-rt.history', '{\"no\": \"list\"'); localStorage.setItem('history', 'theirs')")
+    page = context.new_page()
+    page.on("pageerror", lambda error: pytest.fail(f"page: {error}"))
+    page.goto(address)
+    page.click("#draw")
+    drawn(page)
+    assert page.evaluate("localStorage.getItem('history')") == "theirs"
+
+
+def test_enter_while_it_draws_does_not_draw_twice(browser: Any, address: str) -> None:
+    page = page_of(browser, address)
+    posted: list[str] = []
+    page.on("request", lambda request: posted.append(request.url) if request.method == "POST" else None)
+    page.focus("#prompt")
+    for _ in range(3):
+        page.keyboard.press("Enter")
+    drawn(page)
+    assert len(posted) == 1 and page.locator("#history button").count() == 1
+
+
+@pytest.mark.parametrize(("most", "scales"), [(5, 5), (2, 1)])
+def test_it_asks_for_as_many_images_as_the_server_draws(browser: Any, most: int, scales: int) -> None:
+    with served(Settings({"other": lambda: load(threads=1)}, most=most)) as address:
+        page = page_of(browser, address)
+        page.click("#draw")
+        drawn(page)
+        assert int(page.get_attribute("#scale", "max")) + 1 == scales
+
+
+def test_a_server_without_a_model_says_why(browser: Any) -> None:
+    def broken() -> Any:
+        raise BundleError("there is no bundle")
+
+    with served(Settings({"small": broken})) as address:
+        page = browser.new_context().new_page()
+        page.on("pageerror", lambda error: pytest.fail(f"page: {error}"))
+        page.goto(address)
+        page.wait_for_selector("#status.wrong")
+        assert page.inner_text("#status") == "no model is served: small: there is no bundle"

@@ -16,8 +16,8 @@ class TeacherPictures:
 
     def __init__(self, folder: Path, key: str, count: int, shape: tuple[int, ...]):
         folder.mkdir(parents=True, exist_ok=True)
-        self._latents = _open(folder / f"{key}.npy", (count, *shape), np.float16)
-        self._drawn = _open(folder / f"{key}-drawn.npy", (count,), np.bool_)
+        self._latents = _open(folder / f"{key}-{count}.npy", (count, *shape), np.float16)
+        self._drawn = _open(folder / f"{key}-{count}-drawn.npy", (count,), np.bool_)
 
     def get(self, numbers: Sequence[int], draw: Callable[[], Tensor]) -> Tensor:
         """The latents (B, C, h, w) fp32 of some pairs. draw() gives all of them, and is asked where one is missing."""

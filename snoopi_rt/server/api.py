@@ -83,6 +83,8 @@ class Model(BaseModel):
     negative_prompts: bool
     negative_scale: dict[str, float]
     engine: str
+    max_images: int = Field(description="Of one request.")
+    embedded: bool = Field(description="Whether it is the bundle that comes with snoopi-rt.")
 
 
 class Models(BaseModel):

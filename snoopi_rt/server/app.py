@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from snoopi_rt import __version__
 from snoopi_rt.engines.base import Cancelled, InputError, SnoopiError
-from snoopi_rt.pipeline import Pipeline
+from snoopi_rt.pipeline import EMBEDDED, Pipeline
 from snoopi_rt.server import api
 from snoopi_rt.server.around import Around, tell
 from snoopi_rt.server.batching import Batcher, Drawing, QueueFull
@@ -229,6 +229,8 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
             negative_prompts=pipe.bundle.guidance.kind != "none",
             negative_scale={"min": scale.min, "max": scale.max, "default": scale.default},
             engine=pipe.engine,
+            max_images=settings.most,
+            embedded=pipe.bundle.folder == EMBEDDED,
         )
 
     async def read(request: Request) -> bytes:

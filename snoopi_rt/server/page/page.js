@@ -5,6 +5,7 @@ const KEPT = 48; // entries of the history
 const at = (id) => document.getElementById(id);
 let models = [];
 let shown = null; // {asked, scales, rows: [{seed, sources}]}
+let busy = true; // loading or drawing
 
 const key = () => sessionStorage.getItem("key");
 
@@ -22,13 +23,26 @@ function say(text, wrong = false) {
   at("status").classList.toggle("wrong", wrong);
 }
 
+function rest(resting) {
+  busy = !resting;
+  at("draw").setAttribute("aria-disabled", String(busy)); // not disabled: that would take the focus away
+}
+
 const model = () => models.find((each) => each.id === at("model").value) ?? models[0];
 
 async function start() {
-  models = (await call("v1/models")).data;
+  for (models = []; !models.length; ) {
+    models = (await call("v1/models")).data;
+    if (models.length) break;
+    const state = await (await fetch("readyz")).text();
+    if (!state.includes("loading")) throw new Error(`no model is served: ${state.trim()}`);
+    say(state.trim());
+    await new Promise((done) => setTimeout(done, 1000));
+  }
   at("model").replaceChildren(...models.map((each) => new Option(each.id)));
   choose();
   say("");
+  rest(true);
 }
 
 function choose() {
@@ -38,18 +52,20 @@ function choose() {
 
 function scales() {
   const { max, default: usual } = model().negative_scale;
-  const even = Array.from({ length: STEPS + 1 }, (_, i) => +((max * i) / STEPS).toFixed(3));
+  const steps = Math.min(STEPS, model().max_images - 2);
+  const even = steps < 1 ? [] : Array.from({ length: steps + 1 }, (_, i) => +((max * i) / steps).toFixed(3));
   return [...new Set([...even, usual])].sort((a, b) => a - b);
 }
 
 async function draw() {
+  if (busy) return;
   const negative = model().negative_prompts ? at("negative").value.trim() : "";
   const asked = { model: model().id, prompt: at("prompt").value, size: at("size").value, n: 1 };
   if (negative) Object.assign(asked, { negative_prompt: negative, negative_scale: scales() });
   const count = Math.min(4, Math.max(1, Number(at("count").value) || 1));
   const first = at("seed").value === "" ? Math.floor(Math.random() * 2 ** 32) : Number(at("seed").value);
   const begun = performance.now();
-  at("draw").disabled = true;
+  rest(false);
   say("drawing ...");
   try {
     const rows = [];
@@ -61,11 +77,12 @@ async function draw() {
     }
     const drawn = count * shown.scales.length;
     say(`${drawn} image${drawn > 1 ? "s" : ""} in ${((performance.now() - begun) / 1000).toFixed(2)} s`);
-    rows.forEach(remember);
+    const place = Number(at("scale").value);
+    for (const row of rows) remember({ asked, seed: row.seed, source: row.sources[place] ?? row.sources[0] });
   } catch (error) {
     say(error.message, true);
   } finally {
-    at("draw").disabled = false;
+    rest(true);
   }
 }
 
@@ -107,7 +124,8 @@ async function copy(button, row) {
   const negative = asked.negative_prompt
     ? ["--neg", asked.negative_prompt, "--neg-scale", String(scales[Number(at("scale").value)])]
     : [];
-  const words = ["snoopi-rt", "generate", ...negative, "--seed", String(row.seed), "--size", asked.size, "--", asked.prompt];
+  const bundle = models.find((each) => each.id === asked.model)?.embedded ? [] : ["--bundle", asked.model];
+  const words = ["snoopi-rt", "generate", ...negative, "--seed", String(row.seed), "--size", asked.size, ...bundle, "--", asked.prompt];
   const command = words.map(quoted).join(" ");
   try {
     await navigator.clipboard.writeText(command);
@@ -118,16 +136,21 @@ async function copy(button, row) {
   }
 }
 
-const history = () => JSON.parse(localStorage.getItem("history") ?? "[]");
+const STORED = "snoopi-rt.history";
 
-function remember(row) {
-  const place = Number(at("scale").value);
-  const { asked } = shown;
-  const entry = { asked, seed: row.seed, source: row.sources[place] ?? row.sources[0] };
+function history() {
+  try {
+    return JSON.parse(localStorage.getItem(STORED) ?? "[]").filter((entry) => entry.asked?.prompt && entry.source);
+  } catch {
+    return []; // another program's, or storage is forbidden
+  }
+}
+
+function remember(entry) {
   let all = [entry, ...history()].slice(0, KEPT);
   for (; all.length; all = all.slice(0, -1)) {
     try {
-      localStorage.setItem("history", JSON.stringify(all));
+      localStorage.setItem(STORED, JSON.stringify(all));
       break;
     } catch {
       // full: the oldest goes
@@ -156,6 +179,7 @@ function list() {
 }
 
 function again({ asked, seed }) {
+  if (busy) return;
   if (models.some((each) => each.id === asked.model)) at("model").value = asked.model;
   choose();
   Object.assign(at("prompt"), { value: asked.prompt });
@@ -163,6 +187,7 @@ function again({ asked, seed }) {
   at("seed").value = seed;
   at("count").value = 1;
   if (model().sizes.includes(asked.size)) at("size").value = asked.size;
+  at("prompt").focus();
   scrollTo({ top: 0 });
   draw();
 }
@@ -172,7 +197,7 @@ at("form").addEventListener("submit", (event) => {
   draw();
 });
 at("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
     at("form").requestSubmit();
   }
@@ -184,8 +209,9 @@ at("key").addEventListener("change", () => {
   start().catch((error) => say(error.message, true));
 });
 at("forget").addEventListener("click", () => {
-  localStorage.removeItem("history");
+  localStorage.removeItem(STORED);
   list();
+  at("prompt").focus();
 });
 list();
 say("loading ...");
