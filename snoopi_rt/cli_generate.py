@@ -100,9 +100,9 @@ def generate(
     with progress_line() as progress, load(bundle, engine, precision, threads, True, told(progress)) as pipe:
         for start in range(0, count, pipe.max_batch):
             progress["doing"] = f"image {start + 1} of {count}"
-            batch = paths[start : start + pipe.max_batch]
-            result = pipe.generate(prompt, neg, neg_scale, first + start, len(batch), size, truncate)
-            for index, path in enumerate(batch):
+            files = paths[start : start + pipe.max_batch]
+            result = pipe.generate(prompt, neg, neg_scale, first + start, len(files), size, truncate)
+            for index, path in enumerate(files):
                 image.save(result.images[index], path, result.metadata(index), force)
                 click.echo(f"{path}  seed {result.seeds[index]}")
 

@@ -41,14 +41,14 @@ MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 class Settings:
     """What a server is told.
 
-    models: what opens each, by the bundle's name; the first is the default. key: what clients must send as a bearer token, None is nothing.
-    together: images of waiting requests that are drawn in one call, 1 draws each request alone. batch_wait: seconds that a batch waits for
-    more. queue: images that may wait for a model. most: images of one request. body: bytes of one request. timeout: seconds of one
-    request. prompts_in_log: write prompts into the log. origins: of web pages that may call (CORS). hosts: names besides localhost by
-    which it may be called without a key.
+    models: what opens each, by the bundle's name (on Ray it is given `engine` and `low_memory`, as `load`); the first is the default. key:
+    what clients must send as a bearer token, None is nothing. together: images of waiting requests that are drawn in one call, 1 draws
+    each request alone. batch_wait: seconds that a batch waits for more. queue: images that may wait for a model. most: images of one
+    request. body: bytes of one request. timeout: seconds of one request. prompts_in_log: write prompts into the log. origins: of web
+    pages that may call (CORS). hosts: names besides localhost by which it may be called without a key.
     """
 
-    models: dict[str, Callable[[], Pipeline]]
+    models: dict[str, Callable[..., Pipeline]]
     key: str | None = None
     together: int = 16
     batch_wait: float = 0.0

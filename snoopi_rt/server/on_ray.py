@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import ray
 from fastapi import FastAPI
@@ -42,7 +43,7 @@ FRONT = 10_000
 class Replica:
     """A process that draws one bundle: the server's own batcher."""
 
-    async def __init__(self, name: str, settings: Settings) -> None:
+    async def __init__(self, name: str, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
         self._drawing: Drawing | None = None
         try:
             self._drawing = await here(name, settings, lambda images: None)
@@ -106,6 +107,7 @@ async def remote(handles: dict[str, DeploymentHandle], name: str, settings: Sett
 
 def deployed(settings: Settings, workers: Workers) -> serve.Application:
     """The application for `serve.run(..., name=NAME)`. Bundles must lie in the same folders on every machine."""
+    deployment: Any = serve.deployment  # its types know the decorator only
     whole = [name for name in settings.models if _is_whole(settings, name)]
 
     def build() -> FastAPI:
@@ -113,8 +115,8 @@ def deployed(settings: Settings, workers: Workers) -> serve.Application:
         return application(settings, partial(remote, handles))
 
     drawing = [
-        serve.deployment(
-            Replica,
+        deployment(Replica)
+        .options(
             name=_deployment(name),
             # More than its queue takes: what is too much is refused there, and does not wait here.
             max_ongoing_requests=settings.queue + settings.together + 1,
@@ -126,12 +128,12 @@ def deployed(settings: Settings, workers: Workers) -> serve.Application:
             },
             ray_actor_options={"num_cpus": workers.cpus, "num_gpus": workers.gpus},
             graceful_shutdown_timeout_s=max(GRACE, settings.timeout),
-        ).bind(name, replace(settings, key=None))
+        )
+        .bind(name, replace(settings, key=None))
         for name in whole
     ]
     # One, because images that are given as addresses are in its memory; it draws nothing, and no CPU is reserved for it.
-    front = serve.deployment(
-        serve.ingress(build)(),
+    front = deployment(serve.ingress(build)()).options(
         name="http",
         max_ongoing_requests=FRONT,
         ray_actor_options={"num_cpus": 0},
