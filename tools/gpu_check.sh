@@ -58,7 +58,7 @@ part kernel 150 python3 tools/gpu_kernel.py --out "$out/kernel.json"
 part students 240 python3 tools/gpu_students.py --seconds 150 --out "$out/students.json"
 if python3 -c "import importlib.util, sys; sys.exit(not any(map(importlib.util.find_spec, ('tensorrt', 'tensorrt_rtx'))))"; then
     part tensorrt 120 python3 -m snoopi_rt build --engine tensorrt
-    part tensorrt-bench 60 python3 -m snoopi_rt bench --engine tensorrt --runs 50
+    part tensorrt-bench 150 python3 -m snoopi_rt bench --engine tensorrt --runs 50
 else
     printf '\ntensorrt: not installed, so its engine was not run\n' | tee "$out/tensorrt.txt"
 fi
