@@ -12,7 +12,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-WORDS = ["a", "red", "blue", "green", "small", "panda", "fox", "rocket", "apple", "on", "the", "background", "of", "and", "with", "blurry", "grainy", "flat", "drawing", "render"]
+WORDS = ("a", "red", "blue", "panda", "fox", "rocket", "on", "the", "background", "and", "blurry", "grainy", "flat", "drawing", "render")
 
 
 @click.command()
