@@ -32,7 +32,7 @@ def main(images: int, bundle: Path | None, out: Path) -> None:
             while drawn < images:
                 count = min(int(random.integers(1, 9)), images - drawn)
                 negative = prompt(random) if random.random() < 0.7 else None
-                pipe.generate([prompt(random) for _ in range(count)], negative, seed=list(range(drawn, drawn + count)))
+                pipe.generate([prompt(random) for _ in range(count)], negative, seed=list(range(drawn, drawn + count)), truncate=True)
                 drawn += count
                 bar.update(count)
                 if drawn >= len(rows) * images / 10:
