@@ -36,6 +36,8 @@ PAUSE = 0.2
 NAME = "snoopi-rt"
 PATIENCE = 10.0
 """Seconds without a word while processes start."""
+UPSCALE = 5.0
+"""Seconds of more requests than the processes should have before there is another; Ray's own are 30."""
 FRONT = 10_000
 """Requests that the HTTP side has open at once: the queues of the replicas are the limit."""
 
@@ -125,6 +127,7 @@ def deployed(settings: Settings, workers: Workers) -> serve.Application:
                 "min_replicas": workers.least,
                 "max_replicas": workers.most,
                 "target_ongoing_requests": 2 * settings.together,
+                "upscale_delay_s": UPSCALE,
             },
             ray_actor_options={"num_cpus": workers.cpus, "num_gpus": workers.gpus},
             graceful_shutdown_timeout_s=max(GRACE, settings.timeout),
