@@ -48,10 +48,11 @@ class BoundSession:
         lane = self._lane(arrays)
         try:
             return lane.run(arrays, outputs, self._graphs)
-        except Exception:
+        except Exception:  # ONNX Runtime has no class for what cannot be recorded
             if not (self._graphs and lane.bound):
                 raise
-        # The session is of no use any more: its stream is still half way through a recording.
+        # The session is of no use any more: its stream is still half way through a recording. Nothing may hold it when the next one opens.
+        del lane
         self._forget()
         self._graphs, self.session = False, self._open(False)
         return self._lane(arrays).run(arrays, outputs, False)

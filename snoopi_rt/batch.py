@@ -169,6 +169,8 @@ class _Index:
             self._file = open(self._path, "ab", buffering=0)
         except OSError as error:
             raise OutputError(f"cannot write {self._path}: {error.strerror}") from error
+        finally:
+            beside.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -195,7 +197,7 @@ class _Index:
 
     def _still_right(self) -> Iterator[bytes]:
         """The lines of images that are there. What failed, and what is not there any more, is drawn again."""
-        if not self._path.exists():
+        if not _is_whole(self._path):
             return
         with open(self._path, "rb") as file:
             first = _record(file.readline())
@@ -220,7 +222,7 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether an image is there: a power cut may leave its name alone."""
+    """Whether a file is there: a power cut may leave its name alone."""
     return path.is_file() and path.stat().st_size > 0
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from snoopi_rt.batch import Batch, Drawn, Job, draw_together
 from snoopi_rt.engines.base import EngineError, SnoopiError
@@ -44,7 +44,8 @@ class Workers:
 def draw_on_ray(opening: dict[str, Any], workers: Workers, pipe: Pipeline, batch: Batch, jobs: Iterable[Job]) -> Iterator[Drawn]:
     """With its first two given a Draw of batch.py; opening: what `load` takes by name. `pipe` itself is not opened.
 
-    A process that dies is replaced, and what it was drawing is drawn again.
+    A process that dies is replaced, and what it was drawing is drawn again. Unlike here, all jobs are in memory first. Raises
+    EngineError where a process cannot open the bundle, or Ray fails.
     """
     rows = [{"job": json.dumps(job)} for job in jobs]
     if not rows:
@@ -64,8 +65,9 @@ def draw_on_ray(opening: dict[str, Any], workers: Workers, pipe: Pipeline, batch
     try:
         for row in made.iter_rows():
             yield Drawn(row["row"], row["file"], json.loads(row["metadata"]), row["error"])
-    except RayTaskError as error:
-        raise known(error) from None
+    except RayError as error:
+        # Ray's page about it ends with the line that says why.
+        raise EngineError(f"a process on Ray failed: {str(error).strip().splitlines()[-1]}") from None
 
 
 class Drawer:

@@ -94,6 +94,9 @@ def test_a_damaged_line_of_the_index_costs_that_line_alone(pipe: Pipeline, promp
     path.write_text("no index\n")
     with pytest.raises(InputError, match=r"index.jsonl is not an index of snoopi-rt$"):
         batch.run(pipe)
+    assert path.read_text() == "no index\n" and not list(path.parent.glob("*.part")) + list(path.parent.glob(".*.part"))
+    path.write_bytes(b"")  # a power cut
+    assert batch.run(pipe).kept == 5
 
 
 def test_two_at_once_do_not_share_a_folder(pipe: Pipeline, prompts: Path, tmp_path: Path) -> None:

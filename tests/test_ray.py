@@ -96,6 +96,27 @@ def test_a_batch_loses_nothing_when_a_worker_is_killed(tmp_path: Path, place: di
     assert f"0 drawn (0.0 images a second), {ROWS} there before".encode() in again.stdout
 
 
+def test_a_bundle_that_the_workers_do_not_have_is_one_line(tmp_path: Path, place: dict[str, str]) -> None:
+    code = """
+import sys
+from pathlib import Path
+import snoopi_rt
+from snoopi_rt.batch import Batch
+from snoopi_rt.on_ray import Workers, draw_on_ray, start_ray
+start_ray()
+batch = Batch(Path("rows.txt"), Path("out"))
+try:
+    list(draw_on_ray({"bundle": "/not/here"}, Workers(), snoopi_rt.load(low_memory=True), batch, [(1, {"prompt": "a cat"})]))
+except snoopi_rt.EngineError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=place, cwd=tmp_path, capture_output=True, text=True)
+    told = done.stdout.strip().splitlines()[-1]  # before it stands what Ray says itself
+    assert told.startswith("a process on Ray failed: ") and told.endswith("BundleError: no bundle at /not/here: no such folder"), (
+        done.stderr
+    )
+
+
 @pytest.fixture
 def server(tmp_path: Path, place: dict[str, str]) -> Iterator[tuple[subprocess.Popen, str]]:
     """`serve --ray` with two workers, a good bundle and a broken one, and its address."""

@@ -68,7 +68,7 @@ class State:
     drawing: dict[str, Drawing] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     files: "OrderedDict[str, tuple[float, str, bytes]]" = field(default_factory=OrderedDict)
-    bytes: int = 0
+    held: int = 0
     started: float = field(default_factory=time.time)
 
 
@@ -254,9 +254,9 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
         """Keeps an image for a while; its address."""
         name = f"{secrets.token_hex(16)}.{format}"
         state.files[name] = time.monotonic(), MEDIA[format], data
-        state.bytes += len(data)
-        while state.bytes > KEPT_BYTES and len(state.files) > 1:
-            state.bytes -= len(state.files.popitem(last=False)[1][2])
+        state.held += len(data)
+        while state.held > KEPT_BYTES and len(state.files) > 1:
+            state.held -= len(state.files.popitem(last=False)[1][2])
         return str(request.url_for("file", name=name))
 
     def openapi() -> dict[str, Any]:
