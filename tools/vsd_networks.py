@@ -2,8 +2,8 @@
 
 A transformer in PixArt's manner and a UNet with cross-attention in Stable Diffusion's, of at most 2 M parameters each, learn the emoji
 pictures at 64 x 64 pixels as teachers; then every setting of kappa distils each of them with the same seeds. Measured is the Frechet
-distance of the student's pictures of held-out captions to real ones, in the features of a scorer. One command, that goes on where it
-was stopped:
+distance of the student's pictures of held-out captions to real ones, in the features of a scorer, beside what the teacher itself reaches
+in 25 steps and the untrained student in one. Each core works on a run of its own. One command, that goes on where it was stopped:
 
     python tools/vsd_networks.py --data runs/emoji --vae weights/small/teacher/vae --scorers weights/small/scorers \
         --work runs/vsd_networks --out docs/vsd_networks.json
@@ -11,10 +11,14 @@ was stopped:
 
 import json
 import math
+import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +47,7 @@ from snoopi_rt.export.training.small.evaluate import real_pictures
 from snoopi_rt.export.training.small.scorer import KINDS, open_scorer
 from snoopi_rt.export.training.small.statistics import frechet
 from snoopi_rt.export.training.small.teacher import schedule
-from snoopi_rt.export.training.text_states import encode_prompts
+from snoopi_rt.export.training.text_states import Text, TextStates, encode_prompts
 from snoopi_rt.export.weights.files import fingerprint, save_diffusers, save_tensors
 
 SIDE, CHANNELS = 8, 8  # of a latent of 64 x 64 pixels
@@ -60,14 +64,14 @@ DIVERGED = 3.0
 
 
 def transformer() -> nn.Module:
-    """PixArt's transformer, 1.9 M parameters."""
+    """PixArt's transformer, 0.7 M parameters."""
     network = PixArtTransformer2DModel(
-        num_attention_heads=3,
+        num_attention_heads=2,
         attention_head_dim=48,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
         num_layers=4,
-        cross_attention_dim=144,
+        cross_attention_dim=96,
         sample_size=SIDE,
         patch_size=1,
         caption_channels=384,
@@ -78,12 +82,12 @@ def transformer() -> nn.Module:
 
 
 def unet() -> nn.Module:
-    """A UNet with cross-attention at both levels, 1.9 M parameters."""
+    """A UNet with cross-attention at both levels, 1.3 M parameters."""
     network = UNet2DConditionModel(
         sample_size=SIDE,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        block_out_channels=(48, 80),
+        block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -113,23 +117,43 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Denoiser]] = {
 }
 
 
-def train_teacher(name: str, data: Path, vae: Path, folder: Path, steps: int) -> None:
+@dataclass(frozen=True)
+class Grid:
+    """What all runs share. work: where teachers, text states and finished runs are kept."""
+
+    data: Path
+    vae: Path
+    scorers: Path
+    work: Path
+    teacher_steps: int
+    steps: int
+    lr: float
+    samples: int
+
+    def teacher(self, name: str) -> Path:
+        """The folder of a teacher, which other learning rates share."""
+        return self.work.parent / f"teacher-{name}-{self.teacher_steps}"
+
+    def file(self, name: str, run: str) -> Path:
+        """Where a run's result is."""
+        return self.work / "runs" / f"{name}, {run}.json"
+
+
+def train_teacher(name: str, grid: Grid) -> None:
     """A teacher of one architecture in diffusers layout, v-prediction, 10 % empty captions."""
     build, denoiser = ARCHITECTURES[name]
+    folder = grid.teacher(name)
     if (folder / denoiser.part / "config.json").exists():
         return
-    shutil.copytree(vae, folder / "vae", dirs_exist_ok=True)
+    shutil.copytree(grid.vae, folder / "vae", dirs_exist_ok=True)
     schedule().save_pretrained(folder / "scheduler")
-    latents, rows = _latents(data, vae, folder.parent), [row for row in read_rows(data) if row.split == "train"]
-    texts = encode_prompts(
-        lambda: [row.caption for row in rows], fingerprint(data / "dataset.json"), _encoder(), denoiser.masked, folder.parent / "captions"
-    )
+    latents, texts = _latents(grid), _captions(grid)
     torch.manual_seed(0)
     model, noise = build().bfloat16(), Schedule.of(folder)
     model.set_attn_processor(PlainAttention())
     print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     weights = MasterWeights(model, ema=0.999)
-    recipe = loop.Recipe(steps, 64, 1e-3)
+    recipe = loop.Recipe(grid.teacher_steps, 64, 1e-3)
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
         chosen = torch.randint(len(latents), (recipe.batch,), generator=random)
@@ -137,7 +161,8 @@ def train_teacher(name: str, data: Path, vae: Path, folder: Path, steps: int) ->
         text = texts.batch([-1 if none else row for row, none in zip(chosen.tolist(), empty.tolist(), strict=True)])
         x0, eps = latents[chosen].float(), torch.randn(recipe.batch, CHANNELS, SIDE, SIDE, generator=random)
         t = torch.randint(1000, (recipe.batch,), generator=random)
-        said = denoiser.answer(model, noise.noised(x0, eps, t).bfloat16(), t, text.states, text.mask, None).float()
+        mask = text.mask if denoiser.masked else None
+        said = denoiser.answer(model, noise.noised(x0, eps, t).bfloat16(), t, text.states, mask, None).float()
         loss = nn.functional.mse_loss(said, noise.target(x0, eps, t))
         loss.backward()
         return {"loss": loss.item(), "norm": weights.step(learning_rate(recipe.lr, i, recipe.steps))}
@@ -148,15 +173,15 @@ def train_teacher(name: str, data: Path, vae: Path, folder: Path, steps: int) ->
     save_diffusers(final, folder / denoiser.part)
 
 
-def distil(name: str, setting: dict[str, Any], seed: int, work: Path, prompts: Path, steps: int, measure: Callable) -> dict[str, Any]:
-    """One run: its distance at the end, or why it stopped."""
+def distillation(name: str, setting: dict[str, Any], seed: int, grid: Grid) -> Distillation:
+    """A run that has not begun: the student is the teacher."""
     _, denoiser = ARCHITECTURES[name]
-    teacher = work / f"teacher-{name}"
+    teacher = grid.teacher(name)
     recipe = Recipe(
         **{
-            "steps": steps,
-            "batch": 32,
-            "lr": 2e-4,
+            "steps": grid.steps,
+            "batch": 16,
+            "lr": grid.lr,
             "seed": seed,
             "kappa_min": LOW,
             "kappa_max": HIGH,
@@ -171,45 +196,65 @@ def distil(name: str, setting: dict[str, Any], seed: int, work: Path, prompts: P
             **setting,
         }
     )
+    task = Task("small", teacher, grid.data / "prompts.txt", grid.work / "none", states=grid.work.parent / f"states-{name}")
+    return Distillation(task, recipe, denoiser, Schedule.of(teacher), Processes(), False)
+
+
+def prepare(name: str, grid: Grid) -> None:
+    """A teacher, its text states, and what it reaches itself: in one call untrained, in 25 steps guided by the mean."""
+    torch.set_num_threads(1)
+    train_teacher(name, grid)
+    if not grid.file(name, "teacher").exists():
+        run = distillation(name, {}, 0, grid)
+        own = _distance(grid, run, lambda noise, text, empty: run.teacher_pictures(noise, text, empty, 25))
+        start = _distance(grid, run, lambda noise, text, empty: run.clean(noise, text, None))
+        _keep(grid.file(name, "teacher"), {"architecture": name, "teacher": own, "untrained": start})
+
+
+def distil(name: str, setting: str, seed: int, grid: Grid) -> None:
+    """One run: its distance at the end, or where it stopped."""
+    torch.set_num_threads(1)
     began = time.perf_counter()
-    run = Distillation(
-        Task("small", teacher, prompts, work / "none", states=work / f"states-{name}"),
-        recipe,
-        denoiser,
-        Schedule.of(teacher),
-        Processes(),
-        False,
-    )
-    log = []
-    for i in range(steps):
+    found: dict[str, Any] = {"architecture": name, "kappa": setting, "seed": seed}
+    run, log = distillation(name, SETTINGS[setting], seed, grid), []
+    for i in range(grid.steps):
         scalars = run.step(i)
         log.append(scalars["vsd"])
         if not all(map(math.isfinite, scalars.values())):
-            return {"stopped": i, "seconds": time.perf_counter() - began}
-    run.weights.publish(averaged=True)
-    return {"distance": measure(run), "vsd": float(np.mean(log[-50:])), "seconds": time.perf_counter() - began}
+            found["stopped"] = i
+            break
+    else:
+        run.weights.publish(averaged=True)
+        found["distance"] = _distance(grid, run, lambda noise, text, empty: run.clean(noise, text, None))
+        found["vsd"] = float(np.mean(log[-50:]))
+    _keep(grid.file(name, f"{setting}, {seed}"), {**found, "seconds": time.perf_counter() - began})
 
 
-def measurer(data: Path, vae: Path, scorers: Path, work: Path, samples: int) -> tuple[Callable[[Distillation], float], float]:
-    """measure(run): the Frechet distance of a student's pictures of held-out captions; and that of real pictures to real ones."""
-    scorer = open_scorer(KINDS[1], scorers, data / "npm")
-    sprites = fetch_sprites(data / "npm")
-    real, captions, _ = real_pictures(sprites, samples, 0)
-    other, _, _ = real_pictures(sprites, samples, 1)
+@torch.no_grad()
+def _distance(grid: Grid, run: Distillation, draw: Callable[..., torch.Tensor]) -> float:
+    """The Frechet distance of what draw(noise, text, empty) makes of held-out captions to real pictures."""
+    scorer, decoder, captions, seen, _ = _judge(grid)
+    texts = _held_out(grid, captions)
+    noise, pictures = torch.randn(len(captions), CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(1)), []
+    for start in range(0, len(captions), 50):
+        rows = range(start, min(start + 50, len(captions)))
+        text, empty = (
+            Text(each.states.to(run.dtype), each.mask if run.denoiser.masked else None)
+            for each in (texts.batch(rows), texts.batch([-1] * len(rows)))
+        )
+        pictures.append(decoder(draw(noise[start : rows.stop], text, empty)).numpy())
+    return frechet(scorer(np.concatenate(pictures))[0], seen)
+
+
+@cache
+def _judge(grid: Grid) -> tuple[Any, nn.Module, list[str], Any, float]:
+    """A scorer, the decoder, held-out captions, the features of their real pictures, and how far other real pictures are from those."""
+    scorer, sprites = open_scorer(KINDS[1], grid.scorers, grid.data / "npm"), fetch_sprites(grid.data / "npm")
+    real, captions, _ = real_pictures(sprites, grid.samples, 0)
+    other, _, _ = real_pictures(sprites, grid.samples, 1)
     seen, floor = (scorer(_small(pictures))[0] for pictures in (real, other))
-    decoder = load_decoder(Weights(vae.parent, decoder=vae), default_preset("small"))
-
-    @torch.no_grad()
-    def measure(run: Distillation) -> float:
-        texts = encode_prompts(lambda: captions, f"held out {samples}", _encoder(), run.denoiser.masked, work / "held-out")
-        noise, pictures = torch.randn(samples, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(1)), []
-        for start in range(0, samples, 64):
-            rows = range(start, min(start + 64, samples))
-            text = texts.batch(rows).to(run.device, run.dtype)
-            pictures.append(decoder(run.clean(noise[start : rows.stop], text, None)).numpy())
-        return frechet(scorer(np.concatenate(pictures))[0], seen)
-
-    return measure, frechet(floor, seen)
+    decoder = load_decoder(Weights(grid.vae.parent, decoder=grid.vae), default_preset("small"))
+    return scorer, decoder, captions, seen, frechet(floor, seen)
 
 
 @click.command()
@@ -219,35 +264,41 @@ def measurer(data: Path, vae: Path, scorers: Path, work: Path, samples: int) -> 
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where teachers and finished runs are kept.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--seeds", default=5)
-@click.option("--teacher-steps", default=6000)
-@click.option("--steps", default=400)
+@click.option("--teacher-steps", default=4000)
+@click.option("--steps", default=300)
+@click.option("--lr", default=2e-4)
 @click.option("--samples", default=1500)
-def main(data: Path, vae: Path, scorers: Path, work: Path, out: Path, seeds: int, teacher_steps: int, steps: int, samples: int) -> None:
+def main(
+    data: Path, vae: Path, scorers: Path, work: Path, out: Path, seeds: int, teacher_steps: int, steps: int, lr: float, samples: int
+) -> None:
     """Train what is missing, run what was not run yet, and write table, JSON and plot of what there is."""
     # Another extent or other data are another grid.
-    work = work / fingerprint(data / "dataset.json", vae / "config.json")[:8] / f"{teacher_steps}-{steps}-{samples}"
-    for name in ARCHITECTURES:
-        train_teacher(name, data, vae, work / f"teacher-{name}", teacher_steps)
-    measure, floor = measurer(data, vae, scorers, work, samples)
-    runs = work / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
+    work = work / fingerprint(data / "dataset.json", vae / "config.json")[:8] / f"{teacher_steps}-{steps}-{lr:g}-{samples}"
+    grid = Grid(data, vae, scorers, work, teacher_steps, steps, lr, samples)
+    (work / "runs").mkdir(parents=True, exist_ok=True)
+    # What the processes share is made before them.
+    _latents(grid)
+    _captions(grid)
+    _, _, captions, _, floor = _judge(grid)
+    _held_out(grid, captions)
     # Seed by seed: what was stopped early still has all settings.
-    cells = [(seed, name, setting) for seed in range(seeds) for name in ARCHITECTURES for setting in SETTINGS]
-    for seed, name, setting in tqdm(cells, unit="run"):
-        file = runs / f"{name}, {setting}, {seed}.json"
-        if not file.exists():
-            found = distil(name, SETTINGS[setting], seed, work, data / "prompts.txt", steps, measure)
-            file.write_text(json.dumps({"architecture": name, "kappa": setting, "seed": seed, **found}) + "\n")
-        report([json.loads(each.read_text()) for each in sorted(runs.glob("*.json"))], floor, steps, out)
+    cells = [(name, setting, seed) for seed in range(seeds) for name in ARCHITECTURES for setting in SETTINGS]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(prepare, ARCHITECTURES, [grid] * len(ARCHITECTURES)))
+        runs = [pool.submit(distil, *cell, grid) for cell in cells if not grid.file(cell[0], f"{cell[1]}, {cell[2]}").exists()]
+        for run in tqdm(as_completed(runs), "runs", len(runs), unit="run"):
+            run.result()
+    report(grid, floor, out)
 
 
-def report(found: list[dict[str, Any]], floor: float, steps: int, out: Path) -> None:
+def report(grid: Grid, floor: float, out: Path) -> None:
     """Writes the JSON and the plot, and prints the table."""
+    found = [json.loads(each.read_text()) for each in sorted((grid.work / "runs").glob("*.json"))]
+    ends = {each["architecture"]: each for each in found if "teacher" in each}
+    runs = [each for each in found if "seed" in each]
     lines, rows = [f"{'architecture':13}{'kappa':30}{'runs':>5}{'distance':>10}{'+-':>8}{'to the mean, paired':>22}{'diverged':>9}"], []
     for name in ARCHITECTURES:
-        distances = {(run["kappa"], run["seed"]): run.get("distance", math.inf) for run in found if run["architecture"] == name}
-        if not distances:
-            continue
+        distances = {(run["kappa"], run["seed"]): run.get("distance", math.inf) for run in runs if run["architecture"] == name}
         limit = DIVERGED * float(np.median(list(distances.values())))
         for setting in SETTINGS:
             own = {seed: value for (kappa, seed), value in distances.items() if kappa == setting}
@@ -269,11 +320,11 @@ def report(found: list[dict[str, Any]], floor: float, steps: int, out: Path) -> 
                 f"{name:13}{setting:30}{len(own):5}{row['distance'] or math.nan:10.2f}{row['half_interval']:8.2f}"
                 f"{row['to_mean'] or 0.0:13.2f} +-{row['to_mean_half_interval']:6.2f}{row['diverged']:9}"
             )
+        lines.append(f"{name:13}untrained {ends[name]['untrained']:.2f}, the teacher in 25 steps {ends[name]['teacher']:.2f}")
+    facts = {"steps": grid.steps, "lr": grid.lr, "teacher_steps": grid.teacher_steps, "samples": grid.samples, "kappa": [LOW, HIGH]}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        json.dumps({"steps": steps, "kappa": [LOW, HIGH], "distance of real to real": floor, "rows": rows, "runs": found}, indent=1) + "\n"
-    )
-    _plot(rows, floor, out.with_suffix(".png"))
+    out.write_text(json.dumps({**facts, "real to real": floor, "ends": ends, "rows": rows, "runs": runs}, indent=1) + "\n")
+    _plot(rows, ends, out.with_suffix(".png"))
     click.echo("\n" + "\n".join(lines))
 
 
@@ -283,14 +334,14 @@ def _half_interval(values: list[float]) -> float:
     return t.get(len(values), 2.0) * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def _plot(rows: list[dict[str, Any]], floor: float, path: Path) -> None:
+def _plot(rows: list[dict[str, Any]], ends: dict[str, dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ARCHITECTURES, strict=True):
         mine = [row for row in rows if row["architecture"] == name and row["distance"] is not None]
         axes.errorbar(range(len(mine)), [row["distance"] for row in mine], [row["half_interval"] for row in mine], fmt="o", capsize=4)
-        axes.axhline(floor, linestyle=":", color="gray", label="real to real")
+        axes.axhline(ends[name]["teacher"], linestyle=":", color="gray", label="the teacher, 25 steps")
         axes.set_xticks(range(len(mine)), [row["kappa"] for row in mine], rotation=40, ha="right")
         axes.set(title=name, ylabel="Frechet distance, 95 % interval", ylim=(0, None))
     figure.axes[0].legend()
@@ -301,27 +352,45 @@ def _encoder() -> Any:
     return _SMALL.prompt_encoder(Path(), default_preset("small").max_tokens)
 
 
+def _captions(grid: Grid) -> TextStates:
+    """Of the training pictures, with masks."""
+    rows = [row for row in read_rows(grid.data) if row.split == "train"]
+    return encode_prompts(
+        lambda: [row.caption for row in rows], fingerprint(grid.data / "dataset.json"), _encoder(), True, grid.work.parent / "captions"
+    )
+
+
+def _held_out(grid: Grid, captions: list[str]) -> TextStates:
+    return encode_prompts(lambda: captions, f"held out {grid.samples}", _encoder(), True, grid.work.parent / f"held-out-{grid.samples}")
+
+
 def _small(pictures: np.ndarray) -> np.ndarray:
     """uint8 (N, 128, 128, 3) to half the sides."""
     return pictures.reshape(len(pictures), 64, 2, 64, 2, 3).mean((2, 4)).round().astype(np.uint8)
 
 
 @torch.no_grad()
-def _latents(data: Path, vae: Path, work: Path) -> torch.Tensor:
+def _latents(grid: Grid) -> torch.Tensor:
     """The training pictures at 64 x 64 as latents (N, 8, 8, 8) fp16, computed once."""
     from safetensors.torch import load_file
 
-    file = work / "latents.safetensors"
+    file = grid.work.parent / "latents.safetensors"
     if not file.exists():
-        pictures, model = open_pictures(data), AutoencoderTiny.from_pretrained(vae).eval()
-        chosen = [i for i, row in enumerate(read_rows(data)) if row.split == "train"]
+        pictures, model = open_pictures(grid.data), AutoencoderTiny.from_pretrained(grid.vae).eval()
+        chosen = [i for i, row in enumerate(read_rows(grid.data)) if row.split == "train"]
         found = [
             model.encoder(to_network(_small(np.stack([pictures[i] for i in chosen[start : start + 128]])))).half()
             for start in tqdm(range(0, len(chosen), 128), desc="latents", unit="batch")
         ]
-        work.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(file, {"latents": torch.cat(found)})
     return load_file(file)["latents"]
+
+
+def _keep(file: Path, found: dict[str, Any]) -> None:
+    beside = file.with_suffix(".part")
+    beside.write_text(json.dumps(found) + "\n")
+    beside.replace(file)
 
 
 def _nothing(path: Path) -> None:

@@ -210,7 +210,7 @@ class Distillation:
         noise = pair_noise(self.recipe, pairs, self.shape, self.device)
         text, empty = self._batch([pair % len(self.texts) for pair in pairs]), self._batch([-1] * len(pairs))
         assert self.pictures is not None
-        wanted = self.pictures.get(pairs, lambda: self._teacher_picture(noise, text, empty)).to(self.device)
+        wanted = self.pictures.get(pairs, lambda: self.teacher_pictures(noise, text, empty, self.recipe.warm_calls)).to(self.device)
         x0 = self.clean(noise, text, None)
         loss = nn.functional.mse_loss(x0, wanted)
         return x0, loss, {"warm": loss}
@@ -248,10 +248,11 @@ class Distillation:
         with self.processes.first():
             return TeacherPictures(task.out / "pictures", key, recipe.warm_pairs, self.shape)
 
-    def _teacher_picture(self, noise: Tensor, text: Text, empty: Text) -> Tensor:
+    def teacher_pictures(self, noise: Tensor, text: Text, empty: Text, calls: int) -> Tensor:
+        """Clean latents (B, C, h, w) fp32 of the frozen teacher in so many calls, guided by kappa's mean."""
         with self.teachers.frozen() as network:
             scale = (self.recipe.kappa_min + self.recipe.kappa_max) / 2
-            return ddim(self.schedule, lambda x_t, t: self._both(network, x_t, t, text, empty), noise, self.recipe.warm_calls, scale)
+            return ddim(self.schedule, lambda x_t, t: self._both(network, x_t, t, text, empty), noise, calls, scale)
 
     def clean(self, noise: Tensor, text: Text, negative: tuple[Text, Tensor] | None) -> Tensor:
         """Clean latents (B, C, h, w) fp32 of the student in one call, with a negative and its scale (B,)."""
