@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_students
 import torch
 from safetensors.torch import load_file
 
 from snoopi_rt.engines.base import InputError, OutputError
-from snoopi_rt.export.training import loop
+from snoopi_rt.export.training import loop, negative_pairs
 from snoopi_rt.export.training.distil import Task, train
 from snoopi_rt.export.training.merge import merge
 from snoopi_rt.export.training.recipe import RECIPES, Recipe, described, find_recipe, table
@@ -201,6 +202,39 @@ def test_nasa_t_trains_with_negatives(teachers: Path, tmp_path: Path) -> None:
         assert nasa[-1]["vsd"] != plain[-1]["vsd"]
     with pytest.raises(InputError, match="NASA-T needs both"):
         distil(teachers, tmp_path / "c", given=negatives)
+
+
+def test_negatives_in_the_picture_are_heeded_and_others_ignored(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn = {"vsd_weight": 0.0, "negative_weight": 1.0, "nasa_max": 1.0, "negative_pairs": 8, "negative_choice": 2, "warm_calls": 2}
+    given = {"negatives": teachers / "negatives.txt"}
+    for name, share in (("ignored", 0.0), ("heeded", 1.0)):
+        monkeypatch.setattr(negative_pairs, "HEEDED", share)
+        steps = distil(teachers, tmp_path / name, given=given, steps=25, lr=3e-3, **learn)
+        assert not {"vsd", "lora"} & steps[0].keys()
+        found = [row[name] for row in steps if row[name]]
+        assert sum(found[-3:]) < 0.8 * sum(found[:3])
+    pairs = {path.stem.split("-")[-1]: np.load(path) for path in (tmp_path / "heeded" / "negative-pairs").iterdir()}
+    heeded, ignored = pairs["heeded"], pairs["ignored"]
+    assert (pairs["done"] == np.where(heeded > 0, 2, 1)).all() and (heeded > 0).any()
+    assert (heeded[heeded > 0] != ignored[heeded > 0]).all()
+    with pytest.raises(InputError, match="a negative_weight above 0 needs negatives"):
+        distil(teachers, tmp_path / "none", negative_weight=1.0)
+
+
+def test_a_run_that_goes_on_has_the_pairs_that_it_began_with(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    always_save(monkeypatch)
+    given = {"negatives": teachers / "negatives.txt"}
+    learn = {"vsd_weight": 0.0, "negative_weight": 1.0, "nasa_max": 1.0, "negative_pairs": 8, "negative_choice": 2, "warm_calls": 2}
+    whole = distil(teachers, tmp_path, given=given, **learn)
+    for checkpoint in sorted((tmp_path / "checkpoints").iterdir())[1:]:
+        checkpoint.unlink()
+    assert distil(teachers, tmp_path, given=given, **learn) == whole
+
+
+def test_a_negative_is_in_the_picture_where_the_prompt_has_its_words() -> None:
+    assert negative_pairs._has_words("a Blurry cat on a red background", "blurry")
+    assert negative_pairs._has_words("a cat on a red background, blurry", "a red background")
+    assert not negative_pairs._has_words("a cattle on a mat", "a cat")
 
 
 def test_the_clip_loss_needs_a_model_and_raises_the_similarity(teachers: Path, tmp_path: Path) -> None:

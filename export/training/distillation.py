@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.presets.rows import PRESETS
 from snoopi_rt.export.training.clip_loss import ClipJudge
 from snoopi_rt.export.training.draws import Draws, draw, draw_lora, pair_noise
+from snoopi_rt.export.training.negative_pairs import NegativePairs
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.pgsb import guided, kappas, lora_loss, vsd_gradient, vsd_loss
 from snoopi_rt.export.training.processes import Processes
@@ -32,6 +34,7 @@ from snoopi_rt.export.training.teacher_pictures import TeacherPictures
 from snoopi_rt.export.training.teachers import Teachers, with_lora, without_adapters
 from snoopi_rt.export.training.text_states import Text, TextStates, encode_prompts, joined, shuffled, states_key
 from snoopi_rt.export.weights.checkpoint import load_module
+from snoopi_rt.export.weights.files import fingerprint
 from snoopi_rt.kernels import attention, fused_attention
 
 SHORT = 256
@@ -67,6 +70,8 @@ class Distillation:
         self.device, self.dtype = processes.device, {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe.precision]
         if (recipe.nasa_max > 0) != (task.negatives is not None):
             raise InputError("NASA-T needs both: negatives and a nasa_max above 0")
+        if recipe.negative_weight and task.negatives is None:
+            raise InputError("a negative_weight above 0 needs negatives")
         if (recipe.clip_weight > 0) != (task.clip is not None):
             raise InputError("the clamped CLIP loss needs both: a CLIP model and a clip_weight above 0")
         with processes.first():
@@ -97,6 +102,7 @@ class Distillation:
             # Student and teachers, with gradients and without, batches and sheets: each is a graph of its own.
             torch._dynamo.config.recompile_limit = 64
             self._answer = torch.compile(denoiser.answer)
+        self.negative_pairs = self._negative_pairs(task.negatives) if task.negatives and recipe.negative_weight else None
         self.decoder = load_decoder(Weights(task.teacher), self.preset) if processes.main else None
 
     def step(self, i: int) -> dict[str, float]:
@@ -122,7 +128,7 @@ class Distillation:
             drawn.append(x0.detach())
         rate = learning_rate(recipe.lr, i, recipe.steps, warmup=recipe.warmup, decay_from=recipe.decay_from)
         norms = {"norm": self.weights.step(rate)}
-        for turn in range(0 if warming else recipe.lora_steps):
+        for turn in range(0 if warming or not recipe.vsd_weight else recipe.lora_steps):
             for chunk, x0 in zip(chunks, drawn, strict=True):
                 part = len(chunk) / len(share)
                 loss = self._lora_loss(i, turn, chunk, x0)
@@ -150,7 +156,7 @@ class Distillation:
         count = min(SAMPLES, len(self.texts), self.recipe.micro_batch or self.recipe.batch)
         noise = torch.randn(count, *self.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         self.weights.publish(averaged=True)
-        latents = self.clean(noise, self._batch(range(count)), None)
+        latents = self.clean(noise, self.batch(range(count)), None)
         self.weights.publish()
         assert self.decoder is not None
         pictures = torch.cat([self.decoder(latent[None].cpu()) for latent in latents])
@@ -187,9 +193,21 @@ class Distillation:
         recipe = self.recipe
         if warming:
             return self._warm_loss(i, samples)
+        found = []
+        if recipe.vsd_weight:
+            found.append((recipe.vsd_weight, self._vsd_loss(i, samples)))
+        if recipe.warm_weight:
+            found.append((recipe.warm_weight, self._warm_loss(i, samples)))
+        if self.negative_pairs is not None:
+            found.append((recipe.negative_weight, self.negative_pairs.loss(i, samples)))
+        loss = torch.stack([weight * part for weight, (_, part, _) in found]).sum()
+        return found[0][1][0], loss, {name: value for _, (_, _, values) in found for name, value in values.items()}
+
+    def _vsd_loss(self, i: int, samples: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        recipe = self.recipe
         draws = draw(recipe, i, samples, self.shape, len(self.negatives or ()), self.device)
         rows = self._rows(i, samples)
-        text, empty = self._batch(rows), self._batch([-1] * len(rows))
+        text, empty = self.batch(rows), self.batch([-1] * len(rows))
         negative = None if self.negatives is None else self.negatives.batch(draws.negative).to(self.device, self.dtype)
         x0 = self.clean(draws.noise, text, None if negative is None else (negative, recipe.nasa_max * draws.nasa))
         gradient = self._gradient(x0.detach(), draws, text, empty, negative)
@@ -198,9 +216,6 @@ class Distillation:
             weight = recipe.clip_weight * (1 - i / recipe.steps)
             values["clip"] = self.judge.loss(x0, rows, recipe.clip_threshold)
             loss = loss + weight * values["clip"]
-        if recipe.warm_weight:
-            _, distance, warm = self._warm_loss(i, samples)
-            loss, values = loss + recipe.warm_weight * distance, values | warm
         return x0, loss, values
 
     def _warm_loss(self, i: int, samples: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -208,7 +223,7 @@ class Distillation:
         first = i * self.recipe.batch
         pairs = [shuffled(first + sample, self.recipe.warm_pairs, self.recipe.seed) for sample in samples]
         noise = pair_noise(self.recipe, pairs, self.shape, self.device)
-        text, empty = self._batch([pair % len(self.texts) for pair in pairs]), self._batch([-1] * len(pairs))
+        text, empty = self.batch([pair % len(self.texts) for pair in pairs]), self.batch([-1] * len(pairs))
         assert self.pictures is not None
         wanted = self.pictures.get(pairs, lambda: self.teacher_pictures(noise, text, empty, self.recipe.warm_calls)).to(self.device)
         x0 = self.clean(noise, text, None)
@@ -222,21 +237,21 @@ class Distillation:
         x_t = schedule.noised(x0, draws.eps, draws.t)
         frozen, lora = kappas(draws.kappa, recipe.kappa_min, recipe.kappa_max, recipe.kappa_on, recipe.lora_kappa)
         with self.teachers.frozen() as network:
-            wanted, unwanted = self._both(network, x_t, draws.t, text, empty)
+            wanted, unwanted = self.both(network, x_t, draws.t, text, empty)
             if negative is not None:
-                unwanted = guided(self._say(network, x_t, draws.t, negative), unwanted, draws.nasa.view(-1, 1, 1, 1))
+                unwanted = guided(self.say(network, x_t, draws.t, negative), unwanted, draws.nasa.view(-1, 1, 1, 1))
             frozen_x0 = schedule.x0(x_t, guided(wanted, unwanted, frozen), draws.t)
         if recipe.lora_kappa == 1:
-            said = self._say(self.teachers.network, x_t, draws.t, text)
+            said = self.say(self.teachers.network, x_t, draws.t, text)
         else:
-            said = guided(*self._both(self.teachers.network, x_t, draws.t, text, empty), lora)
+            said = guided(*self.both(self.teachers.network, x_t, draws.t, text, empty), lora)
         lora_x0 = schedule.x0(x_t, said, draws.t)
         return vsd_gradient(x0, frozen_x0, lora_x0, *schedule.alpha_sigma(draws.t), recipe.weight)
 
     def _lora_loss(self, i: int, turn: int, samples: range, x0: Tensor) -> Tensor:
         draws = draw_lora(self.recipe, i, turn, samples, self.shape, self.device)
         rows = [-1 if empty else row for row, empty in zip(self._rows(i, samples), draws.empty.tolist(), strict=True)]
-        said = self._say(self.teachers.network, self.schedule.noised(x0, draws.eps, draws.t), draws.t, self._batch(rows))
+        said = self.say(self.teachers.network, self.schedule.noised(x0, draws.eps, draws.t), draws.t, self.batch(rows))
         alpha, _ = self.schedule.alpha_sigma(draws.t)
         return lora_loss(said, self.schedule.target(x0, draws.eps, draws.t), alpha, self.recipe.lora_weighted)
 
@@ -248,30 +263,42 @@ class Distillation:
         with self.processes.first():
             return TeacherPictures(task.out / "pictures", key, recipe.warm_pairs, self.shape)
 
+    def _negative_pairs(self, negatives: Path) -> NegativePairs:
+        recipe, task, part = self.recipe, self.task, self.denoiser.part
+        start = fingerprint(*sorted(((task.student or task.teacher) / part).glob("*.safetensors")))
+        known = [states_key(file, task.teacher / part) for file in (task.prompts, negatives)]
+        facts = [recipe.seed, recipe.warm_calls, recipe.kappa_min + recipe.kappa_max, recipe.precision, recipe.nasa_max, recipe.negation]
+        key = hashlib.sha256(json.dumps([start, known, facts, recipe.negative_choice, recipe.negative_pairs]).encode()).hexdigest()[:16]
+        prompts = list(islice(read_prompts(task.prompts), recipe.negative_pairs))
+        with self.processes.first():
+            pairs = NegativePairs(self, task.out / "negative-pairs", key, prompts, list(read_prompts(negatives)))
+            pairs.draw()
+        return pairs
+
     def teacher_pictures(self, noise: Tensor, text: Text, empty: Text, calls: int) -> Tensor:
         """Clean latents (B, C, h, w) fp32 of the frozen teacher in so many calls, guided by kappa's mean."""
         with self.teachers.frozen() as network:
             scale = (self.recipe.kappa_min + self.recipe.kappa_max) / 2
-            return ddim(self.schedule, lambda x_t, t: self._both(network, x_t, t, text, empty), noise, calls, scale)
+            return ddim(self.schedule, lambda x_t, t: self.both(network, x_t, t, text, empty), noise, calls, scale)
 
     def clean(self, noise: Tensor, text: Text, negative: tuple[Text, Tensor] | None) -> Tensor:
         """Clean latents (B, C, h, w) fp32 of the student in one call, with a negative and its scale (B,)."""
         t = torch.full((len(noise),), int(self.rule.timestep), device=self.device)
         other = None if negative is None else (negative[0].states, negative[0].mask, negative[1].to(self.dtype))
-        return self.rule.x0(noise, self._say(self.student, noise, t, text, other))
+        return self.rule.x0(noise, self.say(self.student, noise, t, text, other))
 
-    def _both(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Text, other: Text) -> tuple[Tensor, Tensor]:
+    def both(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Text, other: Text) -> tuple[Tensor, Tensor]:
         """The answers to two prompts, in one call."""
-        first, second = self._say(network, torch.cat([x_t, x_t]), torch.cat([t, t]), joined(text, other)).chunk(2)
+        first, second = self.say(network, torch.cat([x_t, x_t]), torch.cat([t, t]), joined(text, other)).chunk(2)
         return first, second
 
-    def _say(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Text, negative: tuple | None = None) -> Tensor:
+    def say(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Text, negative: tuple | None = None) -> Tensor:
         return self._answer(network, x_t.to(self.dtype), t, text.states, text.mask, negative).float()
 
     def _rows(self, i: int, samples: range) -> list[int]:
         return [shuffled(i * self.recipe.batch + sample, len(self.texts), self.recipe.seed) for sample in samples]
 
-    def _batch(self, rows: "range | list[int]") -> Text:
+    def batch(self, rows: "range | list[int]") -> Text:
         return self.texts.batch(rows).to(self.device, self.dtype)
 
     def _network(self, folder: Path, dtype: torch.dtype) -> nn.Module:

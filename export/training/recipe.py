@@ -26,8 +26,11 @@ class Recipe(loop.Recipe):
     drawn in warm_calls calls at guidance kappa's mean. warm_weight: that distance's part of the loss in the steps after them (the
     regression loss of DMD, which keeps what VSD alone forgets). nasa_max: above 0 the student runs with NASA at a scale of U(0, nasa_max)
     and the frozen teacher has the negative in place of the empty prompt (NASA-T, v3 section 4.3), by the same share of it.
-    clip_weight: of the clamped CLIP loss, falling linearly to 0. collapse: the deviation of clean latents below which the run stops;
-    theirs is about 1.
+    negative_weight: of what the student learns of negative_pairs pairs of noise and prompt, at scales up to nasa_max: to heed a negative
+    that is in its own picture, as the teacher does, guided away from it by `negation` times the student's share of the scale, and to
+    ignore one that is not. Each pair's are found among negative_choice negatives (see negative_pairs.py). vsd_weight: of VSD; 0 leaves it
+    and the LoRA teacher out. clip_weight: of the clamped CLIP loss, falling linearly to 0. collapse: the deviation of clean latents below
+    which the run stops; theirs is about 1.
     """
 
     micro_batch: int = 0
@@ -61,6 +64,11 @@ class Recipe(loop.Recipe):
     warm_calls: int = 10
     warm_weight: float = 0.0
     nasa_max: float = 0.0
+    vsd_weight: float = 1.0
+    negative_weight: float = 0.0
+    negative_pairs: int = 8192
+    negative_choice: int = 8
+    negation: float = 1.5
     clip_weight: float = 0.0
     clip_threshold: float = 0.37
     collapse: float = 0.05
@@ -77,10 +85,13 @@ class Recipe(loop.Recipe):
         for name in ("empty", "beta1", "beta2", "ema", "decay_from"):
             self._require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1")
         counts = ("micro_batch", "student_rank", "lora_rank", "warm_steps", "warmup")
-        for name in (*counts, "lora_kappa", "warm_weight", "nasa_max", "clip_weight", "collapse"):
+        weights = ("vsd_weight", "warm_weight", "negative_weight", "clip_weight")
+        for name in (*counts, *weights, "lora_kappa", "nasa_max", "negation", "collapse"):
             self._require(getattr(self, name) >= 0, f"{name} must not be negative")
-        for name in ("clip", "lora_lr", "lora_steps", "lora_alpha", "warm_pairs", "warm_calls"):
+        pairs = ("warm_pairs", "warm_calls", "negative_pairs", "negative_choice")
+        for name in (*pairs, "clip", "lora_lr", "lora_steps", "lora_alpha"):
             self._require(getattr(self, name) > 0, f"{name} must be above 0")
+        self._require(self.vsd_weight + self.warm_weight + self.negative_weight > 0, "all losses have the weight 0")
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:

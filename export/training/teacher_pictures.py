@@ -16,8 +16,8 @@ class TeacherPictures:
 
     def __init__(self, folder: Path, key: str, count: int, shape: tuple[int, ...]):
         folder.mkdir(parents=True, exist_ok=True)
-        self._latents = _open(folder / f"{key}-{count}.npy", (count, *shape), np.float16)
-        self._drawn = _open(folder / f"{key}-{count}-drawn.npy", (count,), np.bool_)
+        self._latents = open_array(folder / f"{key}-{count}.npy", (count, *shape), np.float16)
+        self._drawn = open_array(folder / f"{key}-{count}-drawn.npy", (count,), np.bool_)
 
     def get(self, numbers: Sequence[int], draw: Callable[[], Tensor]) -> Tensor:
         """The latents (B, C, h, w) fp32 of some pairs. draw() gives all of them, and is asked where one is missing."""
@@ -28,7 +28,7 @@ class TeacherPictures:
         return torch.from_numpy(self._latents[places]).float()
 
 
-def _open(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+def open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """A file of zeros, which stay where nothing is written."""
     if not path.exists():
         beside = path.with_name(f".{path.name}.part")

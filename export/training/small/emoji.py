@@ -28,7 +28,7 @@ from snoopi_rt.files import sha256, write_whole
 from snoopi_rt.request import integer
 
 SIZE = 128  # pixels a side
-PROMPTS = "prompts.txt"
+PROMPTS, NEGATIVES = "prompts.txt", "negatives.txt"
 
 BACKGROUNDS = {
     "red": (214, 40, 44),
@@ -103,7 +103,7 @@ class Row:
 
 def build(out: Path, count: int, seed: int) -> None:
     """Writes `count` captioned pictures to the folder `out`: pictures.npy (count, 128, 128, 3) uint8, captions.jsonl, prompts.txt,
-    contact_sheet.png, NOTICE.txt and, last, dataset.json.
+    negatives.txt, contact_sheet.png, NOTICE.txt and, last, dataset.json.
 
     Raises InputError where `out` already holds a set, SnoopiError where npm is missing or fails.
     """
@@ -127,12 +127,20 @@ def write_set(out: Path, sprites: dict[tuple[str, str], Image.Image], count: int
     contact_sheet(pictures[:64], [row.caption for row in rows[:64]]).save(out / "contact_sheet.png")
     # What the student is distilled on: it never sees the compositions of the test split.
     write_whole(out / PROMPTS, "".join(f"{row.caption}\n" for row in rows if row.split == "train").encode())
+    write_whole(out / NEGATIVES, "".join(f"{each}\n" for each in negatives()).encode())
     (out / "NOTICE.txt").write_text(
         "The pictures are made from:\n" + "".join(f"- {d.package} {d.version}: {d.licence}, {d.upstream}\n" for d in DRAWINGS)
     )
     facts = {"kind": "emoji", "count": count, "seed": seed, "size": SIZE, "concepts": [c.name for c in CONCEPTS]}
     hashes = {name: sha256(out / name) for name in ("pictures.npy", "captions.jsonl")}
     write_whole(out / "dataset.json", (json.dumps({**facts, "sha256": hashes}, indent=1) + "\n").encode())
+
+
+def negatives() -> list[str]:
+    """What a student of these pictures learns negatives on: flaws, backgrounds and things, each group about as often as the others."""
+    things = [with_article(concept.name) for concept in CONCEPTS]
+    groups = [list(QUALITIES), [f"{with_article(colour)} background" for colour in BACKGROUNDS], things]
+    return [each for group in groups for each in group * round(len(things) / len(group))]
 
 
 def read_rows(folder: Path) -> list[Row]:

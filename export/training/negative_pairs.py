@@ -1,0 +1,141 @@
+"""Which negative prompts a student must heed and which it must ignore, learned from its own pictures and its teacher.
+
+NASA subtracts every negative, also a bicycle from a picture of a cat, and a network that was never trained with negatives is moved by
+that. So pairs of noise and prompt are drawn once and kept, each with the student's own picture; a negative that is in it, with the picture
+that the teacher makes of the same noise when it is guided away from that; and a negative that is not in it. The student then learns: the
+first negative gives the second picture, the other one changes nothing.
+
+Whether a negative is in a picture the prompt says where it has the words, else the teacher, as a diffusion classifier (Li et al.,
+arXiv 2303.16203): whether it denoises the picture better when told the negative than when told nothing. No picture is needed, no judge.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from snoopi_rt.export.training.draws import pair_noise
+from snoopi_rt.export.training.loop import generator
+from snoopi_rt.export.training.sampling import ddim
+from snoopi_rt.export.training.teacher_pictures import open_array
+from snoopi_rt.export.training.text_states import Text, shuffled
+
+if TYPE_CHECKING:
+    from snoopi_rt.export.training.distillation import Distillation
+
+LEVELS = (200, 650, 900)
+"""The timesteps at which the teacher is asked: flaws are seen at the low ones, colours of a background at the high ones."""
+HEEDED = 0.75
+"""How often a pair's negative is the one that is in the picture, where there is one."""
+
+
+class NegativePairs:
+    """The pairs of one run, drawn into a folder by the student as it is now; what a stopped run has drawn is kept.
+
+    prompts: those of the first pairs, in the order of `run.texts`; negatives: those of `run.negatives`.
+    """
+
+    def __init__(self, run: "Distillation", folder: Path, key: str, prompts: Sequence[str], negatives: Sequence[str]):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run, self._prompts, self._negatives = run, prompts, negatives
+        self._count = count = run.recipe.negative_pairs
+        self._plain, self._away = (open_array(folder / f"{key}-{name}.npy", (count, *run.shape), np.float16) for name in ("plain", "away"))
+        # Rows of negatives, one more than their numbers: 0 is none.
+        self._heeded, self._ignored = (open_array(folder / f"{key}-{name}.npy", (count,), np.int32) for name in ("heeded", "ignored"))
+        self._done = open_array(folder / f"{key}-done.npy", (count,), np.int8)
+
+    def draw(self) -> None:
+        """Draws what is missing: first all plain pictures and what is in them, then those of the teacher."""
+        together = self._run.recipe.micro_batch or self._run.recipe.batch
+        for state, stage, name in ((0, self._look, "pairs"), (1, self._guide_away, "pictures without a negative")):
+            missing = np.flatnonzero((self._done <= state) & ((state == 0) | (self._heeded > 0)))
+            with tqdm(total=len(missing), desc=name, unit="pair", disable=not len(missing)) as bar:
+                for start in range(0, len(missing), together):
+                    places = missing[start : start + together]
+                    # Always as many, so that no shape changes.
+                    stage(np.resize(places, together))
+                    self._done[places] = state + 1
+                    bar.update(len(places))
+
+    def loss(self, step: int, samples: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Clean latents (B, C, h, w) without a negative, the loss, and the mean squared distances that it is made of."""
+        run, first = self._run, step * self._run.recipe.batch
+        pairs = np.array([shuffled(first + sample, self._count, run.recipe.seed) for sample in samples])
+        heed = np.array([_draw(run, "heed", step, sample) < HEEDED for sample in samples]) & (self._heeded[pairs] > 0)
+        rows = np.where(heed, self._heeded[pairs], self._ignored[pairs]) - 1
+        noise, text = self._given(pairs)
+        plain, away = (torch.from_numpy(kept[pairs]).float().to(run.device) for kept in (self._plain, self._away))
+        heeded = torch.from_numpy(heed).to(run.device)
+        x0 = run.clean(noise, text, None)
+        guided = run.clean(noise, text, (self._negative(rows), run.recipe.nasa_max * self._share(pairs)))
+        wanted = torch.where(heeded.view(-1, 1, 1, 1), away, plain)
+        own, distance = (x0 - plain).square().mean(), (guided - wanted).square().mean((1, 2, 3))
+        parts = {name: (distance * chosen).sum() / chosen.sum().clamp(min=1) for name, chosen in (("heeded", heeded), ("ignored", ~heeded))}
+        return x0, own + distance.mean(), {"kept": own, **parts}
+
+    @torch.no_grad()
+    def _look(self, pairs: np.ndarray) -> None:
+        """The student's pictures, and which of some negatives are in them and which are not."""
+        run, recipe = self._run, self._run.recipe
+        noise, text = self._given(pairs)
+        x0 = run.clean(noise, text, None)
+        random = [generator(recipe.seed, "negatives of a pair", int(pair)) for pair in pairs]
+        tried = torch.stack([torch.randint(len(self._negatives), (recipe.negative_choice,), generator=each) for each in random])
+        errors = torch.zeros(recipe.negative_choice + 1, len(pairs), device=run.device)
+        with run.teachers.frozen() as network:
+            for level in LEVELS:
+                t = torch.full((len(pairs),), level, device=run.device)
+                eps = torch.stack([torch.randn(run.shape, generator=each) for each in random]).to(run.device)
+                x_t, target = run.schedule.noised(x0, eps, t), run.schedule.target(x0, eps, t)
+                for error, rows in zip(errors, [torch.full((len(pairs),), -1), *tried.T], strict=True):
+                    error += (run.say(network, x_t, t, self._negative(rows.numpy())) - target).square().mean((1, 2, 3))
+        scores = (errors[1:] - errors[0]).T.cpu()
+        for pair, rows, score in zip(pairs.tolist(), tried.tolist(), scores, strict=True):
+            prompt = self._prompts[pair % len(self._prompts)]
+            score[[_has_words(prompt, self._negatives[row]) for row in rows]] = -torch.inf
+            outside = (score > 0).nonzero()
+            self._heeded[pair] = rows[score.argmin()] + 1 if score.min() < 0 else 0
+            self._ignored[pair] = rows[outside[0]] + 1 if len(outside) else 0
+        self._plain[pairs] = x0.half().cpu().numpy()
+
+    @torch.no_grad()
+    def _guide_away(self, pairs: np.ndarray) -> None:
+        """The teacher's pictures of the same noise, guided by the prompt less the negative: kappa (c - s (n - empty)) for c."""
+        run, recipe = self._run, self._run.recipe
+        (noise, text), negative, empty = self._given(pairs), self._negative(self._heeded[pairs] - 1), run.batch([-1] * len(pairs))
+        strength = recipe.negation * self._share(pairs).view(-1, 1, 1, 1)
+        with run.teachers.frozen() as network:
+
+            def answers(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+                wanted, nothing = run.both(network, x_t, t, text, empty)
+                return wanted - strength * (run.say(network, x_t, t, negative) - nothing), nothing
+
+            x0 = ddim(run.schedule, answers, noise, recipe.warm_calls, (recipe.kappa_min + recipe.kappa_max) / 2)
+        self._away[pairs] = x0.half().cpu().numpy()
+
+    def _given(self, pairs: np.ndarray) -> tuple[Tensor, Text]:
+        run, numbers = self._run, pairs.tolist()
+        return pair_noise(run.recipe, numbers, run.shape, run.device), run.batch([pair % len(run.texts) for pair in numbers])
+
+    def _negative(self, rows: np.ndarray) -> Text:
+        """The empty prompt where there is none."""
+        assert self._run.negatives is not None
+        return self._run.negatives.batch(rows.tolist()).to(self._run.device, self._run.dtype)
+
+    def _share(self, pairs: np.ndarray) -> Tensor:
+        """Of the largest scale, (B,): more often large than small, since the largest is what is used."""
+        return torch.tensor([_draw(self._run, "scale of a pair", int(pair)) ** 0.5 for pair in pairs], device=self._run.device)
+
+
+def _draw(run: "Distillation", *place: int | str) -> float:
+    """From U(0, 1)."""
+    return torch.rand((), generator=generator(run.recipe.seed, *place)).item()
+
+
+def _has_words(prompt: str, negative: str) -> bool:
+    return re.search(rf"\b{re.escape(negative)}\b", prompt, re.IGNORECASE) is not None
