@@ -6,11 +6,12 @@ that the teacher makes of the same noise when it is guided away from that; and a
 first negative gives the second picture, the other one changes nothing.
 
 Whether a negative is in a picture the prompt says where it has the words, else the teacher, as a diffusion classifier (Li et al.,
-arXiv 2303.16203): whether it denoises the picture better when told the negative than when told nothing. No picture is needed, no judge.
+arXiv 2303.16203): whether it denoises the picture better when told the negative than when told nothing. It is not in the picture where the
+difference is above the negative's median; between the two nobody knows. No picture is needed, and no judge.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,29 +46,34 @@ class NegativePairs:
         self._run, self._prompts, self._negatives = run, prompts, negatives
         self._count = count = run.recipe.negative_pairs
         self._plain, self._away = (open_array(folder / f"{key}-{name}.npy", (count, *run.shape), np.float16) for name in ("plain", "away"))
-        # Rows of negatives, one more than their numbers: 0 is none.
-        self._heeded, self._ignored = (open_array(folder / f"{key}-{name}.npy", (count,), np.int32) for name in ("heeded", "ignored"))
+        choice = (count, run.recipe.negative_choice)
+        self._tried = open_array(folder / f"{key}-tried.npy", choice, np.int32)
+        self._scores = open_array(folder / f"{key}-scores.npy", choice, np.float32)
         self._done = open_array(folder / f"{key}-done.npy", (count,), np.int8)
 
     def draw(self) -> None:
         """Draws what is missing: first all plain pictures and what is in them, then those of the teacher."""
-        together = self._run.recipe.micro_batch or self._run.recipe.batch
-        for state, stage, name in ((0, self._look, "pairs"), (1, self._guide_away, "pictures without a negative")):
-            missing = np.flatnonzero((self._done <= state) & ((state == 0) | (self._heeded > 0)))
-            with tqdm(total=len(missing), desc=name, unit="pair", disable=not len(missing)) as bar:
-                for start in range(0, len(missing), together):
-                    places = missing[start : start + together]
-                    # Always as many, so that no shape changes.
-                    stage(np.resize(places, together))
-                    self._done[places] = state + 1
-                    bar.update(len(places))
+        self._each(np.flatnonzero(self._done == 0), self._look, "pairs")
+        self.heeded, self.ignored = chosen(self._tried, self._scores, self._negatives)
+        self._each(np.flatnonzero((self._done == 1) & (self.heeded >= 0)), self._guide_away, "pictures without a negative")
+
+    def _each(self, missing: np.ndarray, stage: Callable[[np.ndarray], None], name: str) -> None:
+        recipe = self._run.recipe
+        together = recipe.micro_batch or len(self._run.processes.share(recipe.batch))
+        with tqdm(total=len(missing), desc=name, unit="pair", disable=not len(missing)) as bar:
+            for start in range(0, len(missing), together):
+                places = missing[start : start + together]
+                # Always as many, so that no shape changes.
+                stage(np.resize(places, together))
+                self._done[places] += 1
+                bar.update(len(places))
 
     def loss(self, step: int, samples: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Clean latents (B, C, h, w) without a negative, the loss, and the mean squared distances that it is made of."""
         run, first = self._run, step * self._run.recipe.batch
         pairs = np.array([shuffled(first + sample, self._count, run.recipe.seed) for sample in samples])
-        heed = np.array([_draw(run, "heed", step, sample) < HEEDED for sample in samples]) & (self._heeded[pairs] > 0)
-        rows = np.where(heed, self._heeded[pairs], self._ignored[pairs]) - 1
+        heed = np.array([_draw(run, "heed", step, sample) < HEEDED for sample in samples]) & (self.heeded[pairs] >= 0)
+        rows = np.where(heed, self.heeded[pairs], self.ignored[pairs])
         noise, text = self._given(pairs)
         plain, away = (torch.from_numpy(kept[pairs]).float().to(run.device) for kept in (self._plain, self._away))
         heeded = torch.from_numpy(heed).to(run.device)
@@ -80,7 +86,7 @@ class NegativePairs:
 
     @torch.no_grad()
     def _look(self, pairs: np.ndarray) -> None:
-        """The student's pictures, and which of some negatives are in them and which are not."""
+        """The student's pictures, and how well the teacher recognises some negatives in them: the lower, the better."""
         run, recipe = self._run, self._run.recipe
         noise, text = self._given(pairs)
         x0 = run.clean(noise, text, None)
@@ -98,16 +104,14 @@ class NegativePairs:
         for pair, rows, score in zip(pairs.tolist(), tried.tolist(), scores, strict=True):
             prompt = self._prompts[pair % len(self._prompts)]
             score[[_has_words(prompt, self._negatives[row]) for row in rows]] = -torch.inf
-            outside = (score > 0).nonzero()
-            self._heeded[pair] = rows[score.argmin()] + 1 if score.min() < 0 else 0
-            self._ignored[pair] = rows[outside[0]] + 1 if len(outside) else 0
+        self._tried[pairs], self._scores[pairs] = tried, scores
         self._plain[pairs] = x0.half().cpu().numpy()
 
     @torch.no_grad()
     def _guide_away(self, pairs: np.ndarray) -> None:
         """The teacher's pictures of the same noise, guided by the prompt less the negative: kappa (c - s (n - empty)) for c."""
         run, recipe = self._run, self._run.recipe
-        (noise, text), negative, empty = self._given(pairs), self._negative(self._heeded[pairs] - 1), run.batch([-1] * len(pairs))
+        (noise, text), negative, empty = self._given(pairs), self._negative(self.heeded[pairs]), run.batch([-1] * len(pairs))
         strength = recipe.negation * self._share(pairs).view(-1, 1, 1, 1)
         with run.teachers.frozen() as network:
 
@@ -130,6 +134,23 @@ class NegativePairs:
     def _share(self, pairs: np.ndarray) -> Tensor:
         """Of the largest scale, (B,): more often large than small, since the largest is what is used."""
         return torch.tensor([_draw(self._run, "scale of a pair", int(pair)) ** 0.5 for pair in pairs], device=self._run.device)
+
+
+def chosen(tried: np.ndarray, scores: np.ndarray, negatives: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each pair the negative that is in its picture, the one with the lowest score where that is below 0, and one that is not: the first
+    with a score above the median of that negative's. Numbers of negatives (P,), -1 where there is none.
+
+    tried, scores: (P, K), numbers of negatives and their scores, minus infinity for what the prompt asks for.
+    """
+    first = {text: number for number, text in reversed(list(enumerate(negatives)))}
+    kinds = np.array([first[text] for text in negatives])[tried]
+    medians = np.zeros(len(negatives))
+    for kind in np.unique(kinds):
+        medians[kind] = max(0.0, float(np.median(scores[kinds == kind])))
+    lowest, outside = scores.argmin(1)[:, None], scores > medians[kinds]
+    heeded = np.where(scores.min(1) < 0, np.take_along_axis(tried, lowest, 1)[:, 0], -1)
+    ignored = np.where(outside.any(1), np.take_along_axis(tried, outside.argmax(1)[:, None], 1)[:, 0], -1)
+    return heeded, ignored
 
 
 def _draw(run: "Distillation", *place: int | str) -> float:

@@ -109,14 +109,16 @@ _SNOOPI: dict[str, Any] = {
     "ema": 0.9999,
     "warmup": 500,
 }
+_SMALL: dict[str, Any] = {"batch": 32, "kappa_min": 1.0, "kappa_max": 3.5, "beta1": 0.0, "beta2": 0.99, "ema": 0.998}
 RECIPES = {
-    "small": Recipe(3000, 32, 1e-4, kappa_min=1.0, kappa_max=3.5, beta1=0.0, beta2=0.99, decay_from=0.7, ema=0.998),
+    "small": Recipe(3000, lr=1e-4, **_SMALL, decay_from=0.7),
+    "small-negatives": Recipe(2400, lr=2e-4, **_SMALL, decay_from=0.4, vsd_weight=0.0, negative_weight=1.0, nasa_max=1.0),
     "snoopi-sd15": Recipe(60_000, **_SNOOPI),
     "snoopi-sd21": Recipe(40_000, **_SNOOPI),
     "snoopi-pixart": Recipe(50_000, **{**_SNOOPI, "batch": 32}, kappa_max=3.0),
     "swiftbrush-sd21": Recipe(60_000, **{**_SNOOPI, "lora_alpha": 108}, kappa_min=4.5, kappa_max=4.5),
 }
-"""By name; `swiftbrush-sd21` has the fixed scale that PG-SB replaces."""
+"""By name; `small-negatives` teaches a student which negatives to heed, `swiftbrush-sd21` has the fixed scale that PG-SB replaces."""
 DEFAULT = {"small": "small", "sd15": "snoopi-sd15", "sd21": "snoopi-sd21", "pixart": "snoopi-pixart"}
 """The recipe of each backbone where none is named."""
 
