@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -20,7 +20,7 @@ from snoopi_rt.export.guidance import find_guidance
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.presets.rows import PRESETS
 from snoopi_rt.export.training.clip_loss import ClipJudge
-from snoopi_rt.export.training.draws import Draws, draw, draw_lora, pair_noise
+from snoopi_rt.export.training.draws import Draws, draw, draw_lora
 from snoopi_rt.export.training.negative_pairs import NegativePairs
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.pgsb import guided, kappas, lora_loss, vsd_gradient, vsd_loss
@@ -191,17 +191,16 @@ class Distillation:
 
     def _student_loss(self, i: int, samples: range, warming: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         recipe = self.recipe
-        if warming:
-            return self._warm_loss(i, samples)
-        found = []
-        if recipe.vsd_weight:
-            found.append((recipe.vsd_weight, self._vsd_loss(i, samples)))
-        if recipe.warm_weight:
-            found.append((recipe.warm_weight, self._warm_loss(i, samples)))
-        if self.negative_pairs is not None:
-            found.append((recipe.negative_weight, self.negative_pairs.loss(i, samples)))
-        loss = torch.stack([weight * part for weight, (_, part, _) in found]).sum()
-        return found[0][1][0], loss, {name: value for _, (_, _, values) in found for name, value in values.items()}
+        terms: list[tuple[float, Callable[[int, range], tuple[Tensor, Tensor, dict[str, Tensor]]]]] = []
+        if recipe.vsd_weight and not warming:
+            terms.append((recipe.vsd_weight, self._vsd_loss))
+        if self.pictures is not None and (warming or recipe.warm_weight):
+            terms.append((1.0 if warming else recipe.warm_weight, self.pictures.loss))
+        if self.negative_pairs is not None and not warming:
+            terms.append((recipe.negative_weight, self.negative_pairs.loss))
+        found = [term(i, samples) for _, term in terms]
+        loss = torch.stack([weight * part for (weight, _), (_, part, _) in zip(terms, found, strict=True)]).sum()
+        return found[0][0], loss, {name: value for _, _, values in found for name, value in values.items()}
 
     def _vsd_loss(self, i: int, samples: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         recipe = self.recipe
@@ -217,18 +216,6 @@ class Distillation:
             values["clip"] = self.judge.loss(x0, rows, recipe.clip_threshold)
             loss = loss + weight * values["clip"]
         return x0, loss, values
-
-    def _warm_loss(self, i: int, samples: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The distance to what the teacher makes of the same noise, of the pairs of noise and prompt that are kept."""
-        first = i * self.recipe.batch
-        pairs = [shuffled(first + sample, self.recipe.warm_pairs, self.recipe.seed) for sample in samples]
-        noise = pair_noise(self.recipe, pairs, self.shape, self.device)
-        text, empty = self.batch([pair % len(self.texts) for pair in pairs]), self.batch([-1] * len(pairs))
-        assert self.pictures is not None
-        wanted = self.pictures.get(pairs, lambda: self.teacher_pictures(noise, text, empty, self.recipe.warm_calls)).to(self.device)
-        x0 = self.clean(noise, text, None)
-        loss = nn.functional.mse_loss(x0, wanted)
-        return x0, loss, {"warm": loss}
 
     @torch.no_grad()
     def _gradient(self, x0: Tensor, draws: Draws, text: Text, empty: Text, negative: Text | None) -> Tensor:
@@ -256,19 +243,21 @@ class Distillation:
         return lora_loss(said, self.schedule.target(x0, draws.eps, draws.t), alpha, self.recipe.lora_weighted)
 
     def _teacher_pictures(self) -> TeacherPictures:
-        recipe, task = self.recipe, self.task
-        facts = [recipe.seed, recipe.warm_calls, recipe.kappa_min + recipe.kappa_max, recipe.precision]
-        known = json.dumps([states_key(task.prompts, task.teacher / self.denoiser.part), *facts])
-        key = hashlib.sha256(known.encode()).hexdigest()[:16]
         with self.processes.first():
-            return TeacherPictures(task.out / "pictures", key, recipe.warm_pairs, self.shape)
+            return TeacherPictures(self, self.task.out / "pictures", self._pairs_key())
+
+    def _pairs_key(self, *facts: Any) -> str:
+        """Of all on which the pairs of noise and prompt depend, and what is drawn of them."""
+        recipe, task = self.recipe, self.task
+        own = [recipe.seed, recipe.warm_calls, recipe.kappa_min + recipe.kappa_max, recipe.precision]
+        known = [states_key(task.prompts, task.teacher / self.denoiser.part), *own, *facts]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
     def _negative_pairs(self, negatives: Path) -> NegativePairs:
         recipe, task, part = self.recipe, self.task, self.denoiser.part
         start = fingerprint(*sorted(((task.student or task.teacher) / part).glob("*.safetensors")))
-        known = [states_key(file, task.teacher / part) for file in (task.prompts, negatives)]
-        facts = [recipe.seed, recipe.warm_calls, recipe.kappa_min + recipe.kappa_max, recipe.precision, recipe.nasa_max, recipe.negation]
-        key = hashlib.sha256(json.dumps([start, known, facts, recipe.negative_choice, recipe.negative_pairs]).encode()).hexdigest()[:16]
+        facts = [recipe.negation, recipe.negative_choice, recipe.negative_pairs]
+        key = self._pairs_key(start, states_key(negatives, task.teacher / part), *facts)
         prompts = list(islice(read_prompts(task.prompts), recipe.negative_pairs))
         with self.processes.first():
             pairs = NegativePairs(self, task.out / "negative-pairs", key, prompts, list(read_prompts(negatives)))

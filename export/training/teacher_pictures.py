@@ -1,11 +1,17 @@
 """What a teacher draws of given noise and prompts, kept on disk: a student that starts from them sees each many times."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from snoopi_rt.export.training.draws import pair_noise
+from snoopi_rt.export.training.text_states import shuffled
+
+if TYPE_CHECKING:
+    from snoopi_rt.export.training.distillation import Distillation
 
 
 class TeacherPictures:
@@ -14,18 +20,23 @@ class TeacherPictures:
     What a stopped run has drawn is kept. Several processes may share the folder: they draw different pairs.
     """
 
-    def __init__(self, folder: Path, key: str, count: int, shape: tuple[int, ...]):
+    def __init__(self, run: "Distillation", folder: Path, key: str):
         folder.mkdir(parents=True, exist_ok=True)
-        self._latents = open_array(folder / f"{key}-{count}.npy", (count, *shape), np.float16)
-        self._drawn = open_array(folder / f"{key}-{count}-drawn.npy", (count,), np.bool_)
+        self._run, self._count = run, run.recipe.warm_pairs
+        self._latents = open_array(folder / f"{key}-{self._count}.npy", (self._count, *run.shape), np.float16)
+        self._drawn = open_array(folder / f"{key}-{self._count}-drawn.npy", (self._count,), np.bool_)
 
-    def get(self, numbers: Sequence[int], draw: Callable[[], Tensor]) -> Tensor:
-        """The latents (B, C, h, w) fp32 of some pairs. draw() gives all of them, and is asked where one is missing."""
-        places = list(numbers)
-        if not self._drawn[places].all():
-            self._latents[places] = draw().half().cpu().numpy()
-            self._drawn[places] = True
-        return torch.from_numpy(self._latents[places]).float()
+    def loss(self, step: int, samples: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Clean latents (B, C, h, w) of the student, and their distance to what the teacher makes of the same noise."""
+        run, first = self._run, step * self._run.recipe.batch
+        pairs = [shuffled(first + sample, self._count, run.recipe.seed) for sample in samples]
+        noise, text = pair_noise(run.recipe, pairs, run.shape, run.device), run.batch([pair % len(run.texts) for pair in pairs])
+        if not self._drawn[pairs].all():
+            drawn = run.teacher_pictures(noise, text, run.batch([-1] * len(pairs)), run.recipe.warm_calls)
+            self._latents[pairs], self._drawn[pairs] = drawn.half().cpu().numpy(), True
+        x0 = run.clean(noise, text, None)
+        loss = nn.functional.mse_loss(x0, torch.from_numpy(self._latents[pairs]).float().to(run.device))
+        return x0, loss, {"warm": loss}
 
 
 def open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
