@@ -73,6 +73,13 @@ def test_pairs_stand_side_by_side_and_are_named_in_that_order(pictures):
             assert f"{facts.name} and " in rows[i].caption and facts.second_name in rows[i].caption
 
 
+def test_negatives_are_flaws_backgrounds_and_things_in_about_equal_shares(pictures):
+    found = (pictures / "negatives.txt").read_text().splitlines()
+    assert found == emoji.negatives() and {"blurry", "a gray background", "an apple"} <= set(found)
+    flaws, backgrounds = sum(each in emoji.QUALITIES for each in found), sum(each.endswith("background") for each in found)
+    assert all(0.3 < count / len(found) < 0.37 for count in (flaws, backgrounds))
+
+
 def test_a_picture_of_the_test_split_can_be_asked_for(tiny_sprites):
     for seed in range(5):
         row, _ = emoji.compose(tiny_sprites, np.random.default_rng(seed), split="test")
