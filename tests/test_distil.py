@@ -314,11 +314,12 @@ def test_the_papers_settings_are_recipes_and_print_in_full() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda: find_recipe("none"), "unknown recipe 'none', choose from small, snoopi-sd15"),
+        (lambda: find_recipe("none"), "unknown recipe 'none', choose from small, small-negatives"),
         (lambda: replace(TINY, kappa_min=4.0), "kappa_min is above kappa_max"),
         (lambda: replace(TINY, weight="other"), "weight is 'other', choose from dmd, swiftbrush"),
         (lambda: replace(TINY, t_max=1000), "timesteps lie between 0 and 999"),
         (lambda: replace(TINY, lora_steps=0), "lora_steps must be above 0"),
+        (lambda: replace(TINY, vsd_weight=0.0), "all losses have the weight 0"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_one_line(change: Any, words: str) -> None:
