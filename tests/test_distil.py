@@ -15,10 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.export.backbones import find_backbone
 from snoopi_rt.export.training import loop, negative_pairs
 from snoopi_rt.export.training.distil import Task, train
+from snoopi_rt.export.training.distillation import Distillation
 from snoopi_rt.export.training.merge import merge
+from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.recipe import RECIPES, Recipe, described, find_recipe, table
+from snoopi_rt.export.training.schedule import Schedule
 
 TINY = Recipe(steps=3, batch=4, lr=1e-3, lora_rank=2, lora_alpha=4, precision="fp32", warmup=1, kappa_min=1.0, kappa_max=3.0, collapse=0.0)
 PARTS = {"pixart": "transformer", "sd15": "unet", "sd21": "unet"}
@@ -218,6 +222,44 @@ def test_negatives_in_the_picture_are_heeded_and_others_ignored(teachers: Path, 
     assert (pairs["done"] == np.where(heeded >= 0, 2, 1)).all() and (heeded >= 0).any()
     with pytest.raises(InputError, match="a negative_weight above 0 needs negatives"):
         distil(teachers, tmp_path / "none", negative_weight=1.0)
+    with pytest.raises(InputError, match="negatives need a vsd_weight or a negative_weight above 0"):
+        distil(teachers, tmp_path / "none", given=given, nasa_max=1.0, vsd_weight=0.0, warm_weight=1.0)
+
+
+def test_what_is_in_a_picture_is_what_the_teacher_denoises_it_with_and_the_teacher_is_guided_away_from_it(
+    teachers: Path, tmp_path: Path
+) -> None:
+    task = Task("pixart", teachers / "pixart", teachers / "prompts.txt", tmp_path, negatives=teachers / "negatives.txt")
+    recipe = replace(TINY, vsd_weight=0.0, negative_weight=1.0, nasa_max=1.0, negative_pairs=4, negative_choice=2, warm_calls=1)
+    schedule = Schedule.of(task.teacher)
+    run = Distillation(task, recipe, find_backbone("pixart").denoiser(), schedule, Processes(), False)
+    pairs, four = run.negative_pairs, np.arange(4)
+    fog, empty = (run.negatives.batch([row] * 4).to(run.device, run.dtype) for row in (0, -1))
+    pairs.heeded = np.array([0, 0, 0, 0])
+    pairs._guide_away(four)
+    noise, text = run.given(four.tolist())
+    t = torch.full((4,), 999)
+    with run.teachers.frozen() as network:
+        c, n, e = (run.say(network, noise, t, states) for states in (text, fog, empty))
+    s = 1.5 * pairs._share(four).view(-1, 1, 1, 1)
+    wanted = schedule.x0(noise, e + 2.0 * (c - s * (n - e) - e), t)  # kappa's mean is 2
+    torch.testing.assert_close(torch.from_numpy(pairs._away[:]).float(), wanted, rtol=2e-3, atol=1e-2 * wanted.std().item())
+    assert (wanted - schedule.x0(noise, e + 2.0 * (c - e), t)).abs().mean() > 0.1 * wanted.std()
+
+    class Foggy:
+        """A world in which the noise is what the teacher says of fog."""
+
+        noised = staticmethod(schedule.noised)
+
+        @staticmethod
+        def target(x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return run.say(run.teachers.network, schedule.noised(x0, eps, t), t, fog)
+
+    run.schedule = Foggy()
+    pairs._look(four)
+    asked = np.isinf(pairs._scores)
+    assert (pairs._scores[(pairs._tried == 0) & ~asked] < 0).all() and (pairs._tried == 0).any()
+    assert (pairs._scores[(pairs._tried == 1) & ~asked] > pairs._scores[(pairs._tried == 0) & ~asked].max()).all()
 
 
 def test_a_run_that_goes_on_has_the_pairs_that_it_began_with(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +296,8 @@ def test_the_clip_loss_needs_a_model_and_raises_the_similarity(teachers: Path, t
     assert sum(row["clip"] for row in steps[-5:]) < sum(row["clip"] for row in steps[:5])
     with pytest.raises(InputError, match="needs both: a CLIP model and a clip_weight"):
         distil(teachers, tmp_path / "b", clip_weight=0.1)
+    with pytest.raises(InputError, match="CLIP loss needs a vsd_weight above 0"):
+        distil(teachers, tmp_path / "b", given={"clip": clip}, clip_weight=0.1, vsd_weight=0.0, warm_weight=1.0)
 
 
 def test_a_student_that_collapses_stops_with_its_step(teachers: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from diffusers import AutoencoderTiny, PixArtTransformer2DModel, UNet2DCondition
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
+from vsd_networks_report import report
 
 from snoopi_rt.export.attention import PlainAttention
 from snoopi_rt.export.backbones import Denoiser, Weights, find_backbone
@@ -36,7 +37,7 @@ from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.unet import unet_answer
 from snoopi_rt.export.presets.rows import default_preset
 from snoopi_rt.export.training import loop
-from snoopi_rt.export.training.distillation import Distillation, Task
+from snoopi_rt.export.training.distillation import Distillation
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.recipe import Recipe
@@ -47,6 +48,7 @@ from snoopi_rt.export.training.small.evaluate import real_pictures
 from snoopi_rt.export.training.small.scorer import KINDS, open_scorer
 from snoopi_rt.export.training.small.statistics import frechet
 from snoopi_rt.export.training.small.teacher import schedule
+from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.training.text_states import Text, TextStates, encode_prompts
 from snoopi_rt.export.weights.files import fingerprint, save_diffusers, save_tensors
 
@@ -59,8 +61,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "random on the LoRA teacher": {"kappa_on": "lora"},
     **{f"fixed {kappa:g}": {"kappa_min": kappa, "kappa_max": kappa} for kappa in (1.5, MEAN, 3.0, 4.5)},
 }
-DIVERGED = 3.0
-"""Times the grid's median distance."""
 
 
 def transformer() -> nn.Module:
@@ -206,15 +206,15 @@ def prepare(name: str, grid: Grid) -> None:
     train_teacher(name, grid)
     if not grid.file(name, "teacher").exists():
         run = distillation(name, {}, 0, grid)
-        own = _distance(grid, run, lambda noise, text, empty: run.teacher_pictures(noise, text, empty, 25))
-        start = _distance(grid, run, lambda noise, text, empty: run.clean(noise, text, None))
+        own = _distance(grid, run, lambda noise, text: run.teacher_pictures(noise, text, 25))
+        start = _distance(grid, run, lambda noise, text: run.clean(noise, text, None))
         _keep(grid.file(name, "teacher"), {"architecture": name, "teacher": own, "untrained": start})
 
 
 def distil(name: str, setting: str, seed: int, grid: Grid) -> None:
     """One run: its distance at the end, or where it stopped."""
     torch.set_num_threads(1)
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     found: dict[str, Any] = {"architecture": name, "kappa": setting, "seed": seed}
     run, log = distillation(name, SETTINGS[setting], seed, grid), []
     for i in range(grid.steps):
@@ -225,24 +225,24 @@ def distil(name: str, setting: str, seed: int, grid: Grid) -> None:
             break
     else:
         run.weights.publish(averaged=True)
-        found["distance"] = _distance(grid, run, lambda noise, text, empty: run.clean(noise, text, None))
+        found["distance"] = _distance(grid, run, lambda noise, text: run.clean(noise, text, None))
         found["vsd"] = float(np.mean(log[-50:]))
-    _keep(grid.file(name, f"{setting}, {seed}"), {**found, "seconds": time.perf_counter() - began})
+    _keep(
+        grid.file(name, f"{setting}, {seed}"), {**found, "seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+    )
 
 
 @torch.no_grad()
 def _distance(grid: Grid, run: Distillation, draw: Callable[..., torch.Tensor]) -> float:
-    """The Frechet distance of what draw(noise, text, empty) makes of held-out captions to real pictures."""
+    """The Frechet distance of what draw(noise, text) makes of held-out captions to real pictures."""
     scorer, decoder, captions, seen, _ = _judge(grid)
     texts = _held_out(grid, captions)
     noise, pictures = torch.randn(len(captions), CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(1)), []
     for start in range(0, len(captions), 50):
         rows = range(start, min(start + 50, len(captions)))
-        text, empty = (
-            Text(each.states.to(run.dtype), each.mask if run.denoiser.masked else None)
-            for each in (texts.batch(rows), texts.batch([-1] * len(rows)))
-        )
-        pictures.append(decoder(draw(noise[start : rows.stop], text, empty)).numpy())
+        text = texts.batch(rows)
+        text = Text(text.states.to(run.dtype), text.mask if run.denoiser.masked else None)
+        pictures.append(decoder(draw(noise[start : rows.stop], text)).numpy())
     return frechet(scorer(np.concatenate(pictures))[0], seen)
 
 
@@ -288,64 +288,8 @@ def main(
         runs = [pool.submit(distil, *cell, grid) for cell in cells if not grid.file(cell[0], f"{cell[1]}, {cell[2]}").exists()]
         for run in tqdm(as_completed(runs), "runs", len(runs), unit="run"):
             run.result()
-    report(grid, floor, out)
-
-
-def report(grid: Grid, floor: float, out: Path) -> None:
-    """Writes the JSON and the plot, and prints the table."""
-    found = [json.loads(each.read_text()) for each in sorted((grid.work / "runs").glob("*.json"))]
-    ends = {each["architecture"]: each for each in found if "teacher" in each}
-    runs = [each for each in found if "seed" in each]
-    lines, rows = [f"{'architecture':13}{'kappa':30}{'runs':>5}{'distance':>10}{'+-':>8}{'to the mean, paired':>22}{'diverged':>9}"], []
-    for name in ARCHITECTURES:
-        distances = {(run["kappa"], run["seed"]): run.get("distance", math.inf) for run in runs if run["architecture"] == name}
-        limit = DIVERGED * float(np.median(list(distances.values())))
-        for setting in SETTINGS:
-            own = {seed: value for (kappa, seed), value in distances.items() if kappa == setting}
-            good = [value for value in own.values() if value <= limit]
-            base = {seed: value for (kappa, seed), value in distances.items() if kappa == f"fixed {MEAN:g}"}
-            pairs = [own[seed] - base[seed] for seed in own.keys() & base.keys() if max(own[seed], base[seed]) <= limit]
-            row = {
-                "architecture": name,
-                "kappa": setting,
-                "runs": len(own),
-                "distance": float(np.mean(good)) if good else None,
-                "half_interval": _half_interval(good),
-                "to_mean": float(np.mean(pairs)) if pairs else None,
-                "to_mean_half_interval": _half_interval(pairs),
-                "diverged": len(own) - len(good),
-            }
-            rows.append(row)
-            lines.append(
-                f"{name:13}{setting:30}{len(own):5}{row['distance'] or math.nan:10.2f}{row['half_interval']:8.2f}"
-                f"{row['to_mean'] or 0.0:13.2f} +-{row['to_mean_half_interval']:6.2f}{row['diverged']:9}"
-            )
-        lines.append(f"{name:13}untrained {ends[name]['untrained']:.2f}, the teacher in 25 steps {ends[name]['teacher']:.2f}")
-    facts = {"steps": grid.steps, "lr": grid.lr, "teacher_steps": grid.teacher_steps, "samples": grid.samples, "kappa": [LOW, HIGH]}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**facts, "real to real": floor, "ends": ends, "rows": rows, "runs": runs}, indent=1) + "\n")
-    _plot(rows, ends, out.with_suffix(".png"))
-    click.echo("\n" + "\n".join(lines))
-
-
-def _half_interval(values: list[float]) -> float:
-    """Half of the 95 % interval of a mean (Student's t for up to 10 values), 0 of a single one."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-    return t.get(len(values), 2.0) * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def _plot(rows: list[dict[str, Any]], ends: dict[str, dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ARCHITECTURES, strict=True):
-        mine = [row for row in rows if row["architecture"] == name and row["distance"] is not None]
-        axes.errorbar(range(len(mine)), [row["distance"] for row in mine], [row["half_interval"] for row in mine], fmt="o", capsize=4)
-        axes.axhline(ends[name]["teacher"], linestyle=":", color="gray", label="the teacher, 25 steps")
-        axes.set_xticks(range(len(mine)), [row["kappa"] for row in mine], rotation=40, ha="right")
-        axes.set(title=name, ylabel="Frechet distance, 95 % interval", ylim=(0, None))
-    figure.axes[0].legend()
-    figure.savefig(path, dpi=90)
+    facts = {"steps": steps, "lr": lr, "teacher_steps": teacher_steps, "samples": samples, "kappa": [LOW, HIGH], "real to real": floor}
+    report(work / "runs", list(ARCHITECTURES), list(SETTINGS), f"fixed {MEAN:g}", facts, out)
 
 
 def _encoder() -> Any:

@@ -13,10 +13,11 @@ from snoopi_rt.export.backbones import FACTOR, Denoiser, find_backbone
 from snoopi_rt.export.presets.preset import written
 from snoopi_rt.export.presets.rows import PRESETS
 from snoopi_rt.export.training import loop
-from snoopi_rt.export.training.distillation import Distillation, Task, own_preset
+from snoopi_rt.export.training.distillation import Distillation, own_preset
 from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.recipe import Recipe
 from snoopi_rt.export.training.schedule import Schedule
+from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.weights.files import fingerprint, save_diffusers
 from snoopi_rt.files import sha256
 

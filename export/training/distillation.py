@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from snoopi_rt.export.guidance import find_guidance
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.presets.rows import PRESETS
 from snoopi_rt.export.training.clip_loss import ClipJudge
-from snoopi_rt.export.training.draws import Draws, draw, draw_lora
+from snoopi_rt.export.training.draws import Draws, draw, draw_lora, pair_noise
 from snoopi_rt.export.training.negative_pairs import NegativePairs
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.pgsb import guided, kappas, lora_loss, vsd_gradient, vsd_loss
@@ -30,6 +30,7 @@ from snoopi_rt.export.training.recipe import Recipe
 from snoopi_rt.export.training.sampling import ddim
 from snoopi_rt.export.training.schedule import Schedule
 from snoopi_rt.export.training.sheet import contact_sheet
+from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.training.teacher_pictures import TeacherPictures
 from snoopi_rt.export.training.teachers import Teachers, with_lora, without_adapters
 from snoopi_rt.export.training.text_states import Text, TextStates, encode_prompts, joined, shuffled, states_key
@@ -43,24 +44,6 @@ SAMPLES = 16
 """Pictures on a sheet, of the first prompts."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is distilled. teacher: a diffusers folder. student: where it starts from, none is the teacher's own weights.
-
-    prompts, negatives: files of prompts (.txt, .jsonl, .parquet); negatives for NASA-T. clip: a folder of a CLIPModel with its tokenizer.
-    states: the folder of all text states, none is one in `out`.
-    """
-
-    backbone: str
-    teacher: Path
-    prompts: Path
-    out: Path
-    student: Path | None = None
-    negatives: Path | None = None
-    clip: Path | None = None
-    states: Path | None = None
-
-
 class Distillation:
     """A student, its two teachers and a step of all of them."""
 
@@ -68,12 +51,7 @@ class Distillation:
         self.task, self.recipe, self.denoiser, self.schedule, self.processes = task, recipe, denoiser, schedule, processes
         self.preset = _with_own_vae(PRESETS[own_preset(task.backbone)], task.teacher)
         self.device, self.dtype = processes.device, {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe.precision]
-        if (recipe.nasa_max > 0) != (task.negatives is not None):
-            raise InputError("NASA-T needs both: negatives and a nasa_max above 0")
-        if recipe.negative_weight and task.negatives is None:
-            raise InputError("a negative_weight above 0 needs negatives")
-        if (recipe.clip_weight > 0) != (task.clip is not None):
-            raise InputError("the clamped CLIP loss needs both: a CLIP model and a clip_weight above 0")
+        task.check(recipe)
         with processes.first():
             self.texts = self._states(task.prompts, "prompts")
             self.negatives = None if task.negatives is None else self._states(task.negatives, "negatives")
@@ -249,7 +227,7 @@ class Distillation:
     def _pairs_key(self, *facts: Any) -> str:
         """Of all on which the pairs of noise and prompt depend, and what is drawn of them."""
         recipe, task = self.recipe, self.task
-        own = [recipe.seed, recipe.warm_calls, recipe.kappa_min + recipe.kappa_max, recipe.precision]
+        own = [recipe.seed, recipe.timestep, recipe.warm_calls, recipe.kappa_min + recipe.kappa_max, recipe.precision]
         known = [states_key(task.prompts, task.teacher / self.denoiser.part), *own, *facts]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
@@ -264,11 +242,25 @@ class Distillation:
             pairs.draw()
         return pairs
 
-    def teacher_pictures(self, noise: Tensor, text: Text, empty: Text, calls: int) -> Tensor:
-        """Clean latents (B, C, h, w) fp32 of the frozen teacher in so many calls, guided by kappa's mean."""
+    def given(self, pairs: Sequence[int]) -> tuple[Tensor, Text]:
+        """The noise (B, C, h, w) and the prompts of some pairs, by their numbers."""
+        return pair_noise(self.recipe, pairs, self.shape, self.device), self.batch([pair % len(self.texts) for pair in pairs])
+
+    def teacher_pictures(self, noise: Tensor, text: Text, calls: int, away: tuple[Text, Tensor] | None = None) -> Tensor:
+        """Clean latents (B, C, h, w) fp32 of the frozen teacher in so many calls, guided by kappa's mean.
+
+        `away`: negatives, and by how much of each (B,) the prompt c is lessened: c - s (n - empty) takes its place.
+        """
+        empty = self.batch([-1] * len(noise))
         with self.teachers.frozen() as network:
-            scale = (self.recipe.kappa_min + self.recipe.kappa_max) / 2
-            return ddim(self.schedule, lambda x_t, t: self.both(network, x_t, t, text, empty), noise, calls, scale)
+
+            def answers(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+                wanted, nothing = self.both(network, x_t, t, text, empty)
+                if away is not None:
+                    wanted = wanted - away[1].view(-1, 1, 1, 1) * (self.say(network, x_t, t, away[0]) - nothing)
+                return wanted, nothing
+
+            return ddim(self.schedule, answers, noise, calls, (self.recipe.kappa_min + self.recipe.kappa_max) / 2)
 
     def clean(self, noise: Tensor, text: Text, negative: tuple[Text, Tensor] | None) -> Tensor:
         """Clean latents (B, C, h, w) fp32 of the student in one call, with a negative and its scale (B,)."""

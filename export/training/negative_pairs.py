@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from snoopi_rt.export.training.draws import pair_noise
 from snoopi_rt.export.training.loop import generator
-from snoopi_rt.export.training.sampling import ddim
 from snoopi_rt.export.training.teacher_pictures import open_array
 from snoopi_rt.export.training.text_states import Text, shuffled
 
@@ -74,7 +72,7 @@ class NegativePairs:
         pairs = np.array([shuffled(first + sample, self._count, run.recipe.seed) for sample in samples])
         heed = np.array([_draw(run, "heed", step, sample) < HEEDED for sample in samples]) & (self.heeded[pairs] >= 0)
         rows = np.where(heed, self.heeded[pairs], self.ignored[pairs])
-        noise, text = self._given(pairs)
+        noise, text = run.given(pairs.tolist())
         plain, away = (torch.from_numpy(kept[pairs]).float().to(run.device) for kept in (self._plain, self._away))
         heeded = torch.from_numpy(heed).to(run.device)
         x0 = run.clean(noise, text, None)
@@ -88,7 +86,7 @@ class NegativePairs:
     def _look(self, pairs: np.ndarray) -> None:
         """The student's pictures, and how well the teacher recognises some negatives in them: the lower, the better."""
         run, recipe = self._run, self._run.recipe
-        noise, text = self._given(pairs)
+        noise, text = run.given(pairs.tolist())
         x0 = run.clean(noise, text, None)
         random = [generator(recipe.seed, "negatives of a pair", int(pair)) for pair in pairs]
         tried = torch.stack([torch.randint(len(self._negatives), (recipe.negative_choice,), generator=each) for each in random])
@@ -109,22 +107,10 @@ class NegativePairs:
 
     @torch.no_grad()
     def _guide_away(self, pairs: np.ndarray) -> None:
-        """The teacher's pictures of the same noise, guided by the prompt less the negative: kappa (c - s (n - empty)) for c."""
+        """The teacher's pictures of the same noise, guided by the prompt less the negative."""
         run, recipe = self._run, self._run.recipe
-        (noise, text), negative, empty = self._given(pairs), self._negative(self.heeded[pairs]), run.batch([-1] * len(pairs))
-        strength = recipe.negation * self._share(pairs).view(-1, 1, 1, 1)
-        with run.teachers.frozen() as network:
-
-            def answers(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-                wanted, nothing = run.both(network, x_t, t, text, empty)
-                return wanted - strength * (run.say(network, x_t, t, negative) - nothing), nothing
-
-            x0 = ddim(run.schedule, answers, noise, recipe.warm_calls, (recipe.kappa_min + recipe.kappa_max) / 2)
-        self._away[pairs] = x0.half().cpu().numpy()
-
-    def _given(self, pairs: np.ndarray) -> tuple[Tensor, Text]:
-        run, numbers = self._run, pairs.tolist()
-        return pair_noise(run.recipe, numbers, run.shape, run.device), run.batch([pair % len(run.texts) for pair in numbers])
+        away = self._negative(self.heeded[pairs]), recipe.negation * self._share(pairs)
+        self._away[pairs] = run.teacher_pictures(*run.given(pairs.tolist()), recipe.warm_calls, away).half().cpu().numpy()
 
     def _negative(self, rows: np.ndarray) -> Text:
         """The empty prompt where there is none."""
@@ -159,4 +145,4 @@ def _draw(run: "Distillation", *place: int | str) -> float:
 
 
 def _has_words(prompt: str, negative: str) -> bool:
-    return re.search(rf"\b{re.escape(negative)}\b", prompt, re.IGNORECASE) is not None
+    return re.search(rf"(?<!\w){re.escape(negative)}(?!\w)", prompt, re.IGNORECASE) is not None

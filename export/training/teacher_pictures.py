@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from snoopi_rt.export.training.draws import pair_noise
 from snoopi_rt.export.training.text_states import shuffled
 
 if TYPE_CHECKING:
@@ -30,9 +29,9 @@ class TeacherPictures:
         """Clean latents (B, C, h, w) of the student, and their distance to what the teacher makes of the same noise."""
         run, first = self._run, step * self._run.recipe.batch
         pairs = [shuffled(first + sample, self._count, run.recipe.seed) for sample in samples]
-        noise, text = pair_noise(run.recipe, pairs, run.shape, run.device), run.batch([pair % len(run.texts) for pair in pairs])
+        noise, text = run.given(pairs)
         if not self._drawn[pairs].all():
-            drawn = run.teacher_pictures(noise, text, run.batch([-1] * len(pairs)), run.recipe.warm_calls)
+            drawn = run.teacher_pictures(noise, text, run.recipe.warm_calls)
             self._latents[pairs], self._drawn[pairs] = drawn.half().cpu().numpy(), True
         x0 = run.clean(noise, text, None)
         loss = nn.functional.mse_loss(x0, torch.from_numpy(self._latents[pairs]).float().to(run.device))

@@ -1,0 +1,38 @@
+"""What is distilled: a teacher's folder, files of prompts, and where the student goes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.export.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is distilled. teacher: a diffusers folder. student: where it starts from, none is the teacher's own weights.
+
+    prompts, negatives: files of prompts (.txt, .jsonl, .parquet); negatives for NASA-T. clip: a folder of a CLIPModel with its tokenizer.
+    states: the folder of all text states, none is one in `out`.
+    """
+
+    backbone: str
+    teacher: Path
+    prompts: Path
+    out: Path
+    student: Path | None = None
+    negatives: Path | None = None
+    clip: Path | None = None
+    states: Path | None = None
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises InputError where the recipe asks for what is not given, or leaves out what is."""
+        if (recipe.nasa_max > 0) != (self.negatives is not None):
+            raise InputError("NASA-T needs both: negatives and a nasa_max above 0")
+        if recipe.negative_weight and self.negatives is None:
+            raise InputError("a negative_weight above 0 needs negatives")
+        if self.negatives is not None and not (recipe.vsd_weight or recipe.negative_weight):
+            raise InputError("negatives need a vsd_weight or a negative_weight above 0")
+        if recipe.clip_weight and not recipe.vsd_weight:
+            raise InputError("the clamped CLIP loss needs a vsd_weight above 0")
+        if (recipe.clip_weight > 0) != (self.clip is not None):
+            raise InputError("the clamped CLIP loss needs both: a CLIP model and a clip_weight above 0")
