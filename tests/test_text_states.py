@@ -9,7 +9,7 @@ from torch import Tensor
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import PromptEncoder, find_backbone
-from snoopi_rt.export.training.prompt_files import read_prompts
+from snoopi_rt.export.training.prompt_files import has_words, read_prompts, without
 from snoopi_rt.export.training.text_states import encode_prompts, joined, shuffled
 
 PROMPTS = ["a cat", "a red dog on a mat", "fish", "a cat in the fog", "moon"]
@@ -123,6 +123,15 @@ def test_a_file_of_prompts_that_is_none_is_one_line(tmp_path: Path, name: str, c
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=words):
         list(read_prompts(tmp_path / name))
+
+
+def test_words_are_found_and_left_out_whole() -> None:
+    assert has_words("a Blurry cat on a red background", "blurry") and has_words("a cat on a red background", "a red background")
+    assert not has_words("a cattle on a mat", "a cat")
+    assert without("a Blurry cat on a mat, grainy", ["blurry", "grainy", "gray"]) == "a cat on a mat"
+    assert without("blurry, a grayscale cat", ["blurry"]) == "a grayscale cat"
+    assert without("blurry", ["blurry"]) == ""
+    assert without("a blurrycam", ["blurry"]) == "a blurrycam"
 
 
 def test_reading_prompts_holds_no_list_of_them(tmp_path: Path) -> None:

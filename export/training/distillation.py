@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from snoopi_rt.export.training.negative_pairs import NegativePairs
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.pgsb import guided, kappas, lora_loss, vsd_gradient, vsd_loss
 from snoopi_rt.export.training.processes import Processes
-from snoopi_rt.export.training.prompt_files import read_prompts
+from snoopi_rt.export.training.prompt_files import read_prompts, without
 from snoopi_rt.export.training.recipe import Recipe
 from snoopi_rt.export.training.sampling import ddim
 from snoopi_rt.export.training.schedule import Schedule
@@ -54,6 +53,7 @@ class Distillation:
         task.check(recipe)
         with processes.first():
             self.texts = self._states(task.prompts, "prompts")
+            self.unstressed = self._states(task.prompts, "unstressed", recipe.stressed_words) if recipe.stressed_words else None
             self.negatives = None if task.negatives is None else self._states(task.negatives, "negatives")
             self.judge = None if task.clip is None else self._clip_judge(task.clip)
         torch.manual_seed(recipe.seed)  # of the adapters' first values
@@ -187,7 +187,7 @@ class Distillation:
         text, empty = self.batch(rows), self.batch([-1] * len(rows))
         negative = None if self.negatives is None else self.negatives.batch(draws.negative).to(self.device, self.dtype)
         x0 = self.clean(draws.noise, text, None if negative is None else (negative, recipe.nasa_max * draws.nasa))
-        gradient = self._gradient(x0.detach(), draws, text, empty, negative)
+        gradient = self._gradient(x0.detach(), draws, text, empty, self.without_stress(rows), negative)
         loss, values = vsd_loss(x0, gradient), {"vsd": gradient.square().mean()}
         if self.judge is not None:
             weight = recipe.clip_weight * (1 - i / recipe.steps)
@@ -196,13 +196,13 @@ class Distillation:
         return x0, loss, values
 
     @torch.no_grad()
-    def _gradient(self, x0: Tensor, draws: Draws, text: Text, empty: Text, negative: Text | None) -> Tensor:
+    def _gradient(self, x0: Tensor, draws: Draws, text: Text, empty: Text, unstressed: Text | None, negative: Text | None) -> Tensor:
         """`negative`: what the frozen teacher is guided away from besides the empty prompt, as far as the student is (NASA-T)."""
         recipe, schedule = self.recipe, self.schedule
         x_t = schedule.noised(x0, draws.eps, draws.t)
         frozen, lora = kappas(draws.kappa, recipe.kappa_min, recipe.kappa_max, recipe.kappa_on, recipe.lora_kappa)
         with self.teachers.frozen() as network:
-            wanted, unwanted = self.both(network, x_t, draws.t, text, empty)
+            wanted, unwanted = self._stressed(network, x_t, draws.t, text, empty, unstressed)
             if negative is not None:
                 unwanted = guided(self.say(network, x_t, draws.t, negative), unwanted, draws.nasa.view(-1, 1, 1, 1))
             frozen_x0 = schedule.x0(x_t, guided(wanted, unwanted, frozen), draws.t)
@@ -221,8 +221,9 @@ class Distillation:
         return lora_loss(said, self.schedule.target(x0, draws.eps, draws.t), alpha, self.recipe.lora_weighted)
 
     def _teacher_pictures(self) -> TeacherPictures:
+        facts = [self.recipe.stressed_words, self.recipe.stress] if self.recipe.stressed_words else []
         with self.processes.first():
-            return TeacherPictures(self, self.task.out / "pictures", self._pairs_key())
+            return TeacherPictures(self, self.task.out / "pictures", self._pairs_key(*facts))
 
     def _pairs_key(self, *facts: Any) -> str:
         """Of all on which the pairs of noise and prompt depend, and what is drawn of them."""
@@ -234,7 +235,7 @@ class Distillation:
     def _negative_pairs(self, negatives: Path) -> NegativePairs:
         recipe, task, part = self.recipe, self.task, self.denoiser.part
         start = fingerprint(*sorted(((task.student or task.teacher) / part).glob("*.safetensors")))
-        facts = [recipe.negation, recipe.negative_choice, recipe.negative_pairs]
+        facts = [recipe.stressed_words, recipe.stress, recipe.negation, recipe.negative_choice, recipe.negative_pairs]
         key = self._pairs_key(start, states_key(negatives, task.teacher / part), *facts)
         prompts = list(islice(read_prompts(task.prompts), recipe.negative_pairs))
         with self.processes.first():
@@ -244,18 +245,29 @@ class Distillation:
 
     def given(self, pairs: Sequence[int]) -> tuple[Tensor, Text]:
         """The noise (B, C, h, w) and the prompts of some pairs, by their numbers."""
-        return pair_noise(self.recipe, pairs, self.shape, self.device), self.batch([pair % len(self.texts) for pair in pairs])
+        return pair_noise(self.recipe, pairs, self.shape, self.device), self.batch(self.rows_of(pairs))
 
-    def teacher_pictures(self, noise: Tensor, text: Text, calls: int, away: tuple[Text, Tensor] | None = None) -> Tensor:
+    def rows_of(self, pairs: Sequence[int]) -> list[int]:
+        """The rows of the pairs' prompts."""
+        return [pair % len(self.texts) for pair in pairs]
+
+    def without_stress(self, rows: Sequence[int]) -> Text | None:
+        """These prompts without the words that are stressed, None where no words are."""
+        return None if self.unstressed is None else self.unstressed.batch(rows).to(self.device, self.dtype)
+
+    def teacher_pictures(
+        self, noise: Tensor, text: Text, calls: int, unstressed: Text | None = None, away: tuple[Text, Tensor] | None = None
+    ) -> Tensor:
         """Clean latents (B, C, h, w) fp32 of the frozen teacher in so many calls, guided by kappa's mean.
 
-        `away`: negatives, and by how much of each (B,) the prompt c is lessened: c - s (n - empty) takes its place.
+        unstressed: see without_stress. away: negatives, and by how much of each (B,) the prompt c is lessened: c - s (n - empty) takes
+        its place.
         """
         empty = self.batch([-1] * len(noise))
         with self.teachers.frozen() as network:
 
             def answers(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-                wanted, nothing = self.both(network, x_t, t, text, empty)
+                wanted, nothing = self._stressed(network, x_t, t, text, empty, unstressed)
                 if away is not None:
                     wanted = wanted - away[1].view(-1, 1, 1, 1) * (self.say(network, x_t, t, away[0]) - nothing)
                 return wanted, nothing
@@ -272,6 +284,15 @@ class Distillation:
         """The answers to two prompts, in one call."""
         first, second = self.say(network, torch.cat([x_t, x_t]), torch.cat([t, t]), joined(text, other)).chunk(2)
         return first, second
+
+    def _stressed(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, text: Text, empty: Text, unstressed: Text | None
+    ) -> tuple[Tensor, Tensor]:
+        """The answers to a prompt and to the empty one; the first moved on from that to the prompt without its stressed words."""
+        wanted, nothing = self.both(network, x_t, t, text, empty)
+        if unstressed is not None:
+            wanted = wanted + self.recipe.stress * (wanted - self.say(network, x_t, t, unstressed))
+        return wanted, nothing
 
     def say(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Text, negative: tuple | None = None) -> Tensor:
         return self._answer(network, x_t.to(self.dtype), t, text.states, text.mask, negative).float()
@@ -304,10 +325,15 @@ class Distillation:
                 attend = fused_nasa_attention
             self.student.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), form, attend))
 
-    def _states(self, prompts: Path, name: str) -> TextStates:
+    def _states(self, prompts: Path, name: str, less: Sequence[str] = ()) -> TextStates:
+        """Of the prompts of a file, without the words `less`."""
         encoder = self.denoiser.prompt_encoder(self.task.teacher, self.preset.max_tokens)
-        key = states_key(prompts, self.task.teacher / "text_encoder")
-        return encode_prompts(partial(read_prompts, prompts), key, encoder, self.denoiser.masked, self._folder(name))
+        key = " less ".join([states_key(prompts, self.task.teacher / "text_encoder"), *less])
+
+        def texts() -> Iterator[str]:
+            return (without(prompt, less) for prompt in read_prompts(prompts)) if less else read_prompts(prompts)
+
+        return encode_prompts(texts, key, encoder, self.denoiser.masked, self._folder(name))
 
     def _clip_judge(self, clip: Path) -> ClipJudge:
         return ClipJudge(self.preset, self.task.teacher, clip, self.task.prompts, self._folder("clip"), self.device)

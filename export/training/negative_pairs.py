@@ -3,14 +3,15 @@
 NASA subtracts every negative, also a bicycle from a picture of a cat, and a network that was never trained with negatives is moved by
 that. So pairs of noise and prompt are drawn once and kept, each with the student's own picture; a negative that is in it, with the picture
 that the teacher makes of the same noise when it is guided away from that; and a negative that is not in it. The student then learns: the
-first negative gives the second picture, the other one changes nothing.
+first negative gives the second picture, the other one changes nothing. Where the negative is a word that the recipe stresses, the second
+picture is the student's own of the prompt without that word, since regression on the teacher's would blur it; and where the prompt has such
+a word the picture without a negative is the teacher's, with more of it.
 
 Whether a negative is in a picture the prompt says where it has the words, else the teacher, as a diffusion classifier (Li et al.,
 arXiv 2303.16203): whether it denoises the picture better when told the negative than when told nothing. It is not in the picture where the
 difference is above the negative's median; between the two nobody knows. No picture is needed, and no judge.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from snoopi_rt.export.training.loop import generator
+from snoopi_rt.export.training.prompt_files import has_words, without
 from snoopi_rt.export.training.teacher_pictures import open_array
 from snoopi_rt.export.training.text_states import Text, shuffled
 
@@ -31,6 +33,10 @@ LEVELS = (200, 650, 900)
 """The timesteps at which the teacher is asked: flaws are seen at the low ones, colours of a background at the high ones."""
 HEEDED = 0.75
 """How often a pair's negative is the one that is in the picture, where there is one."""
+ASKED = 0.5
+"""How often one of the negatives that are tried is one whose words the prompt has, where there is one."""
+LOOKED, AWAY, STRESSED = 1, 2, 4
+"""What is drawn of a pair: its plain picture and what is in it, the one without the negative, the one with more of what is stressed."""
 
 
 class NegativePairs:
@@ -42,6 +48,7 @@ class NegativePairs:
     def __init__(self, run: "Distillation", folder: Path, key: str, prompts: Sequence[str], negatives: Sequence[str]):
         folder.mkdir(parents=True, exist_ok=True)
         self._run, self._prompts, self._negatives = run, prompts, negatives
+        self._numbers = {text: number for number, text in reversed(list(enumerate(negatives)))}
         self._count = count = run.recipe.negative_pairs
         self._plain, self._away = (open_array(folder / f"{key}-{name}.npy", (count, *run.shape), np.float16) for name in ("plain", "away"))
         choice = (count, run.recipe.negative_choice)
@@ -50,20 +57,26 @@ class NegativePairs:
         self._done = open_array(folder / f"{key}-done.npy", (count,), np.int8)
 
     def draw(self) -> None:
-        """Draws what is missing: first all plain pictures and what is in them, then those of the teacher."""
-        self._each(np.flatnonzero(self._done == 0), self._look, "pairs")
+        """Draws what is missing: first all plain pictures and what is in them, then what they should be."""
+        everywhere = np.ones(self._count, bool)
+        self._each(everywhere, LOOKED, self._look, "pairs")
         self.heeded, self.ignored = chosen(self._tried, self._scores, self._negatives)
-        self._each(np.flatnonzero((self._done == 1) & (self.heeded >= 0)), self._guide_away, "pictures without a negative")
+        self.stressed = np.array([negative >= 0 and self._is_stress(pair, negative) for pair, negative in enumerate(self.heeded.tolist())])
+        self._each(self.stressed, AWAY, self._leave_out, "pictures without stressed words")
+        self._each((self.heeded >= 0) & ~self.stressed, AWAY, self._guide_away, "pictures guided away from a negative")
+        if words := self._run.recipe.stressed_words:
+            asked = np.array([any(has_words(self._prompt(pair), each) for each in words) for pair in range(self._count)])
+            self._each(asked, STRESSED, self._stress, "pictures of stressed words")
 
-    def _each(self, missing: np.ndarray, stage: Callable[[np.ndarray], None], name: str) -> None:
-        recipe = self._run.recipe
+    def _each(self, wanted: np.ndarray, what: int, stage: Callable[[np.ndarray], None], name: str) -> None:
+        recipe, missing = self._run.recipe, np.flatnonzero(wanted & (self._done & what == 0))
         together = recipe.micro_batch or len(self._run.processes.share(recipe.batch))
         with tqdm(total=len(missing), desc=name, unit="pair", disable=not len(missing)) as bar:
             for start in range(0, len(missing), together):
                 places = missing[start : start + together]
                 # Always as many, so that no shape changes.
                 stage(np.resize(places, together))
-                self._done[places] += 1
+                self._done[places] |= what
                 bar.update(len(places))
 
     def loss(self, step: int, samples: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -89,7 +102,7 @@ class NegativePairs:
         noise, text = run.given(pairs.tolist())
         x0 = run.clean(noise, text, None)
         random = [generator(recipe.seed, "negatives of a pair", int(pair)) for pair in pairs]
-        tried = torch.stack([torch.randint(len(self._negatives), (recipe.negative_choice,), generator=each) for each in random])
+        tried = torch.stack([self._tries(self._prompt(pair), each) for pair, each in zip(pairs.tolist(), random, strict=True)])
         errors = torch.zeros(recipe.negative_choice + 1, len(pairs), device=run.device)
         with run.teachers.frozen() as network:
             for level in LEVELS:
@@ -100,17 +113,42 @@ class NegativePairs:
                     error += (run.say(network, x_t, t, self._negative(rows.numpy())) - target).square().mean((1, 2, 3))
         scores = (errors[1:] - errors[0]).T.cpu()
         for pair, rows, score in zip(pairs.tolist(), tried.tolist(), scores, strict=True):
-            prompt = self._prompts[pair % len(self._prompts)]
-            score[[_has_words(prompt, self._negatives[row]) for row in rows]] = -torch.inf
+            prompt = self._prompt(pair)
+            score[[has_words(prompt, self._negatives[row]) for row in rows]] = -torch.inf
         self._tried[pairs], self._scores[pairs] = tried, scores
         self._plain[pairs] = x0.half().cpu().numpy()
+
+    def _tries(self, prompt: str, random: torch.Generator) -> Tensor:
+        """Numbers of some negatives (K,)."""
+        tried = torch.randint(len(self._negatives), (self._run.recipe.negative_choice,), generator=random)
+        asked = [number for text, number in self._numbers.items() if has_words(prompt, text)]
+        if asked and torch.rand((), generator=random) < ASKED:
+            tried[0] = asked[int(torch.randint(len(asked), (), generator=random))]
+        return tried
+
+    @torch.no_grad()
+    def _leave_out(self, pairs: np.ndarray) -> None:
+        """The student's own pictures of the same noise and the prompt without its stressed words."""
+        run = self._run
+        noise, _ = run.given(pairs.tolist())
+        unstressed = run.without_stress(run.rows_of(pairs.tolist()))
+        assert unstressed is not None
+        self._away[pairs] = run.clean(noise, unstressed, None).half().cpu().numpy()
+
+    @torch.no_grad()
+    def _stress(self, pairs: np.ndarray) -> None:
+        """The teacher's pictures, with more of the stressed words than the student would give, as what is wanted without a negative."""
+        run = self._run
+        unstressed = run.without_stress(run.rows_of(pairs.tolist()))
+        drawn = run.teacher_pictures(*run.given(pairs.tolist()), run.recipe.warm_calls, unstressed)
+        self._plain[pairs] = drawn.half().cpu().numpy()
 
     @torch.no_grad()
     def _guide_away(self, pairs: np.ndarray) -> None:
         """The teacher's pictures of the same noise, guided by the prompt less the negative."""
         run, recipe = self._run, self._run.recipe
         away = self._negative(self.heeded[pairs]), recipe.negation * self._share(pairs)
-        self._away[pairs] = run.teacher_pictures(*run.given(pairs.tolist()), recipe.warm_calls, away).half().cpu().numpy()
+        self._away[pairs] = run.teacher_pictures(*run.given(pairs.tolist()), recipe.warm_calls, away=away).half().cpu().numpy()
 
     def _negative(self, rows: np.ndarray) -> Text:
         """The empty prompt where there is none."""
@@ -118,8 +156,17 @@ class NegativePairs:
         return self._run.negatives.batch(rows.tolist()).to(self._run.device, self._run.dtype)
 
     def _share(self, pairs: np.ndarray) -> Tensor:
-        """Of the largest scale, (B,): more often large than small, since the largest is what is used."""
-        return torch.tensor([_draw(self._run, "scale of a pair", int(pair)) ** 0.5 for pair in pairs], device=self._run.device)
+        """Of the largest scale, (B,): more often large than small, since the largest is what is used; all of it for stressed words."""
+        drawn = [1.0 if self.stressed[pair] else _draw(self._run, "scale of a pair", int(pair)) ** 0.5 for pair in pairs]
+        return torch.tensor(drawn, device=self._run.device)
+
+    def _prompt(self, pair: int) -> str:
+        return self._prompts[pair % len(self._prompts)]
+
+    def _is_stress(self, pair: int, negative: int) -> bool:
+        """Whether leaving out this negative's words is leaving out all that is stressed in the prompt."""
+        prompt, words, stressed = self._prompt(pair), self._negatives[negative], self._run.recipe.stressed_words
+        return words in stressed and has_words(prompt, words) and without(prompt, [words]) == without(prompt, stressed)
 
 
 def chosen(tried: np.ndarray, scores: np.ndarray, negatives: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +189,3 @@ def chosen(tried: np.ndarray, scores: np.ndarray, negatives: Sequence[str]) -> t
 def _draw(run: "Distillation", *place: int | str) -> float:
     """From U(0, 1)."""
     return torch.rand((), generator=generator(run.recipe.seed, *place)).item()
-
-
-def _has_words(prompt: str, negative: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(negative)}(?!\w)", prompt, re.IGNORECASE) is not None

@@ -1,7 +1,8 @@
 """Prompts from files of any length, one after the other, in constant memory."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from snoopi_rt.engines.base import EngineMissing, InputError
@@ -25,6 +26,23 @@ def read_prompts(path: Path) -> Iterator[str]:
             raise InputError(f"row {number} of {path} has no text under {', '.join(KEYS)}")
         if prompt.strip():
             yield prompt.strip()
+
+
+def has_words(prompt: str, words: str) -> bool:
+    """Whether these words, whole and in this order, are in the prompt; upper and lower case are the same."""
+    return _pattern(words).search(prompt) is not None
+
+
+def without(prompt: str, phrases: Sequence[str]) -> str:
+    """The prompt less these words, and less the commas and spaces that they leave behind: `a blurry cat, grainy` less both is `a cat`."""
+    for words in phrases:
+        prompt = _pattern(words).sub("", prompt)
+    parts = (" ".join(part.split()) for part in prompt.split(","))
+    return ", ".join(part for part in parts if part)
+
+
+def _pattern(words: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)", re.IGNORECASE)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

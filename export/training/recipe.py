@@ -17,9 +17,11 @@ class Recipe(loop.Recipe):
     are computed again in the backward pass instead of being kept.
 
     kappa ~ U(kappa_min, kappa_max) on the teachers of kappa_on, one draw a sample or one a batch; elsewhere the mean. lora_kappa: above 0
-    it is the LoRA teacher's scale instead; at 1, as in DMD, the student learns the guided teacher and not the teacher. t_min to t_max: the
-    timesteps of the VSD gradient; weight: see pgsb.vsd_gradient. lora_rank: 0 makes the LoRA teacher a full copy. lora_weighted: see
-    pgsb.lora_loss. empty: the share of prompts that the LoRA teacher sees as the empty one, without which guidance on it means nothing.
+    it is the LoRA teacher's scale instead; at 1, as in DMD, the student learns the guided teacher and not the teacher. stressed: words,
+    with commas between them, that a student in one call understates ("blurry, pixelated"): where a prompt has them the frozen teacher says
+    c + stress (c - w) in place of c, w being its answer to the prompt without them. t_min to t_max: the timesteps of the VSD gradient;
+    weight: see pgsb.vsd_gradient. lora_rank: 0 makes the LoRA teacher a full copy. lora_weighted: see pgsb.lora_loss. empty: the share of
+    prompts that the LoRA teacher sees as the empty one, without which guidance on it means nothing.
 
     timestep: what the student is fed, -1 is the backbone's. student_rank: 0 trains all of the student, else a LoRA that is merged at the
     end. warm_steps: so many steps first that bring the student near the teacher's own pictures of warm_pairs pairs of noise and prompt,
@@ -41,6 +43,8 @@ class Recipe(loop.Recipe):
     kappa_on: Teachers = "both"
     kappa_per: Literal["sample", "batch"] = "sample"
     lora_kappa: float = 0.0
+    stressed: str = ""
+    stress: float = 0.5
     t_min: int = 20
     t_max: int = 980
     weight: Weight = "dmd"
@@ -86,12 +90,16 @@ class Recipe(loop.Recipe):
             self._require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1")
         counts = ("micro_batch", "student_rank", "lora_rank", "warm_steps", "warmup")
         weights = ("vsd_weight", "warm_weight", "negative_weight", "clip_weight")
-        for name in (*counts, *weights, "lora_kappa", "nasa_max", "negation", "collapse"):
+        for name in (*counts, *weights, "lora_kappa", "stress", "nasa_max", "negation", "collapse"):
             self._require(getattr(self, name) >= 0, f"{name} must not be negative")
         pairs = ("warm_pairs", "warm_calls", "negative_pairs", "negative_choice")
         for name in (*pairs, "clip", "lora_lr", "lora_steps", "lora_alpha"):
             self._require(getattr(self, name) > 0, f"{name} must be above 0")
         self._require(self.vsd_weight + self.warm_weight + self.negative_weight > 0, "all losses have the weight 0")
+
+    @property
+    def stressed_words(self) -> list[str]:
+        return [words.strip() for words in self.stressed.split(",") if words.strip()]
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
