@@ -35,7 +35,13 @@ def has_words(prompt: str, words: str) -> bool:
 
 
 def without(prompt: str, phrases: Sequence[str]) -> str:
-    """The prompt less these words, and less the commas and spaces that they leave behind: `a blurry cat, grainy` less both is `a cat`."""
+    """The prompt less these words, and less the commas and spaces that they leave behind: `a blurry cat, grainy` less both is `a cat`.
+
+    A prompt that has none of them stays as it is.
+    """
+    phrases = [words for words in phrases if has_words(prompt, words)]
+    if not phrases:
+        return prompt
     for words in phrases:
         prompt = _pattern(words).sub("", prompt)
     parts = (" ".join(part.split()) for part in prompt.split(","))
