@@ -51,15 +51,16 @@ set_option = click.option(
 
 @train.command(epilog="Example: snoopi-rt train autoencoder --data runs/emoji --out runs/autoencoder --compile")
 @data_option
+@click.option("--start", type=folder, metavar="FOLDER", help="An autoencoder whose decoder alone is trained on.  [default: a new network]")
 @out_option
 @set_option
 @compile_option
-def autoencoder(data: Path, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
+def autoencoder(data: Path, start: Path | None, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
     """Train the autoencoder that turns pictures into latents and back."""
     with building("train autoencoder", "train", out):
         from snoopi_rt.export.training.small import autoencoder as stage
 
-        stage.train(data, out, _recipe(stage.Recipe, settings), compiled)
+        stage.train(data, out, _recipe(stage.Recipe, settings), compiled, start)
 
 
 @train.command(epilog="Example: snoopi-rt train teacher --data runs/emoji --autoencoder runs/autoencoder --out runs/teacher --compile")

@@ -257,7 +257,7 @@ def test_what_is_in_a_picture_is_what_the_teacher_denoises_it_with_and_the_teach
         def target(x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return run.say(run.teachers.network, schedule.noised(x0, eps, t), t, fog)
 
-    assert not pairs.stressed.any()
+    assert not pairs.left_out.any()
     run.schedule = Foggy()
     pairs._look(four)
     asked = np.isinf(pairs._scores)
@@ -303,7 +303,7 @@ def test_a_stressed_negative_is_heeded_as_the_prompt_without_it(teachers: Path, 
     run = Distillation(task, recipe, find_backbone("pixart").denoiser(), Schedule.of(task.teacher), Processes(), False)
     pairs = run.negative_pairs
     # Of five prompts the second has the fog, so that of eight pairs the second and the seventh do.
-    assert np.flatnonzero(pairs.stressed).tolist() == [1, 6]
+    assert np.flatnonzero(pairs.left_out).tolist() == [1, 6]
     noise, _ = run.given([1, 6])
     with torch.no_grad():
         own = run.clean(noise, run.without_stress([1, 1]), None)
@@ -315,6 +315,21 @@ def test_a_stressed_negative_is_heeded_as_the_prompt_without_it(teachers: Path, 
         stressed = run.teacher_pictures(noise, text, 1, run.without_stress(range(5)))
         wanted = torch.where(torch.tensor([1, 1, 0, 0, 0]).bool().view(-1, 1, 1, 1), stressed, run.clean(noise, text, None))
     torch.testing.assert_close(torch.from_numpy(pairs._plain[:5]).float(), wanted, rtol=2e-3, atol=2e-3 * wanted.std().item())
+
+
+def test_one_of_two_things_is_heeded_as_the_prompt_of_the_other_and_the_only_one_not_at_all(teachers: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("cats and dogs\ncats\na photo of dogs\n")
+    (tmp_path / "negatives.txt").write_text("dogs\nfog\n")
+    task = Task("pixart", teachers / "pixart", tmp_path / "prompts.txt", tmp_path, negatives=tmp_path / "negatives.txt")
+    learn = {"vsd_weight": 0.0, "negative_weight": 1.0, "nasa_max": 1.0, "negative_pairs": 6, "negative_choice": 8, "warm_calls": 1}
+    run = Distillation(task, replace(TINY, **learn), find_backbone("pixart").denoiser(), Schedule.of(task.teacher), Processes(), False)
+    pairs = run.negative_pairs
+    assert np.flatnonzero(pairs.left_out).tolist() == [0, 3] and not pairs.heeded[[0, 3]].any()
+    assert (pairs.heeded[[2, 5]] != 0).all() and (pairs.ignored[[2, 5]] != 0).all()
+    noise, _ = run.given([0, 3])
+    with torch.no_grad():
+        own = run.clean(noise, run.batch([1, 1]), None)
+    torch.testing.assert_close(torch.from_numpy(pairs._away[[0, 3]]).float(), own, rtol=2e-3, atol=2e-3)
 
 
 def test_the_best_recognised_negative_is_heeded_and_a_clearly_absent_one_ignored() -> None:

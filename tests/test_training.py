@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from snoopi_rt.engines.base import InputError, OutputError
@@ -137,6 +138,24 @@ def test_the_prompts_are_the_training_captions_as_often_as_the_pictures_have_the
 
     texts = [row.caption for row in read_rows(road / "pictures") if row.split == "train"]
     assert (road / "pictures" / "prompts.txt").read_text().splitlines() == texts
+
+
+def test_a_decoder_trained_on_keeps_its_encoder(road, tmp_path):
+    from snoopi_rt.export.training.small import autoencoder
+
+    autoencoder.train(road / "pictures", tmp_path, autoencoder.Recipe(steps=2, batch=4, noise=0.2, grid=8), start=road / "autoencoder")
+    before, after = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (road / "autoencoder", tmp_path))
+    same = {name.split(".")[0] for name in before if torch.equal(before[name], after[name])}
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert same == {"encoder"} and changed == {"decoder"}
+
+
+@pytest.mark.parametrize("setting", [{"noise": -1.0}, {"grid": 0}, {"grid": 3}])
+def test_an_autoencoder_recipe_that_cannot_be_is_refused(setting):
+    from snoopi_rt.export.training.small import autoencoder
+
+    with pytest.raises(InputError, match=next(iter(setting))):
+        autoencoder.Recipe(**setting)
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])

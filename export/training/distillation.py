@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -325,15 +325,21 @@ class Distillation:
                 attend = fused_nasa_attention
             self.student.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), form, attend))
 
+    def states_of(self, prompts: Sequence[str], key: str, folder: Path) -> TextStates:
+        """Of prompts that are in no file, kept in a folder of their own under a key."""
+        return self._encoded(lambda: prompts, key, folder)
+
     def _states(self, prompts: Path, name: str, less: Sequence[str] = ()) -> TextStates:
         """Of the prompts of a file, without the words `less`."""
-        encoder = self.denoiser.prompt_encoder(self.task.teacher, self.preset.max_tokens)
-        key = " less ".join([states_key(prompts, self.task.teacher / "text_encoder"), *less])
 
         def texts() -> Iterator[str]:
             return (without(prompt, less) for prompt in read_prompts(prompts)) if less else read_prompts(prompts)
 
-        return encode_prompts(texts, key, encoder, self.denoiser.masked, self._folder(name))
+        return self._encoded(texts, " less ".join([states_key(prompts, self.task.teacher / "text_encoder"), *less]), self._folder(name))
+
+    def _encoded(self, texts: Callable[[], Iterable[str]], key: str, folder: Path) -> TextStates:
+        encoder = self.denoiser.prompt_encoder(self.task.teacher, self.preset.max_tokens)
+        return encode_prompts(texts, key, encoder, self.denoiser.masked, folder)
 
     def _clip_judge(self, clip: Path) -> ClipJudge:
         return ClipJudge(self.preset, self.task.teacher, clip, self.task.prompts, self._folder("clip"), self.device)

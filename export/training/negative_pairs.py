@@ -3,11 +3,13 @@
 NASA subtracts every negative, also a bicycle from a picture of a cat, and a network that was never trained with negatives is moved by
 that. So pairs of noise and prompt are drawn once and kept, each with the student's own picture; a negative that is in it, with the picture
 that the teacher makes of the same noise when it is guided away from that; and a negative that is not in it. The student then learns: the
-first negative gives the second picture, the other one changes nothing. Where the negative is a word that the recipe stresses, the second
-picture is the student's own of the prompt without that word, since regression on the teacher's would blur it; and where the prompt has such
-a word the picture without a negative is the teacher's, with more of it.
+first negative gives the second picture, the other one changes nothing. Where the prompt can be said without the negative, because that is a
+word which the recipe stresses or one of two things that `and` joins, the second picture is the student's own of that shorter prompt: it is
+sharp, which a teacher's picture is not after regression, and whole, which one is not that was guided away from a thing. And where the
+prompt has a stressed word the picture without a negative is the teacher's, with more of it.
 
-Whether a negative is in a picture the prompt says where it has the words, else the teacher, as a diffusion classifier (Li et al.,
+Whether a negative is in a picture the prompt says where it has the words (but what the whole picture is of nobody wants to leave out), else
+the teacher, as a diffusion classifier (Li et al.,
 arXiv 2303.16203): whether it denoises the picture better when told the negative than when told nothing. It is not in the picture where the
 difference is above the negative's median; between the two nobody knows. No picture is needed, and no judge.
 """
@@ -22,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from snoopi_rt.export.training.loop import generator
-from snoopi_rt.export.training.prompt_files import has_words, without
+from snoopi_rt.export.training.prompt_files import has_beside_others, has_words, is_of, without
 from snoopi_rt.export.training.teacher_pictures import open_array
 from snoopi_rt.export.training.text_states import Text, shuffled
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 LEVELS = (200, 650, 900)
 """The timesteps at which the teacher is asked: flaws are seen at the low ones, colours of a background at the high ones."""
-HEEDED = 0.75
+HEEDED = 0.5
 """How often a pair's negative is the one that is in the picture, where there is one."""
 ASKED = 0.5
 """How often one of the negatives that are tried is one whose words the prompt has, where there is one."""
@@ -47,7 +49,7 @@ class NegativePairs:
 
     def __init__(self, run: "Distillation", folder: Path, key: str, prompts: Sequence[str], negatives: Sequence[str]):
         folder.mkdir(parents=True, exist_ok=True)
-        self._run, self._prompts, self._negatives = run, prompts, negatives
+        self._run, self._folder, self._key, self._prompts, self._negatives = run, folder, key, prompts, negatives
         self._numbers = {text: number for number, text in reversed(list(enumerate(negatives)))}
         self._count = count = run.recipe.negative_pairs
         self._plain, self._away = (open_array(folder / f"{key}-{name}.npy", (count, *run.shape), np.float16) for name in ("plain", "away"))
@@ -61,9 +63,12 @@ class NegativePairs:
         everywhere = np.ones(self._count, bool)
         self._each(everywhere, LOOKED, self._look, "pairs")
         self.heeded, self.ignored = chosen(self._tried, self._scores, self._negatives)
-        self.stressed = np.array([negative >= 0 and self._is_stress(pair, negative) for pair, negative in enumerate(self.heeded.tolist())])
-        self._each(self.stressed, AWAY, self._leave_out, "pictures without stressed words")
-        self._each((self.heeded >= 0) & ~self.stressed, AWAY, self._guide_away, "pictures guided away from a negative")
+        self.left_out = np.array([self._can_leave_out(pair, negative) for pair, negative in enumerate(self.heeded.tolist())])
+        if self.left_out.any():
+            shorter = [self._shortened(pair) for pair in range(self._count)]
+            self._shorter = self._run.states_of(shorter, self._key, self._folder / f"{self._key}-shorter")
+        self._each(self.left_out, AWAY, self._leave_out, "pictures of the prompt without a negative")
+        self._each((self.heeded >= 0) & ~self.left_out, AWAY, self._guide_away, "pictures guided away from a negative")
         if words := self._run.recipe.stressed_words:
             asked = np.array([any(has_words(self._prompt(pair), each) for each in words) for pair in range(self._count)])
             self._each(asked, STRESSED, self._stress, "pictures of stressed words")
@@ -113,27 +118,27 @@ class NegativePairs:
                     error += (run.say(network, x_t, t, self._negative(rows.numpy())) - target).square().mean((1, 2, 3))
         scores = (errors[1:] - errors[0]).T.cpu()
         for pair, rows, score in zip(pairs.tolist(), tried.tolist(), scores, strict=True):
-            prompt = self._prompt(pair)
-            score[[has_words(prompt, self._negatives[row]) for row in rows]] = -torch.inf
+            prompt, words = self._prompt(pair), [self._negatives[row] for row in rows]
+            score[[has_words(prompt, each) for each in words]] = -torch.inf
+            score[[self._is_all(prompt, each) for each in words]] = 0.0  # neither heeded nor ignored
         self._tried[pairs], self._scores[pairs] = tried, scores
         self._plain[pairs] = x0.half().cpu().numpy()
 
     def _tries(self, prompt: str, random: torch.Generator) -> Tensor:
         """Numbers of some negatives (K,)."""
         tried = torch.randint(len(self._negatives), (self._run.recipe.negative_choice,), generator=random)
-        asked = [number for text, number in self._numbers.items() if has_words(prompt, text)]
+        asked = [number for text, number in self._numbers.items() if has_words(prompt, text) and not self._is_all(prompt, text)]
         if asked and torch.rand((), generator=random) < ASKED:
             tried[0] = asked[int(torch.randint(len(asked), (), generator=random))]
         return tried
 
     @torch.no_grad()
     def _leave_out(self, pairs: np.ndarray) -> None:
-        """The student's own pictures of the same noise and the prompt without its stressed words."""
+        """The student's own pictures of the same noise and the prompt without the negative."""
         run = self._run
         noise, _ = run.given(pairs.tolist())
-        unstressed = run.without_stress(run.rows_of(pairs.tolist()))
-        assert unstressed is not None
-        self._away[pairs] = run.clean(noise, unstressed, None).half().cpu().numpy()
+        shorter = self._shorter.batch(pairs.tolist()).to(run.device, run.dtype)
+        self._away[pairs] = run.clean(noise, shorter, None).half().cpu().numpy()
 
     @torch.no_grad()
     def _stress(self, pairs: np.ndarray) -> None:
@@ -156,24 +161,34 @@ class NegativePairs:
         return self._run.negatives.batch(rows.tolist()).to(self._run.device, self._run.dtype)
 
     def _share(self, pairs: np.ndarray) -> Tensor:
-        """Of the largest scale, (B,): more often large than small, since the largest is what is used; all of it for stressed words."""
-        drawn = [1.0 if self.stressed[pair] else _draw(self._run, "scale of a pair", int(pair)) ** 0.5 for pair in pairs]
+        """Of the largest scale, (B,): more often large than small, since the largest is what is used; all of it for what is left out."""
+        drawn = [1.0 if self.left_out[pair] else _draw(self._run, "scale of a pair", int(pair)) ** 0.5 for pair in pairs]
         return torch.tensor(drawn, device=self._run.device)
 
     def _prompt(self, pair: int) -> str:
         return self._prompts[pair % len(self._prompts)]
 
-    def _is_stress(self, pair: int, negative: int) -> bool:
-        """Whether leaving out this negative's words is leaving out all that is stressed in the prompt."""
-        prompt, words, stressed = self._prompt(pair), self._negatives[negative], self._run.recipe.stressed_words
-        return words in stressed and has_words(prompt, words) and without(prompt, [words]) == without(prompt, stressed)
+    def _is_stress(self, words: str) -> bool:
+        return words in self._run.recipe.stressed_words
+
+    def _is_all(self, prompt: str, words: str) -> bool:
+        """Whether nothing would be left to draw without this negative."""
+        return is_of(prompt, words) and not self._is_stress(words)
+
+    def _can_leave_out(self, pair: int, negative: int) -> bool:
+        prompt, words = self._prompt(pair), self._negatives[negative]
+        return negative >= 0 and has_words(prompt, words) and (self._is_stress(words) or has_beside_others(prompt, words))
+
+    def _shortened(self, pair: int) -> str:
+        """The pair's prompt, without its negative where that can be left out."""
+        return without(self._prompt(pair), [self._negatives[self.heeded[pair]]]) if self.left_out[pair] else self._prompt(pair)
 
 
 def chosen(tried: np.ndarray, scores: np.ndarray, negatives: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Of each pair the negative that is in its picture, the one with the lowest score where that is below 0, and one that is not: the first
     with a score above the median of that negative's. Numbers of negatives (P,), -1 where there is none.
 
-    tried, scores: (P, K), numbers of negatives and their scores, minus infinity for what the prompt asks for.
+    tried, scores: (P, K), numbers of negatives and their scores, minus infinity for what the prompt asks for, 0 for what is neither.
     """
     first = {text: number for number, text in reversed(list(enumerate(negatives)))}
     kinds = np.array([first[text] for text in negatives])[tried]

@@ -35,7 +35,8 @@ def has_words(prompt: str, words: str) -> bool:
 
 
 def without(prompt: str, phrases: Sequence[str]) -> str:
-    """The prompt less these words, and less the commas and spaces that they leave behind: `a blurry cat, grainy` less both is `a cat`.
+    """The prompt less these words, and less the `and`, commas and spaces that they leave behind: `a blurry cat and a dog, grainy` less
+    `blurry`, `a dog` and `grainy` is `a cat`.
 
     A prompt that has none of them stays as it is.
     """
@@ -43,13 +44,24 @@ def without(prompt: str, phrases: Sequence[str]) -> str:
     if not phrases:
         return prompt
     for words in phrases:
-        prompt = _pattern(words).sub("", prompt)
+        prompt = _pattern(words, r"(?:\s+and\s+{0}|{0}\s+and\s+|{0})").sub("", prompt)
     parts = (" ".join(part.split()) for part in prompt.split(","))
     return ", ".join(part for part in parts if part)
 
 
-def _pattern(words: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)", re.IGNORECASE)
+def has_beside_others(prompt: str, words: str) -> bool:
+    """Whether `and` joins these words to others: `a dog` in `a cat and a dog on a red background`."""
+    return has_words(prompt, words) and _pattern(words, r"(?:\band\s+{0}|{0}\s+and\b)").search(prompt) is not None
+
+
+def is_of(prompt: str, words: str) -> bool:
+    """Whether these words are all that the prompt is a picture of: they begin it or follow `of`, and no `and` joins others to them."""
+    return _pattern(words, r"(?:^|\bof\s+){0}(?!\s+and\b)").search(prompt) is not None
+
+
+def _pattern(words: str, around: str = "{0}") -> re.Pattern[str]:
+    """Of the words, whole, where {0} stands in `around`; upper and lower case are the same."""
+    return re.compile(around.format(rf"(?<!\w){re.escape(words)}(?!\w)"), re.IGNORECASE)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -80,14 +80,16 @@ def _colour(colour: str, scorer: Scorer) -> list[Case]:
 
 
 def _second_thing(other: str, scorer: Scorer) -> Case:
+    """A thing is seen in its own half, or in the whole picture, where one that is alone has its place."""
+
     def ask(name: str, colour: str) -> str:
         return f"{with_article(name)} and {with_article(other)} on {with_article(colour)} background"
 
     def shows(pictures: np.ndarray) -> np.ndarray:
-        return scorer(half(pictures, right=True))[1] == NAMES.index(other)
+        return np.any([scorer(part)[1] == NAMES.index(other) for part in (pictures, half(pictures, right=True))], 0)
 
     def first_thing(pictures: np.ndarray, pairs: Pairs) -> np.ndarray:
-        return _thing(scorer, half(pictures, right=False), pairs)
+        return np.any([_thing(scorer, part, pairs) for part in (pictures, half(pictures, right=False))], 0)
 
     def usable(name: str, colour: str) -> bool:
         return name != other
