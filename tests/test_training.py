@@ -127,6 +127,7 @@ def test_a_stage_leaves_samples_log_and_checkpoint(road, stage):
     assert len(losses_of(road / stage)) == 3
     assert max(path.name for path in (road / stage / "checkpoints").iterdir()) == "0000003.safetensors"
     assert list((road / stage / "tensorboard").iterdir())
+    assert len({path.stat().st_mode for path in [*(road / stage).rglob("*.safetensors"), *(road / stage).rglob("config.json")]}) == 1
 
 
 def losses_of(folder: Path) -> list[dict[str, float]]:

@@ -23,7 +23,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Writes a safetensors file, whole or not at all."""
     beside = path.with_name(f".{path.name}.part")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # what the user's umask says; safetensors makes files that nobody else may read
         save_file({name: value.contiguous() for name, value in tensors.items()}, beside, metadata=dict(metadata or {}))
+        beside.chmod(mode)
         with open(beside, "rb") as written:
             os.fsync(written.fileno())
         beside.replace(path)

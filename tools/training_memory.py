@@ -1,0 +1,89 @@
+"""How much memory a step of PG-SB takes as its batch grows, and what that means for a batch that was not run.
+
+python tools/random_student.py pixart --out runs/pixart
+python tools/training_memory.py --backbone pixart --teacher runs/pixart --out docs/training_memory_pixart.json
+
+On a GPU it is what torch allocates there, on a CPU this process's resident memory, libraries included.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from snoopi_rt.export.backbones import find_backbone
+from snoopi_rt.export.training.distil import Task
+from snoopi_rt.export.training.distillation import Distillation
+from snoopi_rt.export.training.processes import Processes
+from snoopi_rt.export.training.recipe import DEFAULT, RECIPES
+from snoopi_rt.export.training.schedule import Schedule
+
+GIB = 2**30
+PROMPT = "a red fox on a mossy stone in the morning fog, seen from below"
+
+
+@click.command()
+@click.option("--backbone", required=True)
+@click.option("--teacher", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--batch", "batches", type=int, multiple=True, default=(1, 2, 3), show_default=True)
+@click.option("--wanted", default=16, show_default=True, help="The batch for which a figure is stated.")
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(backbone: str, teacher: Path, batches: Sequence[int], wanted: int, out: Path) -> None:
+    """Print and write the peak of one step at each batch, the line through them, and what it says of the wanted one."""
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder, "prompts.txt")
+        prompts.write_text(f"{PROMPT}\n")
+        recipe = replace(RECIPES[DEFAULT[backbone]], batch=batches[0])
+        processes = Processes()
+        task = Task(backbone, teacher, prompts, Path(folder, "run"))
+        run = Distillation(task, recipe, find_backbone(backbone).denoiser(), Schedule.of(teacher), processes, compiled=False)
+        run.step(0)  # the optimisers' moments and all libraries are there from now on
+        rows = []
+        for number, batch in enumerate(batches, 1):
+            run.recipe = replace(recipe, batch=batch)
+            forget_peak(processes.device)
+            run.step(number)
+            rows.append({"batch": batch, "peak": peak(processes.device)})
+            click.echo(f"batch {batch:3}: {rows[-1]['peak'] / GIB:6.2f} GiB")
+    slope, base = np.polyfit([row["batch"] for row in rows], [row["peak"] for row in rows], 1)
+    stated = base + slope * wanted
+    click.echo(f"{base / GIB:.2f} GiB and {slope / GIB:.2f} a sample: {stated / GIB:.1f} GiB at {wanted}")
+    document = {
+        "backbone": backbone,
+        "device": device_name(processes.device),
+        "rows": rows,
+        "a sample": slope,
+        "wanted": wanted,
+        "stated": stated,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # makes the present resident memory the highest so far
+
+
+def peak(device: torch.device) -> int:
+    """Bytes since `forget_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} threads"
+
+
+if __name__ == "__main__":
+    main()
