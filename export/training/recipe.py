@@ -120,14 +120,14 @@ _SNOOPI: dict[str, Any] = {
 _SMALL: dict[str, Any] = {"batch": 32, "kappa_min": 1.0, "kappa_max": 3.5, "beta1": 0.0, "beta2": 0.99, "ema": 0.998}
 _NEGATIVES: dict[str, Any] = {
     "negative_weight": 1.0,
-    "negative_pairs": 10_240,
+    "negative_pairs": 12_288,
     "negative_choice": 6,
     "stressed": "blurry, pixelated, grayscale, grainy",
     "stress": 1.0,
 }
 RECIPES = {
     "small": Recipe(3000, lr=1e-4, **_SMALL, decay_from=0.7),
-    "small-negatives": Recipe(2000, lr=2e-4, **_SMALL, **_NEGATIVES, decay_from=0.4, vsd_weight=0.0, nasa_max=1.0),
+    "small-negatives": Recipe(3000, lr=2e-4, **_SMALL, **_NEGATIVES, decay_from=0.4, vsd_weight=0.0, nasa_max=1.0),
     "snoopi-sd15": Recipe(60_000, **_SNOOPI),
     "snoopi-sd21": Recipe(40_000, **_SNOOPI),
     "snoopi-pixart": Recipe(50_000, **{**_SNOOPI, "batch": 32}, kappa_max=3.0),

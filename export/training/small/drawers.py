@@ -68,9 +68,14 @@ def teacher_drawer(folder: Path, guidance: float, steps: int) -> Drawer:
 
 
 @torch.no_grad()
-def reconstructed(pictures: np.ndarray, vae: Path) -> np.ndarray:
-    """Pictures (N, H, W, 3) uint8 after an autoencoder: the best that any student with its decoder could draw."""
+def reconstructed(pictures: np.ndarray, vae: Path, pipe: snoopi_rt.Pipeline | None = None) -> np.ndarray:
+    """Pictures (N, H, W, 3) uint8 after an autoencoder: the best that any student with its decoder could draw.
+
+    pipe: whose decoder takes the place of the autoencoder's own.
+    """
     model = load_module(vae, AutoencoderTiny)
-    return np.concatenate(
-        [to_pictures(model.decoder(model.encoder(to_network(part)))) for part in np.array_split(pictures, -(-len(pictures) // 64))]
-    )
+
+    def decode(latents: torch.Tensor) -> np.ndarray:
+        return to_pictures(model.decoder(latents)) if pipe is None else pipe._decode(latents.numpy())
+
+    return np.concatenate([decode(model.encoder(to_network(part))) for part in np.array_split(pictures, -(-len(pictures) // 64))])

@@ -62,8 +62,11 @@ def evaluate(
     say("real pictures")
     real, captions, qualities = real_pictures(sprites, max(extent.samples, extent.limiting), 0)
     other, _, _ = real_pictures(sprites, extent.samples, 1)
-    limits = Limits.of(reconstructed(real[: extent.limiting], teacher / "vae"), qualities[: extent.limiting])
-    document: dict[str, Any] = {"limits": limits.values, "limits right": limits.right, "scorers": _of_real(scorers, sprites)}
+
+    def limits_of(pipe: snoopi_rt.Pipeline | None) -> Limits:
+        return Limits.of(reconstructed(real[: extent.limiting], teacher / "vae", pipe), qualities[: extent.limiting])
+
+    document: dict[str, Any] = {"scorers": _of_real(scorers, sprites)}
     if known := _known_teacher(out, teacher, extent):
         document["teacher"] = known
     path = out / "evaluation.json"
@@ -76,6 +79,8 @@ def evaluate(
         with snoopi_rt.load(folder) as pipe:
             draw, guidance = bundle_drawer(pipe), pipe.bundle.guidance
             document["bundles"][name] = found = {"hash": pipe.bundle.hash, "guidance": guidance.kind, "scale": guidance.scale.default}
+            limits = limits_of(pipe)
+            found["limits"], found["limits right"] = limits.values, limits.right
             say(f"{name}: negative scales")
             found["largest"] = guidance.scale.max
             found["sweep"] = sweep(draw, scorers[0], limits, guidance.scale.max, extent)
@@ -93,7 +98,7 @@ def evaluate(
                 keep()
                 sheets(draw, limits, guidance.scale.default, out)
     if known is None:
-        document["teacher"] = _of_teacher(teacher, scorers, limits, captions, real, other, extent, say)
+        document["teacher"] = _of_teacher(teacher, scorers, limits_of(None), captions, real, other, extent, say)
     keep()
     plot(document, list(bundles), out / "evaluation.png")
     return document
@@ -191,6 +196,8 @@ def _of_teacher(
     return {
         "of": _facts(folder, extent),
         "guidance": best,
+        "limits": limits.values,
+        "limits right": limits.right,
         "things by guidance": {f"{guidance:g}": value for guidance, value in things.items()},
         "asked": asked(draw, scorers, limits, extent.captions),
         "nearness": nearness(made, real[: extent.samples], other, scorers),
