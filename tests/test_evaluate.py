@@ -121,6 +121,8 @@ def test_the_embedded_bundle_and_its_teacher_are_judged_in_one_run(
     document = json.loads((tmp_path / "evaluation.json").read_text())
     assert document["bundles"]["embedded"]["asked"]["background"]["of"] == document["teacher"]["asked"]["background"]["of"] == 8
     assert {row["negative"] for row in document["bundles"]["embedded"]["removal"]} >= {"blurry", "a red background", "a dog"}
+    # Each is judged by what its own decoder can draw, and the embedded one draws cells with sharper edges than its teacher's.
+    assert document["bundles"]["embedded"]["limits"]["pixelated"] > document["teacher"]["limits"]["pixelated"]
     assert (tmp_path / "evaluation.png").stat().st_size > 10_000 and len(drawn) == 1
     # The same teacher is not judged again; another is.
     assert report._known_teacher(tmp_path, teacher, report.TINY) == document["teacher"]

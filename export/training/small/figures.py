@@ -20,10 +20,10 @@ def plot(document: dict[str, Any], bundles: list[str], path: Path) -> None:
         found = document["bundles"][name]
         rows, label = found["sweep"], f"{found['guidance']}, up to {found['largest']:g}"
         scales, left = [float(scale) / found["largest"] for scale in rows], [row["left"] for row in rows.values()]
-        (line,) = sweeps.plot(scales, left, marker="o", label=f"{label}: flaw left")
-        sweeps.plot(scales, [row["kept"] for row in rows.values()], linestyle="--", color=line.get_color(), label="thing kept")
+        (line,) = sweeps.plot(scales, left, marker="o", label=label)
+        sweeps.plot(scales, [row["kept"] for row in rows.values()], linestyle="--", color=line.get_color())
         costs.plot([row["unrelated"] for row in rows.values()], left, marker="o", color=line.get_color(), label=label)
-    sweeps.set(title="negative scale (tuning seeds)", xlabel="scale, of the kind's largest", ylim=(0, 1.1))
+    sweeps.set(title="flaw left, and dashed the thing kept (tuning seeds)", xlabel="scale, of the kind's largest", ylim=(0, 1.1))
     costs.set(title="what that costs", xlabel="levels that an unrelated negative moves", ylabel="flaw left", ylim=(0, 1.1))
     rows = {f"{row['negative']}{'' if row['asked'] else ', unasked'} ({row['found']})": row for row in first["removal"] if row["found"]}
     _bars(removal, {name: row["left"] for name, row in rows.items()}, 0, 1, "left")
@@ -34,6 +34,7 @@ def plot(document: dict[str, Any], bundles: list[str], path: Path) -> None:
             kept, {name: None if value is None else {"share": value, "interval": None} for name, value in shares.items()}, number, 3, what
         )
     kept.set_title("kept, of what an unrelated negative keeps")
+    kept.autoscale(axis="y")
     for axes in (top, sweeps, costs, kept):
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=90)
