@@ -31,11 +31,16 @@ PROMPT = "a red fox on a mossy stone in the morning fog, seen from below"
 @click.command()
 @click.option("--backbone", required=True)
 @click.option("--teacher", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--batch", "batches", type=int, multiple=True, default=(1, 2, 3), show_default=True)
+@click.option("--batch", "batches", type=int, multiple=True, default=(1, 2, 3), show_default=True, help="In rising order, at least two.")
 @click.option("--wanted", default=16, show_default=True, help="The batch for which a figure is stated.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(backbone: str, teacher: Path, batches: Sequence[int], wanted: int, out: Path) -> None:
-    """Print and write the peak of one step at each batch, the line through them, and what it says of the wanted one."""
+    """Print and write the peak of one step at each batch, and what the line through the two largest says of the wanted one.
+
+    Of small batches the peak may be that of the optimiser, which does not grow.
+    """
+    if len(batches) < 2 or sorted(set(batches)) != list(batches):
+        raise click.UsageError("give at least two batches in rising order")
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder, "prompts.txt")
         prompts.write_text(f"{PROMPT}\n")
@@ -51,7 +56,8 @@ def main(backbone: str, teacher: Path, batches: Sequence[int], wanted: int, out:
             run.step(number)
             rows.append({"batch": batch, "peak": peak(processes.device)})
             click.echo(f"batch {batch:3}: {rows[-1]['peak'] / GIB:6.2f} GiB")
-    slope, base = np.polyfit([row["batch"] for row in rows], [row["peak"] for row in rows], 1)
+    largest = rows[-2:]
+    slope, base = np.polyfit([row["batch"] for row in largest], [row["peak"] for row in largest], 1)
     stated = base + slope * wanted
     click.echo(f"{base / GIB:.2f} GiB and {slope / GIB:.2f} a sample: {stated / GIB:.1f} GiB at {wanted}")
     document = {
