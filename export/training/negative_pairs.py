@@ -9,9 +9,9 @@ sharp, which a teacher's picture is not after regression, and whole, which one i
 prompt has a stressed word the picture without a negative is the teacher's, with more of it.
 
 Whether a negative is in a picture the prompt says where it has the words (but what the whole picture is of nobody wants to leave out), else
-the teacher, as a diffusion classifier (Li et al.,
-arXiv 2303.16203): whether it denoises the picture better when told the negative than when told nothing. It is not in the picture where the
-difference is above the negative's median; between the two nobody knows. No picture is needed, and no judge.
+the teacher, as a diffusion classifier (Li et al., arXiv 2303.16203): whether it denoises the picture better when told the negative than
+when told nothing. It is not in the picture where the difference is above the negative's median; between the two nobody knows. No picture is
+needed, and no judge.
 """
 
 from collections.abc import Callable, Sequence
