@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from snoopi_rt.cli import main
-from snoopi_rt.export.training.small import emoji, pixel_metrics, report, scorer
+from snoopi_rt.export.training.small import emoji, pixel_metrics, removal, report, scorer
 from snoopi_rt.export.training.small.evaluate import Limits, compositions, plain, share
 from snoopi_rt.export.training.small.removal import Case, removed
 from snoopi_rt.export.training.small.scorer import KINDS, NAMES, Scorer, examples, open_scorer
@@ -85,6 +85,26 @@ def test_removal_counts_what_is_left_and_what_is_kept() -> None:
     assert found["found"] == 100 and found["left"]["share"] == 0.5 and found["kept thing"]["relative"] == 1.0
     assert removed(drawer, case, None, wanted=1000, most=256)["found"] == 128
     assert removed(drawer, Case("x", True, plain, lambda pictures: pictures.ravel() == 9, {}), None, 10, 256)["found"] == 0
+
+
+def test_one_of_two_things_is_seen_in_its_half_and_in_the_whole_picture() -> None:
+    class Sizes:
+        """Sees a panda in the middle of a half that is light, a dog in a whole picture whose corner is light, and else an apple."""
+
+        def __call__(self, pictures: np.ndarray) -> tuple[None, np.ndarray]:
+            light = pictures[:, 0, 0, 0] > 0
+            seen = "dog" if pictures.shape[1] == 8 else "panda"
+            return None, np.where(light, NAMES.index(seen), NAMES.index("apple"))
+
+        def right(self, pictures: np.ndarray, names: list[str]) -> np.ndarray:
+            return self(pictures)[1] == [NAMES.index(name) for name in names]
+
+    pictures = np.zeros((3, 8, 8, 3), np.uint8)
+    pictures[1, 0, 0] = pictures[2, 2:6] = 255  # dark, light in its corner, light in both halves
+    dog, panda = (removal._second_thing(name, Sizes()) for name in ("dog", "panda"))
+    assert dog.shows(pictures).tolist() == [False, True, False] and panda.shows(pictures).tolist() == [False, False, True]
+    found = {name: dog.kept["other thing"](pictures, [(name, "red")] * 3).tolist() for name in ("dog", "panda")}
+    assert found == {"dog": [False, True, False], "panda": [False, False, True]}
 
 
 def test_a_scorer_learns_to_tell_things_it_has_seen(tiny_sprites: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -325,19 +325,16 @@ class Distillation:
                 attend = fused_nasa_attention
             self.student.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), form, attend))
 
-    def states_of(self, prompts: Sequence[str], key: str, folder: Path) -> TextStates:
-        """Of prompts that are in no file, kept in a folder of their own under a key."""
-        return self._encoded(lambda: prompts, key, folder)
-
     def _states(self, prompts: Path, name: str, less: Sequence[str] = ()) -> TextStates:
         """Of the prompts of a file, without the words `less`."""
 
         def texts() -> Iterator[str]:
             return (without(prompt, less) for prompt in read_prompts(prompts)) if less else read_prompts(prompts)
 
-        return self._encoded(texts, " less ".join([states_key(prompts, self.task.teacher / "text_encoder"), *less]), self._folder(name))
+        return self.encoded(texts, " less ".join([states_key(prompts, self.task.teacher / "text_encoder"), *less]), self._folder(name))
 
-    def _encoded(self, texts: Callable[[], Iterable[str]], key: str, folder: Path) -> TextStates:
+    def encoded(self, texts: Callable[[], Iterable[str]], key: str, folder: Path) -> TextStates:
+        """The states of texts, kept in a folder under a key."""
         encoder = self.denoiser.prompt_encoder(self.task.teacher, self.preset.max_tokens)
         return encode_prompts(texts, key, encoder, self.denoiser.masked, folder)
 

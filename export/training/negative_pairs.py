@@ -65,8 +65,8 @@ class NegativePairs:
         self.heeded, self.ignored = chosen(self._tried, self._scores, self._negatives)
         self.left_out = np.array([self._can_leave_out(pair, negative) for pair, negative in enumerate(self.heeded.tolist())])
         if self.left_out.any():
-            shorter = [self._shortened(pair) for pair in range(self._count)]
-            self._shorter = self._run.states_of(shorter, self._key, self._folder / f"{self._key}-shorter")
+            shorter = [self._shortened(pair) for pair in np.flatnonzero(self.left_out).tolist()]
+            self._shorter = self._run.encoded(lambda: shorter, self._key, self._folder / f"{self._key}-shorter")
         self._each(self.left_out, AWAY, self._leave_out, "pictures of the prompt without a negative")
         self._each((self.heeded >= 0) & ~self.left_out, AWAY, self._guide_away, "pictures guided away from a negative")
         if words := self._run.recipe.stressed_words:
@@ -137,7 +137,8 @@ class NegativePairs:
         """The student's own pictures of the same noise and the prompt without the negative."""
         run = self._run
         noise, _ = run.given(pairs.tolist())
-        shorter = self._shorter.batch(pairs.tolist()).to(run.device, run.dtype)
+        rows = self.left_out.cumsum()[pairs] - 1
+        shorter = self._shorter.batch(rows.tolist()).to(run.device, run.dtype)
         self._away[pairs] = run.clean(noise, shorter, None).half().cpu().numpy()
 
     @torch.no_grad()
@@ -180,8 +181,7 @@ class NegativePairs:
         return negative >= 0 and has_words(prompt, words) and (self._is_stress(words) or has_beside_others(prompt, words))
 
     def _shortened(self, pair: int) -> str:
-        """The pair's prompt, without its negative where that can be left out."""
-        return without(self._prompt(pair), [self._negatives[self.heeded[pair]]]) if self.left_out[pair] else self._prompt(pair)
+        return without(self._prompt(pair), [self._negatives[self.heeded[pair]]])
 
 
 def chosen(tried: np.ndarray, scores: np.ndarray, negatives: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
