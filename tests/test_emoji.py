@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from snoopi_rt.engines.base import InputError, SnoopiError
 from snoopi_rt.export.training.small import emoji, pixel_metrics
@@ -44,6 +45,15 @@ def test_a_flaw_scores_above_clean_pictures(pictures, flaw):
     flawed = score[[row.facts.quality == flaw for row in rows]]
     clean = score[[row.facts.quality is None for row in rows]]
     assert (flawed[:, None] > clean[None]).mean() > 0.98
+
+
+def test_colours_of_one_luminance_are_blurry_where_they_are_blurred_alone() -> None:
+    y, x = np.mgrid[:128, :128]
+    disc = np.hypot(x - 64, y - 64)[..., None] < 40
+    sharp = Image.fromarray(np.where(disc, (200, 60, 60), (30, 146, 60)).astype(np.uint8))
+    pictures = [sharp, *(emoji.degrade(sharp, "blurry", np.random.default_rng(seed)) for seed in range(8))]
+    score = pixel_metrics.blurry(np.stack([np.asarray(each) for each in pictures]))
+    assert score[0] < 2.5 < 3.2 < score[1:].min()
 
 
 def test_captions_never_name_a_colour_that_grayscale_took_away(pictures):

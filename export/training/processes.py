@@ -1,5 +1,6 @@
 """The processes that train together: one, or those that `accelerate launch` started on several GPUs and hosts."""
 
+import atexit
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -18,6 +19,8 @@ class Processes:
         # Several processes on CPUs are started by torchrun: `accelerate launch --cpu` starts one.
         # The others wait while the main one encodes prompts, which may take hours, and saves.
         state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+        # Gloo's threads may hold the last tensors still; freed while the interpreter ends they abort it (pytorch/pytorch#179291).
+        atexit.register(state.destroy_process_group)
         self.first = state.main_process_first
         self.device, self.rank, self.count, self.main = state.device, state.process_index, state.num_processes, state.is_main_process
 

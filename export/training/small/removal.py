@@ -18,6 +18,8 @@ from snoopi_rt.export.training.small.scorer import NAMES, Scorer
 UNRELATED = "a bicycle"
 """The negative against which it is measured what any negative costs; no case asks for it."""
 ROUND, RARE = 128, 0.2
+HOPELESS = 6000
+"""So many pictures without the unwanted thing are looked at and no more."""
 Pairs = list[tuple[str, str]]
 Kept = dict[str, Callable[[np.ndarray, Pairs], np.ndarray]]
 FIRST_SEED = {"tuned": 50_000, "reported": 1_000}
@@ -130,9 +132,10 @@ def removed(drawer: Drawer, case: Case, scale: float | None, wanted: int, most: 
                 other.append(drawer(those, their, UNRELATED, scale))
                 chosen += [pairs[i] for i in places]
                 bar.update(len(places))
-            if len(chosen) == wanted:
+            looked = start + together
+            if len(chosen) == wanted or (not chosen and looked >= HOPELESS):
                 break
-    document: dict[str, Any] = {"negative": case.negative, "asked": case.asked, "found": len(chosen)}
+    document: dict[str, Any] = {"negative": case.negative, "asked": case.asked, "found": len(chosen), "looked at": looked}
     if chosen:
         first, second, third = (np.concatenate(each) for each in (before, after, other))
         document["left"], document["left, unrelated negative"] = share(case.shows(second)), share(case.shows(third))

@@ -38,7 +38,7 @@ class Extent:
     captions: int = 500
     samples: int = 5000
     unwanted: int = 300
-    most: int = 6000
+    most: int = 24_000
     swept: int = 64
     limiting: int = 2000
     scorer_steps: int = 3000
