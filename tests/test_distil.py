@@ -329,14 +329,11 @@ def test_a_stressed_negative_that_nobody_asked_for_is_heeded_as_the_opposite_of_
     pairs = run.negative_pairs
     assert pairs.reworded.all() and np.flatnonzero(pairs.left_out).tolist() == [1]
     unasked = [0, 2, 3, 4]
-    foggy = (
-        run.encoded(lambda: [f"{pairs._prompt(pair)}, fog" for pair in unasked], "foggy", tmp_path / "foggy")
-        .batch(range(4))
-        .to(run.device, run.dtype)
-    )
+    foggy = [f"{pairs._prompt(pair)}, fog" for pair in unasked]
+    states = run.encoded(lambda: foggy, "foggy", tmp_path / "foggy").batch(range(4)).to(run.device, run.dtype)
     noise, text = run.given(unasked)
     with torch.no_grad():
-        own, other = (run.clean(noise, said, None) for said in (text, foggy))
+        own, other = (run.clean(noise, said, None) for said in (text, states))
     wanted = own + pairs._share(np.array(unasked)).view(-1, 1, 1, 1) * (own - other)
     torch.testing.assert_close(torch.from_numpy(pairs._away[unasked]).float(), wanted, rtol=2e-3, atol=2e-3)
     assert (own - other).abs().max() > 0.1
