@@ -236,7 +236,7 @@ def test_what_is_in_a_picture_is_what_the_teacher_denoises_it_with_and_the_teach
     schedule = Schedule.of(task.teacher)
     run = Distillation(task, recipe, find_backbone("pixart").denoiser(), schedule, Processes(), False)
     pairs, four = run.negative_pairs, np.arange(4)
-    fog, empty = (run.negatives.batch([row] * 4).to(run.device, run.dtype) for row in (0, -1))
+    fog, empty = (run.prompts.negative([row] * 4) for row in (0, -1))
     pairs.heeded = np.array([0, 0, 0, 0])
     pairs._guide_away(four)
     noise, text = run.given(four.tolist())
@@ -274,14 +274,14 @@ def test_the_teacher_says_more_of_the_words_that_are_stressed(teachers: Path, tm
     noise, text = run.given(four)
     t = torch.full((4,), 999)
     with run.teachers.frozen() as network:
-        c, w, e = (run.say(network, noise, t, states) for states in (text, run.without_stress(four), run.batch([-1] * 4)))
+        c, w, e = (run.say(network, noise, t, states) for states in (text, run.prompts.without_stress(four), run.prompts.batch([-1] * 4)))
     assert [not torch.equal(*pair) for pair in zip(c, w, strict=True)] == [True, True, False, False]
     wanted = schedule.x0(noise, e + 2.0 * (c + 0.5 * (c - w) - e), t)  # kappa's mean is 2
     run.pictures.loss(0, four)
     torch.testing.assert_close(torch.from_numpy(run.pictures._latents[:]).float(), wanted, rtol=2e-3, atol=1e-2 * wanted.std().item())
     # VSD's gradient at noise alone: the LoRA teacher is the frozen one still, so what is left of it is guidance and stress.
     draws = replace(draw(recipe, 0, four, run.shape, 0, run.device), t=t, kappa=torch.full((4,), 0.5))
-    empty, unstressed = run.batch([-1] * 4), run.without_stress(four)
+    empty, unstressed = run.prompts.batch([-1] * 4), run.prompts.without_stress(four)
     more, less = (run._gradient(wanted, draws, text, empty, words, None) for words in (unstressed, None))
     assert [not torch.equal(*pair) for pair in zip(more, less, strict=True)] == [True, True, False, False]
 
@@ -306,37 +306,15 @@ def test_a_stressed_negative_is_heeded_as_the_prompt_without_it(teachers: Path, 
     assert np.flatnonzero(pairs.left_out).tolist() == [1, 6]
     noise, _ = run.given([1, 6])
     with torch.no_grad():
-        own = run.clean(noise, run.without_stress([1, 1]), None)
+        own = run.clean(noise, run.prompts.without_stress([1, 1]), None)
     torch.testing.assert_close(torch.from_numpy(pairs._away[[1, 6]]).float(), own, rtol=2e-3, atol=2e-3)
     assert pairs._share(np.arange(8))[[1, 6]].tolist() == [1, 1]
     # Without a negative, these and the one that has red are the teacher's, and the others the student's own.
     noise, text = run.given(range(5))
     with torch.no_grad():
-        stressed = run.teacher_pictures(noise, text, 1, run.without_stress(range(5)))
+        stressed = run.teacher_pictures(noise, text, 1, run.prompts.without_stress(range(5)))
         wanted = torch.where(torch.tensor([1, 1, 0, 0, 0]).bool().view(-1, 1, 1, 1), stressed, run.clean(noise, text, None))
     torch.testing.assert_close(torch.from_numpy(pairs._plain[:5]).float(), wanted, rtol=2e-3, atol=2e-3 * wanted.std().item())
-
-
-def test_a_stressed_negative_that_nobody_asked_for_is_heeded_as_the_opposite_of_it(
-    teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = Task("pixart", teachers / "pixart", teachers / "prompts.txt", tmp_path, negatives=teachers / "negatives.txt")
-    learn = {"vsd_weight": 0.0, "negative_weight": 1.0, "nasa_max": 1.0, "negative_pairs": 5, "negative_choice": 2, "warm_calls": 1}
-    monkeypatch.setattr(negative_pairs, "chosen", lambda tried, scores, negatives: (np.zeros(len(tried), int), np.ones(len(tried), int)))
-    run = Distillation(
-        task, replace(TINY, stressed="fog", **learn), find_backbone("pixart").denoiser(), Schedule.of(task.teacher), Processes(), False
-    )
-    pairs = run.negative_pairs
-    assert pairs.reworded.all() and np.flatnonzero(pairs.left_out).tolist() == [1]
-    unasked = [0, 2, 3, 4]
-    foggy = [f"{pairs._prompt(pair)}, fog" for pair in unasked]
-    states = run.encoded(lambda: foggy, "foggy", tmp_path / "foggy").batch(range(4)).to(run.device, run.dtype)
-    noise, text = run.given(unasked)
-    with torch.no_grad():
-        own, other = (run.clean(noise, said, None) for said in (text, states))
-    wanted = own + pairs._share(np.array(unasked)).view(-1, 1, 1, 1) * (own - other)
-    torch.testing.assert_close(torch.from_numpy(pairs._away[unasked]).float(), wanted, rtol=2e-3, atol=2e-3)
-    assert (own - other).abs().max() > 0.1
 
 
 def test_one_of_two_things_is_heeded_as_the_prompt_of_the_other_and_the_only_one_not_at_all(teachers: Path, tmp_path: Path) -> None:
@@ -350,7 +328,7 @@ def test_one_of_two_things_is_heeded_as_the_prompt_of_the_other_and_the_only_one
     assert (pairs.heeded[[2, 5]] != 0).all() and (pairs.ignored[[2, 5]] != 0).all()
     noise, _ = run.given([0, 3])
     with torch.no_grad():
-        own = run.clean(noise, run.batch([1, 1]), None)
+        own = run.clean(noise, run.prompts.batch([1, 1]), None)
     torch.testing.assert_close(torch.from_numpy(pairs._away[[0, 3]]).float(), own, rtol=2e-3, atol=2e-3)
 
 

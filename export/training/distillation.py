@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,8 @@ from snoopi_rt.export.training.negative_pairs import NegativePairs
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.pgsb import guided, kappas, lora_loss, vsd_gradient, vsd_loss
 from snoopi_rt.export.training.processes import Processes
-from snoopi_rt.export.training.prompt_files import read_prompts, without
+from snoopi_rt.export.training.prompt_files import read_prompts
+from snoopi_rt.export.training.prompts import Prompts
 from snoopi_rt.export.training.recipe import Recipe
 from snoopi_rt.export.training.sampling import ddim
 from snoopi_rt.export.training.schedule import Schedule
@@ -32,7 +33,7 @@ from snoopi_rt.export.training.sheet import contact_sheet
 from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.training.teacher_pictures import TeacherPictures
 from snoopi_rt.export.training.teachers import Teachers, with_lora, without_adapters
-from snoopi_rt.export.training.text_states import Text, TextStates, encode_prompts, joined, shuffled, states_key
+from snoopi_rt.export.training.text_states import Text, joined, states_key
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import fingerprint
 from snoopi_rt.kernels import attention, fused_attention
@@ -52,9 +53,7 @@ class Distillation:
         self.device, self.dtype = processes.device, {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe.precision]
         task.check(recipe)
         with processes.first():
-            self.texts = self._states(task.prompts, "prompts")
-            self.unstressed = self._states(task.prompts, "unstressed", recipe.stressed_words) if recipe.stressed_words else None
-            self.negatives = None if task.negatives is None else self._states(task.negatives, "negatives")
+            self.prompts = Prompts(task, recipe, denoiser, self.preset.max_tokens, self.device, self.dtype)
             self.judge = None if task.clip is None else self._clip_judge(task.clip)
         torch.manual_seed(recipe.seed)  # of the adapters' first values
         # The masters are made of what the files hold, before it is rounded.
@@ -131,14 +130,14 @@ class Distillation:
     @torch.no_grad()
     def sample(self, path: Path) -> None:
         """Writes what the moving average of the student makes of the first prompts, and noise of its own, as one picture."""
-        count = min(SAMPLES, len(self.texts), self.recipe.micro_batch or self.recipe.batch)
+        count = min(SAMPLES, len(self.prompts), self.recipe.micro_batch or self.recipe.batch)
         noise = torch.randn(count, *self.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         self.weights.publish(averaged=True)
-        latents = self.clean(noise, self.batch(range(count)), None)
+        latents = self.clean(noise, self.prompts.batch(range(count)), None)
         self.weights.publish()
         assert self.decoder is not None
         pictures = torch.cat([self.decoder(latent[None].cpu()) for latent in latents])
-        contact_sheet(pictures.cpu().numpy(), self.texts.first[:count]).save(path)
+        contact_sheet(pictures.cpu().numpy(), self.prompts.first[:count]).save(path)
 
     def finished(self) -> nn.Module:
         """The student as it is shipped: the moving average in fp32, a LoRA merged into weights that were never rounded.
@@ -182,12 +181,12 @@ class Distillation:
 
     def _vsd_loss(self, i: int, samples: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         recipe = self.recipe
-        draws = draw(recipe, i, samples, self.shape, len(self.negatives or ()), self.device)
-        rows = self._rows(i, samples)
-        text, empty = self.batch(rows), self.batch([-1] * len(rows))
-        negative = None if self.negatives is None else self.negatives.batch(draws.negative).to(self.device, self.dtype)
+        draws = draw(recipe, i, samples, self.shape, self.prompts.negatives, self.device)
+        rows = self.prompts.of_step(i, samples)
+        text, empty = self.prompts.batch(rows), self.prompts.batch([-1] * len(rows))
+        negative = self.prompts.negative(draws.negative)
         x0 = self.clean(draws.noise, text, None if negative is None else (negative, recipe.nasa_max * draws.nasa))
-        gradient = self._gradient(x0.detach(), draws, text, empty, self.without_stress(rows), negative)
+        gradient = self._gradient(x0.detach(), draws, text, empty, self.prompts.without_stress(rows), negative)
         loss, values = vsd_loss(x0, gradient), {"vsd": gradient.square().mean()}
         if self.judge is not None:
             weight = recipe.clip_weight * (1 - i / recipe.steps)
@@ -215,8 +214,8 @@ class Distillation:
 
     def _lora_loss(self, i: int, turn: int, samples: range, x0: Tensor) -> Tensor:
         draws = draw_lora(self.recipe, i, turn, samples, self.shape, self.device)
-        rows = [-1 if empty else row for row, empty in zip(self._rows(i, samples), draws.empty.tolist(), strict=True)]
-        said = self.say(self.teachers.network, self.schedule.noised(x0, draws.eps, draws.t), draws.t, self.batch(rows))
+        rows = [-1 if empty else row for row, empty in zip(self.prompts.of_step(i, samples), draws.empty.tolist(), strict=True)]
+        said = self.say(self.teachers.network, self.schedule.noised(x0, draws.eps, draws.t), draws.t, self.prompts.batch(rows))
         alpha, _ = self.schedule.alpha_sigma(draws.t)
         return lora_loss(said, self.schedule.target(x0, draws.eps, draws.t), alpha, self.recipe.lora_weighted)
 
@@ -245,25 +244,17 @@ class Distillation:
 
     def given(self, pairs: Sequence[int]) -> tuple[Tensor, Text]:
         """The noise (B, C, h, w) and the prompts of some pairs, by their numbers."""
-        return pair_noise(self.recipe, pairs, self.shape, self.device), self.batch(self.rows_of(pairs))
-
-    def rows_of(self, pairs: Sequence[int]) -> list[int]:
-        """The rows of the pairs' prompts."""
-        return [pair % len(self.texts) for pair in pairs]
-
-    def without_stress(self, rows: Sequence[int]) -> Text | None:
-        """These prompts without the words that are stressed, None where no words are."""
-        return None if self.unstressed is None else self.unstressed.batch(rows).to(self.device, self.dtype)
+        return pair_noise(self.recipe, pairs, self.shape, self.device), self.prompts.batch(self.prompts.of_pairs(pairs))
 
     def teacher_pictures(
         self, noise: Tensor, text: Text, calls: int, unstressed: Text | None = None, away: tuple[Text, Tensor] | None = None
     ) -> Tensor:
         """Clean latents (B, C, h, w) fp32 of the frozen teacher in so many calls, guided by kappa's mean.
 
-        unstressed: see without_stress. away: negatives, and by how much of each (B,) the prompt c is lessened: c - s (n - empty) takes
-        its place.
+        unstressed: the prompts without their stressed words. away: negatives, and by how much of each (B,) the prompt c is lessened:
+        c - s (n - empty) takes its place.
         """
-        empty = self.batch([-1] * len(noise))
+        empty = self.prompts.batch([-1] * len(noise))
         with self.teachers.frozen() as network:
 
             def answers(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,12 +288,6 @@ class Distillation:
     def say(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Text, negative: tuple | None = None) -> Tensor:
         return self._answer(network, x_t.to(self.dtype), t, text.states, text.mask, negative).float()
 
-    def _rows(self, i: int, samples: range) -> list[int]:
-        return [shuffled(i * self.recipe.batch + sample, len(self.texts), self.recipe.seed) for sample in samples]
-
-    def batch(self, rows: "range | list[int]") -> Text:
-        return self.texts.batch(rows).to(self.device, self.dtype)
-
     def _network(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         network = load_module(folder / self.denoiser.part, self.denoiser.kind, dtype=dtype)
         # Weights of this dtype are mapped from the file: training writes into them.
@@ -314,7 +299,7 @@ class Distillation:
         tokens = (self.shape[-1] // getattr(self.student.config, "patch_size", 1)) ** 2
         form = attention if self.device.type == "cpu" and tokens <= SHORT else fused_attention
         self.teachers.set_attention(PlainAttention(form))
-        if self.negatives is None:
+        if not self.prompts.negatives:
             self.student.set_attn_processor(PlainAttention(form))
         else:
             attend = None
@@ -325,24 +310,8 @@ class Distillation:
                 attend = fused_nasa_attention
             self.student.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), form, attend))
 
-    def _states(self, prompts: Path, name: str, less: Sequence[str] = ()) -> TextStates:
-        """Of the prompts of a file, without the words `less`."""
-
-        def texts() -> Iterator[str]:
-            return (without(prompt, less) for prompt in read_prompts(prompts)) if less else read_prompts(prompts)
-
-        return self.encoded(texts, " less ".join([states_key(prompts, self.task.teacher / "text_encoder"), *less]), self._folder(name))
-
-    def encoded(self, texts: Callable[[], Iterable[str]], key: str, folder: Path) -> TextStates:
-        """The states of texts, kept in a folder under a key."""
-        encoder = self.denoiser.prompt_encoder(self.task.teacher, self.preset.max_tokens)
-        return encode_prompts(texts, key, encoder, self.denoiser.masked, folder)
-
     def _clip_judge(self, clip: Path) -> ClipJudge:
-        return ClipJudge(self.preset, self.task.teacher, clip, self.task.prompts, self._folder("clip"), self.device)
-
-    def _folder(self, name: str) -> Path:
-        return (self.task.states or self.task.out / "states") / name
+        return ClipJudge(self.preset, self.task.teacher, clip, self.task.prompts, self.task.states_folder("clip"), self.device)
 
 
 def own_preset(backbone: str) -> str:

@@ -5,9 +5,8 @@ that. So pairs of noise and prompt are drawn once and kept, each with the studen
 that the teacher makes of the same noise when it is guided away from that; and a negative that is not in it. The student then learns: the
 first negative gives the second picture, the other one changes nothing. Where the prompt can be said without the negative, because that is a
 word which the recipe stresses or one of two things that `and` joins, the second picture is the student's own of that shorter prompt: it is
-sharp, which a teacher's picture is not after regression, and whole, which one is not that was guided away from a thing. Where a stressed
-word is the negative and nobody asked for it, the second picture is the student's own too, pushed away from its picture of the prompt with
-that word, as guidance does it. And where the prompt has a stressed word the picture without a negative is the teacher's, with more of it.
+sharp, which a teacher's picture is not after regression, and whole, which one is not that was guided away from a thing. And where the
+prompt has a stressed word the picture without a negative is the teacher's, with more of it.
 
 Whether a negative is in a picture the prompt says where it has the words (but what the whole picture is of nobody wants to leave out), else
 the teacher, as a diffusion classifier (Li et al., arXiv 2303.16203): whether it denoises the picture better when told the negative than
@@ -45,7 +44,7 @@ LOOKED, AWAY, STRESSED = 1, 2, 4
 class NegativePairs:
     """The pairs of one run, drawn into a folder by the student as it is now; what a stopped run has drawn is kept.
 
-    prompts: those of the first pairs, in the order of `run.texts`; negatives: those of `run.negatives`.
+    prompts: of the first pairs; negatives: all. Both in the order of `run.prompts`.
     """
 
     def __init__(self, run: "Distillation", folder: Path, key: str, prompts: Sequence[str], negatives: Sequence[str]):
@@ -64,14 +63,12 @@ class NegativePairs:
         everywhere = np.ones(self._count, bool)
         self._each(everywhere, LOOKED, self._look, "pairs")
         self.heeded, self.ignored = chosen(self._tried, self._scores, self._negatives)
-        others = [self._said_otherwise(pair) for pair in range(self._count)]
-        self.reworded = np.array([other is not None for other in others])
-        self.left_out = np.array([other is not None and len(other) < len(self._prompt(pair)) for pair, other in enumerate(others)])
-        if self.reworded.any():
-            texts = [other for other in others if other is not None]
-            self._otherwise = self._run.encoded(lambda: texts, self._key, self._folder / f"{self._key}-otherwise")
-        self._each(self.reworded, AWAY, self._reword, "pictures of the prompt without, or with, a negative")
-        self._each((self.heeded >= 0) & ~self.reworded, AWAY, self._guide_away, "pictures guided away from a negative")
+        self.left_out = np.array([self._can_leave_out(pair, negative) for pair, negative in enumerate(self.heeded.tolist())])
+        if self.left_out.any():
+            shorter = [self._shortened(pair) for pair in np.flatnonzero(self.left_out).tolist()]
+            self._shorter = self._run.prompts.encoded(lambda: shorter, self._key, self._folder / f"{self._key}-shorter")
+        self._each(self.left_out, AWAY, self._leave_out, "pictures of the prompt without a negative")
+        self._each((self.heeded >= 0) & ~self.left_out, AWAY, self._guide_away, "pictures guided away from a negative")
         if words := self._run.recipe.stressed_words:
             asked = np.array([any(has_words(self._prompt(pair), each) for each in words) for pair in range(self._count)])
             self._each(asked, STRESSED, self._stress, "pictures of stressed words")
@@ -136,20 +133,19 @@ class NegativePairs:
         return tried
 
     @torch.no_grad()
-    def _reword(self, pairs: np.ndarray) -> None:
-        """The student's own pictures of the same noise and the prompt without the negative, or as far from those with it."""
+    def _leave_out(self, pairs: np.ndarray) -> None:
+        """The student's own pictures of the same noise and the prompt without the negative."""
         run = self._run
-        noise, text = run.given(pairs.tolist())
-        rows = self.reworded.cumsum()[pairs] - 1
-        own, other = (run.clean(noise, said, None) for said in (text, self._otherwise.batch(rows.tolist()).to(run.device, run.dtype)))
-        left_out, share = (each.view(-1, 1, 1, 1) for each in (torch.from_numpy(self.left_out[pairs]).to(run.device), self._share(pairs)))
-        self._away[pairs] = torch.where(left_out, other, own + share * (own - other)).half().cpu().numpy()
+        noise, _ = run.given(pairs.tolist())
+        rows = self.left_out.cumsum()[pairs] - 1
+        shorter = self._shorter.batch(rows.tolist()).to(run.device, run.dtype)
+        self._away[pairs] = run.clean(noise, shorter, None).half().cpu().numpy()
 
     @torch.no_grad()
     def _stress(self, pairs: np.ndarray) -> None:
         """The teacher's pictures, with more of the stressed words than the student would give, as what is wanted without a negative."""
         run = self._run
-        unstressed = run.without_stress(run.rows_of(pairs.tolist()))
+        unstressed = run.prompts.without_stress(run.prompts.of_pairs(pairs.tolist()))
         drawn = run.teacher_pictures(*run.given(pairs.tolist()), run.recipe.warm_calls, unstressed)
         self._plain[pairs] = drawn.half().cpu().numpy()
 
@@ -162,8 +158,9 @@ class NegativePairs:
 
     def _negative(self, rows: np.ndarray) -> Text:
         """The empty prompt where there is none."""
-        assert self._run.negatives is not None
-        return self._run.negatives.batch(rows.tolist()).to(self._run.device, self._run.dtype)
+        negative = self._run.prompts.negative(rows.tolist())
+        assert negative is not None
+        return negative
 
     def _share(self, pairs: np.ndarray) -> Tensor:
         """Of the largest scale, (B,): more often large than small, since the largest is what is used; all of it for what is left out."""
@@ -180,14 +177,12 @@ class NegativePairs:
         """Whether nothing would be left to draw without this negative."""
         return is_of(prompt, words) and not self._is_stress(words)
 
-    def _said_otherwise(self, pair: int) -> str | None:
-        """The prompt without the negative that is heeded, or with it where that is a stressed word which the prompt has not."""
-        if self.heeded[pair] < 0:
-            return None
-        prompt, words = self._prompt(pair), self._negatives[self.heeded[pair]]
-        if has_words(prompt, words) and (self._is_stress(words) or has_beside_others(prompt, words)):
-            return without(prompt, [words])
-        return f"{prompt}, {words}" if self._is_stress(words) else None
+    def _can_leave_out(self, pair: int, negative: int) -> bool:
+        prompt, words = self._prompt(pair), self._negatives[negative]
+        return negative >= 0 and has_words(prompt, words) and (self._is_stress(words) or has_beside_others(prompt, words))
+
+    def _shortened(self, pair: int) -> str:
+        return without(self._prompt(pair), [self._negatives[self.heeded[pair]]])
 
 
 def chosen(tried: np.ndarray, scores: np.ndarray, negatives: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

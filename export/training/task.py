@@ -24,6 +24,10 @@ class Task:
     clip: Path | None = None
     states: Path | None = None
 
+    def states_folder(self, name: str) -> Path:
+        """Where the text states of that name are kept."""
+        return (self.states or self.out / "states") / name
+
     def check(self, recipe: Recipe) -> None:
         """Raises InputError where the recipe asks for what is not given, or leaves out what is."""
         if (recipe.nasa_max > 0) != (self.negatives is not None):

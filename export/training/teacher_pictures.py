@@ -31,7 +31,7 @@ class TeacherPictures:
         pairs = [shuffled(first + sample, self._count, run.recipe.seed) for sample in samples]
         noise, text = run.given(pairs)
         if not self._drawn[pairs].all():
-            drawn = run.teacher_pictures(noise, text, run.recipe.warm_calls, run.without_stress(run.rows_of(pairs)))
+            drawn = run.teacher_pictures(noise, text, run.recipe.warm_calls, run.prompts.without_stress(run.prompts.of_pairs(pairs)))
             self._latents[pairs], self._drawn[pairs] = drawn.half().cpu().numpy(), True
         x0 = run.clean(noise, text, None)
         loss = nn.functional.mse_loss(x0, torch.from_numpy(self._latents[pairs]).float().to(run.device))

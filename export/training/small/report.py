@@ -38,7 +38,7 @@ class Extent:
     captions: int = 500
     samples: int = 5000
     unwanted: int = 300
-    most: int = 24_000
+    most: int = 36_000
     swept: int = 64
     limiting: int = 2000
     scorer_steps: int = 3000
@@ -67,7 +67,8 @@ def evaluate(
         return Limits.of(reconstructed(real[: extent.limiting], teacher / "vae", pipe), qualities[: extent.limiting])
 
     document: dict[str, Any] = {"scorers": _of_real(scorers, sprites)}
-    if known := _known_teacher(out, teacher, extent):
+    own_limits = limits_of(None)
+    if known := _known_teacher(out, teacher, extent, own_limits):
         document["teacher"] = known
     path = out / "evaluation.json"
 
@@ -98,7 +99,7 @@ def evaluate(
                 keep()
                 sheets(draw, limits, guidance.scale.default, out)
     if known is None:
-        document["teacher"] = _of_teacher(teacher, scorers, limits_of(None), captions, real, other, extent, say)
+        document["teacher"] = _of_teacher(teacher, scorers, own_limits, captions, real, other, extent, say)
     keep()
     plot(document, list(bundles), out / "evaluation.png")
     return document
@@ -153,13 +154,13 @@ def _of_real(scorers: list[Scorer], sprites: Sprites) -> dict[str, Any]:
     return {scorer.kind.name: share(scorer.right(pictures, names)) for scorer in scorers}
 
 
-def _known_teacher(out: Path, folder: Path, extent: Extent) -> dict[str, Any] | None:
-    """What an evaluation in the same folder found of the same teacher: it takes longer than all the rest."""
+def _known_teacher(out: Path, folder: Path, extent: Extent, limits: Limits) -> dict[str, Any] | None:
+    """What an evaluation in the same folder found of the same teacher by the same metrics: it takes longer than all the rest."""
     try:
         found = json.loads((out / "evaluation.json").read_text())["teacher"]
     except (OSError, ValueError, KeyError):
         return None
-    return found if found.get("of") == _facts(folder, extent) else None
+    return found if found.get("of") == _facts(folder, extent) and found.get("limits") == limits.values else None
 
 
 def _facts(folder: Path, extent: Extent) -> list[Any]:
