@@ -185,7 +185,9 @@ def _percentiles(seconds: list[float]) -> dict[str, float]:
 def _run(words: list[str], environment: dict[str, str]) -> tuple[float, int | None]:
     """The wall-clock seconds of `snoopi-rt WORDS` and the peak memory in bytes that it tells, None where it tells none."""
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-P", "-c", COLD, *words], env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", COLD, *words], env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=False
+    )
     seconds = time.perf_counter() - start
     if done.returncode != 0:
         raise EngineError(f"the cold start ended with code {done.returncode}: {shlex.join(['snoopi-rt', *words])}")

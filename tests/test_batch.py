@@ -218,7 +218,7 @@ def test_a_killed_run_goes_on_without_drawing_an_image_twice(tmp_path: Path) -> 
     running.wait()
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     assert 70 <= len(before) < 600
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", check=True)
     assert f"{600 - len(before)} drawn" in done.stdout and f"{len(before)} there before" in done.stdout
     assert all((out / name).stat().st_mtime_ns == time for name, time in before.items())
     assert sorted(row["row"] for row in index(out)) == list(range(1, 601))

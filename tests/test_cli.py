@@ -302,7 +302,7 @@ def test_every_help_shows_an_example(name: str) -> None:
 
 def test_it_runs_as_a_process(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "snoopi_rt", "generate", "a cat", "--bundle", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", cwd=tmp_path, check=False)
     assert done.returncode == 1
     assert done.stderr == f"error: no bundle at {tmp_path}: it has no bundle.json\n"
-    assert subprocess.run([*words[:3], "--version"], capture_output=True, text=True, check=True).stdout.endswith("0.1.0\n")
+    assert subprocess.run([*words[:3], "--version"], capture_output=True, encoding="utf-8", check=True).stdout.endswith("0.1.0\n")

@@ -196,7 +196,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
 engine = load_engine(sys.argv[1], Path(sys.argv[2]), "fp32", 1, Cache())
 print(engine(latent=np.ones((1, 4, 3, 5), np.float32))["image"].mean())
 """
-    done = subprocess.run([sys.executable, "-c", code, name, model], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, name, model], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout == "192.0\n"
     expected = run(name, model)
     # OpenVINO does not say that its file was cut short: it finds that out at the next start, and is kept at the one after.

@@ -179,7 +179,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here():
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], env=environment, capture_output=True, encoding="utf-8", check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.split()) == 8 and all(int(size) > 10_000 for size in done.stdout.split()[1::2])

@@ -444,7 +444,7 @@ def test_schemathesis_finds_no_internal_error(address: str) -> None:
     pytest.importorskip("schemathesis")
     command = [Path(sys.executable).parent / "schemathesis", "run", f"{address}/openapi.json", "--checks", "not_a_server_error"]
     command += ["--max-examples", "30", "--seed", "1", "--no-color", "--generation-database", "none"]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(word) for word in command], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
@@ -453,7 +453,7 @@ def test_a_signal_to_stop_lets_accepted_requests_finish(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [sys.executable, "-m", "snoopi_rt", "serve", "--port", str(port), "--engine", "cpu"]
-    running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(words, stderr=subprocess.PIPE, encoding="utf-8")
     address = f"http://127.0.0.1:{port}"
 
     def ready() -> bool:
@@ -485,5 +485,5 @@ def test_a_port_in_use_is_one_line() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         words = [sys.executable, "-m", "snoopi_rt", "serve", "--port", str(port), "--engine", "cpu"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", timeout=60, check=False)
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"error: http://127.0.0.1:{port} cannot be served: is the port in use?"

@@ -306,7 +306,11 @@ def _fetch(drawing: Drawing, folder: Path) -> Path:
     # A folder of its own, since others may fetch the same package now.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as beside:
         done = subprocess.run(
-            [npm, "pack", f"{drawing.package}@{drawing.version}", "--silent"], cwd=beside, capture_output=True, text=True, check=False
+            [npm, "pack", f"{drawing.package}@{drawing.version}", "--silent"],
+            cwd=beside,
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
         )
         if done.returncode:
             reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[0]
