@@ -155,7 +155,7 @@ def _of_real(scorers: list[Scorer], sprites: Sprites) -> dict[str, Any]:
 
 
 def _known_teacher(out: Path, folder: Path, extent: Extent, limits: Limits) -> dict[str, Any] | None:
-    """What an evaluation in the same folder found of the same teacher by the same metrics: it takes longer than all the rest."""
+    """What an evaluation in the same folder found of the same teacher by the same metrics: it takes minutes."""
     try:
         found = json.loads((out / "evaluation.json").read_text())["teacher"]
     except (OSError, ValueError, KeyError):
