@@ -147,6 +147,8 @@ def test_the_embedded_bundle_and_its_teacher_are_judged_in_one_run(
     # The same teacher is not judged again by the same metrics; another is, or the same by others.
     limits = Limits(document["teacher"]["limits"], {})
     assert report._known_teacher(tmp_path, teacher, report.TINY, limits) == document["teacher"]
+    nearly = Limits({flaw: value * (1 + 1e-14) for flaw, value in limits.values.items()}, {})
+    assert report._known_teacher(tmp_path, teacher, report.TINY, nearly) == document["teacher"]
     assert report._known_teacher(tmp_path, teacher / "vae", report.TINY, limits) is None
     assert report._known_teacher(tmp_path, teacher, report.Extent(), limits) is None
     assert report._known_teacher(tmp_path, teacher, report.TINY, Limits({**limits.values, "blurry": 0.0}, {})) is None

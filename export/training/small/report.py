@@ -160,7 +160,9 @@ def _known_teacher(out: Path, folder: Path, extent: Extent, limits: Limits) -> d
         found = json.loads((out / "evaluation.json").read_text())["teacher"]
     except (OSError, ValueError, KeyError):
         return None
-    return found if found.get("of") == _facts(folder, extent) and found.get("limits") == limits.values else None
+    # A limit differs in its last digit from machine to machine.
+    same = np.allclose([found.get("limits", {}).get(flaw, np.nan) for flaw in limits.values], list(limits.values.values()), rtol=1e-6)
+    return found if found.get("of") == _facts(folder, extent) and same else None
 
 
 def _facts(folder: Path, extent: Extent) -> list[Any]:
