@@ -1,5 +1,6 @@
 """Which builds of a graph are made: those asked for, those that `auto` finds near enough, and no files of others."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from snoopi_rt.engines.base import InputError, OutputError
 from snoopi_rt.export.graphs.builds import GPU_ENGINES, PRECISIONS, Graph, build, check_precision
 from snoopi_rt.export.graphs.parity import View
 
+openvino = pytest.importorskip("openvino", reason="needs both engines")
 ENGINES = [name for name in installed() if name in ("cpu", "openvino")]
 pytestmark = pytest.mark.skipif(len(ENGINES) < 2, reason="needs both engines")
+HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="needs a processor with bf16: the error of such a build is measured")
 WIDTH, TOKENS = 64, 256
 
 
@@ -98,6 +102,7 @@ def test_layers_that_int8_spoils_are_kept_where_they_are_few(tmp_path: Path) -> 
     assert said[0].startswith("generator: 9 of 10 layers in int8")
 
 
+@needs_bf16
 def test_auto_goes_on_to_the_next_where_too_many_layers_are_spoilt(tmp_path: Path) -> None:
     precisions, said = made(graph(10, 0.015), ["auto"], tmp_path)
     assert precisions == ["bf16", "fp16"]
@@ -123,8 +128,8 @@ def test_without_openvino_auto_is_what_onnx_runtime_can_run(tmp_path: Path) -> N
     [
         (["auto"], 0.05, ["fp16"]),
         (["auto"], 5e-5, []),
-        (["fp32", "bf16", "fp16"], 0.05, ["fp16", "bf16"]),
-        (["bf16"], 0.05, ["bf16"]),
+        pytest.param(["fp32", "bf16", "fp16"], 0.05, ["fp16", "bf16"], marks=needs_bf16),
+        pytest.param(["bf16"], 0.05, ["bf16"], marks=needs_bf16),
         (["fp32", "int8"], 0.05, []),
     ],
 )
@@ -171,15 +176,25 @@ def test_int8_convolutions_are_for_openvino(tmp_path: Path) -> None:
         build(whole, ["int8"], tmp_path, ["cpu"], print)
 
 
+@needs_bf16
 def test_builds_lie_in_the_order_in_which_they_were_asked_for_and_share_weights(tmp_path: Path) -> None:
     precisions, _ = made(graph(0, 0.05), ["fp32", "bf16", "fp16", "int8-weights", "bf16"], tmp_path)
     assert precisions == ["fp32", "bf16", "fp16", "int8-weights"]
 
 
-@pytest.mark.parametrize("precision", ["int8", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["int8", pytest.param("bf16", marks=needs_bf16), "fp16"])
 def test_a_precision_asked_for_by_name_and_too_far_is_one_clear_line(precision: str, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=rf"^graph generator in {precision} is [^\n]* off PyTorch[^\n]*, allowed is 1e-07$"):
         made(graph(0, 1e-7), [precision], tmp_path)
+
+
+@pytest.mark.skipif(HAS_BF16, reason="needs a processor without bf16")
+def test_bf16_is_not_made_where_its_error_cannot_be_measured(tmp_path: Path) -> None:
+    precisions, said = made(graph(10, 0.015), ["auto"], tmp_path)
+    cannot = "graph generator in bf16 cannot be measured here (this processor has no bf16)"
+    assert precisions == ["fp16"] and f"generator: bf16 is not taken: {cannot}" in said
+    with pytest.raises(OutputError, match=f"^{re.escape(cannot)}$"):
+        made(graph(0, 0.05), ["bf16"], tmp_path)
 
 
 def test_fp32_has_a_tolerance_of_its_own(tmp_path: Path) -> None:

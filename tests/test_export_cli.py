@@ -198,6 +198,6 @@ def test_an_older_bundle_outlives_an_export_that_fails(folders: dict[str, Path],
     words = ["--backbone", "pixart", "--weights", folders["pixart"], "--size", "64x64", *FP32]
     run("export", *words, "--out", tmp_path / "bundle")
     before = {file.name: file.read_bytes() for file in (tmp_path / "bundle").iterdir()}
-    assert "allowed is 1e-09" in wrong([*words, "--precision", "bf16", "--tolerance", "1e-9", "--force"], tmp_path, code=1)
+    assert "allowed is 1e-09" in wrong([*words, "--precision", "fp16", "--tolerance", "1e-9", "--force"], tmp_path, code=1)
     assert {file.name: file.read_bytes() for file in (tmp_path / "bundle").iterdir()} == before
     assert "exists: choose another folder" in wrong(words, tmp_path)
