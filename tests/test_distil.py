@@ -317,6 +317,28 @@ def test_a_stressed_negative_is_heeded_as_the_prompt_without_it(teachers: Path, 
     torch.testing.assert_close(torch.from_numpy(pairs._plain[:5]).float(), wanted, rtol=2e-3, atol=2e-3 * wanted.std().item())
 
 
+def test_a_flaw_that_nobody_asked_for_is_heeded_as_the_picture_that_the_teacher_finishes_away_from_it(
+    teachers: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("cats\na photo of dogs\n")
+    (tmp_path / "negatives.txt").write_text("fog\n")
+    task = Task("pixart", teachers / "pixart", tmp_path / "prompts.txt", tmp_path, negatives=tmp_path / "negatives.txt")
+    learn = {"vsd_weight": 0.0, "negative_weight": 1.0, "nasa_max": 1.0, "negative_pairs": 4, "negative_choice": 2, "warm_calls": 1}
+    run = Distillation(
+        task, replace(TINY, stressed="fog", **learn), find_backbone("pixart").denoiser(), Schedule.of(task.teacher), Processes(), False
+    )
+    pairs, four = run.negative_pairs, np.arange(4)
+    assert not pairs.heeded.any() and (pairs.ignored == -1).all() and not pairs.left_out.any()
+    noise, text = run.given(four.tolist())
+    with torch.no_grad():
+        own = run.clean(noise, text, None)
+        away = run.prompts.negative([0] * 4), 0.8 * pairs._share(four)
+        wanted = run.teacher_pictures(noise, text, 3, away=away, begun=(own, 200))
+        whole = run.teacher_pictures(noise, text, 3, away=away)
+    torch.testing.assert_close(torch.from_numpy(pairs._away[:]).float(), wanted, rtol=2e-3, atol=2e-3 * wanted.std().item())
+    assert (wanted - own).abs().mean() < 0.5 * (whole - own).abs().mean()
+
+
 def test_one_of_two_things_is_heeded_as_the_prompt_of_the_other_and_the_only_one_not_at_all(teachers: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("cats and dogs\ncats\na photo of dogs\n")
     (tmp_path / "negatives.txt").write_text("dogs\nfog\n")

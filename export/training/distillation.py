@@ -247,12 +247,18 @@ class Distillation:
         return pair_noise(self.recipe, pairs, self.shape, self.device), self.prompts.batch(self.prompts.of_pairs(pairs))
 
     def teacher_pictures(
-        self, noise: Tensor, text: Text, calls: int, unstressed: Text | None = None, away: tuple[Text, Tensor] | None = None
+        self,
+        noise: Tensor,
+        text: Text,
+        calls: int,
+        unstressed: Text | None = None,
+        away: tuple[Text, Tensor] | None = None,
+        begun: tuple[Tensor, int] | None = None,
     ) -> Tensor:
         """Clean latents (B, C, h, w) fp32 of the frozen teacher in so many calls, guided by kappa's mean.
 
         unstressed: the prompts without their stressed words. away: negatives, and by how much of each (B,) the prompt c is lessened:
-        c - s (n - empty) takes its place.
+        c - s (n - empty) takes its place. begun: what the teacher finishes, and the timesteps that it has for that.
         """
         empty = self.prompts.batch([-1] * len(noise))
         with self.teachers.frozen() as network:
@@ -263,7 +269,7 @@ class Distillation:
                     wanted = wanted - away[1].view(-1, 1, 1, 1) * (self.say(network, x_t, t, away[0]) - nothing)
                 return wanted, nothing
 
-            return ddim(self.schedule, answers, noise, calls, (self.recipe.kappa_min + self.recipe.kappa_max) / 2)
+            return ddim(self.schedule, answers, noise, calls, (self.recipe.kappa_min + self.recipe.kappa_max) / 2, begun)
 
     def clean(self, noise: Tensor, text: Text, negative: tuple[Text, Tensor] | None) -> Tensor:
         """Clean latents (B, C, h, w) fp32 of the student in one call, with a negative and its scale (B,)."""

@@ -5,13 +5,15 @@ that. So pairs of noise and prompt are drawn once and kept, each with the studen
 that the teacher makes of the same noise when it is guided away from that; and a negative that is not in it. The student then learns: the
 first negative gives the second picture, the other one changes nothing. Where the prompt can be said without the negative, because that is a
 word which the recipe stresses or one of two things that `and` joins, the second picture is the student's own of that shorter prompt: it is
-sharp, which a teacher's picture is not after regression, and whole, which one is not that was guided away from a thing. And where the
-prompt has a stressed word the picture without a negative is the teacher's, with more of it.
+sharp, which a teacher's picture is not after regression, and whole, which one is not that was guided away from a thing. Where nobody asked
+for a stressed word, a flaw, the teacher finishes the student's own picture, guided away from it. And where the prompt has a stressed word
+the picture without a negative is the teacher's, with more of it.
 
 Whether a negative is in a picture the prompt says where it has the words (but what the whole picture is of nobody wants to leave out), else
 the teacher, as a diffusion classifier (Li et al., arXiv 2303.16203): whether it denoises the picture better when told the negative than
-when told nothing. It is not in the picture where the difference is above the negative's median; between the two nobody knows. No picture is
-needed, and no judge.
+when told nothing. It is not in the picture where the difference is above the negative's median; between the two nobody knows. A stressed
+word is never taken for absent: the teacher does not call a picture blurry that a student drew too softly. No picture is needed, and no
+judge.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,6 +39,11 @@ HEEDED = 0.5
 """How often a pair's negative is the one that is in the picture, where there is one."""
 ASKED = 0.5
 """How often one of the negatives that are tried is one whose words the prompt has, where there is one."""
+FINISHED_FROM, FINISHED_IN, FINISHED_AWAY = 200, 3, 0.8
+"""Timesteps that the teacher has to finish a student's picture without a flaw, calls, and how far it is guided away from the flaw at the
+largest scale: with more of any it adds grain."""
+SLIGHT = -1e-6
+"""The score of a flaw that may be there: any other thing that is seen in the picture comes before it."""
 LOOKED, AWAY, STRESSED = 1, 2, 4
 """What is drawn of a pair: its plain picture and what is in it, the one without the negative, the one with more of what is stressed."""
 
@@ -68,7 +75,9 @@ class NegativePairs:
             shorter = [self._shortened(pair) for pair in np.flatnonzero(self.left_out).tolist()]
             self._shorter = self._run.prompts.encoded(lambda: shorter, self._key, self._folder / f"{self._key}-shorter")
         self._each(self.left_out, AWAY, self._leave_out, "pictures of the prompt without a negative")
-        self._each((self.heeded >= 0) & ~self.left_out, AWAY, self._guide_away, "pictures guided away from a negative")
+        flaws = np.array([self._is_stress(text) for text in self._negatives])[self.heeded] & (self.heeded >= 0) & ~self.left_out
+        self._each(flaws, AWAY, self._finish_away, "pictures finished away from a flaw")
+        self._each((self.heeded >= 0) & ~self.left_out & ~flaws, AWAY, self._guide_away, "pictures guided away from a negative")
         if words := self._run.recipe.stressed_words:
             asked = np.array([any(has_words(self._prompt(pair), each) for each in words) for pair in range(self._count)])
             self._each(asked, STRESSED, self._stress, "pictures of stressed words")
@@ -119,6 +128,8 @@ class NegativePairs:
         scores = (errors[1:] - errors[0]).T.cpu()
         for pair, rows, score in zip(pairs.tolist(), tried.tolist(), scores, strict=True):
             prompt, words = self._prompt(pair), [self._negatives[row] for row in rows]
+            stressed = [self._is_stress(each) for each in words]
+            score[stressed] = score[stressed].clamp(max=SLIGHT)
             score[[has_words(prompt, each) for each in words]] = -torch.inf
             score[[self._is_all(prompt, each) for each in words]] = 0.0  # neither heeded nor ignored
         self._tried[pairs], self._scores[pairs] = tried, scores
@@ -155,6 +166,14 @@ class NegativePairs:
         run, recipe = self._run, self._run.recipe
         away = self._negative(self.heeded[pairs]), recipe.negation * self._share(pairs)
         self._away[pairs] = run.teacher_pictures(*run.given(pairs.tolist()), recipe.warm_calls, away=away).half().cpu().numpy()
+
+    @torch.no_grad()
+    def _finish_away(self, pairs: np.ndarray) -> None:
+        """The student's own pictures, which the teacher finishes, guided by the prompt less the flaw."""
+        run, away = self._run, (self._negative(self.heeded[pairs]), FINISHED_AWAY * self._share(pairs))
+        noise, text = run.given(pairs.tolist())
+        begun = run.clean(noise, text, None), FINISHED_FROM
+        self._away[pairs] = run.teacher_pictures(noise, text, FINISHED_IN, away=away, begun=begun).half().cpu().numpy()
 
     def _negative(self, rows: np.ndarray) -> Text:
         """The empty prompt where there is none."""

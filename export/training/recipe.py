@@ -31,9 +31,8 @@ class Recipe(loop.Recipe):
     negative_weight: of what the student learns of negative_pairs pairs of noise and prompt, at scales up to nasa_max: to heed a negative
     that is in its own picture, as its own picture of the prompt without it where that can be said, else as the teacher does, guided away
     from it by `negation` times the student's share of the scale; and to ignore one that is not. Each pair's are found among
-    negative_choice negatives (see negative_pairs.py). vsd_weight: of VSD; 0 leaves it
-    and the LoRA teacher out. clip_weight: of the clamped CLIP loss, falling linearly to 0. collapse: the deviation of clean latents below
-    which the run stops; theirs is about 1.
+    negative_choice negatives (see negative_pairs.py). vsd_weight: of VSD; 0 leaves it and the LoRA teacher out. clip_weight: of the clamped
+    CLIP loss, falling linearly to 0. collapse: the deviation of clean latents below which the run stops; theirs is about 1.
     """
 
     micro_batch: int = 0
