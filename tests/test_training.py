@@ -73,6 +73,16 @@ def test_a_finished_stage_run_again_does_nothing_more(tmp_path):
     assert losses(tmp_path) == before
 
 
+def test_a_finished_stage_goes_on_when_told_more_steps_but_not_fewer(tmp_path):
+    tiny_stage(tmp_path)
+    before = losses(tmp_path)
+    tiny_stage(tmp_path, steps=10)
+    assert losses(tmp_path)[:8] == before
+    assert len(losses(tmp_path)) == 10
+    with pytest.raises(InputError, match="steps 10 -> 9"):
+        tiny_stage(tmp_path, steps=9)
+
+
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
     tiny_stage(tmp_path)
     with pytest.raises(InputError, match=r"lr 0.01 -> 0.02"):

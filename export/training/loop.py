@@ -92,7 +92,7 @@ def run(
 
     `step` returns named scalars; `sample(path)` draws a picture of the present state. Of several processes the main one writes, and all
     must get the same scalars. Raises OutputError on NaN or infinity, for what `stage.wrong` says and where the disk is full (the last
-    checkpoint stays), InputError where the folder's checkpoint was made by another recipe.
+    checkpoint stays), InputError where the folder's checkpoint was made by another recipe; only more steps may be asked for than before.
     """
     start = _resume(stage, parts)
     if processes is not None and not processes.main:
@@ -174,6 +174,9 @@ def _resume(stage: Stage, parts: Mapping[str, Resumable]) -> int:
         with safe_open(path, framework="pt") as stored:
             metadata = stored.metadata()
             before, now = json.loads(metadata["recipe"]), json.loads(json.dumps(_identity(stage)))
+            # A run may be told to go on for longer: from there its learning rate is that of the longer run.
+            if before["steps"] < now["steps"]:
+                before["steps"] = now["steps"]
             if before != now:
                 changed = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in sorted({*before, *now}) if before.get(k) != now.get(k))
                 raise InputError(
