@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The embedded model from nothing but drawings, in one command: about five hours on two cores. Started again, it goes on where it was stopped.
+# The embedded model from nothing but drawings, in one command: about five and a half hours on two cores. Started again, it goes on where it was stopped.
 #
 #   tools/small_model.sh RUNS           pictures, autoencoder, teacher, student and its bundle below the folder RUNS
 #   tools/small_model.sh RUNS --quick   the same road in minutes, to see that it holds; what comes out is no model
@@ -32,6 +32,7 @@ student --teacher "$runs/teacher" --student "$runs/warm" --out "$runs/student" -
 awk '/blurry|pixelated|grayscale|grainy/ {if (flawed++ < 5120) print; next} / and / {if (two++ < 3072) print; next} plain++ < 4096' "$prompts" > "$runs/mixed.txt"
 prompts=$runs/mixed.txt
 student --teacher "$runs/teacher" --student "$runs/student" --negatives "$emoji/negatives.txt" --recipe small-negatives --out "$runs/negatives"
+student --teacher "$runs/teacher" --student "$runs/negatives" --negatives "$emoji/negatives.txt" --recipe small-negatives --set steps=2700 --out "$runs/again"
 stage autoencoder --data "$emoji" --start "$runs/autoencoder" --out "$runs/decoder" --set steps=2500 --set noise=0.08 --set grid=8
-snoopi-rt export --backbone small --weights "$runs/negatives" --decoder "$runs/decoder" --out "$runs/bundle" --force
+snoopi-rt export --backbone small --weights "$runs/again" --decoder "$runs/decoder" --out "$runs/bundle" --force
 echo "next: snoopi-rt eval --bundle $runs/bundle --teacher $runs/teacher --scorers weights/small/scorers --out $runs/evaluation"
