@@ -88,9 +88,9 @@ def generate(
     assert prompt is not None
     from snoopi_rt import image
     from snoopi_rt.pipeline import load
-    from snoopi_rt.request import SEEDS, draw_seed, integer
+    from snoopi_rt.request import MAX_IMAGES, SEEDS, draw_seed, integer
 
-    integer("n", count, 1)
+    integer("n", count, 1, MAX_IMAGES)
     first = draw_seed() if seed is None else integer("seed", seed, 0)
     seeds = [(first + index) % SEEDS for index in range(count)]
     output = _with_ending(output, format)

@@ -11,6 +11,10 @@ from snoopi_rt.bundle import Guidance
 from snoopi_rt.engines.base import InputError
 
 SEEDS = 2**32
+MAX_CHARACTERS = 32_000
+"""Characters of a prompt: OpenAI's own limit. Longer ones would cost gigabytes in the tokenizer before their tokens could be counted."""
+MAX_IMAGES = 10_000
+"""Images of one call: all of them are in memory at its end."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,10 @@ class Request:
 
 def requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, n: Any, guidance: Guidance) -> list[Request]:
     """The n requests of each prompt, prompt by prompt, with seeds seed, seed + 1 ... modulo 2**32; raises InputError."""
-    count = integer("n", n, 1)
+    count = integer("n", n, 1, MAX_IMAGES)
     rows = _rows(prompt=prompt, negative_prompt=negative_prompt, negative_scale=negative_scale, seed=seed)
+    if count * len(rows) > MAX_IMAGES:
+        raise InputError(f"{count * len(rows)} images in one call, at most {MAX_IMAGES} are drawn: call several times")
     negatives = [_negative(row["negative_prompt"], guidance) for row in rows]
     # One scale for a list of prompts needs a negative prompt somewhere; a list of scales needs one wherever it has a scale.
     shared = any(negatives) and not isinstance(negative_scale, list | tuple)
@@ -70,7 +76,14 @@ def prompt_text(prompt: Any) -> str:
         raise InputError(f"prompt must be text, got {prompt!r}")
     if not prompt.strip():
         raise InputError("prompt is empty: say what to draw")
+    check_length("prompt", prompt)
     return prompt
+
+
+def check_length(name: str, text: str) -> None:
+    """Returns for a text that is not too long to be tokenized, else raises InputError."""
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"{name} has {len(text)} characters, at most {MAX_CHARACTERS} are read")
 
 
 def prompt_lines(path: Path) -> dict[int, str]:
@@ -108,6 +121,7 @@ def _negative(negative: Any, guidance: Guidance) -> str | None:
         raise InputError(f"negative prompt must be text, got {negative!r}")
     if negative is None or not negative.strip():
         return None
+    check_length("negative prompt", negative)
     if guidance.kind == "none":
         raise InputError(f"negative prompt {negative!r}: this bundle was exported without negative prompts (guidance none)")
     return negative
@@ -121,8 +135,9 @@ def _scale(scale: Any, guidance: Guidance) -> float:
     return float(scale)
 
 
-def integer(name: str, value: Any, least: int) -> int:
-    """The value as an int; raises InputError where it is none, or below `least`."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
+def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """The value as an int; raises InputError where it is none, below `least` or above `most`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        above = isinstance(value, Integral) and value > least
+        raise InputError(f"{name} must be an integer of at {f'most {most}' if above else f'least {least}'}, got {value!r}")
     return int(value)

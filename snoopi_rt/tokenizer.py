@@ -8,6 +8,18 @@ from snoopi_rt.engines.base import BundleError, InputError
 from snoopi_rt.manifest import text_rule
 
 
+class PromptTooLong(InputError):
+    """PromptTooLong(tokens, limit): a prompt of more tokens than the bundle takes."""
+
+    def told(self, remedy: str) -> str:
+        """The message with what to do about it in the words of one door."""
+        tokens, limit = self.args
+        return f"prompt has {tokens} tokens, the limit is {limit}: shorten it, or {remedy}"
+
+    def __str__(self) -> str:
+        return self.told("truncate (--truncate on the command line)")
+
+
 class Tokenizer:
     """The tokenizer.json at `path`, without the padding and truncation that it may have been saved with. Threads may share it."""
 
@@ -35,9 +47,7 @@ class Tokenizer:
         ids, limit = encoding.ids, self._max_tokens
         if len(ids) > limit:
             if not truncate:
-                raise InputError(
-                    f"prompt has {len(ids)} tokens, the limit is {limit}: shorten it, or truncate (--truncate on the command line)"
-                )
+                raise PromptTooLong(len(ids), limit)
             last = encoding.special_tokens_mask[-1]
             ids = ids[: limit - last] + ids[len(ids) - last :]
         if self._pad is not None:
