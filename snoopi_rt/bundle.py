@@ -13,9 +13,12 @@ from snoopi_rt.bundle_files import check_file, read_manifest
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import BundleError, InputError
 from snoopi_rt.files import write_whole
+from snoopi_rt.json_reader import parse_json
 from snoopi_rt.manifest import (
     GRAPHS,
+    LARGEST_SIDE,
     MANIFEST,
+    MOST_IMAGES,
     Build,
     File,
     Guidance,
@@ -26,6 +29,7 @@ from snoopi_rt.manifest import (
     Text,
     Tile,
     require,
+    require_range,
     text_rule,
 )
 from snoopi_rt.typed_json import UNSAVED, from_json, to_json
@@ -68,8 +72,9 @@ class Bundle:
         require(set(self.graphs) == set(needed), f"the graphs must be {', '.join(needed)}, not {', '.join(self.graphs) or 'none'}")
         require(encoding == (self.text.tokenizer is not None), "a bundle has a text_encoder and a tokenizer, or neither and prompts")
         require(all(self.graphs.values()), "every graph needs a build")
-        positive = min(self.latent.channels, self.latent.factor, self.text.max_tokens, self.max_batch) > 0
-        require(positive, "channels, factor, max_tokens and max_batch must be positive")
+        require_range("max_batch", self.max_batch, 1, MOST_IMAGES)
+        for side in (side for size in self.sizes for side in size):
+            require_range("a side of a size", side, 0, LARGEST_SIDE)
         fitting = all(side > 0 and side % self.latent.factor == 0 for size in self.sizes for side in size)
         require(bool(self.sizes) and fitting, f"every size must be a multiple of {self.latent.factor}")
         for text in self.prompts.texts if self.prompts else ():
@@ -168,7 +173,7 @@ class Bundle:
 
 def _document(data: bytes) -> dict[str, Any]:
     """The document without its two keys about the format. Raises ValueError (no JSON) or BundleError (no format of this version)."""
-    document = json.loads(data)
+    document = parse_json(data)
     require(isinstance(document, dict), "not a JSON object")
     number, since = document.pop("format", None), document.pop("snoopi_rt", None)
     if type(number) is int and number > FORMAT:

@@ -6,21 +6,25 @@ from pathlib import Path
 
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import BundleError
-from snoopi_rt.files import sha256
+from snoopi_rt.files import read_bounded, reason, sha256
+from snoopi_rt.json_reader import parse_json
 from snoopi_rt.manifest import MANIFEST, File, require
 from snoopi_rt.onnx_links import external_data
+
+LARGEST_MANIFEST = 2**24
+"""Bytes: that of a bundle which carries 100,000 prompts of a hundred characters has 12 million."""
 
 
 def read_manifest(folder: Path) -> bytes:
     """The bytes of the folder's bundle.json. Raises BundleError where there is none."""
     path = folder / MANIFEST
-    require(folder.is_dir(), f"no bundle at {folder}: no such folder")
-    require(path.exists(), f"no bundle at {folder}: it has no {MANIFEST}")
-    require(not path.is_symlink(), f"{path} is a symbolic link")
     try:
-        return path.read_bytes()
+        require(folder.is_dir(), f"no bundle at {folder}: no such folder")
+        require(path.exists(), f"no bundle at {folder}: it has no {MANIFEST}")
+        require(not path.is_symlink(), f"{path} is a symbolic link")
+        return read_bounded(path, LARGEST_MANIFEST)
     except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror}") from error
+        raise BundleError(f"cannot read {path}: {reason(error)}") from error
 
 
 def check_file(folder: Path, file: File, cache: Cache | None) -> list[str]:
@@ -44,14 +48,14 @@ def check_file(folder: Path, file: File, cache: Cache | None) -> list[str]:
     except FileNotFoundError:
         raise BundleError(f"{path} is missing") from None
     except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror}") from error
+        raise BundleError(f"cannot read {path}: {reason(error)}") from error
     return external
 
 
 def _record(data: bytes | None) -> list[str] | None:
     """The external data noted with a verified hash; None where nothing is noted, or the note is damaged."""
     try:
-        names = json.loads(data or b"null")
+        names = parse_json(data or b"null")
     except ValueError:
         return None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from snoopi_rt.cli_export import building, file, folder, out_option
+from snoopi_rt.cli_options import Number, Seed
 from snoopi_rt.engines.base import InputError
 
 data_option = click.option("--data", type=folder, required=True, metavar="FOLDER", help="What `data emoji` wrote.")
@@ -21,7 +22,7 @@ def data() -> None:
 @data.command(epilog="Example: snoopi-rt data emoji --out runs/emoji")
 @out_option
 @click.option("--count", type=int, default=30_000, metavar="N", help="How many pictures.")
-@click.option("--seed", type=int, default=0, metavar="N", help="The same seed gives the same pictures.")
+@click.option("--seed", type=Seed(), default=0, metavar="N", help="The same seed gives the same pictures.")
 def emoji(out: Path, count: int, seed: int) -> None:
     """Fetch emoji drawings with npm and draw captioned pictures from them."""
     with building("data emoji", "train", out):
@@ -140,7 +141,7 @@ def recipes() -> None:
 @click.argument("first", type=folder)
 @click.argument("second", type=folder)
 @click.option("--backbone", default="small", metavar="NAME", help="small, pixart, sd15 or sd21.  [default: small]")
-@click.option("--weight", type=click.FloatRange(0, 1), default=0.5, metavar="W", help="Of the first.  [default: 0.5]")
+@click.option("--weight", type=Number(0, 1), default=0.5, metavar="W", help="Of the first.  [default: 0.5]")
 @out_option
 def merge(first: Path, second: Path, backbone: str, weight: float, out: Path) -> None:
     """Average the weights of two students of one teacher (SwiftBrush v2)."""
@@ -160,6 +161,8 @@ def _switch(value: str) -> bool:
 
 def _recipe(kind: type, settings: tuple[str, ...], base: Any = None) -> Any:
     """The stage's recipe, or `base`, with the given settings. Raises InputError for an unknown name or a value of another type."""
+    from snoopi_rt.request import check_seed
+
     base = base or kind()
     types: dict[str, type] = {field.name: type(getattr(base, field.name)) for field in fields(kind)}
     given = {}
@@ -171,4 +174,6 @@ def _recipe(kind: type, settings: tuple[str, ...], base: Any = None) -> Any:
             given[key] = _switch(value) if types[key] is bool else types[key](value)
         except ValueError:
             raise InputError(f"setting {key} is {value!r}, which is not {types[key].__name__}") from None
+        if key == "seed":
+            check_seed(given[key])
     return replace(base, **given)

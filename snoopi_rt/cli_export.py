@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from snoopi_rt.cli_options import Number
 from snoopi_rt.engines.base import EngineMissing, OutputError, SnoopiError
 
 folder = click.Path(file_okay=False, path_type=Path)
@@ -38,7 +39,9 @@ def presets() -> None:
     metavar="[GRAPH=]NAME",
     help="auto, fp32, fp16, bf16, int8, int8-weights or int4-weights; several make several builds.  [default: the backbone's]",
 )
-@click.option("--tolerance", type=float, metavar="X", help="What a build may change in the clean latent, in deviations.  [default: 0.05]")
+@click.option(
+    "--tolerance", type=Number(0), metavar="X", help="What a build may change in the clean latent, in deviations.  [default: 0.05]"
+)
 @click.option("--decoder", default="full", metavar="full|tiny|ID", help="The weights' own, TAESD, or a folder or hub id.")
 @click.option("--size", "sizes", metavar="WxH[,WxH...]", help="The bundle's sizes, its default first.  [default: the preset's]")
 @click.option("--prompts", type=file, metavar="FILE", help="Prompts, one a line, whose states the bundle carries.")

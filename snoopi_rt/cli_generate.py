@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from snoopi_rt.cli_options import (
+    Seed,
     Size,
     bundle_option,
     engine_option,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Where the images of --prompts and their index go.")
 @click.option("--neg", metavar="TEXT", help="The negative prompt: what not to draw.")
 @click.option("--neg-scale", type=float, metavar="X", help="How strongly it counts.  [default: the bundle's]")
-@click.option("--seed", type=int, metavar="N", help="The first image's seed; the next has N + 1.  [default: drawn, and printed]")
+@click.option("--seed", type=Seed(), metavar="N", help="The first image's seed; the next has N + 1.  [default: drawn, and printed]")
 @click.option("-n", "count", type=int, default=1, metavar="N", help="How many images; more than one are written as NAME-SEED.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default="image", help="The file or its folder; no ending means that of --format."
@@ -91,7 +92,7 @@ def generate(
     from snoopi_rt.request import MAX_IMAGES, SEEDS, draw_seed, integer
 
     integer("n", count, 1, MAX_IMAGES)
-    first = draw_seed() if seed is None else integer("seed", seed, 0)
+    first = draw_seed() if seed is None else seed
     seeds = [(first + index) % SEEDS for index in range(count)]
     output = _with_ending(output, format)
     paths = [output] if count == 1 else [output.with_stem(f"{output.stem}-{each}") for each in seeds]
@@ -101,7 +102,7 @@ def generate(
         for start in range(0, count, pipe.max_batch):
             progress["doing"] = f"image {start + 1} of {count}"
             files = paths[start : start + pipe.max_batch]
-            result = pipe.generate(prompt, neg, neg_scale, first + start, len(files), size, truncate)
+            result = pipe.generate(prompt, neg, neg_scale, seeds[start], len(files), size, truncate)
             for index, path in enumerate(files):
                 image.save(result.images[index], path, result.metadata(index), force)
                 click.echo(f"{path}  seed {result.seeds[index]}")

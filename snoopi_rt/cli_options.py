@@ -1,9 +1,10 @@
 """Options and words that several commands share."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,6 +29,32 @@ class Size(click.ParamType):
         from snoopi_rt.request import parse_size
 
         return parse_size(value)
+
+
+class Seed(click.ParamType):
+    """A seed by the one rule that they have everywhere."""
+
+    name = "N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from snoopi_rt.json_reader import parse_number
+        from snoopi_rt.request import check_seed
+
+        number = None
+        if isinstance(value, str):
+            with suppress(ValueError):
+                number = parse_number(value)
+        return check_seed(value if number is None else number)
+
+
+class Number(click.FloatRange):
+    """A number that is one: click's own take NaN and infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
 
 
 bundle_option = click.option("--bundle", metavar="FOLDER", help="The bundle's folder.  [default: the one that came with snoopi-rt]")
@@ -65,7 +92,7 @@ class Range(click.ParamType):
 
 def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--ray, --workers and --gpus."""
-    gpus = click.option("--gpus", type=click.FloatRange(0), metavar="X", help="With --ray: of a process; 0.5 shares one.  [default: 0]")
+    gpus = click.option("--gpus", type=Number(0), metavar="X", help="With --ray: of a process; 0.5 shares one.  [default: 0]")
     workers = click.option("--workers", type=Range(), metavar="N[-MAX]", help="With --ray: processes that draw.  [default: 1]")
     ray = click.option("--ray", is_flag=True, help="Draw on a Ray cluster: $RAY_ADDRESS, else one on this machine.")
     return ray(workers(gpus(command)))

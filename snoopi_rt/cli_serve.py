@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from snoopi_rt.cli_options import ray_options, ray_workers
+from snoopi_rt.cli_options import Number, ray_options, ray_workers
 from snoopi_rt.engines.base import EngineMissing, InputError
 
 
@@ -24,10 +24,10 @@ from snoopi_rt.engines.base import EngineMissing, InputError
     "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="What clients must send.  [default: $SNOOPI_RT_API_KEY]"
 )
 @click.option("--max-batch", type=click.IntRange(1), default=16, metavar="N", help="Images of waiting requests drawn in one call; 1: none.")
-@click.option("--batch-wait", type=click.FloatRange(0, 1000), default=0.0, metavar="MS", help="How long a batch waits for more requests.")
+@click.option("--batch-wait", type=Number(0, 1000), default=0.0, metavar="MS", help="How long a batch waits for more requests.")
 @click.option("--queue", type=click.IntRange(1), default=256, metavar="N", help="Images that may wait; then 429.")
 @click.option("--max-images", type=click.IntRange(1), default=16, metavar="N", help="Images of one request.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=60.0, metavar="S", help="Seconds of one request.")
+@click.option("--timeout", type=Number(0, 10**9, min_open=True), default=60.0, metavar="S", help="Seconds of one request.")
 @click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="A web page's origin that may call.  [default: none]")
 @click.option(
     "--allowed-host",

@@ -1,9 +1,12 @@
-"""Files that are whole or not there: written beside, then renamed; and the SHA-256 of a file."""
+"""Files that are whole or not there: written beside, then renamed; the SHA-256 of a file; and files of others, read with care."""
 
+import errno
 import hashlib
 import os
 import secrets
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_whole(path: Path, data: bytes, durable: bool = False) -> None:
@@ -24,3 +27,39 @@ def sha256(path: Path) -> str:
     """The SHA-256 of the file's bytes in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The file, to be read. Raises OSError, also for what is no regular file: a pipe would block, a device never end."""
+    try:
+        _check_regular(os.stat(path), path)  # before it is opened: that alone can make a device act
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:  # a null character
+        raise OSError(errno.EINVAL, str(error), os.fspath(path)) from error
+    try:
+        _check_regular(os.fstat(descriptor), path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file that has at most `limit`. Raises OSError."""
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit} bytes", os.fspath(path))
+    return data
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused, in a few words: packages raise OSErrors that do not have them where Python's have."""
+    return error.strerror or next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _check_regular(status: os.stat_result, path: Path) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", os.fspath(path))

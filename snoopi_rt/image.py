@@ -4,16 +4,21 @@ import io
 import json
 import os
 import shlex
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from snoopi_rt.engines.base import InputError, OutputError
-from snoopi_rt.files import write_whole
+from snoopi_rt.files import open_regular, reason, write_whole
+from snoopi_rt.json_reader import parse_json
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+READ = ("PNG", "JPEG", "WEBP")
+LARGEST = 2**28
+"""Bytes of an image whose metadata are read: Pillow takes all of a WebP into memory."""
 DESCRIPTION = 0x010E
 """EXIF's ImageDescription."""
 MARK = "snoopi_rt"
@@ -70,7 +75,7 @@ def write(file: bytes, path: Path) -> None:
     try:
         write_whole(path, file)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        raise OutputError(f"cannot write {path}: {reason(error)}") from error
 
 
 def check_writable(path: Path, force: bool = False) -> None:
@@ -92,18 +97,37 @@ def check_writable(path: Path, force: bool = False) -> None:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The text that `save` put into the image. Raises InputError where there is no image, or none of ours."""
-    from PIL import Image
-
     try:
-        with Image.open(path) as picture:
-            found: Any = picture.info if picture.format == "PNG" else json.loads(picture.getexif().get(DESCRIPTION, "{}"))
-    except ValueError:  # a description of somebody else
-        found = {}
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > LARGEST:
+                raise OSError(f"it has more than {LARGEST} bytes")
+            found = _texts(file)
     except OSError as error:
-        raise InputError(f"{path} is not an image: {error.strerror or 'unknown format'}") from error
-    if not isinstance(found, dict) or MARK not in found:
+        raise InputError(f"{path} is not an image: {reason(error)}") from error
+    if MARK not in found:
         raise InputError(f"{path} does not say how it was made: it is not from snoopi-rt, or its metadata was removed")
-    return {key: value for key, value in found.items() if isinstance(value, str)}
+    return found
+
+
+def _texts(file: BinaryIO) -> dict[str, str]:
+    """The texts in an image of the formats that we write, whose pixels are not decoded. Raises OSError where it is none of them."""
+    from PIL import Image, UnidentifiedImageError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, about sizes and damage: the pixels are not read
+        try:
+            with Image.open(file, formats=READ) as picture:
+                if picture.format == "PNG":
+                    found: Any = picture.info
+                else:
+                    found = parse_json(picture.getexif().get(DESCRIPTION, "{}"))
+        except UnidentifiedImageError:
+            raise OSError("unknown format") from None
+        except OSError:
+            raise
+        except Exception:  # Pillow raises whatever goes wrong in an odd file; and a description of somebody else is no JSON
+            return {}
+    return {key: str(value) for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
 
 
 def command(metadata: Mapping[str, str], foreign: bool) -> str:

@@ -1,11 +1,14 @@
 """How long a call may take, and whether anybody still waits for it."""
 
-import math
 import time
 from numbers import Real
 from typing import Any, Protocol
 
 from snoopi_rt.engines.base import Cancelled, InputError
+from snoopi_rt.request import shown
+
+LONGEST = 10**9
+"""Seconds, some 32 years: what is longer is no number of them, or does not fit a clock."""
 
 
 class Event(Protocol):
@@ -21,9 +24,9 @@ class Limits:
     """
 
     def __init__(self, timeout: Any = None, cancel: Event | None = None) -> None:
-        real = timeout is None or (isinstance(timeout, Real) and not isinstance(timeout, bool))
-        if not real or (timeout is not None and not (math.isfinite(timeout) and timeout > 0)):
-            raise InputError(f"timeout must be a positive number of seconds, got {timeout!r}")
+        real = isinstance(timeout, Real) and not isinstance(timeout, bool)
+        if timeout is not None and not (real and 0 < timeout <= LONGEST):
+            raise InputError(f"timeout must be a positive number of seconds, at most {LONGEST}, got {shown(timeout)}")
         self._timeout, self._cancel = timeout, cancel
         self._end = None if timeout is None else time.monotonic() + timeout
 

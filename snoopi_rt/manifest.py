@@ -13,6 +13,9 @@ from snoopi_rt.files import sha256
 
 MANIFEST = "bundle.json"
 GRAPHS = ("text_encoder", "generator", "decoder")
+LARGEST_SIDE, MOST_IMAGES, MOST_TOKENS = 2**15, 2**12, 2**17
+"""Of an image in pixels, of a batch, of a prompt."""
+INT32, INT64 = 2**31 - 1, 2**63 - 1
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -20,6 +23,11 @@ def require(condition: bool, message: str) -> None:
     """Raises BundleError with the message where the condition does not hold."""
     if not condition:
         raise BundleError(message)
+
+
+def require_range(name: str, value: int, least: int, most: int) -> None:
+    """Raises BundleError where the integer is outside the range: beyond it nothing can be meant, and much would overflow."""
+    require(least <= value <= most, f"{name} must be {'positive and at most' if least == 1 else f'from {least} to'} {most}, got {value}")
 
 
 def text_rule(prompt: str, lowercase: bool) -> str:
@@ -41,6 +49,7 @@ class File:
     def __post_init__(self) -> None:
         plain = PLAIN_NAME.fullmatch(self.path) is not None and self.path != MANIFEST
         require(plain, f"{self.path!r} is not a plain file name inside the bundle")
+        require_range(f"the size of {self.path}", self.size, 0, INT64)
 
     @classmethod
     def of(cls, path: Path) -> "File":
@@ -59,6 +68,10 @@ class Text:
     lowercase: bool
     pad: int | None = None
 
+    def __post_init__(self) -> None:
+        require_range("max_tokens", self.max_tokens, 1, MOST_TOKENS)
+        require_range("pad", self.pad or 0, 0, INT32)
+
 
 @dataclass(frozen=True)
 class Latent:
@@ -66,6 +79,10 @@ class Latent:
 
     channels: int
     factor: int
+
+    def __post_init__(self) -> None:
+        require_range("channels", self.channels, 1, 2**12)
+        require_range("factor", self.factor, 1, 2**10)
 
 
 @dataclass(frozen=True)
@@ -76,6 +93,7 @@ class Tile:
     overlap: int
 
     def __post_init__(self) -> None:
+        require_range("the size of a tile", self.size, 1, LARGEST_SIDE)
         require(0 <= self.overlap < self.size, f"tiles of {self.size} latent pixels cannot share {self.overlap}")
 
 
@@ -125,6 +143,9 @@ class Parity:
     latent_error: float | None = None
     psnr: float | None = None
 
+    def __post_init__(self) -> None:
+        require(abs(self.psnr or 0) <= 1000, f"psnr {self.psnr} is no figure in dB")
+
     @property
     def error(self) -> float:
         """The figure that a build is judged by: the latent error, else the picture's, rms in units of full white, else the relative L2."""
@@ -166,7 +187,11 @@ class Build:
         else:
             complete = main.suffix == ".xml" and str(main.with_suffix(".bin")) in names
             require(complete, f"an openvino-ir build must list an .xml file and its .bin, not {', '.join(names)}")
-        require(self.max_batch is None or self.max_batch > 0, f"{main}: max_batch must be positive")
+        require_range(f"{main}: max_batch", 1 if self.max_batch is None else self.max_batch, 1, MOST_IMAGES)
+        for spec in (*self.inputs, *self.outputs):
+            require(
+                all(size is None or 0 < size <= INT32 for size in spec.shape), f"{main}: {spec.name} has an impossible shape {spec.shape}"
+            )
         within = self.parity.error <= self.tolerance
         require(within, f"{main} is {self.parity.judged()} off PyTorch, beyond its tolerance {self.tolerance}")
 

@@ -15,6 +15,8 @@ MAX_CHARACTERS = 32_000
 """Characters of a prompt: OpenAI's own limit. Longer ones would cost gigabytes in the tokenizer before their tokens could be counted."""
 MAX_IMAGES = 10_000
 """Images of one call: all of them are in memory at its end."""
+SHOWN = 200
+"""Characters of a wrong value that an error shows."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ def requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, 
     for row, negative in zip(rows, negatives, strict=True):
         scale = guidance.scale.default if row["negative_scale"] is None else _scale(row["negative_scale"], guidance)
         if negative is None and row["negative_scale"] is not None and not shared:
-            raise InputError(f"negative scale {row['negative_scale']} without a negative prompt: give both, or neither")
-        first = draw_seed() if row["seed"] is None else integer("seed", row["seed"], 0)
+            raise InputError(f"negative scale {shown(row['negative_scale'])} without a negative prompt: give both, or neither")
+        first = draw_seed() if row["seed"] is None else check_seed(row["seed"])
         text = prompt_text(row["prompt"])
         result += [Request(text, negative, None if negative is None else scale, (first + index) % SEEDS) for index in range(count)]
     return result
@@ -56,7 +58,7 @@ def image_size(size: Sequence[int] | None, sizes: tuple[tuple[int, int], ...]) -
     if size is None:
         return sizes[0]
     if not isinstance(size, list | tuple) or tuple(size) not in sizes:
-        asked = "x".join(map(str, reversed(size))) if isinstance(size, list | tuple) else size
+        asked = "x".join(map(shown, reversed(size[:3]))) if isinstance(size, list | tuple) else shown(size)
         known = ", ".join(f"{width}x{height}" for height, width in sizes)
         raise InputError(f"size {asked} is not supported, choose from {known} (width x height)")
     return size[0], size[1]
@@ -65,15 +67,15 @@ def image_size(size: Sequence[int] | None, sizes: tuple[tuple[int, int], ...]) -
 def parse_size(text: str) -> tuple[int, int]:
     """(height, width) of "WIDTHxHEIGHT"; raises InputError for anything else."""
     width, _, height = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise InputError(f"size {text!r} is not WIDTHxHEIGHT, such as 512x512")
+    if not (height.isdecimal() and width.isdecimal() and len(text) <= 20):
+        raise InputError(f"size {shown(text)} is not WIDTHxHEIGHT, such as 512x512")
     return int(height), int(width)
 
 
 def prompt_text(prompt: Any) -> str:
     """The prompt; raises InputError where it is no text, or an empty one."""
     if not isinstance(prompt, str):
-        raise InputError(f"prompt must be text, got {prompt!r}")
+        raise InputError(f"prompt must be text, got {shown(prompt)}")
     if not prompt.strip():
         raise InputError("prompt is empty: say what to draw")
     check_length("prompt", prompt)
@@ -101,6 +103,14 @@ def prompt_lines(path: Path) -> dict[int, str]:
     return prompts
 
 
+def check_seed(seed: Any) -> int:
+    """The seed as an int, 7.0 being 7; raises InputError outside 0 to 2**32 - 1. (The seeds after the first wrap there.)"""
+    number = int(float(seed)) if isinstance(seed, Real) and not isinstance(seed, Integral) and float(seed).is_integer() else seed
+    if not isinstance(number, Integral) or isinstance(number, bool) or not 0 <= int(number) < SEEDS:
+        raise InputError(f"seed must be an integer from 0 to {SEEDS - 1}, got {shown(seed)}")
+    return int(number)
+
+
 def draw_seed() -> int:
     """A seed that nobody chose."""
     return secrets.randbelow(SEEDS)
@@ -118,7 +128,7 @@ def _rows(**columns: Any) -> list[dict[str, Any]]:
 
 def _negative(negative: Any, guidance: Guidance) -> str | None:
     if negative is not None and not isinstance(negative, str):
-        raise InputError(f"negative prompt must be text, got {negative!r}")
+        raise InputError(f"negative prompt must be text, got {shown(negative)}")
     if negative is None or not negative.strip():
         return None
     check_length("negative prompt", negative)
@@ -131,13 +141,23 @@ def _scale(scale: Any, guidance: Guidance) -> float:
     low, high = guidance.scale.min, guidance.scale.max
     real = isinstance(scale, Real) and not isinstance(scale, bool)
     if not real or not low <= scale <= high:  # no NaN either
-        raise InputError(f"negative scale must be a number from {low} to {high}, got {scale!r}")
+        raise InputError(f"negative scale must be a number from {low} to {high}, got {shown(scale)}")
     return float(scale)
 
 
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     """The value as an int; raises InputError where it is none, below `least` or above `most`."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least or (most is not None and value > most):
-        above = isinstance(value, Integral) and value > least
-        raise InputError(f"{name} must be an integer of at {f'most {most}' if above else f'least {least}'}, got {value!r}")
-    return int(value)
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if number is None or number < least or (most is not None and number > most):
+        above = number is not None and number > least
+        raise InputError(f"{name} must be an integer of at {f'most {most}' if above else f'least {least}'}, got {shown(value)}")
+    return number
+
+
+def shown(value: Any) -> str:
+    """A wrong value as an error names it: bounded, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more digits than Python prints, a nesting of a thousand, anybody's __repr__
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

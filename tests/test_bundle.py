@@ -81,6 +81,19 @@ def test_a_newer_format_names_the_version_that_reads_it(folder: Path) -> None:
     refused(folder, 'format 2 is newer than this snoopi-rt, which reads 1: pip install "snoopi-rt>=0.7.0"')
 
 
+def test_a_manifest_without_end_is_refused_at_once(folder: Path) -> None:
+    (folder / "bundle.json").unlink()
+    os.mkfifo(folder / "bundle.json")
+    refused(folder, f"cannot read {folder / 'bundle.json'}: it is a pipe or a device, not a file")
+    (folder / "bundle.json").unlink()
+    (folder / "bundle.json").touch()
+    os.truncate(folder / "bundle.json", 20 * 2**30)
+    refused(folder, f"cannot read {folder / 'bundle.json'}: it has more than 16777216 bytes")
+    (folder / "bundle.json").write_bytes(b'{"format": 1' + b"0" * 400 + b"}")
+    refused(folder, "the number 1000000000... has 401 digits, at most 40 are read")
+    refused(Path("x" * 300), "File name too long")
+
+
 @pytest.mark.parametrize("number", [None, 0, "1", True, 1.0])
 def test_an_unknown_format_is_refused(folder: Path, number: Any) -> None:
     edit(folder, lambda document: document.update(format=number))
@@ -108,14 +121,22 @@ def test_an_unknown_format_is_refused(folder: Path, number: Any) -> None:
         (lambda d: d.update(tile={"size": 8}), "key tile.overlap is missing"),
         (lambda d: generator(d).update(max_batch=0), "generator.onnx: max_batch must be positive"),
         (lambda d: d["guidance"].update(kind="magic"), "key guidance.kind must be one of nasa, nag, vsf, projected, none"),
-        (lambda d: d["guidance"]["scale"].update(max=float("nan")), "key guidance.scale.max must be a finite number, got NaN"),
+        (lambda d: d["guidance"]["scale"].update(max=float("nan")), "NaN is not a number"),
         (lambda d: d["guidance"]["scale"].update(default=3), "scale 3.0 is outside 0.0 to 1.0"),
         (lambda d: d.update(sizes=[[16]]), "key sizes[0] must be a list of 2"),
         (lambda d: d.update(sizes=16), "key sizes must be a list, got 16"),
         (lambda d: d.update(provenance={"seed": 1}), "key provenance.seed must be a string, got 1"),
         (lambda d: d.update(sizes=[]), "every size must be a multiple of 2"),
         (lambda d: d.update(sizes=[[16, 17]]), "every size must be a multiple of 2"),
-        (lambda d: d.update(max_batch=0), "max_batch must be positive"),
+        (lambda d: d.update(max_batch=0), "max_batch must be positive and at most 4096, got 0"),
+        (lambda d: d.update(max_batch=2**63), f"max_batch must be positive and at most 4096, got {2**63}"),
+        (lambda d: d.update(sizes=[[2**63, 16]]), f"a side of a size must be from 0 to 32768, got {2**63}"),
+        (lambda d: d["latent"].update(channels=2**63), f"channels must be positive and at most 4096, got {2**63}"),
+        (lambda d: d["text"].update(max_tokens=-1), "max_tokens must be positive and at most 131072, got -1"),
+        (lambda d: d["text"].update(pad=-1), "pad must be from 0 to 2147483647, got -1"),
+        (lambda d: generator(d)["inputs"][0].update(shape=[2**63]), "generator.onnx: noise has an impossible shape"),
+        (lambda d: generator(d)["parity"].update(psnr=-1e6), "psnr -1000000.0 is no figure in dB"),
+        (lambda d: d.update(provenance={"x": [[]] * 3 + [{"y": [[[]]]}]}), "key provenance.x must be a string"),
         (lambda d: d["graphs"].pop("decoder"), "the graphs must be text_encoder, generator, decoder, not text_encoder, generator"),
         (lambda d: d["graphs"].update(decoder=[]), "every graph needs a build"),
         (

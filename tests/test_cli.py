@@ -108,7 +108,7 @@ def test_an_existing_file_is_not_overwritten_without_force(original: Bundle, her
         (["a cat", "--neg-scale", "0.5"], 2, "error: negative scale 0.5 without a negative prompt"),
         (["a cat", "-n", "0"], 2, "error: n must be an integer of at least 1, got 0"),
         (["a cat", "-n", "1000000000"], 2, "error: n must be an integer of at most 10000, got 1000000000"),
-        (["a cat", "--seed", "-1"], 2, "error: seed must be an integer of at least 0, got -1"),
+        (["a cat", "--seed", "-1"], 2, "error: seed must be an integer from 0 to 4294967295, got -1"),
         (["a cat", "--size", "32x32"], 2, "error: size 32x32 is not supported, choose from 16x16, 24x16"),
         (["a cat", "--size", "big"], 2, "'big' is not WIDTHxHEIGHT, such as 512x512"),
         (["a cat", "--engine", "gpu"], 2, "error: unknown engine 'gpu', choose from cpu, openvino, cuda, tensorrt"),

@@ -1,7 +1,9 @@
 """Images are written whole or not at all, and say how they were made."""
 
 import json
+import os
 import shlex
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,34 @@ def test_a_file_that_is_no_image_and_an_image_of_others_are_input_errors(tmp_pat
     Image.fromarray(PICTURE).save(tmp_path / "holiday.jpg", exif=exif)
     with pytest.raises(InputError, match=r"holiday.jpg does not say how it was made"):
         image.read_metadata(tmp_path / "holiday.jpg")
+
+
+def test_an_image_of_a_stranger_is_one_line_whatever_is_in_it(tmp_path: Path) -> None:
+    def described(name: str, text: str | bytes) -> Path:
+        exif = Image.Exif()
+        exif[image.DESCRIPTION] = text
+        Image.fromarray(PICTURE).save(tmp_path / name, exif=exif)
+        return tmp_path / name
+
+    image.save(PICTURE, tmp_path / "ours.png", METADATA)
+    bomb = bytearray((tmp_path / "ours.png").read_bytes())
+    bomb[16:24] = (2**31 - 1).to_bytes(4, "big") * 2  # width and height
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    Image.fromarray(PICTURE).save(tmp_path / "other.tiff")
+    Image.fromarray(PICTURE).save(tmp_path / "other.gif")
+    (tmp_path / "sparse.webp").touch()
+    os.truncate(tmp_path / "sparse.webp", 20 * 2**30)
+    os.mkfifo(tmp_path / "pipe.png")
+    described("deep.jpg", "[" * 20_000 + "]" * 20_000)
+    described("surrogate.jpg", json.dumps({**METADATA, "prompt": "\ud800"}))
+    described("digits.webp", '{"snoopi_rt": ' + "9" * 5000 + "}")
+    described("bytes.jpg", b"\xff\x00\xfe")
+    described("list.webp", '["snoopi_rt"]')
+    for name in sorted(path.name for path in tmp_path.iterdir() if path.name != "ours.png"):
+        with pytest.raises(InputError, match=r"is not an image: |does not say how it was made") as caught:
+            image.read_metadata(tmp_path / name)
+        assert "\n" not in str(caught.value)
 
 
 def test_the_command_is_quoted_for_the_shell() -> None:

@@ -118,8 +118,12 @@ def test_no_seed_draws_one_that_makes_the_image_again(pipe: Pipeline) -> None:
     np.testing.assert_array_equal(pipe("a cat", seed=first.seeds[0]).images, first.images)
 
 
-def test_a_seed_beyond_32_bits_wraps(pipe: Pipeline) -> None:
-    np.testing.assert_array_equal(pipe("a cat", seed=2**32 + 7).images, pipe("a cat", seed=7).images)
+def test_a_whole_number_is_a_seed_whatever_its_type(pipe: Pipeline) -> None:
+    images = pipe("a cat", seed=7).images
+    for seed in (7.0, np.float32(7), np.uint64(7)):
+        result = pipe("a cat", seed=seed)
+        assert result.metadata(0)["seed"] == "7"
+        np.testing.assert_array_equal(result.images, images)
 
 
 def test_the_text_encoder_is_opened_at_the_first_prompt_that_is_nowhere(original: Bundle, fakes: dict[str, FakeEngine]) -> None:
@@ -279,9 +283,14 @@ def test_nan_inside_the_decoder_is_an_error_and_never_a_black_picture(original: 
         ({"negative_prompt": "a" * 32_001}, "negative prompt has 32001 characters, at most 32000 are read"),
         ({"n": 1.0}, "n must be an integer of at least 1, got 1.0"),
         ({"n": True}, "n must be an integer of at least 1, got True"),
-        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
-        ({"seed": 1.5}, "seed must be an integer of at least 0, got 1.5"),
-        ({"seed": False}, "seed must be an integer of at least 0, got False"),
+        ({"seed": -1}, "seed must be an integer from 0 to 4294967295, got -1"),
+        ({"seed": 2**32}, "seed must be an integer from 0 to 4294967295, got 4294967296"),
+        ({"seed": 1.5}, "seed must be an integer from 0 to 4294967295, got 1.5"),
+        ({"seed": float("inf")}, "seed must be an integer from 0 to 4294967295, got inf"),
+        ({"seed": False}, "seed must be an integer from 0 to 4294967295, got False"),
+        ({"seed": 10**5000}, "seed must be an integer from 0 to 4294967295, got a value of type int"),
+        ({"size": (10**5000, 1)}, "size 1xa value of type int is not supported"),
+        ({"timeout": 10**400}, "timeout must be a positive number of seconds, at most 1000000000, got 1000"),
         ({"size": (32, 32)}, "size 32x32 is not supported, choose from 16x16, 24x16 (width x height)"),
         ({"size": 16}, "size 16 is not supported, choose from 16x16, 24x16"),
         ({"prompt": ["a cat"] * 2, "seed": [1, 2, 3]}, "lists must have one length, got prompt 2, seed 3"),

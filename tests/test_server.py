@@ -150,8 +150,8 @@ def test_an_address_gives_the_file_for_a_while(address: str, format: str, kind: 
         (b'{"prompt": "a cat", "n": 0}', 400, "n: "),
         (b'{"prompt": "a cat", "n": 1e99}', 400, "n: "),
         (b'{"prompt": "a cat", "n": 17}', 400, "17 images in one request, at most 16"),
-        (b'{"prompt": "a cat", "seed": -1}', 400, "seed: "),
-        (b'{"prompt": "a cat", "seed": 4294967296}', 400, "seed: "),
+        (b'{"prompt": "a cat", "seed": -1}', 400, "seed: must be an integer from 0 to 4294967295, got -1"),
+        (b'{"prompt": "a cat", "seed": 4294967296}', 400, "seed: must be an integer from 0 to 4294967295, got 4294967296"),
         (b'{"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": NaN}', 400, "negative"),
         (b'{"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": 1e999}', 400, "negative"),
         (b'{"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": []}', 400, "negative_scale is an empty list"),
@@ -240,7 +240,7 @@ def test_other_machines_need_a_key(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("abc\n")
     (tmp_path / "empty").write_text("\n")
     assert (read_key(tmp_path / "key", "other"), read_key(None, "other"), read_key(None, "")) == ("abc", "other", None)
-    for name, message in (("empty", "there is no key"), ("gone", "cannot read the key")):
+    for name, message in (("empty", "there is no key"), ("gone", "cannot read the key"), ("/dev/zero", "cannot read the key")):
         with pytest.raises(InputError, match=message):
             read_key(tmp_path / name, None)
 

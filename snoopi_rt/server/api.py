@@ -2,13 +2,13 @@
 
 import base64
 import time
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from snoopi_rt import image
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.request import SEEDS, draw_seed, parse_size
+from snoopi_rt.request import SEEDS, check_seed, draw_seed, parse_size
 from snoopi_rt.result import Result
 
 
@@ -25,7 +25,9 @@ class Generation(BaseModel):
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int = Field(95, ge=0, le=100, description="The quality of jpeg and webp.")
     user: str | None = Field(None, max_length=256, description="Taken and not used.")
-    seed: int | None = Field(None, ge=0, lt=SEEDS, description="None draws one, which the answer says.")
+    seed: Annotated[int, Field(ge=0, lt=SEEDS), BeforeValidator(check_seed)] | None = Field(
+        None, description="None draws one, which the answer says."
+    )
     negative_prompt: str | None = Field(None, max_length=4000, description="What not to draw.")
     negative_scale: float | list[float] | None = Field(
         None, description="How strongly it counts; a list draws every image once for each, with the same seed."
@@ -116,8 +118,8 @@ def generation(body: bytes) -> Generation:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("float", "list[")))
-        unknown = first["type"] == "extra_forbidden"
-        message = f"unknown field, known are {', '.join(Generation.model_fields)}" if unknown else first["msg"]
+        unknown, ours = first["type"] == "extra_forbidden", first["msg"].removeprefix("Value error, ").removeprefix(f"{place} ")
+        message = f"unknown field, known are {', '.join(Generation.model_fields)}" if unknown else ours
         raise InputError(f"{' '.join(place.split())[:100]}: {message}" if place else message) from error
 
 

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from snoopi_rt import __version__
 from snoopi_rt.engines.base import Cancelled, InputError, SnoopiError
+from snoopi_rt.files import read_bounded, reason
 from snoopi_rt.pipeline import EMBEDDED, Pipeline
 from snoopi_rt.server import api
 from snoopi_rt.server.around import Around, tell
@@ -27,6 +28,8 @@ from snoopi_rt.server.refusals import CODES, Refused
 
 KEPT_BYTES, KEPT_SECONDS = 256 * 2**20, 3600.0
 """Images that are given as addresses stay in memory until others need the room, or so long."""
+LONGEST_KEY = 2**16
+"""Bytes of a file with a key."""
 FOLDER = Path(__file__).parent / "page"
 PAGE = {"index.html": "text/html; charset=utf-8", "page.css": "text/css", "page.js": "text/javascript"}
 SAFE = {
@@ -309,9 +312,9 @@ def read_key(file: Path | None, environment: str | None) -> str | None:
         return None
     place = "$SNOOPI_RT_API_KEY" if file is None else str(file)
     try:
-        text = (environment or "") if file is None else file.read_text(errors="replace")
+        text = (environment or "") if file is None else read_bounded(file, LONGEST_KEY).decode(errors="replace")
     except OSError as error:
-        raise InputError(f"cannot read the key in {file}: {error.strerror}") from error
+        raise InputError(f"cannot read the key in {file}: {reason(error)}") from error
     key = text.strip().partition("\n")[0].strip()
     if not key:
         raise InputError(f"there is no key in {place}")

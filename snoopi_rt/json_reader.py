@@ -1,0 +1,110 @@
+"""The one reader of JSON and numbers that somebody else wrote: bounded in size, depth and range, from regular files only."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from snoopi_rt.files import read_bounded
+
+DEPTH = 32
+"""How deep lists and objects may be nested: bundle.json, the deepest document there is, needs 7."""
+DIGITS = 40
+"""The longest integer: far more than any that has a meaning here, far less than what takes long to convert or print."""
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
+
+
+def parse_json(data: bytes | str, nan_is_null: bool = False) -> Any:
+    """What the JSON text says. `nan_is_null`: NaN, which JSON does not have and pandas writes, counts as null.
+
+    Raises ValueError, in one line, for what is no JSON in UTF-8, a key that an object has twice, a nesting beyond DEPTH, a number beyond
+    DIGITS or a float's range, NaN, infinity, and text that is not Unicode.
+    """
+
+    def constant(name: str) -> None:
+        if name != "NaN" or not nan_is_null:
+            raise ValueError(f"{name} is not a number")
+
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        document = json.loads(
+            text, parse_int=parse_integer, parse_float=_real, parse_constant=constant, object_pairs_hook=_without_repetition
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (byte {error.start})") from None
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    _check(document)
+    return document
+
+
+def read_json(path: Path, limit: int) -> Any:
+    """What a JSON file of at most `limit` bytes says. Raises OSError as `read_bounded` does, ValueError as `parse_json` does."""
+    return parse_json(read_bounded(path, limit))
+
+
+def parse_number(text: str) -> int | float | None:
+    """The number that the text is, None for NaN. Raises ValueError for anything else, as well as for infinity."""
+    text = text.strip()
+    if text.lower() == "nan":
+        return None
+    if _NUMBER.fullmatch(text) is None:
+        raise ValueError(f"{text[:40]!r} is not a number")
+    return parse_integer(text) if text.lstrip("+-").isdigit() else _real(text)
+
+
+def parse_integer(text: str) -> int:
+    """The integer that the digits are. Raises ValueError for more than DIGITS of them."""
+    if len(text) > DIGITS:
+        raise ValueError(f"the number {text[:10]}... has {len(text)} digits, at most {DIGITS} are read")
+    return int(text)
+
+
+def _real(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]} is out of range")
+    return value
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:40]!r} is there twice")
+    return document
+
+
+def _check(document: Any) -> None:
+    """Raises ValueError for what is nested too deep, and for text that is not Unicode. Without recursion: that is what it guards."""
+    level: list[Any] = [document]
+    for _ in range(DEPTH):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, str):
+                _check_text(value)
+            elif isinstance(value, dict):
+                below += value.keys()
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+        if not below:
+            return
+        level = below
+    if any(isinstance(value, dict | list) for value in level):
+        raise ValueError(_TOO_DEEP)
+    for value in level:
+        if isinstance(value, str):
+            _check_text(value)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair, which is not Unicode text") from None
+
+
+_TOO_DEEP = f"nested more than {DEPTH} deep"
