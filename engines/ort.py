@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
@@ -55,8 +56,7 @@ class OrtEngine:
         provider = PROVIDERS[name]
         try:
             with engine_errors(f"engine {name!r} cannot use ONNX Runtime"):
-                import onnxruntime
-
+                onnxruntime = import_onnxruntime()
                 available = onnxruntime.get_available_providers()
         except EngineError as error:
             raise EngineError(f"{error}{conflict()}") from error
@@ -96,6 +96,14 @@ class OrtEngine:
         bound, self._session, self._bound = self._bound, None, None
         if bound is not None:
             bound.close()
+
+
+def import_onnxruntime() -> Any:
+    """The module `onnxruntime`. It reports to its maker and leaves a database in the user's folders unless told otherwise before."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime
 
 
 def _cuda_session(path: Path, threads: int, graphs: bool) -> Any:

@@ -1,5 +1,6 @@
 """OpenVINO on the CPU (engine `openvino`)."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -26,8 +27,7 @@ class OvEngine:
     def __init__(self, path: Path, opening: Opening) -> None:
         name, cache = opening.name, opening.cache
         with engine_errors(f"engine {name!r} cannot use OpenVINO"):
-            import openvino
-
+            openvino = import_openvino()
             core = openvino.Core()
             hint, remark = arithmetic(opening.precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
         options: dict[str, Any] = {
@@ -77,6 +77,22 @@ class OvEngine:
     def close(self) -> None:
         self._compiled = None
         self._idle.clear()
+
+
+def import_openvino() -> Any:
+    """The module `openvino`, which reports its import to its maker where it finds `openvino_telemetry`.
+
+    It finds none, unless the application has imported that package itself; afterwards anybody can import it again.
+    """
+    hidden = "openvino_telemetry" not in sys.modules
+    if hidden:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # what Python takes for a package that is not there
+    try:
+        import openvino
+    finally:
+        if hidden:
+            sys.modules.pop("openvino_telemetry", None)
+    return openvino
 
 
 def arithmetic(precision: str | None, capabilities: Collection[str]) -> tuple[str, str]:

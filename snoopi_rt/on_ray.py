@@ -1,8 +1,12 @@
 """Many prompts on a Ray cluster: Ray Data hands the rows of a batch to processes that each have the bundle open."""
 
+import atexit
 import json
 import logging
 import os
+import secrets
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,13 +20,32 @@ from snoopi_rt.pipeline import Pipeline, load
 
 
 def start_ray() -> None:
-    """Joins the cluster of $RAY_ADDRESS, else starts one on this machine that ends with this process. Raises EngineError."""
+    """Joins the cluster of $RAY_ADDRESS, else starts one on this machine that ends with this process and leaves nothing behind.
+
+    Raises EngineError.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody unless asked for
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong comes as an exception
     try:
-        ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        ray.init(**_own_cluster(), ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
         raise EngineError(f"Ray cannot start: {str(error).splitlines()[0]}") from error
+
+
+def _own_cluster() -> dict[str, Any]:
+    """What a cluster of this process is started with, so that it leaves nothing behind; empty where it joins one that is running."""
+    if os.environ.get("RAY_ADDRESS") or ray.is_initialized():
+        return {}
+    if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)  # else Ray leaves one in the user's folder
+    folder = tempfile.mkdtemp(prefix="ray-")  # short: the paths of sockets are bounded
+
+    def end() -> None:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(end)
+    return {"_temp_dir": folder}
 
 
 def known(error: RayTaskError) -> BaseException:

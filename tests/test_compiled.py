@@ -17,6 +17,7 @@ from snoopi_rt.cache import Cache
 from snoopi_rt.engines import installed, load_engine, ort
 from snoopi_rt.engines.base import EngineError
 from snoopi_rt.engines.compiled import compiled_name, model_files, processor
+from snoopi_rt.engines.ov import import_openvino
 
 HERE = [name for name in installed() if name in ("cpu", "openvino")]
 GIVEN = {"latent": np.random.RandomState(0).standard_normal((1, 4, 3, 5)).astype(np.float32)}
@@ -208,8 +209,7 @@ print(engine(latent=np.ones((1, 4, 3, 5), np.float32))["image"].mean())
 
 @pytest.mark.skipif("openvino" not in HERE, reason="needs openvino")
 def test_openvinos_own_format_is_kept_too(model: Path) -> None:
-    import openvino
-
+    openvino = import_openvino()
     own = model.with_suffix(".xml")
     openvino.save_model(openvino.Core().read_model(model), own, compress_to_fp16=False)
     expected = run("openvino", own, Cache())

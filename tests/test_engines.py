@@ -1,5 +1,6 @@
 """One contract for every engine that is installed, and the fake."""
 
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from snoopi_rt.bundle import Bundle
 from snoopi_rt.engines import ENGINES, conflict, installed, load_engine
 from snoopi_rt.engines.base import Engine, EngineError, EngineMissing, InputError, engine_errors
 from snoopi_rt.engines.fake import FakeEngine
+from snoopi_rt.engines.ort import import_onnxruntime
 from snoopi_rt.engines.ort_bound import BoundSession
+from snoopi_rt.engines.ov import import_openvino
 
 Functions = dict[str, Callable[..., dict[str, np.ndarray]]]
 
@@ -184,9 +187,19 @@ def test_cuda_is_listed_only_where_its_distribution_is_installed(tmp_path: Path,
     assert "cuda" in installed()
 
 
+@pytest.mark.skipif(set(HERE) < {"cpu", "openvino"}, reason="needs both engines")
+def test_telemetry_that_the_user_has_on_stays_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is off otherwise is told by test_nothing_sent.py."""
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", pytest)
+    import_onnxruntime()
+    import_openvino()
+    assert (os.environ["ORT_DISABLE_TELEMETRY"], sys.modules["openvino_telemetry"]) == ("0", pytest)
+
+
 @pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")
 def test_cuda_without_its_provider_is_missing_and_never_the_cpu_in_silence(original: Bundle) -> None:
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
@@ -249,7 +262,7 @@ def test_importing_the_engines_imports_no_engine(tmp_path: Path) -> None:
 @pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")
 def test_memory_that_is_bound_gives_what_a_plain_call_gives(original: Bundle) -> None:
     """The way of engine `cuda`, on the CPU: shapes come and go, and what was given before stays as it was."""
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
 
     plain = load_engine("cpu", original.folder / "generator.onnx")
     path = str(original.folder / "generator.onnx")
@@ -262,7 +275,7 @@ def test_memory_that_is_bound_gives_what_a_plain_call_gives(original: Bundle) ->
 
 @pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")
 def test_a_model_that_cannot_be_recorded_goes_on_without_graphs(original: Bundle) -> None:
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
 
     plain, opened, threads = load_engine("cpu", original.folder / "generator.onnx"), [], set()
 

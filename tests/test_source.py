@@ -70,6 +70,7 @@ class Hub(ThreadingHTTPServer):
         self.files = {name: data if data in (BIG, FILES["README.md"]) else data + name.encode() for name, data in FILES.items()}
         self.cut, self.cuts, self.broken = 0, 0, ""
         self.sent: list[tuple[str, int, int]] = []
+        self.asked: list[tuple[str, str]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -102,6 +103,7 @@ class HubAnswer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
+        self.server.asked.append((path, self.headers.get("User-Agent", "")))
         if "/absent" in path:
             self.refuse(404, "RepoNotFound")
         elif "/gated" in path:
@@ -168,7 +170,7 @@ except SnoopiError as error:
 assert "torch" not in sys.modules
 """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    clean |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    clean |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache)}
     done = subprocess.run([sys.executable, "-c", program], env=clean | environment, capture_output=True, encoding="utf-8", timeout=60)
     assert done.returncode == 0, done.stderr
     return done
@@ -197,6 +199,13 @@ def test_a_hub_model_is_fetched_by_parts_and_found_again_without_network(hub: Hu
     assert fetch(tmp_path, hub.url, "some/tiny", ("unet",), HF_HUB_OFFLINE="1") == found
     # The bundle's provenance names the commit: with it the same weights are found again.
     assert fetch(tmp_path, hub.url, f"some/tiny@{COMMIT}", HF_HUB_OFFLINE="1") == found
+
+
+@pytest.mark.parametrize("prelude", ["", "import huggingface_hub"])
+def test_the_hub_is_not_told_what_is_installed_here_nor_who_runs_it(hub: Hub, tmp_path: Path, prelude: str) -> None:
+    run(tmp_path, hub.url, "some/tiny", ("unet",), prelude=prelude, AI_AGENT="somebody")
+    assert hub.asked and all(re.match("/(api/models/)?some/tiny/", path) for path, _ in hub.asked)
+    assert not {agent for _, agent in hub.asked if "torch/" in agent or "agent/" in agent}
 
 
 def test_a_file_goes_on_where_its_connection_broke(hub: Hub, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ from snoopi_rt.cache import Cache
 from snoopi_rt.choice import ORDER
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.engines.base import Engine
+from snoopi_rt.engines.ort import import_onnxruntime
+from snoopi_rt.engines.ov import import_openvino
 from snoopi_rt.export.backbones.pixart import size_condition
 from snoopi_rt.export.presets.preset import Preset, override
 from snoopi_rt.export.presets.rows import find_preset
@@ -244,17 +246,13 @@ def unet_peer(
 
 def in_onnxruntime(path: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
     """A session with ONNX Runtime's own choices."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda given: session.run(None, given)[0]
 
 
 def in_openvino(path: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
     """A model compiled with OpenVINO's own choices."""
-    import openvino
-
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+    compiled = import_openvino().Core().compile_model(str(path), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
     return lambda given: compiled(given)[0]
 
 
@@ -271,8 +269,7 @@ def decoders(bundle: Bundle | None, vae: Path, example: np.ndarray) -> Contender
         return torch.inference_mode()(lambda latent: decoder(torch.from_numpy(latent).to(dtype)).numpy())
 
     def in_openvino() -> Decode:
-        import openvino
-
+        openvino = import_openvino()
         with torch.no_grad():
             converted = openvino.convert_model(Decoder(load_module(vae, kind)), example_input=torch.from_numpy(example))
         compiled = openvino.Core().compile_model(converted, "CPU", {"PERFORMANCE_HINT": "LATENCY"})

@@ -1,5 +1,6 @@
 """Where weights come from: a folder in diffusers layout, or a model of the Hugging Face hub, fetched into its download cache."""
 
+import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -73,7 +74,11 @@ def _needed(names: Sequence[str], parts: Sequence[str]) -> list[str]:
 
 
 def _fetch(name: str, revision: str | None, parts: Sequence[str]) -> tuple[Path, str]:
-    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    # Read by the hub's downloader, and by huggingface_hub when it was imported, which the PyTorch side did already.
+    off = os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import constants, get_cached_repo_tree, snapshot_download
+
+    constants.HF_HUB_DISABLE_TELEMETRY |= off == "1"
 
     with _hub_errors(name, revision):
         # The first call also leaves the list of the model's files in the cache, so that what was fetched once is found without network.

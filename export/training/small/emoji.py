@@ -306,7 +306,7 @@ def _fetch(drawing: Drawing, folder: Path) -> Path:
     # A folder of its own, since others may fetch the same package now.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as beside:
         done = subprocess.run(
-            [npm, "pack", f"{drawing.package}@{drawing.version}", "--silent"],
+            [npm, "pack", f"{drawing.package}@{drawing.version}", "--silent", "--no-update-notifier", "--logs-max=0"],
             cwd=beside,
             capture_output=True,
             encoding="utf-8",

@@ -1,14 +1,14 @@
 """An evaluation as one picture: what was asked for, what a negative leaves and keeps, and how that depends on its scale."""
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 
 def plot(document: dict[str, Any], bundles: list[str], path: Path) -> None:
     """Writes the picture of a document that report.evaluate made."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 13), layout="constrained")
+    figure = _figure_class()(figsize=(15, 13), layout="constrained")
     places = figure.subplot_mosaic([["top", "sweeps", "costs"], ["removal"] * 3, ["kept"] * 3])
     top, sweeps, costs, removal, kept = (places[name] for name in ("top", "sweeps", "costs", "removal", "kept"))
     first = document["bundles"][bundles[0]]
@@ -50,3 +50,16 @@ def _bars(axes: Any, figures: dict[str, dict[str, Any] | None], number: int, of:
             axes.plot([place, place], figure["interval"], color="black", linewidth=1)
     axes.set_xticks(range(len(figures)), list(figures), rotation=60, ha="right", fontsize=7)
     axes.set(xlim=(-0.6, len(figures) - 0.4), ylim=(0, 1.1))
+
+
+def _figure_class() -> Any:
+    """Matplotlib's Figure. Its list of fonts, which it would leave in the user's folders, goes to one that is removed."""
+    before = os.environ.get("MPLCONFIGDIR")
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["MPLCONFIGDIR"] = before or scratch
+        try:
+            from matplotlib.figure import Figure
+        finally:
+            if before is None:
+                del os.environ["MPLCONFIGDIR"]
+    return Figure

@@ -1,0 +1,160 @@
+"""No command sends anything or leaves files where nobody asked for them: strace watches each, without a network and with an empty home.
+
+Telemetry of the engines is what this is about: both have it on unless they are told otherwise before they are imported.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import tiny_students
+
+from snoopi_rt.engines import installed
+
+WATCHED = "connect,sendto,sendmsg,sendmmsg,open,openat,creat,mkdir,mkdirat,rename,renameat,renameat2,link,linkat,symlink,symlinkat"
+ALONE = """
+import fcntl, os, socket, struct, sys
+with socket.socket() as any_socket:  # loopback is down in a new network
+    fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14s", b"lo", 0x41, b""))
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+"""A program that runs another where nothing but loopback is reached."""
+UNSHARE = ["unshare", "--net", sys.executable, "-c", ALONE]
+
+
+def _watchable() -> bool:
+    if shutil.which("unshare") is None or shutil.which("strace") is None:
+        return False
+    return subprocess.run([*UNSHARE, "strace", "-f", "-qq", "-o", os.devnull, "true"], capture_output=True, check=False).returncode == 0
+
+
+pytestmark = [
+    pytest.mark.skipif("cpu" not in installed(), reason="ONNX Runtime is not installed"),
+    pytest.mark.skipif(sys.platform != "linux" or not _watchable(), reason="needs strace, and unshare of a network"),
+]
+
+
+class Watched:
+    """A place to run commands in; `problems` are connections to elsewhere, and files that were made outside its folder and cache."""
+
+    def __init__(self, place: Path) -> None:
+        self.here, self.trace = place / "here", place / "trace"
+        self.kept, self.empty = [self.here, place / "cache"], [place / "home", place / "tmp"]
+        for folder in (*self.kept, *self.empty):
+            folder.mkdir()
+        home, temporary = map(str, self.empty)
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_", "HF_"))}
+        self.environment |= {"HOME": home, "TMPDIR": temporary, "SNOOPI_RT_CACHE": str(self.kept[1]), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def run(self, *words: str) -> str:
+        """What the program prints; it must end well."""
+        strace = ["strace", "-f", "-qq", "--seccomp-bpf", "-s", "4096", "-e", f"trace={WATCHED}", "-o", str(self.trace)]
+        done = subprocess.run(
+            [*UNSHARE, *strace, *words], cwd=self.here, env=self.environment, capture_output=True, encoding="utf-8", check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def snoopi(self, *words: str) -> None:
+        """Runs a command and looks at what it did."""
+        self.run(sys.executable, "-m", "snoopi_rt", *words)
+        assert self.problems() == []
+
+    def problems(self) -> list[str]:
+        """The system calls that nobody asked for, and what is left in the folders that must be empty."""
+        calls = self.trace.read_text(errors="replace").splitlines()
+        # torch makes a folder for what it might compile.
+        left = [path for folder in self.empty for path in folder.rglob("*") if not path.name.startswith("torchinductor_")]
+        return [call for call in calls if _sends(call) or self._makes(call)] + [f"left {path}" for path in left]
+
+    def _makes(self, call: str) -> bool:
+        name = re.sub(r"^\d+ +", "", call).partition("(")[0]
+        if " = -1 " in call or (name.startswith("open") and not re.search("O_WRONLY|O_RDWR|O_CREAT", call)) or "(" not in call:
+            return False
+        if name in ("connect", "sendto", "sendmsg", "sendmmsg"):
+            return False
+        made = Path(re.findall(r'"([^"]*)"', call)[-1])
+        # What is temporary must be gone at the end.
+        mine = not made.is_absolute() or any(made.is_relative_to(folder) for folder in (*self.kept, self.empty[1]))
+        return not mine and not made.is_relative_to("/dev") and not made.is_relative_to("/proc")
+
+
+def _sends(call: str) -> bool:
+    """Whether something is said to another machine: not to loopback, nor to a socket of this one."""
+    addresses = re.findall(r'inet_addr\("([^"]*)"\)|inet_pton\(AF_INET6, "([^"]*)"', call)
+    return any(not re.match(r"127\.|::1$|::ffff:127\.", old or new) for old, new in addresses)
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Watched:
+    return Watched(tmp_path)
+
+
+def test_what_is_sent_or_left_is_found(watched: Watched) -> None:
+    for program in (
+        'import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect_ex(("192.0.2.1", 53))',
+        'import pathlib; (pathlib.Path.home() / "id").touch(); (pathlib.Path.home() / "id").unlink()',
+        "import tempfile; tempfile.mkdtemp()",
+    ):
+        watched.run(sys.executable, "-c", program)
+        assert watched.problems()
+
+
+@pytest.mark.parametrize("engine", [name for name in ("cpu", "openvino") if name in installed()])
+def test_drawing_sends_nothing_and_leaves_no_file(watched: Watched, engine: str) -> None:
+    (watched.here / "prompts.txt").write_text("a red fox\nan owl\n")
+    watched.snoopi("generate", "a panda", "--neg", "blurry", "--engine", engine, "-o", "panda.png")
+    watched.snoopi("generate", "--prompts", "prompts.txt", "--out", "pictures", "--engine", engine)
+    watched.snoopi("prompts", "--file", "prompts.txt", "--engine", engine)
+    watched.snoopi("bench", "--runs", "1", "--engine", engine)
+    watched.snoopi("build", "--engine", engine)
+    watched.snoopi("info", "panda.png")
+    watched.snoopi("cache")
+
+
+def test_serving_sends_nothing_and_leaves_no_file(watched: Watched) -> None:
+    pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+    client = """
+import json, signal, subprocess, sys, time, urllib.request
+server = subprocess.Popen([sys.executable, "-m", "snoopi_rt", "serve", "--port", "8123"])
+request = urllib.request.Request(
+    "http://127.0.0.1:8123/v1/images/generations", json.dumps({"prompt": "a fox"}).encode(), {"content-type": "application/json"}
+)
+for _ in range(300):
+    time.sleep(0.1)
+    try:
+        assert b"b64_json" in urllib.request.urlopen(request).read()
+        break
+    except OSError:
+        assert server.poll() is None
+else:
+    raise SystemExit("no picture came")
+server.send_signal(signal.SIGTERM)
+server.wait()
+"""
+    watched.run(sys.executable, "-c", client)
+    assert watched.problems() == []
+
+
+def test_training_and_export_send_nothing_and_leave_no_file(watched: Watched) -> None:
+    (watched.here / "prompts.txt").write_text("a red fox\nan owl\n")
+    tiny_students.stable_diffusion(watched.here / "teacher", "sd21", tiny_vae=True)
+    steps = ["--set", "steps=1", "--set", "batch=2", "--set", "collapse=0"]
+    watched.snoopi("train", "student", "--backbone", "sd21", "--teacher", "teacher", "--prompts", "prompts.txt", "--out", "student", *steps)
+    watched.snoopi("export", "--preset", "pgsb-sd21", "--set", "size=64", "--weights", "student", "--precision", "fp32", "--out", "bundle")
+
+
+def test_on_ray_nothing_is_left() -> None:
+    """Ray itself asks a cloud's own address for its name when it starts: connections are not looked at."""
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    with tempfile.TemporaryDirectory() as place:  # its path is short, as those of sockets must be
+        watched = Watched(Path(place))
+        (watched.here / "prompts.txt").write_text("a red fox\nan owl\n")
+        watched.environment["RAY_ADDRESS"] = ""
+        watched.run(sys.executable, "-m", "snoopi_rt", "generate", "--prompts", "prompts.txt", "--out", "pictures", "--ray")
+        assert [problem for problem in watched.problems() if not _sends(problem)] == []
