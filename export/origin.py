@@ -1,11 +1,13 @@
 """What is exported: a preset with its settings, and where its weights come from."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from snoopi_rt.bundle import Latent
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import Weights, find_backbone
+from snoopi_rt.export.backbones.network import own_side, read_latent
 from snoopi_rt.export.presets.preset import Preset, override
 from snoopi_rt.export.presets.rows import default_preset, find_preset
 from snoopi_rt.export.presets.scheduler_check import check_scheduler
@@ -15,10 +17,11 @@ from snoopi_rt.export.weights.source import find_source
 
 @dataclass(frozen=True)
 class Origin:
-    """A student as it is before export. `provenance`: what a bundle says about it."""
+    """A student as it is before export. `latent`: what its network gives and its decoder takes; `provenance`: what a bundle says of it."""
 
     preset: Preset
     weights: Weights
+    latent: Latent
     licence: str
     provenance: dict[str, str]
 
@@ -72,6 +75,9 @@ def find_origin(
         if hub is None:
             raise InputError(f"backbone {architecture.name} has no tiny decoder: leave --decoder out, or name a folder")
         tiny = find_source(hub, parts=(".",)).folder
+    parts = Weights(source.folder, network, merged, tiny)
+    latent = read_latent(parts, network_part)
+    chosen = _with_own_size(chosen, settings, own_side(parts, network_part), latent.factor, say)
     provenance = {
         "weights": source.name,
         "revision": source.revision or "",
@@ -80,6 +86,14 @@ def find_origin(
         "decoder": "" if tiny is None else decoder,
         "preset": " ".join([row.name, *settings]),
     }
-    return Origin(
-        chosen, Weights(source.folder, network, merged, tiny), licence, {key: value for key, value in provenance.items() if value}
-    )
+    return Origin(chosen, parts, latent, licence, {key: value for key, value in provenance.items() if value})
+
+
+def _with_own_size(preset: Preset, settings: Sequence[str], side: int | None, factor: int, say: Callable[[str], None]) -> Preset:
+    """The preset with the size that the network was made for, `side` latent pixels, unless `settings` name one."""
+    by_hand = {setting.partition("=")[0] for setting in settings}
+    if side is None or side * factor == preset.size or "size" in by_hand:
+        return preset
+    own = side * factor
+    say(f"size {own}x{own}, {side} latent pixels of {factor}: what this network was made for; preset {preset.name} has {preset.size}")
+    return replace(preset, size=own, time_ids=preset.time_ids if "time_ids" in by_hand else ())

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from snoopi_rt import __version__
-from snoopi_rt.bundle import GRAPHS, MANIFEST, Bundle, Latent, Scale, Tile
+from snoopi_rt.bundle import GRAPHS, MANIFEST, Bundle, Scale, Tile
 from snoopi_rt.bundle import Guidance as GuidancePromise
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import EngineMissing, InputError
-from snoopi_rt.export.backbones import FACTOR, Backbone, Student, find_backbone
+from snoopi_rt.export.backbones import Backbone, Student, find_backbone
 from snoopi_rt.export.graphs import cases
 from snoopi_rt.export.graphs.builds import Graph, build, check_precision
 from snoopi_rt.export.graphs.parity import FP32_TOLERANCE, LATENT_TOLERANCE, PICTURE_TOLERANCE, Arrays, View, rms
@@ -35,8 +35,9 @@ TEXT_CASES = 2
 DECODER_CASES = 4
 TINY = 10_000_000
 """Parameters; TAESD has 1.2 million in its decoder, AutoencoderKL 49."""
-TILE = Tile(size=64, overlap=16)
-"""AutoencoderKL needs 2.6 GB of activations for 512 x 512 pixels, and four times that for twice the sides."""
+TILE, OVERLAP = 512, 16
+"""Pixels a side of a tile: AutoencoderKL needs 2.6 GB of activations for 512 x 512, and four times that for twice the sides. And how many
+latent pixels two tiles share: what a decoder sees around one is counted in those."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ class Plan:
     def of(cls, origin: Origin, wishes: Wishes) -> "Plan":
         """The plan; raises InputError for names that are not known and sizes that cannot be, EngineMissing where nothing can measure."""
         backbone, preset = find_backbone(origin.preset.backbone), origin.preset
-        sizes = wishes.sizes or ((preset.size, preset.size),)
+        sizes, multiple = wishes.sizes or ((preset.size, preset.size),), backbone.multiple * origin.latent.factor
         for height, width in sizes:
-            if height % backbone.side or width % backbone.side or min(height, width) <= 0:
-                raise InputError(f"size {width}x{height}: the sides of {backbone.name} are multiples of {backbone.side} pixels")
+            if height % multiple or width % multiple or min(height, width) <= 0:
+                raise InputError(f"size {width}x{height}: the sides of {backbone.name} are multiples of {multiple} pixels")
         precision = {graph: wishes.precision.get(graph, [backbone.precision[graph]]) for graph in GRAPHS}
         engines = tuple(name for name in installed() if name in MEASURED_ON)
         if not engines:
@@ -147,7 +148,7 @@ def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[
         backbone=plan.backbone.name,
         licence=plan.origin.licence,
         text=text,
-        latent=Latent(student.channels, FACTOR),
+        latent=plan.origin.latent,
         sizes=plan.sizes,
         max_batch=max(1, MAX_PIXELS // max(height * width for height, width in plan.sizes)),
         guidance=GuidancePromise(kind.kind, Scale(kind.default_scale, 0.0, kind.max_scale), dict(kind.fixed)),
@@ -161,9 +162,9 @@ def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[
 def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Mapping[str, dict[str, Tensor]]) -> Iterator[Graph]:
     """What there is to build, one after the other, so that what one needs is gone before the next."""
     wishes, backbone = plan.wishes, plan.backbone
-    height, width = plan.sizes[0]
-    latent, steps = (student.channels, height // FACTOR, width // FACTOR), len(plan.origin.preset.rule.steps)
-    given = cases.generator_cases(states, plan.guidance, latent, steps, backbone.masks)
+    (height, width), latent = plan.sizes[0], plan.origin.latent
+    shape, steps = (latent.channels, height // latent.factor, width // latent.factor), len(plan.origin.preset.rule.steps)
+    given = cases.generator_cases(states, plan.guidance, shape, steps, backbone.masks)
     reference = student.reference(plan.guidance, states[""]["states"])
     latents = [_run(reference, case) for case in tqdm(given.scored, desc="reference", unit="case", leave=False)]
     if not all(latent.isfinite().all() for latent in latents):
@@ -238,7 +239,8 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
 
 def _tile(plan: Plan, student: Student) -> Tile | None:
     """The tiles in which large pictures are decoded, unless the decoder is a tiny one."""
-    return TILE if _large(student.decoder) and max(max(size) for size in plan.sizes) > TILE.size * FACTOR else None
+    size = TILE // plan.origin.latent.factor
+    return Tile(size, min(OVERLAP, size // 2)) if _large(student.decoder) and max(map(max, plan.sizes)) > TILE else None
 
 
 def _large(decoder: nn.Module) -> bool:

@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+_LFS = b"version https://git-lfs.github.com/spec/"
+
 
 def write_whole(path: Path, data: bytes, durable: bool = False) -> None:
     """Writes the file so that nobody ever sees a part of it; `durable` also survives a power cut. Raises OSError."""
@@ -63,3 +65,9 @@ def _check_regular(status: os.stat_result, path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", os.fspath(path))
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether the file is what a clone without git-lfs has in the place of a large one. Raises OSError."""
+    with open_regular(path) as file:
+        return file.read(len(_LFS)) == _LFS

@@ -15,16 +15,19 @@ DIGITS = 40
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
-def parse_json(data: bytes | str, nan_is_null: bool = False) -> Any:
-    """What the JSON text says. `nan_is_null`: NaN, which JSON does not have and pandas writes, counts as null.
+def parse_json(data: bytes | str, nan_is_null: bool = False, infinity: bool = False) -> Any:
+    """What the JSON text says. `nan_is_null`: NaN, which JSON does not have and pandas writes, counts as null; `infinity` is read too.
 
     Raises ValueError, in one line, for what is no JSON in UTF-8, a key that an object has twice, a nesting beyond DEPTH, a number beyond
     DIGITS or a float's range, NaN, infinity, and text that is not Unicode.
     """
 
-    def constant(name: str) -> None:
+    def constant(name: str) -> float | None:
+        if infinity and name != "NaN":
+            return float(name)
         if name != "NaN" or not nan_is_null:
             raise ValueError(f"{name} is not a number")
+        return None
 
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")

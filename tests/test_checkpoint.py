@@ -259,9 +259,9 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(name: str, kind: type, t
 
 def test_files_that_are_not_weights_are_one_clear_line(unet: Path, tmp_path: Path) -> None:
     for name, data, told in [
-        ("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "not a whole safetensors file"),
+        ("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer and not the file itself"),
         ("cut.safetensors", (unet / UNET).read_bytes()[:-10], "not a whole safetensors file"),
-        ("empty.bin", b"", "not a plain state dict"),
+        ("empty.bin", b"", "empty.bin is empty"),
         ("network.ckpt", b"", "must end in"),
     ]:
         (tmp_path / name).write_bytes(data)
@@ -283,5 +283,5 @@ def test_folders_that_are_not_the_part_are_one_clear_line(unet: Path, tmp_path: 
     with pytest.raises(InputError, match="no weights in"):
         load_module(unet, UNet2DConditionModel)
     (unet / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config.json cannot be read"):
+    with pytest.raises(InputError, match=r"config.json is damaged or cut short, it is no JSON"):
         load_module(unet, UNet2DConditionModel)

@@ -152,6 +152,9 @@ def test_the_command_that_exports_a_student_says_where_it_differs_from_its_prese
     assert reads("sd15") == "pgsb-sd15 --set size=64"
     assert reads("pixart", timestep=200).startswith("pgsb-pixart --set timestep=200 --set alpha=0.")
     assert reads("sd21").startswith("pgsb-sd21 --set prediction=v --set size=64")
+    tiny_students.pixart(tmp_path / "coarse", num_layers=1, tiny_vae=True, factor=16, use_additional_conditions=True)
+    coarse = Task("pixart", tmp_path / "coarse", teachers / "prompts.txt", tmp_path / "coarse-student")
+    assert train(coarse, replace(TINY, steps=1)).endswith(" --set size=128")
 
 
 def test_a_lora_student_is_merged_into_weights_of_the_teachers_form(teachers: Path, tmp_path: Path) -> None:

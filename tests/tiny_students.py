@@ -28,12 +28,21 @@ SCHEDULERS = {
 
 
 def pixart(
-    folder: Path, sample_size: int = 8, scaling: float = 0.18215, tiny_vae: bool = False, prediction: str = "epsilon", **config: Any
+    folder: Path,
+    sample_size: int = 8,
+    scaling: float = 0.18215,
+    tiny_vae: bool = False,
+    prediction: str = "epsilon",
+    factor: int = 8,
+    **config: Any,
 ) -> Path:
-    """PixArt alpha; with `sample_size` 128 as its 1024 models, conditioned on resolution and aspect ratio."""
+    """PixArt alpha; with `sample_size` 128 as its 1024 models, conditioned on resolution and aspect ratio. `factor`: of a tiny vae."""
     network = pixart_network(sample_size, **config)
     network.save_pretrained(folder / "transformer")
-    _vae(folder / "vae", scaling, tiny_vae)
+    if tiny_vae:
+        tiny_autoencoder(folder / "vae", factor)
+    else:
+        _vae(folder / "vae", scaling, False)
     t5(folder / "text_encoder", 24)
     t5_tokenizer(folder / "tokenizer")
     _scheduler(folder, "pixart", prediction)
@@ -163,13 +172,15 @@ def t5(folder: Path, width: int) -> Path:
     return folder
 
 
-def tiny_autoencoder(folder: Path) -> Path:
-    """A decoder in the layout of TAESD."""
+def tiny_autoencoder(folder: Path, factor: int = 8) -> Path:
+    """A decoder in the layout of TAESD, with a stage for each power of two in `factor`."""
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
+    stages = factor.bit_length()
+    widths, blocks = (8,) * stages, (1,) * stages
     vae = AutoencoderTiny(
-        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, num_encoder_blocks=blocks, num_decoder_blocks=blocks
     )
     # Else its pictures are black for the most part.
     nn.init.normal_(vae.decoder.layers[-1].weight, std=0.3)

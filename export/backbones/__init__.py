@@ -45,7 +45,6 @@ class Student:
     reference: Callable[[Guidance, Tensor], nn.Module]
     decoder: nn.Module
     write_tokenizer: Callable[[Path], Text]
-    channels: int
     tensor_of: Callable[[str], Tensor] | None = None
 
 
@@ -64,9 +63,10 @@ class PromptEncoder:
 class Denoiser:
     """A backbone's network as training sees it. `kind`: its diffusers class, whose weights lie in the folder `part`.
 
-    answer(network, x_t, t, states, mask, negative): what it says of x_t (B, C, h, w) at t (B,), (B, C, h, w), its variance left out.
+    answer(network, x_t, t, states, mask, negative, size): what it says of x_t (B, C, h, w) at t (B,), (B, C, h, w), its variance left out.
     states (B, T, D) are a PromptEncoder's, mask (B, T) bool or None; negative: states (B, U, D), mask and scale (B,), for a network with
-    GuidedAttention, or None. lora_targets: the layers that a LoRA adapts. timestep: what a student is fed where nothing is said.
+    GuidedAttention, or None; size: the image's height and width, on which some networks are conditioned. lora_targets: the layers that a
+    LoRA adapts. timestep: what a student is fed where nothing is said.
     prompt_encoder(folder, max_tokens): that of a teacher's folder.
     """
 
@@ -83,14 +83,14 @@ class Denoiser:
 class Backbone:
     """One architecture. `module` has `load(weights, preset, sizes) -> Student` and, where it can be trained, `DENOISER`.
 
-    side: what the sides of an image are multiples of. masks: the graph takes token masks, so that prompts of different lengths share a
+    multiple: what the sides of a latent are multiples of. masks: the graph takes token masks, so that prompts of different lengths share a
     batch. precision: what each graph is exported in where nothing is said. tiny_decoder: hub id of its TAESD. opset: see graph.py.
     """
 
     name: str
     module: str
     parts: tuple[str, ...]
-    side: int
+    multiple: int
     precision: dict[str, str]
     tiny_decoder: str | None = None
     masks: bool = False
@@ -111,8 +111,6 @@ class Backbone:
         return import_module(f"snoopi_rt.export.backbones.{self.module}")
 
 
-FACTOR = 8
-"""Pixels a latent pixel: the same for every autoencoder here."""
 TRAINED = ("small", "pixart", "sd15", "sd21")
 _AUTO = {"text_encoder": "fp16", "generator": "auto", "decoder": "auto"}
 _CLIP = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -120,18 +118,18 @@ _CLIP = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 BACKBONES = {
     backbone.name: backbone
     for backbone in (
-        Backbone("small", "small", ("transformer", "vae"), FACTOR * 2, dict.fromkeys(_AUTO, "fp16"), masks=True, opset=20),
+        Backbone("small", "small", ("transformer", "vae"), 2, dict.fromkeys(_AUTO, "fp16"), masks=True, opset=20),
         Backbone(
             "pixart",
             "pixart_alpha",
             ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
-            FACTOR * 2,
+            2,
             {**_AUTO, "text_encoder": "int8-weights"},
             "madebyollin/taesd",
         ),
-        Backbone("sd15", "stable_diffusion", _CLIP, FACTOR * 8, _AUTO, "madebyollin/taesd"),
-        Backbone("sd21", "stable_diffusion", _CLIP, FACTOR * 8, _AUTO, "madebyollin/taesd"),
-        Backbone("sdxl", "stable_diffusion", (*_CLIP, "text_encoder_2", "tokenizer_2"), FACTOR * 8, _AUTO, "madebyollin/taesdxl"),
+        Backbone("sd15", "stable_diffusion", _CLIP, 8, _AUTO, "madebyollin/taesd"),
+        Backbone("sd21", "stable_diffusion", _CLIP, 8, _AUTO, "madebyollin/taesd"),
+        Backbone("sdxl", "stable_diffusion", (*_CLIP, "text_encoder_2", "tokenizer_2"), 8, _AUTO, "madebyollin/taesdxl"),
     )
 }
 

@@ -1,16 +1,20 @@
-"""What the loaders of public checkpoints share: the network with its LoRAs, and the decoder."""
+"""What the loaders of public checkpoints share: the network with its LoRAs, the decoder, and the latents between them."""
 
-import json
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
+from snoopi_rt.bundle import Latent
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import Weights
 from snoopi_rt.export.decoder import Decoder
 from snoopi_rt.export.presets.preset import Preset
-from snoopi_rt.export.weights.checkpoint import load_module
+from snoopi_rt.export.weights.checkpoint import config_path, load_module, without_weights
 from snoopi_rt.export.weights.files import CONFIG
 from snoopi_rt.export.weights.lora import merge_lora
+from snoopi_rt.export.weights.text_files import read_json
 
 
 def load_network(weights: Weights, kind: type, part: str) -> nn.Module:
@@ -23,20 +27,66 @@ def load_network(weights: Weights, kind: type, part: str) -> nn.Module:
 
 def load_decoder(weights: Weights, preset: Preset) -> Decoder:
     """The decoder of whichever autoencoder the folder holds. Raises InputError for another one and for a scale other than the preset's."""
-    from diffusers import AutoencoderKL, AutoencoderTiny
-
-    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     folder = weights.decoder or weights.folder / "vae"
-    try:
-        name = json.loads((folder / CONFIG).read_text()).get("_class_name")
-    except (OSError, ValueError) as error:
-        raise InputError(f"no {CONFIG} of a vae in {folder}") from error
-    if name not in kinds:
-        raise InputError(f"the vae in {folder} is {name}, supported are {', '.join(kinds)}")
-    vae = load_module(folder, kinds[name])
+    kind, _ = _autoencoder(folder)
+    vae = load_module(folder, kind)
     scale = vae.config.scaling_factor
-    if name == "AutoencoderKL" and abs(scale - preset.vae_scaling) > 1e-5:
+    if kind.__name__ == "AutoencoderKL" and abs(scale - preset.vae_scaling) > 1e-5:
         raise InputError(
             f"the vae in {folder} has scaling_factor {scale}, preset {preset.name} says {preset.vae_scaling}: --set vae_scaling={scale}"
         )
     return Decoder(vae)
+
+
+def read_latent(weights: Weights, part: str) -> Latent:
+    """The latents that the network in the folder `part` gives and the decoder takes, by their configs: no weights are read.
+
+    Raises InputError where the two do not fit, or where `weights.decoder` makes larger or smaller pictures than the weights' own vae.
+    """
+    own, folder = weights.folder / "vae", weights.decoder or weights.folder / "vae"
+    latent = _decoder_latent(folder)
+    channels = _network_config(weights, part).get("in_channels", latent.channels)
+    if channels != latent.channels:
+        raise InputError(
+            f"the vae in {folder} takes latents of {latent.channels} channels, the network gives {channels}: "
+            "choose the one that it was trained with"
+        )
+    if folder != own and (own / CONFIG).is_file() and (before := _decoder_latent(own).factor) != latent.factor:
+        raise InputError(f"the vae in {folder} makes {latent.factor} pixels a side of a latent pixel, the weights' own makes {before}")
+    return latent
+
+
+def own_side(weights: Weights, part: str) -> int | None:
+    """The sides in latent pixels that the network was made for; None where its config does not say, or names two."""
+    side = _network_config(weights, part).get("sample_size")
+    return side if type(side) is int and side > 0 else None
+
+
+def _network_config(weights: Weights, part: str) -> dict[str, Any]:
+    return read_json(config_path(weights.folder / part, weights.network))
+
+
+@torch.no_grad()
+def _decoder_latent(folder: Path) -> Latent:
+    """What the decoder takes and how much larger its pictures are, found by running it on the meta device."""
+    kind, config = _autoencoder(folder)
+    side = 8
+    with torch.device("meta"):
+        vae = without_weights(kind, config, folder / CONFIG)
+        channels = vae.config.latent_channels
+        _, colours, height, width = Decoder(vae).pixels(torch.empty(1, channels, side, side)).shape
+    if colours != 3 or height != width or height % side:
+        raise InputError(f"the vae in {folder} makes {width}x{height} pixels in {colours} channels of {side}x{side} latent pixels")
+    return Latent(channels, height // side)
+
+
+def _autoencoder(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The class and the config of the autoencoder in the folder."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    config = read_json(folder / CONFIG)
+    name = str(config.get("_class_name"))
+    if name not in kinds:
+        raise InputError(f"the vae in {folder} is {name}, supported are {', '.join(kinds)}")
+    return kinds[name], config

@@ -61,12 +61,11 @@ def pixart_answer(
 ) -> Tensor:
     """What the network says of x_t (B, C, h, w), without the variance that it may have learned; see Denoiser.
 
-    `size`: the image's height and width where they are not those of the latent times 8.
+    `size`: the image's height and width; only the 1024 models are conditioned on it.
     """
     if negative is not None and network.caption_projection is not None:
         negative = network.caption_projection(negative[0]), *negative[1:]
-    height, width = size or (x_t.shape[2] * 8, x_t.shape[3] * 8)
-    condition = size_condition(network, (height, width), len(x_t))
+    condition = size_condition(network, size, len(x_t))
     return network(
         x_t,
         encoder_hidden_states=states,
@@ -235,10 +234,11 @@ class Positions(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], -1)
 
 
-def size_condition(network: PixArtTransformer2DModel, size: tuple[int, int], batch: int) -> dict[str, Tensor | None]:
+def size_condition(network: PixArtTransformer2DModel, size: tuple[int, int] | None, batch: int) -> dict[str, Tensor | None]:
     """What the 1024 models of PixArt-alpha are conditioned on besides the timestep: resolution (B, 2) and aspect ratio (B, 1)."""
     if not network.config.use_additional_conditions:
         return {"resolution": None, "aspect_ratio": None}
+    assert size is not None, "this network is conditioned on the size of the image"
     resolution = torch.tensor([size], dtype=torch.float32)
     return {"resolution": resolution.expand(batch, -1), "aspect_ratio": (resolution[:, :1] / resolution[:, 1:]).expand(batch, -1)}
 

@@ -39,7 +39,6 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         reference=lambda guidance, empty: GuidedPixArt(network, preset.rule, guidance, empty, sizes[0]),
         decoder=load_decoder(weights, preset),
         write_tokenizer=prompts.write_tokenizer,
-        channels=network.config.in_channels,
         tensor_of=tensor_of,
     )
 

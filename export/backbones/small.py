@@ -54,7 +54,6 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         reference=lambda guidance, empty: GuidedPixArt(network, preset.rule, guidance, empty, sizes[0]),
         decoder=load_decoder(weights, preset),
         write_tokenizer=prompt_encoder(weights.folder, preset.max_tokens).write_tokenizer,
-        channels=network.config.in_channels,
     )
 
 

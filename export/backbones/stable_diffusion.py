@@ -44,7 +44,6 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         reference=lambda guidance, empty: GuidedUNet(network, preset.rule, guidance, empty, time_ids),
         decoder=load_decoder(weights, preset),
         write_tokenizer=lambda path: clip_rule(weights.folder / "tokenizer", path),
-        channels=network.config.in_channels,
     )
 
 

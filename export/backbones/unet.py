@@ -65,7 +65,7 @@ class GuidedUNet(nn.Module):
 
         def network(step: int, latent: Tensor) -> Tensor:
             t = torch.full((len(noise),), self.rule.steps[step].timestep)
-            return unet_answer(self.network, latent, t, prompt_states, None, negative, added)
+            return unet_answer(self.network, latent, t, prompt_states, None, negative, added=added)
 
         return self.rule.run(network, noise, renoise)
 
@@ -77,9 +77,10 @@ def unet_answer(
     states: Tensor,
     mask: None,
     negative: tuple[Tensor, Tensor | None, Tensor] | None,
+    size: tuple[int, int] | None = None,
     added: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """What the network says of x_t (B, C, h, w); see Denoiser. `added`: SDXL's pooled states and image size."""
+    """What the network says of x_t (B, C, h, w); see Denoiser. `added`: SDXL's pooled states and image size, in place of `size`."""
     return network(
         x_t,
         t,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.export.backbones import FACTOR, Denoiser, find_backbone
+from snoopi_rt.export.backbones import Denoiser, find_backbone
 from snoopi_rt.export.presets.preset import written
 from snoopi_rt.export.presets.rows import PRESETS
 from snoopi_rt.export.training import loop
@@ -47,7 +47,7 @@ def _preset(distillation: Distillation) -> str:
     """The preset by which export reads the student, with the settings in which the student differs from it."""
     rule, preset = distillation.rule, PRESETS[own_preset(distillation.task.backbone)]
     wanted = {"timestep": rule.timestep, "prediction": rule.prediction, "alpha": rule.alpha, "sigma": rule.sigma}
-    wanted |= {"size": FACTOR * distillation.shape[-1], "vae_scaling": distillation.preset.vae_scaling}
+    wanted |= {"size": distillation.size[0], "vae_scaling": distillation.preset.vae_scaling}
     own = {name: getattr(preset.rule if hasattr(preset.rule, name) else preset, name) for name in wanted}
     given = [f"--set {name}={written(value)}" for name, value in wanted.items() if not _same(value, own[name])]
     return " ".join([preset.name, *given])

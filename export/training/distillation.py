@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.attention import GuidedAttention, PlainAttention
 from snoopi_rt.export.backbones import Denoiser, Weights
-from snoopi_rt.export.backbones.network import load_decoder
+from snoopi_rt.export.backbones.network import load_decoder, read_latent
 from snoopi_rt.export.guidance import find_guidance
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.presets.rows import PRESETS
@@ -35,7 +34,8 @@ from snoopi_rt.export.training.teacher_pictures import TeacherPictures
 from snoopi_rt.export.training.teachers import Teachers, with_lora, without_adapters
 from snoopi_rt.export.training.text_states import Text, joined, states_key
 from snoopi_rt.export.weights.checkpoint import load_module
-from snoopi_rt.export.weights.files import fingerprint
+from snoopi_rt.export.weights.files import CONFIG, fingerprint
+from snoopi_rt.export.weights.text_files import read_json
 from snoopi_rt.kernels import attention, fused_attention
 
 SHORT = 256
@@ -59,6 +59,8 @@ class Distillation:
         # The masters are made of what the files hold, before it is rounded.
         self.student, teacher = self._network(task.student or task.teacher, torch.float32), self._network(task.teacher, self.dtype)
         self.shape = (teacher.config.in_channels, *[teacher.config.sample_size] * 2)
+        factor = read_latent(Weights(task.teacher), denoiser.part).factor
+        self.size = (factor * self.shape[1], factor * self.shape[2])
         if recipe.student_rank:
             with_lora(self.student, denoiser.lora_targets, recipe.student_rank, 2 * recipe.student_rank)
         else:
@@ -292,7 +294,7 @@ class Distillation:
         return wanted, nothing
 
     def say(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Text, negative: tuple | None = None) -> Tensor:
-        return self._answer(network, x_t.to(self.dtype), t, text.states, text.mask, negative).float()
+        return self._answer(network, x_t.to(self.dtype), t, text.states, text.mask, negative, self.size).float()
 
     def _network(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         network = load_module(folder / self.denoiser.part, self.denoiser.kind, dtype=dtype)
@@ -327,10 +329,7 @@ def own_preset(backbone: str) -> str:
 
 def _with_own_vae(preset: Preset, teacher: Path) -> Preset:
     """The preset with the scale of the teacher's own autoencoder: PixArt alpha's and sigma's differ."""
-    try:
-        config = json.loads((teacher / "vae" / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{teacher / 'vae'} is no vae of a diffusers folder") from error
+    config = read_json(teacher / "vae" / CONFIG)
     # AutoencoderTiny reads the scaled latent itself.
     own = config.get("scaling_factor") if config.get("_class_name") == "AutoencoderKL" else None
     return replace(preset, vae_scaling=own or preset.vae_scaling)

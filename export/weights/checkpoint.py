@@ -1,6 +1,5 @@
 """Weights on disk into torch modules, strictly: a part of a diffusers folder, or a network's weights from a file beside it."""
 
-import json
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.weights.files import CONFIG
 from snoopi_rt.export.weights.source import weight_files
+from snoopi_rt.export.weights.text_files import check_file, read_json
 
 # The first PixArt checkpoints name the class that diffusers then had, and hold a tensor that only training used.
 _FORMER_CLASSES = {"Transformer2DModel": "PixArtTransformer2DModel"}
@@ -30,10 +30,26 @@ def load_module(folder: Path, kind: type, weights_file: Path | None = None, dtyp
     from diffusers import ModelMixin
 
     weights = weights_file or folder
-    config = _read_config(weights if (weights / CONFIG).is_file() else folder, kind)
+    path = config_path(folder, weights_file)
+    config = _read_config(path, kind)
     loaded = _read_folder(weights) if weights.is_dir() else read_weights(weights)
     load = _load_diffusers if issubclass(kind, ModelMixin) else _load_transformers
-    return load(kind, config, loaded, weights, dtype).eval().requires_grad_(False)
+    return load(kind, config, path, loaded, weights, dtype).eval().requires_grad_(False)
+
+
+def config_path(folder: Path, weights_file: Path | None = None) -> Path:
+    """The config of a part of a model: that of the folder with its weights where there is one. It need not be there."""
+    return (weights_file if weights_file is not None and (weights_file / CONFIG).is_file() else folder) / CONFIG
+
+
+def without_weights(kind: Any, config: dict, path: Path) -> nn.Module:
+    """A module of a diffusers class whose parameters have no values of their own yet. Raises InputError for a config that makes none."""
+    try:
+        with _quiet():
+            return kind.from_config(config)
+    # What a constructor makes of a value that it does not know differs by class.
+    except Exception as error:
+        raise InputError(f"{path} does not describe a {kind.__name__}: {_first_line(error)}") from error
 
 
 def read_weights(file: Path) -> dict[str, Any]:
@@ -42,6 +58,7 @@ def read_weights(file: Path) -> dict[str, Any]:
         raise InputError(f"no weights file {file}")
     if file.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
         raise InputError(f"weights file {file} must end in .safetensors, .bin, .pt or .pth")
+    check_file(file)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -60,12 +77,12 @@ def first_few(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _load_diffusers(kind: Any, config: dict, loaded: Mapping, weights: Path, dtype: torch.dtype) -> nn.Module:
+def _load_diffusers(kind: Any, config: dict, path: Path, loaded: Mapping, weights: Path, dtype: torch.dtype) -> nn.Module:
     from accelerate import init_empty_weights
 
     # Only parameters stay empty: buffers that no file holds, such as PixArt's positions, are computed by the constructor.
-    with init_empty_weights(), _quiet():
-        module = kind.from_config(config)
+    with init_empty_weights():
+        module = without_weights(kind, config, path)
     tensors = _find_network(loaded, set(module.state_dict()), weights)
     module._fix_state_dict_keys_on_load(tensors)
     want = {name: tensor.shape for name, tensor in module.state_dict().items()}
@@ -77,11 +94,18 @@ def _load_diffusers(kind: Any, config: dict, loaded: Mapping, weights: Path, dty
     return module
 
 
-def _load_transformers(kind: Any, config: dict, loaded: Mapping, weights: Path, dtype: torch.dtype) -> nn.Module:
+def _load_transformers(kind: Any, config: dict, path: Path, loaded: Mapping, weights: Path, dtype: torch.dtype) -> nn.Module:
     with _quiet():
+        try:
+            described = kind.config_class.from_dict(config)
+            with torch.device("meta"):
+                kind(described)
+        # As above: what a constructor makes of a value that it does not know differs by class.
+        except Exception as error:
+            raise InputError(f"{path} does not describe a {kind.__name__}: {_first_line(error)}") from error
         module, found = kind.from_pretrained(
             None,
-            config=kind.config_class.from_dict(config),
+            config=described,
             state_dict=next(_state_dicts(loaded), {}),
             dtype=dtype,
             output_loading_info=True,
@@ -101,6 +125,10 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def _require_fit(kind: type, weights: Path, missing: Collection[str], unexpected: Collection[str], reshaped: Iterable[tuple]) -> None:
     shapes = [f"{name} {tuple(have)} not {tuple(want)}" for name, have, want in reshaped]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
@@ -108,19 +136,15 @@ def _require_fit(kind: type, weights: Path, missing: Collection[str], unexpected
         raise InputError(f"weights {weights} do not fit {kind.__name__}: keys {'; '.join(told)}; choose the backbone that they belong to")
 
 
-def _read_config(folder: Path, kind: Any) -> dict:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"no {CONFIG} in {folder}: it is not a part of a diffusers model") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+def _read_config(path: Path, kind: Any) -> dict:
+    if not path.exists():
+        raise InputError(f"no {CONFIG} in {path.parent}: it is not a part of a diffusers model")
+    config = read_json(path)
     # diffusers names the class in a config, transformers the architecture that several classes share.
     architecture = getattr(kind, "config_class", None)
     found, want = (config.get("model_type"), architecture.model_type) if architecture else (config.get("_class_name"), kind.__name__)
-    if _FORMER_CLASSES.get(found, found) != want:
-        raise InputError(f"{folder} holds a {found}, not a {want}: choose the backbone that it belongs to")
+    if _FORMER_CLASSES.get(str(found), found) != want:
+        raise InputError(f"{path.parent} holds a {found}, not a {want}: choose the backbone that it belongs to")
     return config
 
 
@@ -139,10 +163,10 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 
 def _listed(index: Path) -> set[str]:
     """The files that the index of a checkpoint in parts names."""
-    try:
-        return set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is no index of weights: fetch the folder again") from error
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{index} is no index of weights: it has no weight_map of file names; fetch it again")
+    return set(names.values())
 
 
 def _find_network(loaded: Mapping, want: set[str], source: Path) -> dict[str, Tensor]:

@@ -1,0 +1,51 @@
+"""The small files beside weights (configs, indexes, tokenizers), read with the care that weights get: each error names file and flaw."""
+
+from pathlib import Path
+from typing import Any
+
+from snoopi_rt import json_reader
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.files import is_lfs_pointer, read_bounded, reason
+
+LARGEST = 2**26
+"""Bytes: tokenizers have up to 20 MB, the index of a large checkpoint 2 MB."""
+
+
+def check_file(path: Path) -> Path:
+    """The path of a file that is there, can be read and is not empty. Raises InputError, also for a git-lfs pointer."""
+    try:
+        if is_lfs_pointer(path):
+            raise InputError(f"{path} is a git-lfs pointer and not the file itself: run `git lfs pull` in its clone, or fetch it again")
+        if not path.stat().st_size:
+            raise InputError(f"{path} is empty: fetch it again")
+    except FileNotFoundError:
+        raise InputError(f"no {path.name} in {path.parent}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {reason(error)}") from error
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, which is UTF-8 whatever the locale. Raises InputError, also for other JSON."""
+    try:
+        data = read_bounded(check_file(path), LARGEST)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {reason(error)}") from error
+    return parse_json(data, path)
+
+
+def parse_json(data: bytes | str, where: object) -> dict[str, Any]:
+    """The JSON object that the text is; `where` names it in errors. Infinity may stand in it, as in diffusers' files of schedulers.
+
+    Raises InputError.
+    """
+    try:
+        document = json_reader.parse_json(data, infinity=True)
+    except ValueError as error:
+        raise InputError(f"{where} is damaged or cut short, it is no JSON ({error}): fetch it again") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{where} holds {_KINDS.get(type(document), 'a number')} and not a JSON object: fetch it again")
+    return document
+
+
+_KINDS = {list: "a list", str: "a string", type(None): "null", bool: "a truth value"}
