@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from snoopi_rt import __version__
-from snoopi_rt.bundle import GRAPHS, MANIFEST, Bundle, Scale, Tile
+from snoopi_rt.bundle import GRAPHS, MANIFEST, Bundle, Scale, Tile, Vocabulary
 from snoopi_rt.bundle import Guidance as GuidancePromise
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import EngineMissing, InputError
@@ -23,6 +23,7 @@ from snoopi_rt.export.graphs.builds import Graph, build, check_precision
 from snoopi_rt.export.graphs.parity import FP32_TOLERANCE, LATENT_TOLERANCE, PICTURE_TOLERANCE, Arrays, View, rms
 from snoopi_rt.export.guidance import Guidance, find_guidance
 from snoopi_rt.export.origin import Origin
+from snoopi_rt.files import hidden
 from snoopi_rt.manifest import text_rule
 from snoopi_rt.prompts import write_prompts
 from snoopi_rt.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ class Wishes:
     """What a user may choose of a bundle. `precision`: names by graph, in the order of preference; none: the backbone's.
 
     `sizes`: (height, width), the first is the default; none: the preset's. `prompts`: those whose states the bundle carries;
-    `prompts_only` leaves the text encoder out.
+    `prompts_only` leaves the text encoder out. `vocabulary`, `examples`: as in Bundle; none: the student's.
     """
 
     guidance: str = "nasa"
@@ -55,6 +56,8 @@ class Wishes:
     prompts: tuple[str, ...] = ()
     prompts_only: bool = False
     force: bool = False
+    vocabulary: Vocabulary | None = None
+    examples: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         find_guidance(self.guidance)
@@ -102,12 +105,12 @@ def export(origin: Origin, out: Path, wishes: Wishes | None = None, say: Callabl
     plan = Plan.of(origin, wishes or Wishes())
     check_out(out, plan.wishes.force)
     student = plan.backbone.load(origin.weights, origin.preset, plan.sizes)
-    beside = out.with_name(f".{out.name}.part")
+    beside = hidden(out, ".part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         _fill(beside, out.name, plan, student, say).save(beside)
-        old = out.with_name(f".{out.name}.old")
+        old = hidden(out, ".old")
         shutil.rmtree(old, ignore_errors=True)
         if out.exists():
             out.replace(old)
@@ -156,6 +159,8 @@ def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[
         graphs=graphs,
         prompts=prompts,
         tile=_tile(plan, student),
+        vocabulary=plan.wishes.vocabulary or student.vocabulary,
+        examples=plan.wishes.examples or (() if plan.wishes.prompts_only else student.examples),
     )
 
 

@@ -144,7 +144,9 @@ def draw_together(pipe: Pipeline, batch: Batch, jobs: list[Job]) -> list[Drawn]:
     try:
         results = pipe.generate(**columns([job for _, job in jobs]), size=batch.size, truncate=batch.truncate).split()
         found = [(row, result.images[0], result.metadata(0)) for (row, _), result in zip(jobs, results, strict=True)]
-        return [Drawn(row, image.encode(picture, batch.format, metadata), metadata) for row, picture, metadata in found]
+        return [
+            Drawn(row, image.encode(picture, image.FORMATS[f".{batch.format}"], metadata), metadata) for row, picture, metadata in found
+        ]
     except (InputError, OutputError) as error:
         if len(jobs) == 1:
             return [Drawn(jobs[0][0], error=str(error))]

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from snoopi_rt.engines.base import EngineError
 from snoopi_rt.pipeline import STAGES, Pipeline, open_pipeline
 from snoopi_rt.precision import format_precision, select_builds
 from snoopi_rt.request import integer
+from snoopi_rt.shell import join
 
 PROMPT, NEGATIVE = "a red apple on a blue background", "blurry"
 RUNS, SECONDS, LEAST = 20, 30.0, 3
@@ -190,6 +190,6 @@ def _run(words: list[str], environment: dict[str, str]) -> tuple[float, int | No
     )
     seconds = time.perf_counter() - start
     if done.returncode != 0:
-        raise EngineError(f"the cold start ended with code {done.returncode}: {shlex.join(['snoopi-rt', *words])}")
+        raise EngineError(f"the cold start ended with code {done.returncode}: {join(['snoopi-rt', *words])}")
     peak = re.search(r"^VmHWM:\s+(\d+) kB$", done.stdout, re.MULTILINE)
     return seconds, None if peak is None else int(peak[1]) * 1024

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from snoopi_rt.bundle_files import check_file, read_manifest
+from snoopi_rt.bundle_files import check_file, read_manifest, remember_folder
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import BundleError, InputError
 from snoopi_rt.files import write_whole
@@ -28,17 +28,35 @@ from snoopi_rt.manifest import (
     Scale,
     Text,
     Tile,
+    Vocabulary,
     require,
     require_range,
     text_rule,
 )
+from snoopi_rt.shell import quote, visible
 from snoopi_rt.typed_json import UNSAVED, from_json, to_json
 
-__all__ = ["GRAPHS", "MANIFEST", "Build", "Bundle", "File", "Guidance", "Latent", "Parity", "Prompts", "Scale", "Text", "Tile"]
+__all__ = [
+    "GRAPHS",
+    "MANIFEST",
+    "Build",
+    "Bundle",
+    "File",
+    "Guidance",
+    "Latent",
+    "Parity",
+    "Prompts",
+    "Scale",
+    "Text",
+    "Tile",
+    "Vocabulary",
+]
 
-FORMAT = 1
+FORMATS = (1, 2)
+"""Format 2 has the keys NEW and is else as format 1; the last one is written."""
+NEW = ("vocabulary", "examples")
 READ_SINCE = "0.1.0"
-"""The first snoopi-rt that reads FORMAT: what an older one tells its user to install."""
+"""The first snoopi-rt that reads the last format: what an older one tells its user to install."""
 
 TEXT_ENGINE = "cpu"
 """Where a text encoder runs that has no build for the engine of the others."""
@@ -48,7 +66,8 @@ TEXT_ENGINE = "cpu"
 class Bundle:
     """A whole bundle. `folder` and `hash` (SHA-256 of bundle.json) are known once it is on disk.
 
-    The graph `text_encoder` and the tokenizer may be left out where `prompts` carries what the generator needs.
+    The graph `text_encoder` and the tokenizer may be left out where `prompts` carries what the generator needs. For people: `vocabulary`
+    is what a narrow model knows, None: anything; `examples` are prompts that show the model well.
     """
 
     name: str
@@ -63,6 +82,8 @@ class Bundle:
     graphs: dict[str, tuple[Build, ...]]
     prompts: Prompts | None = None
     tile: Tile | None = None
+    vocabulary: Vocabulary | None = None
+    examples: tuple[str, ...] = ()
     folder: Path = field(default=Path(), metadata=UNSAVED)
     hash: str = field(default="", metadata=UNSAVED)
 
@@ -79,6 +100,9 @@ class Bundle:
         require(bool(self.sizes) and fitting, f"every size must be a multiple of {self.latent.factor}")
         for text in self.prompts.texts if self.prompts else ():
             require(text == text_rule(text, self.text.lowercase) != "", f"the prompt {text!r} is not as the text rule leaves it")
+        for text in self.examples:
+            known = encoding or text_rule(text, self.text.lowercase) in (self.prompts.texts if self.prompts else ())
+            require(bool(text.strip()) and known, f"the example {text!r} is no prompt of this bundle")
         seen: dict[str, File] = {}
         for file in self._listed():
             require(seen.setdefault(file.path, file) == file, f"{file.path} is listed twice with different contents")
@@ -89,25 +113,21 @@ class Bundle:
 
         Raises BundleError for anything that is not as promised.
         """
-        folder = Path(folder)
-        data = read_manifest(folder)
-        try:
-            bundle = replace(from_json(cls, _document(data)), folder=folder, hash=hashlib.sha256(data).hexdigest())
-        except (BundleError, ValueError) as error:
-            raise BundleError(f"{folder / MANIFEST}: {error}") from None
-        bundle._check_files(Cache() if cache is None else cache)
+        cache = Cache() if cache is None else cache
+        bundle = cls._read(Path(folder), cache)
+        remember_folder(bundle.folder, bundle.hash, cache)
         return bundle
 
     def save(self, folder: str | Path) -> "Bundle":
         """Checks the files, writes bundle.json beside them, returns the bundle as `load` sees it. Raises BundleError."""
         bundle = replace(self, folder=Path(folder))
         bundle._check_files(None)
-        document = {"format": FORMAT, "snoopi_rt": READ_SINCE, **to_json(self)}
+        document = {"format": FORMATS[-1], "snoopi_rt": READ_SINCE, **to_json(self)}
         try:
             write_whole(bundle.folder / MANIFEST, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode(), durable=True)
         except (OSError, ValueError) as error:
             raise BundleError(f"cannot write {bundle.folder / MANIFEST}: {error}") from error
-        return Bundle.load(folder)
+        return self._read(bundle.folder, Cache())
 
     def verify(self) -> None:
         """Hashes every file again, whatever the cache knows. Raises BundleError."""
@@ -151,12 +171,26 @@ class Bundle:
         if self.prompts is not None:
             only = "" if "text_encoder" in self.graphs else " and no text encoder for others"
             lines[2] += f", carries the states of {len(self.prompts.texts)}{only}"
+        if self.vocabulary is not None:
+            lines.append(f"knows {len(self.vocabulary.objects)} objects")
+        if self.examples:
+            lines.append(f"examples: {', '.join(map(quote, self.examples))}")
         if self.tile is not None:
             side, overlap = self.tile.size * self.latent.factor, self.tile.overlap * self.latent.factor
             lines[1] += f", decoded in tiles of {side}x{side} that share {overlap} pixels"
         lines += [f"{graph}: {build.described()}" for graph, builds in self.graphs.items() for build in builds]
         lines += [f"{key}: {value}" for key, value in self.provenance.items()]
-        return "\n".join([*lines, f"hash {self.hash}"])
+        return "\n".join(map(visible, [*lines, f"hash {self.hash}"]))
+
+    @classmethod
+    def _read(cls, folder: Path, cache: Cache) -> "Bundle":
+        data = read_manifest(folder)
+        try:
+            bundle = replace(from_json(cls, _document(data)), folder=folder, hash=hashlib.sha256(data).hexdigest())
+        except (BundleError, ValueError) as error:
+            raise BundleError(f"{folder / MANIFEST}: {error}") from None
+        bundle._check_files(cache)
+        return bundle
 
     def _listed(self) -> list[File]:
         others = [self.text.tokenizer, self.prompts.file if self.prompts else None]
@@ -176,7 +210,10 @@ def _document(data: bytes) -> dict[str, Any]:
     document = parse_json(data)
     require(isinstance(document, dict), "not a JSON object")
     number, since = document.pop("format", None), document.pop("snoopi_rt", None)
-    if type(number) is int and number > FORMAT:
-        raise BundleError(f'format {number} is newer than this snoopi-rt, which reads {FORMAT}: pip install "snoopi-rt>={since}"')
-    require(number == FORMAT and type(number) is int, f"unknown format {number!r}, this snoopi-rt reads {FORMAT}")
+    formats = " and ".join(map(str, FORMATS))
+    if type(number) is int and number > FORMATS[-1]:
+        raise BundleError(f'format {number} is newer than this snoopi-rt, which reads {formats}: pip install "snoopi-rt>={since}"')
+    require(type(number) is int and number in FORMATS, f"unknown format {number!r}, this snoopi-rt reads {formats}")
+    if number == 1 and (newer := [key for key in NEW if key in document]):
+        raise BundleError(f"unknown key {newer[0]} in format 1")
     return document

@@ -1,7 +1,11 @@
 """A bundle's files as they are on disk: the manifest's text, and whether each file is the one that was promised."""
 
+import hashlib
 import json
+import os
+import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from snoopi_rt.cache import Cache
@@ -13,6 +17,9 @@ from snoopi_rt.onnx_links import external_data
 
 LARGEST_MANIFEST = 2**24
 """Bytes: that of a bundle which carries 100,000 prompts of a hundred characters has 12 million."""
+HASH = re.compile("[0-9a-f]{64}")
+FOLDERS = 4
+"""How many folders of one bundle are remembered: it may have been copied, and the copy removed."""
 
 
 def read_manifest(folder: Path) -> bytes:
@@ -52,8 +59,29 @@ def check_file(folder: Path, file: File, cache: Cache | None) -> list[str]:
     return external
 
 
+def remember_folder(folder: Path, hash: str, cache: Cache) -> None:
+    """Notes where the bundle with that hash of its bundle.json lies, for `find_folder`."""
+    known = _record(cache.read("bundles", f"{hash}.json")) or []
+    with suppress(OSError):  # a current folder that was removed
+        path = os.path.abspath(folder)
+        if known[:1] != [path]:
+            folders = [path, *(other for other in known if other != path)]
+            cache.write("bundles", f"{hash}.json", json.dumps(folders[:FOLDERS]).encode())
+
+
+def find_folder(hash: str, cache: Cache) -> Path | None:
+    """A folder where the bundle with that hash was loaded from and still is, or None."""
+    if HASH.fullmatch(hash) is None:  # a picture may say anything
+        return None
+    for folder in map(Path, _record(cache.read("bundles", f"{hash}.json")) or []):
+        with suppress(BundleError, ValueError):
+            if hashlib.sha256(read_manifest(folder)).hexdigest() == hash:
+                return folder
+    return None
+
+
 def _record(data: bytes | None) -> list[str] | None:
-    """The external data noted with a verified hash; None where nothing is noted, or the note is damaged."""
+    """The names that were noted; None where nothing is noted, or the note is damaged."""
     try:
         names = parse_json(data or b"null")
     except ValueError:

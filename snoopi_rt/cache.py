@@ -17,7 +17,9 @@ from pathlib import Path
 from snoopi_rt.files import write_whole
 
 LIMIT = 10 * 2**30
-KINDS = ("engines", "hashes", "measurements", "states")
+KINDS = ("bundles", "engines", "hashes", "measurements", "states")
+NOWHERE = Path(os.devnull) / "snoopi-rt"
+"""A folder that cannot be, for a user without a home."""
 WRITES_PER_TRIM = 256
 FILES = "files.json"
 """In a folder of compiled files: their sizes and times, written last. A file that differs is damaged."""
@@ -112,6 +114,8 @@ class Cache:
 
     def problem(self) -> str | None:
         """Why nothing can be kept in the folder, which is made if need be; None where all is well."""
+        if self.path == NOWHERE:
+            return "the user has no home folder: set $SNOOPI_RT_CACHE to a folder"
         try:
             os.makedirs(self.path, mode=0o700, exist_ok=True)
         except OSError as error:
@@ -207,11 +211,21 @@ def _remove(path: Path) -> None:
 
 
 def default_folder() -> Path:
-    """A folder of our own, because it is trimmed and cleared: in $SNOOPI_RT_CACHE, or where this system's users keep caches."""
+    """A folder of our own, because it is trimmed and cleared: in $SNOOPI_RT_CACHE, or where this system's users keep caches.
+
+    NOWHERE for a user who has neither.
+    """
     if chosen := os.environ.get("SNOOPI_RT_CACHE"):
         return Path(chosen) / "snoopi-rt-cache"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "snoopi-rt" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "snoopi-rt"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snoopi-rt"
+    variable, below_home, name = {
+        "win32": ("LOCALAPPDATA", "", "snoopi-rt/cache"),
+        "darwin": ("", "Library/Caches", "snoopi-rt"),
+    }.get(sys.platform, ("XDG_CACHE_HOME", ".cache", "snoopi-rt"))
+    if chosen := os.environ.get(variable):
+        return Path(chosen) / name
+    if os.environ.get("HOME") == "":  # Path.home() would be the root
+        return NOWHERE
+    try:
+        return Path.home() / below_home / name
+    except RuntimeError:  # no HOME, and the system does not know the user
+        return NOWHERE

@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from snoopi_rt.cli_build import data, merge, train
 from snoopi_rt.cli_eval import evaluate
 from snoopi_rt.cli_export import export, presets
 from snoopi_rt.cli_generate import generate
-from snoopi_rt.cli_options import bundle_option, engine_option, precision_option, progress_line, threads_option, told
+from snoopi_rt.cli_options import bundle_option, discard, engine_option, precision_option, progress_line, threads_option, told
 from snoopi_rt.cli_serve import serve
 from snoopi_rt.engines.base import EngineError, InputError, SnoopiError
+from snoopi_rt.shell import quote, visible
 
 
 class Commands(click.Group):
@@ -28,16 +30,31 @@ class Commands(click.Group):
         end = args.index("--") if "--" in args else len(args)
         if "--debug" in args[:end]:
             args = ["--debug", *(word for word in args[:end] if word != "--debug"), *args[end:]]
-        return super().parse_args(ctx, args)
+        with _plain_endings():
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _plain_endings():
+                return super().invoke(ctx)
         except SnoopiError as error:
             if ctx.params["debug"]:
                 raise
-            click.echo(f"error: {error}", err=True)
+            click.echo(visible(f"error: {error}"), err=True)
             ctx.exit(2 if isinstance(error, InputError) else 1)
+
+
+@contextmanager
+def _plain_endings() -> Iterator[None]:
+    """What click says holds nothing that a terminal obeys; a reader that has seen enough (`| head`) is no error."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = visible(error.message)  # type: ignore[misc]
+        raise
+    except BrokenPipeError:
+        discard(sys.stdout, sys.stderr)
+        raise click.exceptions.Exit(0) from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -70,7 +87,7 @@ def prompts(file: Path, bundle: str | None, engine: str, precision: str | None, 
                 new += pipe.keep(prompt)
             except InputError as error:
                 refused += 1
-                click.echo(f"error: {file} line {number}: {error}", err=True)
+                click.echo(visible(f"error: {file} line {number}: {error}"), err=True)
     click.echo(f"{new} new, {len(asked) - refused - new} kept before")
     if refused:
         click.get_current_context().exit(2)
@@ -102,7 +119,7 @@ def build(bundle: str | None, engine: str, precision: str | None, threads: int |
     if problem := Cache().problem():
         raise EngineError(f"nothing was kept in {Cache().path}: {problem}")
     new = (Cache().sizes()["engines"] - before) / 1e6
-    click.echo(f"ready on {provider} after {time.monotonic() - start:.0f} s, {new:.1f} MB new in {Cache().path}")
+    click.echo(f"ready on {provider} after {time.monotonic() - start:.0f} s, {new:.1f} MB new in {quote(Cache().path)}")
 
 
 @main.command(epilog="Example: snoopi-rt info image.png")
@@ -112,6 +129,8 @@ def info(path: Path | None, verify: bool) -> None:
     """Say what a bundle holds, or print the command that made an image. Without PATH: the bundle that came with snoopi-rt."""
     from snoopi_rt import image
     from snoopi_rt.bundle import MANIFEST, Bundle
+    from snoopi_rt.bundle_files import find_folder
+    from snoopi_rt.cache import Cache
     from snoopi_rt.engines import conflict, installed
     from snoopi_rt.files import sha256
     from snoopi_rt.pipeline import EMBEDDED
@@ -120,11 +139,15 @@ def info(path: Path | None, verify: bool) -> None:
         raise InputError(f"{path}: no such file or folder")
     if path is not None and os.path.isfile(path):
         made, manifest = image.read_metadata(path), EMBEDDED / MANIFEST
-        foreign = not manifest.is_file() or made.get("bundle_hash") != sha256(manifest)
-        click.echo(image.command(made, foreign))
-        if foreign:
-            name, hash = made.get("bundle", "unknown"), made.get("bundle_hash", "unknown")
-            click.echo(f"needs the bundle {name} (hash {hash}): put its folder after --bundle", err=True)
+        hash = made.get("bundle_hash", "unknown")
+        if manifest.is_file() and hash == sha256(manifest):
+            click.echo(image.command(made, None))
+            return
+        folder = find_folder(hash, Cache())
+        click.echo(image.command(made, folder or "FOLDER"))
+        if folder is None:
+            needed = f"bundle {quote(made.get('bundle', 'unknown'))} (hash {quote(hash)})"
+            click.echo(f"put the folder of {needed} in the place of FOLDER: no such bundle was loaded here", err=True)
         return
     bundle = Bundle.load(EMBEDDED if path is None else path)
     if verify:
@@ -142,7 +165,7 @@ def cache(clear: bool) -> None:
     kept = Cache()
     if clear:
         kept.clear()
-    click.echo(kept.path)
+    click.echo(quote(kept.path))
     if problem := kept.problem():
         click.echo(f"nothing is kept: {problem}")
     for kind, size in kept.sizes().items():

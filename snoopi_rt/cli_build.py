@@ -9,6 +9,7 @@ import click
 from snoopi_rt.cli_export import building, file, folder, out_option
 from snoopi_rt.cli_options import Number, Seed
 from snoopi_rt.engines.base import InputError
+from snoopi_rt.shell import quote
 
 data_option = click.option("--data", type=folder, required=True, metavar="FOLDER", help="What `data emoji` wrote.")
 compile_option = click.option("--compile", "compiled", is_flag=True, help="Use torch.compile: faster, needs a C++ compiler.")
@@ -29,7 +30,7 @@ def emoji(out: Path, count: int, seed: int) -> None:
         from snoopi_rt.export.training.small.emoji import build
 
         build(out, count, seed)
-    click.echo(f"{count} pictures in {out}; look at {out / 'contact_sheet.png'}")
+    click.echo(f"{count} pictures in {quote(out)}; look at {quote(out / 'contact_sheet.png')}")
 
 
 @click.group(epilog="Example: snoopi-rt train autoencoder --data runs/emoji --out runs/autoencoder")
@@ -125,7 +126,7 @@ def student(
         chosen = _recipe(type(base), settings, base)
         click.echo(described(chosen), err=True)
         preset = distil(Task(backbone, teacher, prompts, out, start, negatives, clip, states), chosen, compiled)
-    click.echo(f"the student is in {out}: snoopi-rt export --preset {preset} --weights {out} --out BUNDLE")
+    click.echo(f"the student is in {quote(out)}: snoopi-rt export --preset {preset} --weights {quote(out)} --out BUNDLE")
 
 
 @train.command(epilog="Example: snoopi-rt train recipes")
@@ -149,7 +150,7 @@ def merge(first: Path, second: Path, backbone: str, weight: float, out: Path) ->
         from snoopi_rt.export.training.merge import merge as write
 
         write(backbone, first, second, weight, out)
-    click.echo(f"the student is in {out}; it is exported as {first} was")
+    click.echo(f"the student is in {quote(out)}; it is exported as {quote(first)} was")
 
 
 def _switch(value: str) -> bool:

@@ -7,6 +7,7 @@ import click
 
 from snoopi_rt.cli_export import building, folder, out_option
 from snoopi_rt.engines.base import InputError
+from snoopi_rt.shell import quote, visible
 
 
 @click.command(
@@ -38,10 +39,10 @@ def evaluate(domain: str, bundles: tuple[str, ...], teacher: Path, scorers: Path
 
         extent = TINY if quick else Extent()
         document = measure(
-            named or {"embedded": None}, teacher, scorers or out / "scorers", out, extent, lambda line: click.echo(line, err=True)
+            named or {"embedded": None}, teacher, scorers or out / "scorers", out, extent, lambda line: click.echo(visible(line), err=True)
         )
     click.echo(json.dumps(document))
-    click.echo(f"look at {out / 'evaluation.png'}, samples.png and negative_scale.png", err=True)
+    click.echo(f"look at {quote(out / 'evaluation.png')}, samples.png and negative_scale.png", err=True)
 
 
 def _split(text: str) -> tuple[str, str, str]:

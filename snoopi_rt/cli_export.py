@@ -8,6 +8,7 @@ import click
 
 from snoopi_rt.cli_options import Number
 from snoopi_rt.engines.base import EngineMissing, OutputError, SnoopiError
+from snoopi_rt.shell import visible
 
 folder = click.Path(file_okay=False, path_type=Path)
 file = click.Path(dir_okay=False, path_type=Path)
@@ -89,7 +90,7 @@ def export(
 
 
 def _say(line: str) -> None:
-    click.echo(line, err=True)
+    click.echo(visible(line), err=True)
 
 
 def _precisions(given: tuple[str, ...]) -> dict[str, list[str]]:
@@ -124,7 +125,7 @@ def building(command: str, extra: str, out: Path) -> Iterator[None]:
     """Say which extra a command needs where a package is missing, and why a folder cannot be written."""
     try:
         yield
-    except SnoopiError:
+    except (SnoopiError, BrokenPipeError):
         raise
     except ImportError as error:
         raise EngineMissing(f'{command} needs {error.name}: pip install "snoopi-rt[{extra}]"') from error

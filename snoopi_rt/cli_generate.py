@@ -1,6 +1,5 @@
 """The command that draws: a prompt, or a file of them."""
 
-import os
 import sys
 import time
 from functools import partial
@@ -21,11 +20,27 @@ from snoopi_rt.cli_options import (
     threads_option,
     told,
 )
+from snoopi_rt.cli_prompt import example, read_prompt
 from snoopi_rt.engines.base import InputError
+from snoopi_rt.shell import quote
 
 if TYPE_CHECKING:
     from snoopi_rt.batch import Batch
     from snoopi_rt.on_ray import Workers
+
+
+class Scales(click.ParamType):
+    """X, or several with commas between them, to numbers, each once."""
+
+    name = "X[,X...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(dict.fromkeys(float(part) + 0.0 for part in value.split(",")))  # + 0.0: -0 is 0
+        except ValueError:
+            raise InputError(f"negative scale {value!r} is no number, and no numbers with commas such as 0,0.5,1") from None
 
 
 @click.command(epilog='Example: snoopi-rt generate "a red apple on a blue background" --neg blurry --seed 7 -o apple.png')
@@ -35,16 +50,23 @@ if TYPE_CHECKING:
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Where the images of --prompts and their index go.")
 @click.option("--neg", metavar="TEXT", help="The negative prompt: what not to draw.")
-@click.option("--neg-scale", type=float, metavar="X", help="How strongly it counts.  [default: the bundle's]")
+@click.option(
+    "--neg-scale",
+    "scales",
+    type=Scales(),
+    metavar="X[,X...]",
+    help="How strongly it counts; several draw the same seed at each.  [default: the bundle's]",
+)
 @click.option("--seed", type=Seed(), metavar="N", help="The first image's seed; the next has N + 1.  [default: drawn, and printed]")
 @click.option("-n", "count", type=int, default=1, metavar="N", help="How many images; more than one are written as NAME-SEED.")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default="image", help="The file or its folder; no ending means that of --format."
-)
-@click.option("--format", type=click.Choice(["png", "jpeg", "webp"]), help="The file's format.  [default: from the name, else png]")
+@click.option("-o", "--output", metavar="FILE|FOLDER/|-", help="The file, a folder, or standard output.  [default: PROMPT-SEED]")
+@click.option("--format", type=click.Choice(["png", "jpg", "jpeg", "webp"]), help="The file's format.  [default: from the name, else png]")
+@click.option("--side-by-side", is_flag=True, help="One file with the image without --neg, then with it.")
+@click.option("--open", "show", is_flag=True, help="Show the image.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per image.")
 @click.option("--size", type=Size(), help="Width and height in pixels, such as 768x512.  [default: the bundle's first]")
 @click.option("--truncate", is_flag=True, help="Cut a prompt that is too long.")
-@click.option("--force", is_flag=True, help="Replace files that are there.")
+@click.option("--force", is_flag=True, help="Replace a file of the name that -o gives.")
 @bundle_option
 @engine_option
 @precision_option
@@ -55,11 +77,14 @@ def generate(
     prompts: Path | None,
     out: Path | None,
     neg: str | None,
-    neg_scale: float | None,
+    scales: tuple[float, ...] | None,
     seed: int | None,
     count: int,
-    output: Path,
+    output: str | None,
     format: str | None,
+    side_by_side: bool,
+    show: bool,
+    as_json: bool,
     size: tuple[int, int] | None,
     truncate: bool,
     force: bool,
@@ -71,41 +96,56 @@ def generate(
     workers: tuple[int, int] | None,
     gpus: float | None,
 ) -> None:
-    """Draw PROMPT into an image file, or the rows of a file into a folder; a folder that was left half done is finished."""
-    if (prompt is None) == (prompts is None) or (prompts is None) != (out is None):
-        raise InputError("give a PROMPT, or --prompts FILE and --out FOLDER")
-    if prompts is not None and count != 1:
-        raise InputError("-n is for one PROMPT: a row of --prompts is one image")
-    if prompts is not None and out is not None:
+    """Draw PROMPT into an image file, or the rows of a file into a folder; a folder that was left half done is finished.
+
+    PROMPT - is standard input, which is also read where there is none; if it is empty, one of the bundle's examples is drawn.
+    """
+    opening: dict[str, Any] = {"bundle": bundle, "engine": engine, "precision": precision, "threads": threads}
+    if prompts is not None or out is not None:
         from snoopi_rt.batch import Batch
 
-        batch = Batch(prompts, out, seed or 0, neg, neg_scale, size, truncate, format or "png")
-        opening = {"bundle": bundle, "engine": engine, "precision": precision, "threads": threads}
+        if prompts is None or out is None or prompt is not None:
+            raise InputError("give a PROMPT, or --prompts FILE and --out FOLDER")
+        for option, used in (("-n", count != 1), ("-o", output), ("--side-by-side", side_by_side), ("--open", show), ("--json", as_json)):
+            if used:
+                raise InputError(f"{option} is for one PROMPT: of --prompts, each row is one image, listed in index.jsonl")
+        if len(scales or ()) > 1:
+            raise InputError("several scales are for one PROMPT: of --prompts, each row is one image")
+        batch = Batch(prompts, out, seed or 0, neg, scales[0] if scales else None, size, truncate, format or "png")
         _draw_batch(batch, opening, ray_workers(ray, workers, gpus, threads))
         return
     if ray:
         raise InputError("--ray is for --prompts: one PROMPT is drawn sooner here")
     ray_workers(ray, workers, gpus, threads)
-    assert prompt is not None
-    from snoopi_rt import image
-    from snoopi_rt.pipeline import load
+    from snoopi_rt.bundle import Bundle
+    from snoopi_rt.cli_pictures import Drawing, Files, tell
+    from snoopi_rt.cli_pictures import show as show_picture
+    from snoopi_rt.pipeline import EMBEDDED, load
     from snoopi_rt.request import MAX_IMAGES, SEEDS, draw_seed, integer
 
     integer("n", count, 1, MAX_IMAGES)
     first = draw_seed() if seed is None else seed
-    seeds = [(first + index) % SEEDS for index in range(count)]
-    output = _with_ending(output, format)
-    paths = [output] if count == 1 else [output.with_stem(f"{output.stem}-{each}") for each in seeds]
-    for path in paths:
-        image.check_writable(path, force)
-    with progress_line() as progress, load(bundle, engine, precision, threads, True, told(progress)) as pipe:
-        for start in range(0, count, pipe.max_batch):
-            progress["doing"] = f"image {start + 1} of {count}"
-            files = paths[start : start + pipe.max_batch]
-            result = pipe.generate(prompt, neg, neg_scale, seeds[start], len(files), size, truncate)
-            for index, path in enumerate(files):
-                image.save(result.images[index], path, result.metadata(index), force)
-                click.echo(f"{path}  seed {result.seeds[index]}")
+    text = read_prompt(prompt)
+    if text is None:
+        text = example(Bundle.load(bundle or EMBEDDED), first)
+        click.echo(f"no prompt, so an example: {quote(text)}", err=True)
+    if side_by_side and not (neg or "").strip():
+        raise InputError("--side-by-side shows the image without and with the negative prompt: give --neg TEXT")
+    if output == "-" and show:
+        raise InputError("--open shows a file: -o - writes none")
+    seeds = tuple((first + index) % SEEDS for index in range(count))
+    drawing = Drawing(text, neg, scales or (None,), seeds, size, truncate, side_by_side)
+    files = Files(output, format, drawing, force)
+    with progress_line() as progress, load(**opening, low_memory=True, progress=told(progress)) as pipe:
+        files.check_format(drawing.check(pipe), drawing)
+        progress["doing"], written = "drawing", []
+        for index, picture in enumerate(drawing.pictures(pipe)):
+            path = files.save(index, picture)
+            tell(picture, path, as_json, scaled=len(drawing.scales) > 1 and not side_by_side)
+            written += [] if path is None else [path]
+            progress["doing"] = f"drawing, {index + 1} written"
+    for path in written if show else ():
+        show_picture(path)
 
 
 def _draw_batch(batch: "Batch", opening: dict[str, Any], workers: "Workers | None") -> None:
@@ -133,15 +173,3 @@ def _draw_batch(batch: "Batch", opening: dict[str, Any], workers: "Workers | Non
     if outcome.failed:
         click.echo(f"error: {outcome.failed} rows could not be drawn: see error in {batch.out / 'index.jsonl'}", err=True)
         click.get_current_context().exit(2)
-
-
-def _with_ending(output: Path, format: str | None) -> Path:
-    from snoopi_rt.image import FORMATS
-
-    if os.path.isdir(output):
-        output /= "image"
-    if not output.suffix:
-        return output.with_suffix(f".{format or 'png'}")
-    if format is not None and FORMATS.get(output.suffix.lower()) != format:
-        raise InputError(f"{output} does not end as {format} does: leave out --format, or the ending")
-    return output

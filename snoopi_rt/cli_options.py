@@ -1,11 +1,12 @@
 """Options and words that several commands share."""
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -137,3 +138,11 @@ def progress_line() -> Iterator[dict[str, str]]:
         yield progress
     finally:
         done.set()
+
+
+def discard(*streams: IO[str]) -> None:
+    """Sends what is still printed nowhere: nobody reads it any more, and Python would complain of that at its end."""
+    with open(os.devnull, "wb") as nowhere:
+        for stream in streams:
+            with suppress(OSError, ValueError):
+                os.dup2(nowhere.fileno(), stream.fileno())

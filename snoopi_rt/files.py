@@ -10,19 +10,51 @@ from typing import BinaryIO
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 
+TEMPORARY = 21
+"""Characters of the name under which a file is written."""
+LONG = 100
+"""Bytes of a name beside which there is room on every file system: some take 143 in all, most 255."""
 
-def write_whole(path: Path, data: bytes, durable: bool = False) -> None:
-    """Writes the file so that nobody ever sees a part of it; `durable` also survives a power cut. Raises OSError."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+def write_whole(path: Path, data: bytes, durable: bool = False, new: bool = False) -> None:
+    """Writes the file so that nobody ever sees a part of it; `durable` also survives a power cut, `new` replaces nothing.
+
+    Raises OSError, of which FileExistsError says that `new` found a file there.
+    """
+    # Not the path's own name, which may be of the longest legal length.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with open(beside, "xb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        beside.replace(path)
+        if new:
+            _rename_new(temporary, path)
+        else:
+            temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def hidden(path: Path, ending: str) -> Path:
+    """A hidden name beside the path, the same one at each call: `.NAME` and the ending, or less of a NAME that leaves no room."""
+    name = path.name
+    if len(os.fsencode(name)) > LONG:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return path.with_name(f".{name}{ending}")
+
+
+def _rename_new(source: Path, path: Path) -> None:
+    """Gives a file a name that nothing has. Raises FileExistsError."""
+    try:
+        os.link(source, path)  # which, unlike a rename, never replaces anything
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        source.replace(path)
 
 
 def sha256(path: Path) -> str:

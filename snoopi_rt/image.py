@@ -3,17 +3,17 @@
 import io
 import json
 import os
-import shlex
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from snoopi_rt.engines.base import InputError, OutputError
-from snoopi_rt.files import open_regular, reason, write_whole
+from snoopi_rt.files import TEMPORARY, open_regular, reason, write_whole
 from snoopi_rt.json_reader import parse_json
+from snoopi_rt.shell import join, quote
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 READ = ("PNG", "JPEG", "WEBP")
@@ -31,12 +31,15 @@ OPTIONS = {
     "engine": "--engine",
     "precision": "--precision",
 }
+Taken = Literal["refuse", "replace", "count"]
+"""What becomes of a name that is taken: an error, a replaced file, or NAME-2, NAME-3 and so on."""
+SWITCHES = {"truncate": "--truncate", "side_by_side": "--side-by-side"}
 
 
 def encode(image: np.ndarray, format: str, metadata: Mapping[str, str], quality: int = 95) -> bytes:
     """The file of a uint8 (H, W, 3) image in one of FORMATS; quality, 0 to 100, is that of JPEG and WebP.
 
-    Raises OutputError for metadata beyond the 64 kB of a JPEG.
+    Raises OutputError for more metadata (64 kB) or pixels than JPEG and WebP can hold.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -52,47 +55,88 @@ def encode(image: np.ndarray, format: str, metadata: Mapping[str, str], quality:
     exif[DESCRIPTION] = json.dumps(dict(metadata))
     try:
         picture.save(data, format, quality=quality, exif=exif)
-    except ValueError as error:
-        raise OutputError(f"the prompt is too long for this format ({error}): ask for png") from error
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{format} cannot hold it ({error}): ask for png") from error
     return data.getvalue()
 
 
-def save(image: np.ndarray, path: Path, metadata: Mapping[str, str], force: bool = False) -> None:
-    """Writes a uint8 (H, W, 3) image whole or not at all, in the format of the name's ending.
+def grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """The images (n, H, W, 3) as one, row by row; places without one are white."""
+    count, height, width, _ = images.shape
+    rows = -(-count // columns)
+    places = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    places[:count] = images
+    return places.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
-    Raises InputError and OutputError as `check_writable` does, and OutputError as `encode` does.
+
+def save(image: np.ndarray, path: Path, metadata: Mapping[str, str], taken: Taken = "refuse") -> Path:
+    """Writes a uint8 (H, W, 3) image whole or not at all, in the format of the name's ending, and returns its path.
+
+    Makes folders that are missing. `taken`: what becomes of a file that is there. Raises as `check_writable` does, and OutputError.
     """
-    check_writable(path, force)
+    check_writable(path, taken)
     try:
         file = encode(image, FORMATS[path.suffix.lower()], metadata)
     except OutputError as error:
-        raise OutputError(f"cannot write {path}: {error}") from error
-    write(file, path)
-
-
-def write(file: bytes, path: Path) -> None:
-    """Writes an encoded image whole or not at all. Raises OutputError."""
+        raise OutputError(f"cannot write {quote(path)}: {error}") from error
     try:
-        write_whole(path, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {reason(error)}") from error
+        raise OutputError(f"cannot make the folder {quote(path.parent)}: {reason(error)}") from error
+    chosen, number = path, 1
+    while True:
+        try:
+            write(file, path, new=taken != "replace")
+            return path
+        except FileExistsError as error:
+            if taken != "count":
+                raise _taken(path) from error
+        while os.path.lexists(path):
+            number += 1
+            path = chosen.with_stem(f"{chosen.stem}-{number}")
 
 
-def check_writable(path: Path, force: bool = False) -> None:
+def write(file: bytes, path: Path, new: bool = False) -> None:
+    """Writes an encoded image whole or not at all. Raises OutputError, and FileExistsError where it is to be `new` and is not."""
+    try:
+        write_whole(path, file, new=new)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write {quote(path)}: {reason(error)}") from error
+
+
+def check_writable(path: Path, taken: Taken = "refuse") -> None:
     """Returns when an image can be saved there, so that nobody waits for one that cannot.
 
-    Raises InputError for an unknown ending and, without `force`, for an existing file; OutputError where the folder is not there or closed.
+    Raises InputError for an unknown ending and an existing file that is not to be replaced; OutputError for a name that is too long and a
+    folder that can be neither written nor made.
     """
     if path.suffix.lower() not in FORMATS:
-        raise InputError(f"{path} must end in {', '.join(FORMATS)}")
-    if os.path.exists(path) and not force:
-        raise InputError(f"{path} is there already: choose another name, or --force to replace it")
+        raise InputError(f"{quote(path)} must end in {', '.join(FORMATS)}")
+    folder, names = path.parent, [path.name]
+    while not os.path.lexists(folder):
+        names.append(folder.name)
+        folder = folder.parent
+    if not os.path.isdir(folder):
+        raise OutputError(f"cannot write {quote(path)}: {quote(folder)} is not a folder")
+    for place in (*(folder / name for name in names), path.with_name("-" * TEMPORARY)):
+        try:
+            os.lstat(place)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise OutputError(f"cannot write {quote(path)}: {reason(error)}") from error
     if os.path.isdir(path):
-        raise OutputError(f"cannot write {path}: it is a folder")
-    if not os.path.isdir(path.parent):
-        raise OutputError(f"cannot write {path}: {path.parent} is not a folder")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"cannot write {path}: no permission in {path.parent}")
+        raise OutputError(f"cannot write {quote(path)}: it is a folder")
+    if os.path.lexists(path) and taken == "refuse":
+        raise _taken(path)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {quote(path)}: no permission in {quote(folder)}")
+
+
+def _taken(path: Path) -> InputError:
+    return InputError(f"{quote(path)} is there already: choose another name, or --force to replace it")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -103,9 +147,9 @@ def read_metadata(path: Path) -> dict[str, str]:
                 raise OSError(f"it has more than {LARGEST} bytes")
             found = _texts(file)
     except OSError as error:
-        raise InputError(f"{path} is not an image: {reason(error)}") from error
+        raise InputError(f"{quote(path)} is not an image: {reason(error)}") from error
     if MARK not in found:
-        raise InputError(f"{path} does not say how it was made: it is not from snoopi-rt, or its metadata was removed")
+        raise InputError(f"{quote(path)} does not say how it was made: it is not from snoopi-rt, or its metadata was removed")
     return found
 
 
@@ -130,14 +174,12 @@ def _texts(file: BinaryIO) -> dict[str, str]:
     return {key: str(value) for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
 
 
-def command(metadata: Mapping[str, str], foreign: bool) -> str:
-    """The shell command that makes the image again; a `foreign` bundle is given by its name."""
+def command(metadata: Mapping[str, str], bundle: str | Path | None) -> str:
+    """The shell command that makes the image again with the bundle in that folder, None: the embedded one."""
     words = ["snoopi-rt", "generate"]
-    for key, option in OPTIONS.items():
-        if key in metadata:
-            words += [option, metadata[key]]
-    if "truncate" in metadata:
-        words.append("--truncate")
-    if foreign:
-        words += ["--bundle", metadata.get("bundle", "unknown")]
-    return shlex.join([*words, "--", metadata.get("prompt", "")])
+    for option, value in [*((option, metadata.get(key)) for key, option in OPTIONS.items()), ("--bundle", bundle)]:
+        if value is not None:
+            words += [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
+    words += [option for key, option in SWITCHES.items() if key in metadata]
+    prompt = metadata.get("prompt", "")
+    return join([*words, "--", " -" if prompt == "-" else prompt])  # - alone is standard input, and outer white space changes nothing

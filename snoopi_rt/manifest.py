@@ -131,6 +131,23 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """What a narrow model knows, in the words of its prompts: objects with their synonyms, colours, artifacts, styles, counts ("two")."""
+
+    objects: dict[str, tuple[str, ...]]
+    colours: tuple[str, ...] = ()
+    artifacts: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(bool(self.objects), "a vocabulary needs objects")
+        words = (*self.objects, *(word for synonyms in self.objects.values() for word in synonyms))
+        for kind in (words, self.colours, self.artifacts, self.styles, self.counts):
+            require(all(word == word.strip() != "" for word in kind), "a word of the vocabulary is empty, or has white space around it")
+
+
+@dataclass(frozen=True)
 class Parity:
     """The measured distance of a graph from PyTorch's answer.
 

@@ -1,6 +1,8 @@
 """What `Pipeline.generate` returns: images, and what is needed to make each of them again."""
 
+import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """Images (n, H, W, 3) uint8 and, image by image, what made them; `timings` are seconds by stage, and in `total`.
 
@@ -30,6 +32,32 @@ class Result:
     bundle: str
     bundle_hash: str
     truncated: bool
+
+    def __repr__(self) -> str:
+        height, width = self.images.shape[1:3]
+        prompt = self.prompts[0] if len(self.prompts[0]) <= 40 else f"{self.prompts[0][:37]}..."
+        prompts = repr(prompt) + (f" and {count - 1} more" if (count := len(dict.fromkeys(self.prompts))) > 1 else "")
+        seeds = f"seed {self.seeds[0]}" + (f" to {self.seeds[-1]}" if len(self) > 1 else "")
+        return f"<Result: {len(self)} of {width}x{height}, {prompts}, {seeds}, {self.engine}, {self.timings['total']:.3f} s>"
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows: the image, or all of them in a grid."""
+        from snoopi_rt.image import encode, grid
+
+        return encode(grid(self.images, math.ceil(math.sqrt(len(self)))), "png", self.metadata(0) if len(self) == 1 else {})
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Writes the images, each with what makes it again inside, and returns their paths; a file of that name is replaced.
+
+        `path` is that of one image; of several each is called NAME-SEED. In a folder (it is one, or ends in a slash) they are named after
+        prompt and seed, and replace nothing. Raises InputError for an ending that is no image's, OutputError for what cannot be written.
+        """
+        from snoopi_rt import image
+        from snoopi_rt.names import image_paths, is_folder
+
+        paths = image_paths(path, None, self.prompts, self.seeds, self.scales)
+        taken: image.Taken = "count" if is_folder(path) else "replace"
+        return [image.save(self.images[i], each, self.metadata(i), taken) for i, each in enumerate(paths)]
 
     def __len__(self) -> int:
         return len(self.images)

@@ -229,9 +229,10 @@ def test_a_killed_run_goes_on_without_drawing_an_image_twice(tmp_path: Path) -> 
 
 def test_the_command_line_says_what_is_missing(tmp_path: Path) -> None:
     for words, message in (
-        (["generate"], "give a PROMPT, or --prompts FILE and --out FOLDER"),
+        (["generate", "--out", tmp_path], "give a PROMPT, or --prompts FILE and --out FOLDER"),
         (["generate", "a cat", "--out", tmp_path], "give a PROMPT, or --prompts FILE and --out FOLDER"),
         (["generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path, "-n", 2], "-n is for one PROMPT"),
+        (["generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path, "--neg-scale", "0,1"], "several scales are for one PROMPT"),
     ):
         result = CliRunner().invoke(main, [str(word) for word in words])
         assert result.exit_code == 2 and message in result.output

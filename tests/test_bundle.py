@@ -13,7 +13,8 @@ import onnx
 import pytest
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
-from snoopi_rt.bundle import Build, Bundle, File, Parity, Tile
+from snoopi_rt.bundle import Build, Bundle, File, Parity, Tile, Vocabulary
+from snoopi_rt.bundle_files import find_folder
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import BundleError, InputError
 from snoopi_rt.onnx_links import external_data
@@ -49,7 +50,7 @@ def test_what_was_saved_is_what_is_loaded(original: Bundle) -> None:
 
 def test_the_manifest_is_the_documented_json(original: Bundle) -> None:
     document = json.loads((original.folder / "bundle.json").read_text())
-    assert document["format"] == 1
+    assert document["format"] == 2
     assert document["snoopi_rt"] == "0.1.0"
     assert document["sizes"] == [[16, 16], [16, 24]]
     assert document["text"].items() >= {"max_tokens": 6, "lowercase": True, "pad": None}.items()
@@ -77,8 +78,8 @@ def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, text: str) -
 
 
 def test_a_newer_format_names_the_version_that_reads_it(folder: Path) -> None:
-    edit(folder, lambda document: document.update(format=2, snoopi_rt="0.7.0", unheard_of=True))
-    refused(folder, 'format 2 is newer than this snoopi-rt, which reads 1: pip install "snoopi-rt>=0.7.0"')
+    edit(folder, lambda document: document.update(format=3, snoopi_rt="0.7.0", unheard_of=True))
+    refused(folder, 'format 3 is newer than this snoopi-rt, which reads 1 and 2: pip install "snoopi-rt>=0.7.0"')
 
 
 def test_a_manifest_without_end_is_refused_at_once(folder: Path) -> None:
@@ -94,10 +95,10 @@ def test_a_manifest_without_end_is_refused_at_once(folder: Path) -> None:
     refused(Path("x" * 300), "File name too long")
 
 
-@pytest.mark.parametrize("number", [None, 0, "1", True, 1.0])
+@pytest.mark.parametrize("number", [None, 0, "1", True, 1.0, 2.0])
 def test_an_unknown_format_is_refused(folder: Path, number: Any) -> None:
     edit(folder, lambda document: document.update(format=number))
-    refused(folder, f"unknown format {number!r}, this snoopi-rt reads 1")
+    refused(folder, f"unknown format {number!r}, this snoopi-rt reads 1 and 2")
 
 
 @pytest.mark.parametrize(
@@ -329,12 +330,39 @@ def test_the_hash_of_a_build_changes_with_its_files(original: Bundle) -> None:
 @pytest.mark.parametrize("absent", ["prompts", "tile"])
 def test_a_manifest_from_before_a_field_was_there_is_read(original: Bundle, folder: Path, absent: str) -> None:
     def older(document: dict[str, Any]) -> None:
+        document["format"] = 1
+        del document["vocabulary"], document["examples"]
         del document[absent], document["text"]["pad"], generator(document)["max_batch"]
         for graph in document["graphs"].values():
             graph[0]["parity"] = {"relative_l2": 0.0, "max_abs": 0.0}
 
     edit(folder, older)
     assert replace(Bundle.load(folder), folder=original.folder, hash=original.hash) == original
+
+
+def test_the_words_and_examples_of_format_2_are_read_strictly(original: Bundle, folder: Path) -> None:
+    vocabulary = Vocabulary({"cat": ("kitten",), "fox": ()}, colours=("red", "blue"), counts=("two",))
+    told = replace(original, vocabulary=vocabulary, examples=("a red fox", "a cat")).save(folder)
+    assert Bundle.load(folder) == told and told.vocabulary == vocabulary
+    assert "knows 2 objects\nexamples: 'a red fox', 'a cat'\n" in told.described()
+    for change, message in (
+        ({"examples": "a cat"}, 'key examples must be a list, got "a cat"'),
+        ({"examples": ["a cat", " "]}, "the example ' ' is no prompt of this bundle"),
+        ({"vocabulary": {"objects": {"cat": "kitten"}}}, 'key vocabulary.objects.cat must be a list, got "kitten"'),
+        ({"vocabulary": {"objects": {}}}, "a vocabulary needs objects"),
+        ({"vocabulary": {"objects": {"cat": [" kitten"]}}}, "a word of the vocabulary is empty, or has white space around it"),
+        ({"vocabulary": {"objects": {"cat": []}, "colors": []}}, "unknown key vocabulary.colors"),
+        ({"format": 1}, "unknown key vocabulary in format 1"),
+    ):
+        told.save(folder)
+        edit(folder, lambda document, change=change: document.update(change))  # type: ignore[misc]
+        refused(folder, message)
+
+
+def test_an_example_that_a_bundle_without_text_encoder_does_not_carry_is_refused(prompts_only: Bundle) -> None:
+    replace(prompts_only, examples=("A cat ",)).save(prompts_only.folder)
+    edit(prompts_only.folder, lambda document: document.update(examples=["a dog"]))
+    refused(prompts_only.folder, "the example 'a dog' is no prompt of this bundle")
 
 
 def test_a_build_is_judged_by_its_latent_error_where_that_was_measured(original: Bundle) -> None:
@@ -380,5 +408,22 @@ def test_damage_in_the_carried_states_is_refused(prompts_only: Bundle) -> None:
     refused(prompts_only.folder, f"{prompts_only.folder / 'prompts.npz'} is damaged: ")
 
 
-def test_the_embedded_bundle_keeps_every_promise() -> None:
-    Bundle.load(EMBEDDED).verify()
+def test_a_bundles_folder_is_found_again_by_its_hash(
+    original: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache()
+    for place in (original.folder, folder):
+        Bundle.load(place)
+    monkeypatch.chdir(tmp_path)
+    assert find_folder(original.hash, cache) == folder
+    (folder / "bundle.json").unlink()
+    assert find_folder(original.hash, cache) == original.folder
+    for path in (cache.path / "bundles").iterdir():
+        path.write_text('["/nowhere", "\\u0000"]')
+    assert find_folder(original.hash, cache) is None is find_folder("../hashes/x", cache)
+
+
+def test_the_embedded_bundle_keeps_every_promise_and_has_examples() -> None:
+    embedded = Bundle.load(EMBEDDED)
+    embedded.verify()
+    assert embedded.vocabulary is not None and len(embedded.examples) >= 8

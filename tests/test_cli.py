@@ -43,11 +43,10 @@ def test_generate_writes_an_image_that_says_how_it_was_made(original: Bundle, he
     assert result.stdout == "fox.png  seed 7\n"
     first = np.asarray(Image.open(here / "fox.png"))
     told = run("info", "fox.png")
-    assert told.stderr == f"needs the bundle tiny (hash {original.hash}): put its folder after --bundle\n"
-    said = shlex.split(told.stdout)
-    assert said[:2] == ["snoopi-rt", "generate"]
-    said[said.index("tiny")] = str(original.folder)
-    run(*said[1:2], "-o", "again.png", *said[2:])
+    assert told.stderr == ""
+    words = shlex.split(told.stdout)
+    assert words[:2] == ["snoopi-rt", "generate"] and words[words.index("--bundle") + 1] == str(original.folder)
+    run(*words[1:2], "-o", "again.png", *words[2:])
     np.testing.assert_array_equal(np.asarray(Image.open(here / "again.png")), first)
 
 
@@ -61,9 +60,8 @@ def test_more_than_one_image_are_written_as_name_and_seed(original: Bundle, here
 @needs_engine
 def test_an_existing_folder_gets_the_image(original: Bundle, here: Path) -> None:
     (here / "out").mkdir()
-    run("generate", "a cat", "-o", "out/", "--bundle", original.folder)
     run("generate", "a cat", "-o", "out", "-n", 2, "--seed", 3, "--format", "webp", "--bundle", original.folder)
-    assert {path.name for path in (here / "out").iterdir()} == {"image.png", "image-3.webp", "image-4.webp"}
+    assert {path.name for path in (here / "out").iterdir()} == {"a-cat-3.webp", "a-cat-4.webp"}
 
 
 @needs_engine
@@ -77,7 +75,7 @@ def test_the_embedded_bundle_is_known_by_its_hash_and_not_by_its_name(
     assert told.stderr == ""
     other = replace(original, licence="other").save(shutil.copytree(original.folder, here / "tiny"))
     monkeypatch.setattr("snoopi_rt.pipeline.EMBEDDED", other.folder)
-    assert "--bundle tiny" in run("info", "cat.png").stdout
+    assert f"--bundle {original.folder}" in run("info", "cat.png").stdout
 
 
 @needs_engine
@@ -85,7 +83,7 @@ def test_no_seed_draws_one_and_prints_it(original: Bundle, here: Path) -> None:
     result = run("generate", "a cat", "--bundle", original.folder, "--format", "jpeg")
     path, _, seed = result.stdout.split()
     assert image.read_metadata(here / path)["seed"] == seed
-    assert path == "image.jpeg"
+    assert path == f"a-cat-{seed}.jpeg"
 
 
 @needs_engine
@@ -121,9 +119,17 @@ def test_an_existing_file_is_not_overwritten_without_force(original: Bundle, her
         ),
         (["a cat", "--precision", "decoder=int8"], 2, "error: bundle 'tiny' has no decoder in precision 'int8' for engine 'cpu'"),
         (["a cat", "--threads", "0"], 2, "error: threads must be an integer of at least 1, got 0"),
-        (["a cat", "-o", "nowhere/cat.png"], 1, "error: cannot write nowhere/cat.png: nowhere is not a folder"),
+        (["a cat", "-o", "/dev/null/cat.png"], 1, "error: cannot write /dev/null/cat.png: /dev/null is not a folder"),
+        (["a cat", "-o", f"new/{'x' * 252}.png"], 1, f"error: cannot write new/{'x' * 252}.png: File name too long"),
+        (["a cat", "-o", "new/cat.gif"], 2, "error: new/cat.gif must end in .png, .jpg, .jpeg, .webp"),
         (["a cat", "-o", "cat.gif"], 2, "error: cat.gif must end in .png, .jpg, .jpeg, .webp"),
         (["a cat", "-o", "cat.png", "--format", "webp"], 2, "error: cat.png does not end as webp does"),
+        (["a cat", "--neg", "blurry", "--neg-scale", "0,5"], 2, "error: negative scale must be a number from 0.0 to 1.0, got 5.0"),
+        (["a cat", "--neg", "blurry", "--neg-scale", "0;1"], 2, "error: negative scale '0;1' is no number, and no numbers with commas"),
+        (["a cat", "--side-by-side"], 2, "error: --side-by-side shows the image without and with the negative prompt: give --neg TEXT"),
+        (["a cat", "-n", "2", "-o", "-"], 2, "error: -o - is for one picture, not 2: give a folder"),
+        (["a cat", "-o", "-", "--open"], 2, "error: --open shows a file: -o - writes none"),
+        (["a cat", "--bundle", "x\x1b[31m"], 1, "error: no bundle at x$'\\033'[31m: no such folder"),
     ],
 )
 def test_a_known_error_is_one_line_and_a_code(original: Bundle, here: Path, words: list[str], code: int, message: str) -> None:

@@ -49,7 +49,7 @@ def test_an_existing_file_is_replaced_only_with_force(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"image.png is there already: choose another name, or --force to replace it"):
         image.save(PICTURE, tmp_path / "image.png", METADATA)
     assert (tmp_path / "image.png").read_text() == "mine"
-    image.save(PICTURE, tmp_path / "image.png", METADATA, force=True)
+    image.save(PICTURE, tmp_path / "image.png", METADATA, "replace")
     assert image.read_metadata(tmp_path / "image.png") == METADATA
 
 
@@ -61,19 +61,45 @@ def test_an_unknown_ending_lists_the_known(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(OutputError, match=r"cannot write .*: .*nowhere is not a folder"):
-        image.save(PICTURE, tmp_path / "nowhere" / "image.png", METADATA)
     with pytest.raises(OutputError, match=r"cannot write .*: .*file is not a folder"):
         image.save(PICTURE, tmp_path / "file" / "image.png", METADATA)
     with pytest.raises(OutputError, match=r"cannot write .*folder.png: it is a folder"):
-        image.save(PICTURE, tmp_path / "folder.png", METADATA, force=True)
-    with pytest.raises(OutputError, match=r"cannot write .*: "):
-        image.save(PICTURE, tmp_path / f"{'x' * 300}.png", METADATA)
+        image.save(PICTURE, tmp_path / "folder.png", METADATA, "replace")
+    for path in (tmp_path / f"{'x' * 252}.png", tmp_path / "new" / ("x" * 300) / "image.png", Path(*["x" * 200] * 25, "image.png")):
+        with pytest.raises(OutputError, match=r"cannot write .*: File name too long"):
+            image.check_writable(path)
+
+
+def test_the_longest_legal_name_is_written(tmp_path: Path) -> None:
+    path = tmp_path / f"{'ü' * 125}x.png"  # 255 bytes
+    assert image.save(PICTURE, path, METADATA) == path
+    assert image.read_metadata(path) == METADATA
+
+
+def test_a_missing_folder_is_made_and_a_taken_name_counted_up(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "image.png"
+    names = [image.save(PICTURE, path, METADATA, "count").name for _ in range(3)]
+    assert names == ["image.png", "image-2.png", "image-3.png"] == sorted((found.name for found in path.parent.iterdir()), key=len)
+
+
+def test_a_file_that_appears_while_the_image_is_drawn_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "image.png"
+    monkeypatch.setattr(image, "encode", lambda *given: path.write_text("mine") and b"image")
+    with pytest.raises(InputError, match="is there already"):
+        image.save(PICTURE, path, METADATA)
+    monkeypatch.setattr("os.link", _no_links)
+    with pytest.raises(InputError, match="is there already"):
+        image.save(PICTURE, path, METADATA)
+    assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
+
+
+def _no_links(source: Path, path: Path) -> None:
+    raise PermissionError(1, "Operation not permitted")
 
 
 def test_metadata_that_a_jpeg_cannot_hold_is_one_line(tmp_path: Path) -> None:
     long = {**METADATA, "prompt": "fox " * 20_000}
-    with pytest.raises(OutputError, match=r"^cannot write .*image.jpg: the prompt is too long for this format \(.*\): ask for png$"):
+    with pytest.raises(OutputError, match=r"^cannot write .*image.jpg: jpeg cannot hold it \(.*\): ask for png$"):
         image.save(PICTURE, tmp_path / "image.jpg", long)
     assert list(tmp_path.iterdir()) == []
     for name in ("image.png", "image.webp"):
@@ -125,7 +151,7 @@ def test_an_image_of_a_stranger_is_one_line_whatever_is_in_it(tmp_path: Path) ->
 
 
 def test_the_command_is_quoted_for_the_shell() -> None:
-    words = shlex.split(image.command(METADATA, foreign=False))
+    words = shlex.split(image.command(METADATA, None))
     assert words[:2] == ["snoopi-rt", "generate"]
     assert words[-2:] == ["--", METADATA["prompt"]]
     assert words[words.index("--neg") + 1] == "it's blurry"
@@ -133,8 +159,8 @@ def test_the_command_is_quoted_for_the_shell() -> None:
 
 
 def test_the_command_names_a_foreign_bundle() -> None:
-    words = shlex.split(image.command({**METADATA, "bundle": "other", "truncate": "yes"}, foreign=True))
-    assert words[words.index("--bundle") + 1] == "other"
+    words = shlex.split(image.command({**METADATA, "bundle": "other", "truncate": "yes"}, "my bundles/other"))
+    assert words[words.index("--bundle") + 1] == "my bundles/other"
     assert "--truncate" in words
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from snoopi_rt.bundle import Text
+from snoopi_rt.bundle import Text, Vocabulary
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.presets.preset import Preset
@@ -35,7 +35,7 @@ class Student:
     gives its parameters by name, which is how an encoder larger than the memory is written. encode: the same for one prompt's ids, as
     fp32 tensors. generator(guidance, empty_states) is the network that is exported, reference(guidance, empty_states) the same as diffusers
     computes it; both take the inputs of the graph `generator`. decoder: latent (B, C, h, w) to image (B, H, W, 3) uint8.
-    write_tokenizer(path) writes tokenizer.json and gives the rule of its prompts.
+    write_tokenizer(path) writes tokenizer.json and gives the rule of its prompts. vocabulary, examples: as in Bundle.
     """
 
     text_encoder: nn.Module
@@ -46,6 +46,8 @@ class Student:
     decoder: nn.Module
     write_tokenizer: Callable[[Path], Text]
     tensor_of: Callable[[str], Tensor] | None = None
+    vocabulary: Vocabulary | None = None
+    examples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart
 from snoopi_rt.export.backbones.pixart_alpha import LORA_TARGETS
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.text import minilm
+from snoopi_rt.export.training.small.vocabulary import EXAMPLES, VOCABULARY
 from snoopi_rt.export.weights.files import require
 from snoopi_rt.kernels import attention
 
@@ -54,6 +55,8 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         reference=lambda guidance, empty: GuidedPixArt(network, preset.rule, guidance, empty, sizes[0]),
         decoder=load_decoder(weights, preset),
         write_tokenizer=prompt_encoder(weights.folder, preset.max_tokens).write_tokenizer,
+        vocabulary=VOCABULARY,
+        examples=EXAMPLES,
     )
 
 

@@ -117,22 +117,33 @@ function slide() {
   }
 }
 
-const quoted = (text) => (/^[\w./:=-]+$/.test(text) ? text : `'${text.replaceAll("'", `'"'"'`)}'`);
+// One word that bash, zsh and ksh read back as the same text, and that holds nothing a terminal obeys: as snoopi_rt/shell.py.
+function quoted(text) {
+  if (/^[\w@%+:,./-][\w@%+=:,./-]*$/.test(text)) return text;
+  if (!/[\p{C}\p{Zl}\p{Zp}]/u.test(text)) return `'${text.replaceAll("'", `'"'"'`)}'`;
+  const octal = (char) => [...new TextEncoder().encode(char)].map((byte) => `\\${byte.toString(8).padStart(3, "0")}`).join("");
+  return `$'${text.replace(/[\\']/g, "\\$&").replace(/[!\p{C}\p{Zl}\p{Zp}]/gu, octal)}'`;
+}
 
 async function copy(button, row) {
   const { asked, scales } = shown;
+  const option = (name, value) => (value.startsWith("-") ? [`${name}=${value}`] : [name, value]);
   const negative = asked.negative_prompt
-    ? ["--neg", asked.negative_prompt, "--neg-scale", String(scales[Number(at("scale").value)])]
+    ? [...option("--neg", asked.negative_prompt), "--neg-scale", String(scales[Number(at("scale").value)])]
     : [];
-  const bundle = models.find((each) => each.id === asked.model)?.embedded ? [] : ["--bundle", asked.model];
-  const words = ["snoopi-rt", "generate", ...negative, "--seed", String(row.seed), "--size", asked.size, ...bundle, "--", asked.prompt];
+  // Where a server's bundle lies is not known to whoever reads its page.
+  const bundle = models.find((each) => each.id === asked.model)?.embedded ? [] : ["--bundle", "FOLDER"];
+  const prompt = asked.prompt === "-" ? " -" : asked.prompt; // - alone is standard input
+  const words = ["snoopi-rt", "generate", ...negative, "--seed", String(row.seed), "--size", asked.size, ...bundle, "--", prompt];
   const command = words.map(quoted).join(" ");
+  const missing = bundle.length ? `put the folder of bundle ${asked.model} in the place of FOLDER` : "";
+  if (missing) say(missing);
   try {
     await navigator.clipboard.writeText(command);
     button.textContent = "Copied";
     setTimeout(() => (button.textContent = "Copy as command"), 1500);
   } catch {
-    say(command); // without https a browser may not copy: then it can be marked by hand
+    say([command, missing].filter(Boolean).join(" - ")); // without https a browser may not copy: then it can be marked by hand
   }
 }
 
