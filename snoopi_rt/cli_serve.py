@@ -1,6 +1,7 @@
 """The command that serves bundles over HTTP. FastAPI and uvicorn are imported inside it."""
 
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from snoopi_rt.engines.base import EngineMissing, InputError
 
 
 @click.command(epilog="Example: snoopi-rt serve --port 8000, then POST http://127.0.0.1:8000/v1/images/generations")
-@click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Another than this machine's own needs an API key.")
+@click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Any address other than loopback needs an API key.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, metavar="N")
 @click.option(
     "--bundle", "bundles", multiple=True, metavar="[NAME=]FOLDER", help="One or more; the first is the default.  [default: the embedded]"
@@ -36,6 +37,10 @@ from snoopi_rt.engines.base import EngineMissing, InputError
     metavar="NAME",
     help="Another name by which it may be called without a key.",
 )
+@click.option("--root-path", default="", metavar="PATH", help="The path below which a proxy shows the server, such as /images.")
+@click.option("--truncate", is_flag=True, help="Cut prompts that are too long, where a request does not say otherwise.")
+@click.option("--lenient", is_flag=True, help="Draw the nearest size, and take an unknown model name for the first bundle.")
+@click.option("--log-json", is_flag=True, help="Log lines of JSON at a terminal too.")
 @click.option("--log-prompts", is_flag=True, help="Write prompts into the log.")
 @ray_options
 def serve(
@@ -74,13 +79,17 @@ def serve(
         prompts_in_log=options["log_prompts"],
         origins=options["origins"],
         hosts=options["hosts"],
+        truncate=options["truncate"],
+        lenient=options["lenient"],
+        root=options["root_path"],
     )
+    log_json = options["log_json"] or not sys.stderr.isatty()
     if scale is None:
-        run(settings, options["host"], options["port"])
+        run(settings, options["host"], options["port"], log_json)
     else:
         from snoopi_rt.server.on_ray import serve_on_ray
 
-        serve_on_ray(settings, scale, options["host"], options["port"])
+        serve_on_ray(settings, scale, options["host"], options["port"], log_json)
 
 
 def _named(text: str) -> tuple[str, str | None]:

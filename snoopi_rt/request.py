@@ -1,5 +1,6 @@
 """What a caller may ask for: lists are broadcast to one Request an image, and every wrong value is one clear InputError."""
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +63,17 @@ def image_size(size: Sequence[int] | None, sizes: tuple[tuple[int, int], ...]) -
         known = ", ".join(f"{width}x{height}" for height, width in sizes)
         raise InputError(f"size {asked} is not supported, choose from {known} (width x height)")
     return size[0], size[1]
+
+
+def nearest_size(size: tuple[int, int], sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """The supported size whose shape is most like it, and of those the one whose area is."""
+    height, width = (max(1, side) for side in size)
+
+    def distance(known: tuple[int, int]) -> tuple[float, float]:
+        tall, wide = math.log(known[0] / height), math.log(known[1] / width)
+        return round(abs(tall - wide), 6), abs(tall + wide)
+
+    return min(sizes, key=distance)
 
 
 def parse_size(text: str) -> tuple[int, int]:

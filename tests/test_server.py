@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 httpx = pytest.importorskip("httpx")
 import uvicorn  # noqa: E402
 
-from snoopi_rt.server import api, run  # noqa: E402
+from snoopi_rt.server import addresses, api, connection, logs, run  # noqa: E402
 from snoopi_rt.server.app import Settings, application, read_key  # noqa: E402
 
 DRAW = "/v1/images/generations"
@@ -44,7 +45,7 @@ def served(settings: Settings) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(application(settings), "127.0.0.1", port, http=run.Impatient, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(application(settings), "127.0.0.1", port, http=connection.connections(), log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started and thread.is_alive():
@@ -57,6 +58,30 @@ def served(settings: Settings) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def command(*arguments: str, **streams: Any) -> Iterator[tuple[subprocess.Popen, str]]:
+    """`snoopi-rt serve` as a process, and its address; it is over afterwards."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "snoopi_rt", "serve", "--port", str(port), "--engine", "cpu", *arguments]
+    process = subprocess.Popen(words, **{"stderr": subprocess.PIPE, "encoding": "utf-8", **streams})
+    address = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        try:
+            return process.poll() is not None or httpx.get(f"{address}/readyz").status_code == 200
+        except httpx.ConnectError:
+            return False
+
+    try:
+        eventually(ready, 30)
+        yield process, address
+    finally:
+        process.kill()
+        process.communicate()
 
 
 class Slow:
@@ -117,6 +142,132 @@ def test_the_official_client_gets_the_pictures_of_the_pipeline(address: str, pip
     assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").owned_by == "snoopi-rt"
 
 
+def test_neutral_values_that_clients_always_send_are_taken(address: str) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{address}/v1/", api_key="none")  # a slash at the end, as people type it
+    neutral = {"quality": "auto", "background": "auto", "moderation": "auto", "stream": False, "partial_images": 0, "size": "auto"}
+    found = client.images.generate(model="tiny", prompt="a cat", n=1, **neutral, safety_identifier="me")
+    assert found.size == "16x16" and found.data[0].b64_json and found.data[0].url is None
+    client.images.generate(prompt="a cat", background="opaque", moderation="low", output_format="jpeg", output_compression=100)
+
+
+def test_clients_made_for_dall_e_get_addresses_as_they_expect(address: str) -> None:
+    """LangChain and LibreChat send these, no response_format, and read `url` alone; whoever reads base64 finds that, too."""
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+    for body in ({"quality": "standard"}, {"quality": "standard", "style": "vivid"}):
+        (found,) = client.images.generate(prompt="a cat", size="16x16", n=1, **body).data
+        assert base64.b64decode(found.b64_json) == httpx.get(found.url).content
+    (found,) = client.images.generate(prompt="a cat", style="natural", response_format="b64_json").data
+    assert found.b64_json and found.url is None
+
+
+def test_lenient_draws_the_nearest_size_with_the_first_bundle_and_says_so(pipe: Pipeline) -> None:
+    body = {"model": "dall-e-3", "prompt": "a cat", "size": "1792x1024", "seed": 1}
+    models = {"tiny": lambda: pipe, "other": lambda: pipe}
+    with served(Settings(models)) as strict, served(Settings(models, lenient=True)) as lenient:
+        found = httpx.post(lenient + DRAW, json=body).json()
+        assert (found["model"], found["size"]) == ("tiny", "24x16")
+        np.testing.assert_array_equal(pictures(found), pipe.generate("a cat", seed=1, size=(16, 24)).images)
+        assert httpx.post(lenient + DRAW, json={**body, "size": "1024x1024"}).json()["size"] == "16x16"
+        assert httpx.post(lenient + DRAW, json={**body, "model": "other"}).json()["model"] == "other"
+        for wrong in ({"size": "huge"}, {"quality": "hd"}, {"prompt": ""}):
+            assert httpx.post(lenient + DRAW, json={**body, **wrong}).status_code == 400
+        assert httpx.post(strict + DRAW, json=body).status_code == 404
+        assert httpx.post(strict + DRAW, json={**body, "model": "tiny"}).status_code == 400
+
+
+def test_a_prompt_that_is_too_long_is_cut_where_that_is_wanted(pipe: Pipeline) -> None:
+    long = {"prompt": "a a a a a a a", "seed": 1}
+    with served(Settings({"tiny": lambda: pipe})) as address, served(Settings({"tiny": lambda: pipe}, truncate=True)) as cutting:
+        message = httpx.post(address + DRAW, json=long).json()["error"]["message"]
+        assert message == 'prompt has 9 tokens, the limit is 6: shorten it, or send "truncate": true'
+        found = httpx.post(address + DRAW, json={**long, "truncate": True}).json()
+        assert found["truncated"]
+        np.testing.assert_array_equal(pictures(found), pipe.generate("a a a a", seed=1).images)
+        assert not httpx.post(address + DRAW, json={"prompt": "a cat", "truncate": True}).json()["truncated"]
+        assert httpx.post(cutting + DRAW, json=long).json()["truncated"]
+        assert httpx.post(cutting + DRAW, json={**long, "truncate": False}).status_code == 400
+
+
+def test_head_is_where_get_is(address: str) -> None:
+    file = httpx.post(address + DRAW, json={"prompt": "a cat", "response_format": "url"}).json()["data"][0]["url"]
+    paths = ("/", "/page.css", "/healthz", "/readyz", "/metrics", "/openapi.json", "/v1/models", "/v1/models/tiny", "/nothing", DRAW)
+    for url in (file, *(address + path for path in paths)):
+        head, get = httpx.head(url), httpx.get(url)
+        assert (head.status_code, head.content) == (get.status_code, b"") and head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_a_slash_at_the_end_changes_nothing_and_sends_nobody_elsewhere(address: str) -> None:
+    for path in ("/v1/models/", "/healthz/", "/v1/models/tiny/"):
+        assert httpx.get(address + path).content == httpx.get(address + path.rstrip("/")).content
+    assert httpx.post(f"{address}{DRAW}/", json={"prompt": "a cat"}).status_code == 200
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+def test_below_a_path_of_a_proxy_all_addresses_begin_with_it(pipe: Pipeline, stripped: bool) -> None:
+    with served(Settings({"tiny": lambda: pipe}, root="/draw/", key="secret")) as address:
+        base = address if stripped else f"{address}/draw"
+        headers = {"host": "any.example", "authorization": "Bearer secret"}
+        found = httpx.post(base + DRAW, json={"prompt": "a cat", "response_format": "url"}, headers=headers).json()["data"][0]["url"]
+        assert found.startswith("http://any.example/draw/v1/images/files/")
+        assert httpx.get(base + found.partition("/draw")[2]).status_code == 200
+        assert httpx.get(f"{base}/page.css").status_code == httpx.get(f"{base}/healthz").status_code == 200
+        assert httpx.get(f"{base}/v1/models").status_code == 401
+        assert httpx.get(f"{base}/openapi.json", headers=headers).json()["servers"] == [{"url": "/draw"}]
+        assert httpx.get(f"{address}/draw").headers["location"] == "/draw/"
+
+
+def test_what_people_type_for_addresses_is_understood_or_refused_at_the_start() -> None:
+    ok: dict[Callable[[str], str], dict[str, str]] = {
+        addresses.web_origin: {
+            "https://Page.Example/": "https://page.example",
+            "https://page.example:443": "https://page.example",
+            "http://localhost:3000/": "http://localhost:3000",
+            "https://b\u00fccher.example": "https://xn--bcher-kva.example",
+            "http://[::1]:80": "http://[::1]",
+            "null": "null",
+        },
+        addresses.host_name: {
+            "Proxy.Example:8443": "proxy.example",
+            "https://proxy.example./": "proxy.example",
+            "[FE80::1]:80": "fe80::1",
+            "::1": "::1",
+            "192.168.1.5:8000": "192.168.1.5",
+        },
+        addresses.path_prefix: {"": "", "/": "", "draw": "/draw", "/a/b/": "/a/b"},
+        addresses.listen_host: {"127.0.0.1": "127.0.0.1", "[::1]": "::1", "LocalHost": "localhost"},
+    }
+    for function, cases in ok.items():
+        assert {text: function(text) for text in cases} == cases
+    refused = {
+        addresses.web_origin: (
+            "page.example",
+            "localhost:3000",
+            "https://",
+            "https://a.example/x",
+            "https://me@a.example",
+            "https://a:b",
+            "https://[",
+            "",
+        ),
+        addresses.host_name: ("", "*", "a/b", "me@a.example", "[", "a b", "a.example:x"),
+        addresses.path_prefix: ("https://a.example/x", "/a b", "/a?b", "/a%2f"),
+        addresses.listen_host: ("", "127.0.0.1:8000", "localhost:8000", "[::1]:8000", "http://127.0.0.1", "127.0.0.1/x", "["),
+        addresses.check_model_name: ("", "a/b", "..", "a\n", "a" * 201),
+    }
+    for function, texts in refused.items():
+        for text in texts:
+            with pytest.raises(InputError) as caught:
+                function(text)
+            assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"give --host 127\.0\.0\.1 --port 8000"):
+        addresses.listen_host("http://127.0.0.1:8000/")
+    for timeout in (float("inf"), float("nan"), 0.0):
+        with pytest.raises(InputError, match="timeout must be"):
+            Settings({"tiny": Pipeline}, timeout=timeout)
+
+
 def test_a_list_of_scales_draws_the_same_seed_at_each(address: str, pipe: Pipeline) -> None:
     body = {"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": [0, 0.5, 1], "seed": 3, "n": 2}
     found = httpx.post(address + DRAW, json=body).json()
@@ -142,7 +293,12 @@ def test_an_address_gives_the_file_for_a_while(address: str, format: str, kind: 
     [
         (b"{", 400, "Invalid JSON"),
         (b"[]", 400, "should be"),
-        (b'{"prompt": "a cat", "quality": "hd"}', 400, "quality: unknown field, known are prompt, model"),
+        (b'{"prompt": "a cat", "steps": 4}', 400, "steps: unknown field, known are prompt, model"),
+        (b'{"prompt": "a cat", "quality": "hd"}', 400, "quality: Input should be 'auto' or 'standard'"),
+        (b'{"prompt": "a cat", "background": "transparent"}', 400, "background: "),
+        (b'{"prompt": "a cat", "stream": true}', 400, "stream: "),
+        (b'{"prompt": "a cat", "partial_images": 2}', 400, "partial_images: "),
+        (b'{"prompt": "a cat", "output_format": "svg"}', 400, "output_format: "),
         (b'{"prompt": 5}', 400, "prompt: "),
         (b'{"prompt": ""}', 400, "prompt: "),
         (b'{"prompt": "   "}', 400, "prompt is empty"),
@@ -314,7 +470,7 @@ def test_a_client_that_goes_leaves_the_queue(slow: Slow) -> None:
 
 
 def test_a_connection_that_says_nothing_or_half_a_request_is_closed(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "HEADERS", 0.3)
+    monkeypatch.setattr(connection, "HEADERS", 0.3)
     with served(Settings({"tiny": lambda: pipe})) as address:
         port = int(address.rpartition(":")[2])
         for said in (b"", b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nX-Slow: "):
@@ -345,25 +501,35 @@ CHUNKED = b" HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntr
 
 
 def test_a_client_that_does_not_read_its_answer_is_cut_off(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "HEADERS", 0.2)
+    monkeypatch.setattr(connection, "HEADERS", 0.2)
     ended = threading.Event()
-    lost = run.Impatient.connection_lost
-    monkeypatch.setattr(run.Impatient, "connection_lost", lambda self, error: (lost(self, error), ended.set()))
+    lost = connection.Connection.connection_lost
+    monkeypatch.setattr(connection.Connection, "connection_lost", lambda self, error: (lost(self, error), ended.set()))
     monkeypatch.setattr(api, "encoded", lambda *_: b"x" * 2**23)
     with served(Settings({"tiny": lambda: pipe})) as address:
         ended.clear()
-        with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect(("127.0.0.1", int(address.rpartition(":")[2])))
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", int(address.rpartition(":")[2])))
             body = b'{"prompt": "a cat"}'
             head = f"POST {DRAW} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
+            client.sendall(head.encode() + body)
             assert ended.wait(10)
 
 
 @pytest.mark.parametrize(
     ("host", "code"),
-    [("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("evil.example", 421), ("localhost.evil.example:8000", 421), ("", 421)],
+    [
+        ("localhost:1", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:80", 200),
+        ("evil.example", 421),
+        ("localhost.evil.example:8000", 421),
+        ("", 421),
+        ("[", 421),
+        ("LOCALHOST.", 200),
+        ("evil.example@localhost", 421),
+    ],
 )
 def test_another_name_for_this_machine_is_refused(address: str, host: str, code: int) -> None:
     """A web page whose name was made to mean 127.0.0.1 would else be let in by the browser."""
@@ -376,7 +542,8 @@ def test_names_that_are_allowed_and_clients_with_a_key_may_call(pipe: Pipeline) 
         assert httpx.get(f"{address}/v1/models", headers=given).status_code == 200
         drawn = httpx.post(address + DRAW, headers=given, json={"prompt": "a cat", "response_format": "url"}).json()
         assert httpx.get(drawn["data"][0]["url"].replace("http://any.example", address)).status_code == 200  # as an <img> asks
-    with served(Settings({"tiny": lambda: pipe}, hosts=("proxy.example",), origins=("https://page.example",))) as address:
+    with served(Settings({"tiny": lambda: pipe}, hosts=("https://Proxy.example:8443/",), origins=("https://Page.example/",))) as address:
+        assert httpx.get(f"{address}/healthz", headers={"origin": "https://page.example"}).headers["access-control-allow-origin"]
         for host in ("proxy.example", "page.example:8000"):
             assert httpx.get(f"{address}/v1/models", headers={"host": host}).status_code == 200
 
@@ -448,35 +615,117 @@ def test_schemathesis_finds_no_internal_error(address: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_a_signal_to_stop_lets_accepted_requests_finish(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "snoopi_rt", "serve", "--port", str(port), "--engine", "cpu"]
-    running = subprocess.Popen(words, stderr=subprocess.PIPE, encoding="utf-8")
-    address = f"http://127.0.0.1:{port}"
+def test_a_signal_to_stop_lets_accepted_requests_finish() -> None:
+    async def load(process: subprocess.Popen, address: str) -> list[int]:
+        async with httpx.AsyncClient(timeout=30) as client:
+            asked = [asyncio.create_task(client.post(address + DRAW, json={"prompt": "a panda", "n": 8})) for _ in range(12)]
+            await asyncio.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            return [answer.status_code for answer in await asyncio.gather(*asked)]
 
-    def ready() -> bool:
-        try:
-            return httpx.get(f"{address}/readyz").status_code == 200
-        except httpx.ConnectError:
-            return False
+    with command() as (process, address):
+        assert asyncio.run(load(process, address)) == [200] * 12
+        assert process.wait(20) in (0, -signal.SIGTERM)
 
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_sent_ahead_and_a_log_that_nobody_reads_cost_next_to_nothing() -> None:
+    """60 clients that send thousands of requests and read nothing took 0.9 GB; a full pipe on standard error stopped everything."""
+
+    def megabytes(process: subprocess.Popen) -> float:
+        return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    with command() as (process, address), ExitStack() as clients:
+        before = megabytes(process)
+        for _ in range(60):
+            client = clients.enter_context(socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))))
+            client.setblocking(False)
+            with suppress(BlockingIOError):
+                client.sendall(b"GET /v HTTP/1.1\r\nhost: localhost\r\n\r\n" * 13_000)
+        with httpx.Client() as patient:
+            for _ in range(600):
+                assert patient.get(f"{address}/healthz").status_code == 200
+        assert megabytes(process) < before + 64
+        clients.close()  # they go before they are answered
+        assert httpx.post(address + DRAW, json={"prompt": "a cat"}).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) in (0, -signal.SIGTERM)
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_requests_that_are_sent_ahead_are_answered_in_order(address: str) -> None:
+    body = b'{"prompt": "a cat"}'
+    drawing = f"POST {DRAW} HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n".encode()
+    asked = [
+        (b"GET /healthz HTTP/1.1\r\n", b""),
+        (drawing, body),
+        (b"GET /nothing HTTP/1.1\r\nupgrade: h2c\r\nconnection: upgrade\r\n", b""),
+    ]
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as client:
+        sent = [asked[i % 3][0] + f"host: localhost\r\nx-request-id: {i}\r\n\r\n".encode() + asked[i % 3][1] for i in range(300)]
+        client.sendall(b"".join(sent) + b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        client.settimeout(30)
+        answers = b"".join(iter(lambda: client.recv(2**16), b""))
+    assert re.findall(rb"x-request-id: (\d+)\r", answers)[:300] == [b"%d" % i for i in range(300)]
+    assert re.findall(rb"HTTP/1.1 (\d+) ", answers) == [b"200", b"200", b"404"] * 100 + [b"200"]
+
+
+def test_a_client_that_goes_is_noticed_though_it_sent_more_requests(slow: Slow) -> None:
+    with served(Settings({"tiny": slow.open})) as address, ThreadPoolExecutor(4) as threads:
+        first = threads.submit(httpx.post, address + DRAW, json={"prompt": "a cat"}, timeout=30)
+        eventually(lambda: slow.calls)
+        body = b'{"prompt": "a red fox"}'
+        head = f"POST {DRAW} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as client:
+            client.sendall(head.encode() + body + b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            eventually(lambda: 'waiting_images{model="tiny"} 1.0' in httpx.get(f"{address}/metrics").text)
+        eventually(lambda: 'code="499"' in httpx.get(f"{address}/metrics").text)
+        slow.go.set()
+        assert first.result().status_code == 200
+    assert slow.calls == [1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
+@pytest.mark.parametrize("more", [(), ("--log-json",)])
+def test_a_terminal_gets_the_address_and_ctrl_c_ends_quietly(more: tuple[str, ...]) -> None:
+    ours, theirs = os.openpty()
+    with open(ours, "rb", buffering=0) as screen, command(*more, stderr=theirs, stdout=theirs) as (process, address):
+        os.close(theirs)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        lines = screen.read(2**16).decode().splitlines()
+    assert any(address in line for line in lines) and not any("Traceback" in line or "Aborted" in line for line in lines)
+    assert all(line.startswith("{") == bool(more) for line in lines)
+    assert bool(more) or any(re.fullmatch(rf"[\d:]{{8}} serving small on {address} \(Ctrl-C ends it\)", line) for line in lines)
+
+
+def test_with_no_bundle_that_opens_it_ends_and_says_why(tmp_path: Path) -> None:
+    with command("--bundle", f"mine={tmp_path}") as (process, _):
+        assert process.wait(20) == 1
+        last = process.stderr.read().splitlines()[-1]
+    assert last == f"error: no bundle can be served: mine: no bundle at {tmp_path}: it has no bundle.json"
+
+
+def test_what_other_packages_warn_of_is_json_too(capfd: pytest.CaptureFixture[str]) -> None:
+    handler = logs.LineHandler(2)
+    handler.setFormatter(logs.JsonLines())
+    log = logging.Logger("uvicorn.error")
+    log.addHandler(handler)
+    log.warning("Invalid HTTP request\n received.")
     try:
-        eventually(ready, 30)
+        raise ValueError("wrong")
+    except ValueError:
+        log.exception("broken")
+    handler.flush()
+    first, second = map(json.loads, capfd.readouterr().err.splitlines())
+    assert (first["what"], first["from"], first["message"]) == ("warning", "uvicorn.error", "Invalid HTTP request\n received.")
+    assert "ValueError: wrong" in second["traceback"]
 
-        async def load() -> list[int]:
-            async with httpx.AsyncClient(timeout=30) as client:
-                asked = [asyncio.create_task(client.post(address + DRAW, json={"prompt": "a panda", "n": 8})) for _ in range(12)]
-                await asyncio.sleep(0.3)
-                os.kill(running.pid, signal.SIGTERM)
-                return [answer.status_code for answer in await asyncio.gather(*asked)]
 
-        assert asyncio.run(load()) == [200] * 12
-        assert running.wait(20) in (0, -signal.SIGTERM)
-    finally:
-        running.kill()
-        running.communicate()
+def test_a_line_for_people_steers_no_terminal() -> None:
+    record = logging.LogRecord("a", logging.INFO, "", 0, "", (), None)
+    record.people = "model \x1b[31m"
+    assert logs.PeopleLines().format(record).endswith(r' "model \u001b[31m"')
 
 
 def test_a_port_in_use_is_one_line() -> None:

@@ -8,8 +8,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from snoopi_rt import image
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.request import SEEDS, check_seed, draw_seed, parse_size
+from snoopi_rt.request import MAX_CHARACTERS, MAX_IMAGES, SEEDS, check_seed, draw_seed, nearest_size, parse_size
 from snoopi_rt.result import Result
+
+UNUSED = "Taken and not used: clients send it unasked."
 
 
 class Generation(BaseModel):
@@ -17,21 +19,29 @@ class Generation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str = Field(min_length=1, max_length=4000, description="What to draw.")
+    prompt: str = Field(min_length=1, max_length=MAX_CHARACTERS, description="What to draw.")
     model: str | None = Field(None, max_length=200, description="A bundle's name; the first one where none is given.")
-    n: int = Field(1, ge=1, le=10_000, description="Images; image i uses seed + i.")
+    n: int = Field(1, ge=1, le=MAX_IMAGES, description="Images; image i uses seed + i.")
     size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT, one of the model's; auto is its first.")
-    response_format: Literal["b64_json", "url"] = "b64_json"
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json by default; both for DALL-E's clients.")
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int = Field(95, ge=0, le=100, description="The quality of jpeg and webp.")
-    user: str | None = Field(None, max_length=256, description="Taken and not used.")
+    user: str | None = Field(None, max_length=256, description=UNUSED)
+    safety_identifier: str | None = Field(None, max_length=256, description=UNUSED)
     seed: Annotated[int, Field(ge=0, lt=SEEDS), BeforeValidator(check_seed)] | None = Field(
         None, description="None draws one, which the answer says."
     )
-    negative_prompt: str | None = Field(None, max_length=4000, description="What not to draw.")
+    negative_prompt: str | None = Field(None, max_length=MAX_CHARACTERS, description="What not to draw.")
     negative_scale: float | list[float] | None = Field(
         None, description="How strongly it counts; a list draws every image once for each, with the same seed."
     )
+    truncate: bool | None = Field(None, description="Cut prompts that are too long; by default the server's --truncate.")
+    quality: Literal["auto", "standard"] | None = Field(None, description=UNUSED)
+    style: Literal["vivid", "natural"] | None = Field(None, description=UNUSED)
+    background: Literal["auto", "opaque"] | None = Field(None, description=UNUSED)
+    moderation: Literal["auto", "low"] | None = Field(None, description=UNUSED)
+    stream: Literal[False] | None = Field(None, description=UNUSED)
+    partial_images: Literal[0] | None = Field(None, description=UNUSED)
 
     @model_validator(mode="before")
     @classmethod
@@ -49,9 +59,22 @@ class Generation(BaseModel):
         first = draw_seed() if self.seed is None else self.seed
         return [(first + i) % SEEDS for i in range(self.n) for _ in scales], list(scales) * self.n
 
-    def height_and_width(self, sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-        """The size, the first of the model's where none is given. Raises InputError for what is no size."""
-        return sizes[0] if self.size in (None, "auto") else parse_size(self.size or "")
+    def height_and_width(self, sizes: tuple[tuple[int, int], ...], lenient: bool) -> tuple[int, int]:
+        """The size, the first of the model's where none is given; the nearest of them where `lenient`. Raises InputError for no size."""
+        if self.size in (None, "auto"):
+            return sizes[0]
+        size = parse_size(self.size or "")
+        return nearest_size(size, sizes) if lenient else size
+
+    def formats(self) -> tuple[bool, bool]:
+        """Whether images are given as base64, and as addresses.
+
+        DALL-E's default were addresses, and clients made for it (LangChain, LibreChat) read nothing else; they are told by fields that
+        no later model has.
+        """
+        if self.response_format is None:
+            return True, self.style is not None or self.quality == "standard"
+        return self.response_format == "b64_json", self.response_format == "url"
 
 
 class Drawn(BaseModel):
@@ -71,6 +94,7 @@ class Images(BaseModel):
     output_format: Literal["png", "jpeg", "webp"]
     size: str
     model: str
+    truncated: bool = Field(description="Whether a prompt was cut.")
     timings: dict[str, float] = Field(description="Seconds by stage, of the batch that the images were drawn in.")
 
 
@@ -129,11 +153,12 @@ def encoded(result: Result, index: int, asked: Generation) -> bytes:
 
 
 def answer(model: str, result: Result, files: list[bytes], urls: list[str] | None, asked: Generation) -> Images:
-    """The images as base64, or as addresses."""
+    """The images as base64, as addresses (`urls`), or as both."""
+    inside, _ = asked.formats()
     height, width = result.images.shape[1:3]
     data = [
         Drawn(
-            b64_json=base64.b64encode(file).decode() if urls is None else None,
+            b64_json=base64.b64encode(file).decode() if inside else None,
             url=None if urls is None else urls[i],
             seed=result.seeds[i],
             negative_scale=result.scales[i],
@@ -142,7 +167,15 @@ def answer(model: str, result: Result, files: list[bytes], urls: list[str] | Non
     ]
     size = f"{width}x{height}"
     timings = {stage: round(seconds, 6) for stage, seconds in result.timings.items()}
-    return Images(created=int(time.time()), data=data, output_format=asked.output_format, size=size, model=model, timings=timings)
+    return Images(
+        created=int(time.time()),
+        data=data,
+        output_format=asked.output_format,
+        size=size,
+        model=model,
+        truncated=result.truncated,
+        timings=timings,
+    )
 
 
 def schema(model: type[BaseModel]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The application: routes, limits, request ids, logs. Any ASGI server runs it; `snoopi-rt serve` uses uvicorn."""
 
 import asyncio
+import math
 import secrets
 import time
 from collections import OrderedDict
@@ -17,17 +18,22 @@ from fastapi.openapi.utils import get_openapi
 from starlette.requests import ClientDisconnect
 
 from snoopi_rt import __version__
-from snoopi_rt.engines.base import Cancelled, InputError, SnoopiError
+from snoopi_rt.engines.base import BundleError, Cancelled, InputError, SnoopiError
 from snoopi_rt.files import read_bounded, reason
 from snoopi_rt.pipeline import EMBEDDED, Pipeline
 from snoopi_rt.server import api
-from snoopi_rt.server.around import Around, tell
+from snoopi_rt.server.addresses import check_model_name, host_name, path_prefix, web_origin
+from snoopi_rt.server.around import Around
 from snoopi_rt.server.batching import Batcher, Drawing, QueueFull
+from snoopi_rt.server.logs import tell
 from snoopi_rt.server.metrics import Metrics
 from snoopi_rt.server.refusals import CODES, Refused
+from snoopi_rt.tokenizer import PromptTooLong
 
 KEPT_BYTES, KEPT_SECONDS = 256 * 2**20, 3600.0
 """Images that are given as addresses stay in memory until others need the room, or so long."""
+LONGEST = 86_400.0
+"""Seconds: a longer timeout is no timeout."""
 LONGEST_KEY = 2**16
 """Bytes of a file with a key."""
 FOLDER = Path(__file__).parent / "page"
@@ -48,7 +54,10 @@ class Settings:
     what clients must send as a bearer token, None is nothing. together: images of waiting requests that are drawn in one call, 1 draws
     each request alone. batch_wait: seconds that a batch waits for more. queue: images that may wait for a model. most: images of one
     request. body: bytes of one request. timeout: seconds of one request. prompts_in_log: write prompts into the log. origins: of web
-    pages that may call (CORS). hosts: names besides localhost by which it may be called without a key.
+    pages that may call (CORS). hosts: names besides localhost by which it may be called without a key. truncate: cut prompts that are
+    too long where a request does not say otherwise. lenient: draw the nearest size, and take an unknown model for the first one. root:
+    the path below which a proxy shows the server.
+    Raises InputError for what cannot be meant.
     """
 
     models: dict[str, Callable[..., Pipeline]]
@@ -62,6 +71,18 @@ class Settings:
     prompts_in_log: bool = False
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    truncate: bool = False
+    lenient: bool = False
+    root: str = ""
+
+    def __post_init__(self) -> None:
+        for name in self.models:
+            check_model_name(name)
+        if not (0 < self.timeout <= LONGEST and math.isfinite(self.batch_wait)):
+            raise InputError(f"timeout must be a number of seconds up to {LONGEST:g}, got {self.timeout:g}")
+        object.__setattr__(self, "origins", tuple(map(web_origin, self.origins)))
+        object.__setattr__(self, "hosts", tuple(map(host_name, self.hosts)))
+        object.__setattr__(self, "root", path_prefix(self.root))
 
 
 @dataclass
@@ -81,10 +102,28 @@ async def here(name: str, settings: Settings, observe: Callable[[int], None]) ->
     return Batcher(name, pipe, settings.batch_wait, settings.together, settings.queue, observe)
 
 
-def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]] = here) -> FastAPI:
+def log_opened(models: list[str], broken: dict[str, str], address: str | None = None) -> None:
+    """Says in the log which bundles are served, and why others are not."""
+    for name, error in broken.items():
+        tell("bundle cannot be served", f"{name} cannot be served: {error}", model=name, error=error)
+    place = {} if address is None else {"address": address}
+    tell("ready", f"serving {', '.join(models)} on {address} (Ctrl-C ends it)", models=models, broken=broken, **place)
+
+
+def none_served(broken: dict[str, str]) -> BundleError:
+    """What a server ends with that has nothing to serve."""
+    return BundleError(f"no bundle can be served: {'; '.join(f'{name}: {error}' for name, error in broken.items())}")
+
+
+def application(
+    settings: Settings,
+    open_model: Callable[..., Awaitable[Drawing]] = here,
+    opened: Callable[[list[str], dict[str, str]], None] = log_opened,
+) -> FastAPI:
     """The ASGI application. Its bundles are opened when it starts; one that is broken is told in the log and under /readyz.
 
     open_model(name, settings, observe): what draws a model's images; observe(images) is to be told of every call.
+    opened(models, broken): told once which bundles are open, and why the others are not.
     """
     state, metrics = State(), Metrics()
 
@@ -94,10 +133,9 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
                 state.drawing[name] = await open_model(name, settings, metrics.batch.labels(name).observe)
             except Exception as error:
                 state.broken[name] = str(error) if isinstance(error, SnoopiError) else f"{type(error).__name__}: {error}"
-                tell("bundle cannot be served", model=name, error=state.broken[name])
                 continue
             metrics.watch(name, state.drawing[name])
-        tell("ready", models=list(state.drawing), broken=state.broken)
+        opened(list(state.drawing), state.broken)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -108,11 +146,11 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
         for drawing in state.drawing.values():
             await asyncio.to_thread(drawing.close)
 
-    app = FastAPI(title="snoopi-rt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="snoopi-rt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     # A watchdog, and the page, which asks for the key, need none; who has an image's address had it when it was drawn.
     free = ("/$", "/healthz$", "/readyz$", "/v1/images/files/", *(f"/{name}$" for name in PAGE))
-    hosts = frozenset((*settings.hosts, *(urlsplit(origin).hostname or "" for origin in settings.origins)))
-    app.add_middleware(Around, key=settings.key, free=free, hosts=hosts, metrics=metrics)
+    hosts = frozenset(filter(None, (*settings.hosts, *(urlsplit(origin).hostname for origin in settings.origins))))
+    app.add_middleware(Around, key=settings.key, free=free, hosts=hosts, root=settings.root, metrics=metrics)
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"])
 
@@ -124,16 +162,23 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
             asked = api.generation(body)
             drawing, facts = find(asked.model), request.state.facts
             seeds, scales = asked.seeds_and_scales(settings.most)
-            count, size = len(seeds), asked.height_and_width(drawing.pipe.bundle.sizes)
+            count, size = len(seeds), asked.height_and_width(drawing.pipe.bundle.sizes, settings.lenient)
             given = [asked.prompt] * count, [asked.negative_prompt] * count, scales, seeds
             facts |= {"model": drawing.name, "images": count}
             if settings.prompts_in_log:
                 facts |= {"prompt": asked.prompt, "negative_prompt": asked.negative_prompt}
-            images = drawing.pipe.check(*given, size=size)
+            truncate = False
+            try:
+                images = drawing.pipe.check(*given, size=size)
+            except PromptTooLong as error:
+                truncate = settings.truncate if asked.truncate is None else asked.truncate
+                if not truncate:
+                    raise Refused(400, error.told('send "truncate": true')) from error
+                images = drawing.pipe.check(*given, size=size, truncate=True)
         except InputError as error:
             raise Refused(400, str(error)) from error
         try:
-            result = await unless_gone(request, drawing.draw(images, size, settings.timeout), settings.timeout)
+            result = await unless_gone(request, drawing.draw(images, size, settings.timeout, truncate), settings.timeout)
         except QueueFull as error:
             metrics.refused.labels(drawing.name).inc()
             raise Refused(429, str(error), "rate_limit_error", {"retry-after": f"{error.seconds:.0f}"}) from error
@@ -149,7 +194,7 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
             files = await asyncio.gather(*(asyncio.to_thread(api.encoded, result, i, asked) for i in range(count)))
         except SnoopiError as error:
             raise Refused(400, str(error)) from error
-        urls = [keep(request, asked.output_format, file) for file in files] if asked.response_format == "url" else None
+        urls = [keep(request, asked.output_format, file) for file in files] if asked.formats()[1] else None
         return Response(
             api.answer(drawing.name, result, files, urls, asked).model_dump_json(exclude_none=True), media_type="application/json"
         )
@@ -172,11 +217,11 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
             raise Refused(404, "no such image, or not any more", "not_found_error")
         return Response(kept[2], media_type=kept[1])
 
-    @app.api_route("/healthz", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/healthz", include_in_schema=False)
     async def healthz() -> Response:
         return Response("alive\n", media_type="text/plain")
 
-    @app.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/readyz", include_in_schema=False)
     async def readyz() -> Response:
         told = {**dict.fromkeys(settings.models, "loading"), **state.broken, **dict.fromkeys(state.drawing, "ready")}
         lines = [f"{name}: {what}" for name, what in told.items()]
@@ -212,7 +257,8 @@ def application(settings: Settings, open_model: Callable[..., Awaitable[Drawing]
         return error.response()
 
     def find(name: str | None) -> Drawing:
-        chosen = next(iter(settings.models)) if name is None else name
+        known = name is not None and (name in settings.models or not settings.lenient)
+        chosen = name if name is not None and known else next(iter(settings.models))
         return state.drawing[chosen] if chosen in state.drawing else missing(chosen)
 
     def missing(name: str) -> Any:

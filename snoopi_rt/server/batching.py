@@ -31,6 +31,7 @@ class Waiting:
 
     images: list[Request]
     size: tuple[int, int]
+    truncate: bool
     end: float
     future: "asyncio.Future[Result]"
     since: float = field(default_factory=time.monotonic)
@@ -60,8 +61,8 @@ class Drawing(Protocol):
     @property
     def waiting(self) -> int: ...
 
-    async def draw(self, images: list[Request], size: tuple[int, int], timeout: float) -> Result:
-        """The images. When the task is cancelled they are not drawn, unless that has begun.
+    async def draw(self, images: list[Request], size: tuple[int, int], timeout: float, truncate: bool) -> Result:
+        """The images, their prompts cut where they may be. When the task is cancelled they are not drawn, unless that has begun.
 
         Raises QueueFull, Cancelled after `timeout` seconds in the queue, and what Pipeline.generate raises.
         """
@@ -96,9 +97,9 @@ class Batcher:
         """Images in the queue."""
         return sum(len(each.images) for each in tuple(self._queue))
 
-    async def draw(self, images: list[Request], size: tuple[int, int], timeout: float) -> Result:
+    async def draw(self, images: list[Request], size: tuple[int, int], timeout: float, truncate: bool) -> Result:
         """See Drawing."""
-        item = Waiting(images, size, time.monotonic() + timeout, self._loop.create_future())
+        item = Waiting(images, size, truncate, time.monotonic() + timeout, self._loop.create_future())
         with self._changed:
             if self._closed:
                 raise Cancelled("the server is stopping")
@@ -147,7 +148,8 @@ class Batcher:
         left: deque[Waiting] = deque()
         count = sum(len(each.images) for each in batch)
         for item in self._queue:
-            if not batch or (item.size == batch[0].size and count + len(item.images) <= self._together):
+            alike = not batch or (item.size, item.truncate) == (batch[0].size, batch[0].truncate)
+            if not batch or (alike and count + len(item.images) <= self._together):
                 batch = [*batch, item]
                 count += len(item.images)
             else:
@@ -168,7 +170,8 @@ class Batcher:
     def _draw(self, batch: list[Waiting]) -> None:
         images, start = [image for item in batch for image in item.images], time.monotonic()
         try:
-            result = self.pipe.generate(**columns([image.job() for image in images]), size=batch[0].size, cancel=_NobodyWaits(batch))
+            jobs, first_item = columns([image.job() for image in images]), batch[0]
+            result = self.pipe.generate(**jobs, size=first_item.size, truncate=first_item.truncate, cancel=_NobodyWaits(batch))
         except BaseException as error:
             if len(batch) > 1:  # one request must not cost the others their pictures
                 for item in batch:

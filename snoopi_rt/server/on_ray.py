@@ -24,9 +24,10 @@ from snoopi_rt.on_ray import Workers, known, start_ray
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.request import Request
 from snoopi_rt.result import Result
-from snoopi_rt.server.app import Settings, application, here
-from snoopi_rt.server.around import tell
+from snoopi_rt.server.addresses import url
+from snoopi_rt.server.app import Settings, application, here, none_served
 from snoopi_rt.server.batching import Drawing
+from snoopi_rt.server.logs import tell, write_logs
 from snoopi_rt.server.run import GRACE, check_address
 
 GONE = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
@@ -56,9 +57,9 @@ class Replica:
         """What it draws on."""
         return self._opened().pipe.engine
 
-    async def draw(self, images: list[Request], size: tuple[int, int], timeout: float) -> Result:
+    async def draw(self, images: list[Request], size: tuple[int, int], timeout: float, truncate: bool) -> Result:
         """See Drawing."""
-        return await self._opened().draw(images, size, timeout)
+        return await self._opened().draw(images, size, timeout, truncate)
 
     def _opened(self) -> Drawing:
         if self._drawing is None:
@@ -73,14 +74,14 @@ class Remote:
         self.name, self.pipe, self._handle, self._observe = name, pipe, handle, observe
         self.waiting = 0
 
-    async def draw(self, images: list[Request], size: tuple[int, int], timeout: float) -> Result:
+    async def draw(self, images: list[Request], size: tuple[int, int], timeout: float, truncate: bool) -> Result:
         """See Drawing. What a process that dies was drawing another draws: the seed makes it the same image."""
         end = time.monotonic() + timeout
         self.waiting += len(images)
         try:
             while (rest := end - time.monotonic()) > 0:
                 try:
-                    result = await self._handle.draw.remote(images, size, rest)
+                    result = await self._handle.draw.remote(images, size, rest, truncate)
                 except GONE:
                     await asyncio.sleep(PAUSE)
                     continue
@@ -108,9 +109,15 @@ async def remote(handles: dict[str, DeploymentHandle], name: str, settings: Sett
 
 
 def deployed(settings: Settings, workers: Workers) -> serve.Application:
-    """The application for `serve.run(..., name=NAME)`. Bundles must lie in the same folders on every machine."""
+    """The application for `serve.run(..., name=NAME)`. Bundles must lie in the same folders on every machine.
+
+    Raises BundleError where no bundle is whole.
+    """
     deployment: Any = serve.deployment  # its types know the decorator only
-    whole = [name for name in settings.models if _is_whole(settings, name)]
+    broken = {name: error for name in settings.models if (error := _broken(settings, name)) is not None}
+    whole = [name for name in settings.models if name not in broken]
+    if not whole:
+        raise none_served(broken)
 
     def build() -> FastAPI:
         handles = {name: serve.get_deployment_handle(_deployment(name), app_name=NAME) for name in whole}
@@ -145,13 +152,13 @@ def deployed(settings: Settings, workers: Workers) -> serve.Application:
     return front.bind(*drawing)
 
 
-def serve_on_ray(settings: Settings, workers: Workers, host: str, port: int) -> None:
+def serve_on_ray(settings: Settings, workers: Workers, host: str, port: int, log_json: bool = True) -> None:
     """Serves until a signal, on the cluster of $RAY_ADDRESS, else on one of this machine that ends with it.
 
-    Raises InputError where the address cannot be used, EngineError where Ray cannot start.
+    Raises InputError where the address cannot be used, BundleError where no bundle is whole, EngineError where Ray cannot start.
     """
-    check_address(host, settings.key)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    host = check_address(host, settings.key)
+    write_logs(log_json)
     start_ray()
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     # Ray would end the process at once.
@@ -160,6 +167,8 @@ def serve_on_ray(settings: Settings, workers: Workers, host: str, port: int) -> 
         _start(host, port)
         with waiting_told():
             serve.run(deployed(settings, workers), name=NAME)
+        address = url(host, port, settings.root)
+        tell("ready", f"serving on {address} (Ctrl-C ends it)", models=list(settings.models), address=address)
         threading.Event().wait()
     except KeyboardInterrupt:
         pass
@@ -195,15 +204,15 @@ def waiting_told() -> Iterator[None]:
         done.set()
 
 
-def _is_whole(settings: Settings, name: str) -> bool:
-    """Whether a bundle can be opened: for another no process is started. The server tells why."""
+def _broken(settings: Settings, name: str) -> str | None:
+    """Why a bundle cannot be opened: for such a one no process is started. The server tells it."""
     try:
         settings.models[name](low_memory=True).close()
-    except BundleError:
-        return False
+    except BundleError as error:
+        return str(error)
     except SnoopiError:  # an engine that is not on this machine may be on the others
         pass
-    return True
+    return None
 
 
 def _deployment(model: str) -> str:

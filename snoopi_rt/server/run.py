@@ -1,109 +1,110 @@
-"""The application under uvicorn, whose connections must not stand half said."""
+"""The application under uvicorn, on sockets of its own."""
 
-import asyncio
+import errno
 import ipaddress
-import logging
 import math
+import socket
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.server.app import Settings, application
+from snoopi_rt.server.addresses import listen_host, url
+from snoopi_rt.server.app import Settings, application, log_opened, none_served
+from snoopi_rt.server.connection import connections
+from snoopi_rt.server.logs import LineHandler, write_logs
 
-HEADERS = 10.0
-"""Seconds in which a connection must have sent a request's headers, and in which it must read something of an answer."""
-LARGEST = 2**20
-"""Bytes of one request with its headers; the application's limit of a body is smaller."""
 GRACE = 30.0
 """Seconds that accepted requests may take after a signal to stop, at least: else as long as any request."""
 
 
-class Impatient(HttpToolsProtocol):
-    """Closes a connection that begins a request and does not go on, says too much, or does not read its answer: else some hundred of them
-    would hold the server."""
+class Server(uvicorn.Server):
+    """Writes the last lines of the log before the signal that ends it is raised again."""
 
-    _patience: asyncio.TimerHandle | None = None
-    _taken = 0
+    def __init__(self, config: uvicorn.Config, log: LineHandler) -> None:
+        super().__init__(config)
+        self._log = log
 
-    def on_message_begin(self) -> None:
-        self._taken = 0
-        super().on_message_begin()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self.loop.call_later(HEADERS, self._unread, self.transport.get_write_buffer_size())
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._wait()
-
-    def data_received(self, data: bytes) -> None:
-        self._taken += len(data)
-        if self._taken > LARGEST:
-            self.transport.abort()
-            return
-        super().data_received(data)
-        if self._asks():
-            self._go_on()
-        elif self._patience is None:
-            self._wait()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._go_on()
-        super().connection_lost(exc)
-
-    def _asks(self) -> bool:
-        """A request's headers are complete, and it is not answered yet."""
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _wait(self) -> None:
-        self._patience = self.loop.call_later(HEADERS, self._close)
-
-    def _go_on(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
-
-    def _unread(self, before: int) -> None:
-        left = self.transport.get_write_buffer_size()
-        if left and left == before:
-            self.transport.abort()
-        elif left:
-            self.loop.call_later(HEADERS, self._unread, left)
-
-    def _close(self) -> None:
-        self._patience = None
-        if not self._asks():
-            self.transport.close()
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self._log.flush()
 
 
-def check_address(host: str, key: str | None) -> None:
-    """Returns for an address that only this machine reaches, or with a key; raises InputError for any other."""
+def check_address(host: str, key: str | None) -> str:
+    """The address to listen on, for one that only this machine reaches, or with a key; raises InputError for any other."""
+    host = listen_host(host)
     try:
         local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         local = False
     if not local and key is None:
         raise InputError(f"--host {host} is for others too: give --api-key-file FILE or $SNOOPI_RT_API_KEY")
+    return host
 
 
-def serve(settings: Settings, host: str, port: int) -> None:
-    """Serves until a signal; requests that were accepted are finished. Raises InputError where the address cannot be used."""
-    check_address(host, settings.key)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def listening(host: str, port: int) -> list[socket.socket]:
+    """Sockets on all addresses of the host. Raises InputError where none can be had, or one is in use."""
+    sockets: list[socket.socket] = []
+    failure: OSError | None = None
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            try:
+                sockets.append(_bound(family, kind, protocol, address))
+            except OSError as error:
+                failure = error
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # such as localhost where there is no IPv6
+                    break
+    except OSError as error:  # no such name
+        failure = error
+    if failure is not None and (not sockets or failure.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):
+        for each in sockets:
+            each.close()
+        reason = "is the port in use?" if failure.errno == errno.EADDRINUSE else (failure.strerror or str(failure)).lower()
+        raise InputError(f"{url(host, port)} cannot be served: {reason}") from failure
+    return sockets
+
+
+def _bound(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
+    new = socket.socket(family, kind, protocol)
+    try:
+        new.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # IPv4 has a socket of its own
+            new.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        new.bind(address)
+    except OSError:
+        new.close()
+        raise
+    return new
+
+
+def serve(settings: Settings, host: str, port: int, log_json: bool = True) -> None:
+    """Serves until a signal; requests that were accepted are finished.
+
+    Raises InputError where the address cannot be used, BundleError where no bundle can be opened.
+    """
+    host = check_address(host, settings.key)
+    sockets, log, broken = listening(host, port), write_logs(log_json), {}
+    address = url(host, port, settings.root)
+
+    def opened(models: list[str], errors: dict[str, str]) -> None:
+        if models:
+            log_opened(models, errors, address)
+        else:
+            broken.update(errors)
+            server.should_exit = True
+
     config = uvicorn.Config(
-        application(settings),
-        host,
-        port,
-        http=Impatient,
+        application(settings, opened=opened),
+        http=connections(),
+        ws="none",
         access_log=False,
+        log_config=None,
         log_level="warning",
         timeout_graceful_shutdown=math.ceil(max(GRACE, settings.timeout)),
     )
-    server = uvicorn.Server(config)
-    try:
-        server.run()
-    except SystemExit as error:  # uvicorn has said why
-        raise InputError(f"http://{host}:{port} cannot be served: is the port in use?") from error
+    server = Server(config, log)
+    with suppress(KeyboardInterrupt):  # it has stopped already
+        server.run(sockets)
+    if broken:
+        raise none_served(broken)
