@@ -62,7 +62,7 @@ setup(
     name="snoopi-rt",
     version="0.1.0",
     description="One-step text-to-image with negative prompts: train, export, run without torch",
-    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -48,7 +48,7 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     # Other lines, such as the clock, change from one start to the next.
     lasting = ("model name", "stepping", "flags", "CPU implementer", "CPU part", "CPU revision", "Features")
     try:
-        with open(cpuinfo, errors="replace") as file:
+        with open(cpuinfo, errors="replace", encoding="utf-8") as file:
             first = file.read(2**14).partition("\n\n")[0]
     except OSError:
         first = ""

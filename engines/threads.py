@@ -38,6 +38,6 @@ def _quotas(root: Path) -> Iterator[float]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(errors="replace").strip()
+        return path.read_text(errors="replace", encoding="utf-8").strip()
     except OSError:
         return ""

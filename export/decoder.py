@@ -1,5 +1,7 @@
 """The decoder of a student: a clean latent to an image, through AutoencoderKL or AutoencoderTiny (TAESD)."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,9 @@ class Decoder(nn.Module):
         if getattr(vae.config, "latents_mean", None) is not None:
             raise InputError("this vae normalises its channels one by one (latents_mean in its config), which is not supported")
         self.scale, self.shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+        for key, value in (("scaling_factor", self.scale), ("shift_factor", self.shift)):
+            if type(value) not in (int, float) or not math.isfinite(value) or (key == "scaling_factor" and value <= 0):
+                raise InputError(f"this vae has {key} {value!r} in its config, which is no number to scale by")
         self.post_quant_conv = getattr(vae, "post_quant_conv", None) or nn.Identity()
         self.decoder = vae.decoder
 

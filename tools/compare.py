@@ -84,7 +84,7 @@ def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bo
         document["stages"][stage] = measure(contenders, runs, given)
         click.echo(f"\n{stage}\n{table(document['stages'][stage])}")
         # After each stage: the next may take minutes, or the memory.
-        out.write_text(json.dumps(document, indent=1) + "\n")
+        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
     generate = generators(bundle, student, preset, given, compiled)
     show("generator", generate)
@@ -262,7 +262,7 @@ def decoders(bundle: Bundle | None, vae: Path, example: np.ndarray) -> Contender
 
     from snoopi_rt.export.decoder import Decoder
 
-    kind = getattr(diffusers, json.loads((vae / "config.json").read_text())["_class_name"])
+    kind = getattr(diffusers, json.loads((vae / "config.json").read_text(encoding="utf-8"))["_class_name"])
 
     def eager(dtype: torch.dtype) -> Decode:
         decoder = Decoder(load_module(vae, kind, dtype=dtype))

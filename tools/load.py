@@ -58,7 +58,7 @@ def main(clients: tuple[int, ...], seconds: float, batching: str, out: Path) -> 
                 row["bare"] = {name: (before[name] + after[name]) / 2 for name in before}
                 row["of bare"] = row["images a second"] / row["bare"]["images a second"]
                 document["rows"].append(row)
-                out.write_text(json.dumps(document, indent=1) + "\n")
+                out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
                 rates = (row["images a second"], row["bare"]["images a second"], 100 * row["of bare"], row["p50"], row["p95"], row["p99"])
                 costs = (row["CPU seconds an image"], row["bare"]["CPU seconds an image"])
                 cells = ("on" if on else "off", count, *(f"{rate:.1f}" for rate in rates), *(f"{cost:.4f}" for cost in costs))
@@ -122,14 +122,14 @@ async def load(pid: int, clients: int, seconds: float) -> dict[str, Any]:
         "p95": 1e3 * cuts[94],
         "p99": 1e3 * cuts[98],
         "CPU seconds an image": used / len(taken),
-        "megabytes": int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 1e6,
+        "megabytes": int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]) * 4096 / 1e6,
         "answers": answers,
     }
 
 
 def cpu_seconds(pid: int) -> float:
     """Of a process, user and system."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / 100
 
 

@@ -40,7 +40,7 @@ def main(images: int, bundle: Path | None, out: Path) -> None:
     for row in rows:
         click.echo(f"{row['images']:8} images  {row['megabytes']:7.1f} MB")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def prompt(random: np.random.Generator) -> str:
@@ -50,7 +50,7 @@ def prompt(random: np.random.Generator) -> str:
 
 def resident() -> float:
     """This process's resident memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main(
         click.echo(f"{name:16}{row['plain']:9.3f} s{row['guided']:9.3f} s{100 * row['extra']:+8.2f} %")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(document, indent=1) + "\n")
+        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def opened(folder: Path, engine: str, build: Build) -> Engine:

@@ -144,7 +144,7 @@ def t5(folder: Path, sizes: dict[str, int], seed: int) -> None:
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_tensors(folder / file, {name: t5_tensor(name, shapes[name], sizes["d_kv"], random) for name in names}, {"format": "pt"})
         index |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8")
     config.save_pretrained(folder)
 
 

@@ -43,7 +43,7 @@ def main(backbone: str, teacher: Path, batches: Sequence[int], wanted: int, out:
         raise click.UsageError("give at least two batches in rising order")
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder, "prompts.txt")
-        prompts.write_text(f"{PROMPT}\n")
+        prompts.write_text(f"{PROMPT}\n", encoding="utf-8")
         recipe = replace(RECIPES[DEFAULT[backbone]], batch=batches[0])
         processes = Processes()
         task = Task(backbone, teacher, prompts, Path(folder, "run"))
@@ -69,21 +69,21 @@ def main(backbone: str, teacher: Path, batches: Sequence[int], wanted: int, out:
         "stated": stated,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # makes the present resident memory the highest so far
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # makes the present resident memory the highest so far
 
 
 def peak(device: torch.device) -> int:
     """Bytes since `forget_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 

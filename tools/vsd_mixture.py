@@ -166,7 +166,7 @@ def main(seeds: int, steps: int, batch: int, follows: tuple[float, ...], weights
                 )
     document = {"seeds": seeds, "steps": steps, "batch": batch, "kappa": [LOW, HIGH], "seconds": time.perf_counter() - began, "rows": rows}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     plot(rows, out.with_suffix(".png"))
     click.echo(table(rows))
 

@@ -333,7 +333,7 @@ def _latents(grid: Grid) -> torch.Tensor:
 
 def _keep(file: Path, found: dict[str, Any]) -> None:
     beside = file.with_suffix(".part")
-    beside.write_text(json.dumps(found) + "\n")
+    beside.write_text(json.dumps(found) + "\n", encoding="utf-8")
     beside.replace(file)
 
 

@@ -17,7 +17,7 @@ def report(folder: Path, architectures: list[str], settings: list[str], base_set
 
     base_setting: with which the others are paired by seed; facts: what the JSON also says.
     """
-    found = [json.loads(each.read_text()) for each in sorted(folder.glob("*.json"))]
+    found = [json.loads(each.read_text(encoding="utf-8")) for each in sorted(folder.glob("*.json"))]
     ends = {each["architecture"]: each for each in found if "teacher" in each}
     runs = [each for each in found if "seed" in each]
     lines, rows = [f"{'architecture':13}{'kappa':30}{'runs':>5}{'distance':>10}{'+-':>8}{'to the mean, paired':>22}{'diverged':>9}"], []
@@ -46,7 +46,7 @@ def report(folder: Path, architectures: list[str], settings: list[str], base_set
             )
         lines.append(f"{name:13}untrained {ends[name]['untrained']:.2f}, the teacher in 25 steps {ends[name]['teacher']:.2f}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**facts, "ends": ends, "rows": rows, "runs": runs}, indent=1) + "\n")
+    out.write_text(json.dumps({**facts, "ends": ends, "rows": rows, "runs": runs}, indent=1) + "\n", encoding="utf-8")
     _plot(rows, ends, out.with_suffix(".png"))
     click.echo("\n" + "\n".join(lines))
 

@@ -1,10 +1,9 @@
-"""What the loaders of public checkpoints share: the network with its LoRAs, the decoder, and the latents between them."""
+"""What the loaders of public checkpoints share: the decoder, and the latents between network and decoder."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from snoopi_rt.bundle import Latent
 from snoopi_rt.engines.base import InputError
@@ -13,29 +12,20 @@ from snoopi_rt.export.decoder import Decoder
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.weights.checkpoint import config_path, load_module, without_weights
 from snoopi_rt.export.weights.files import CONFIG
-from snoopi_rt.export.weights.lora import merge_lora
 from snoopi_rt.export.weights.text_files import read_json
-
-
-def load_network(weights: Weights, kind: type, part: str) -> nn.Module:
-    """The transformer or UNet, LoRAs merged. Raises InputError as load_module and merge_lora do."""
-    network = load_module(weights.folder / part, kind, weights.network)
-    for file, strength in weights.loras:
-        merge_lora(network, file, strength)
-    return network
 
 
 def load_decoder(weights: Weights, preset: Preset) -> Decoder:
     """The decoder of whichever autoencoder the folder holds. Raises InputError for another one and for a scale other than the preset's."""
     folder = weights.decoder or weights.folder / "vae"
     kind, _ = _autoencoder(folder)
-    vae = load_module(folder, kind)
-    scale = vae.config.scaling_factor
+    decoder = Decoder(load_module(folder, kind))
+    scale = decoder.scale
     if kind.__name__ == "AutoencoderKL" and abs(scale - preset.vae_scaling) > 1e-5:
         raise InputError(
             f"the vae in {folder} has scaling_factor {scale}, preset {preset.name} says {preset.vae_scaling}: --set vae_scaling={scale}"
         )
-    return Decoder(vae)
+    return decoder
 
 
 def read_latent(weights: Weights, part: str) -> Latent:

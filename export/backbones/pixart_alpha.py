@@ -1,5 +1,6 @@
 """The backbone `pixart`: PixArt alpha (512, 1024) and sigma with T5."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,23 +10,28 @@ from torch import Tensor
 from snoopi_rt.bundle import Text
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
-from snoopi_rt.export.backbones.network import load_decoder, load_network
+from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.text.rule import t5_rule
 from snoopi_rt.export.text.t5 import T5Weights, reference_states, skeleton
+from snoopi_rt.export.weights.checkpoint import load_module
+from snoopi_rt.export.weights.lora import NETWORK, Product, merge_loras
 
 
 def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -> Student:
     """The modules of a PixArt folder. Its text encoder stays on disk: 4.7 B parameters. Raises InputError as load_module does."""
-    network = load_network(weights, PixArtTransformer2DModel, "transformer")
+    network = load_module(weights.folder / "transformer", PixArtTransformer2DModel, weights.network)
     if network.config.use_additional_conditions and len(sizes) > 1:
         raise InputError("this PixArt is conditioned on the image's size, which is folded into its graph: export one --size a bundle")
+    text_encoder = weights.folder / "text_encoder"
+    encoder = skeleton(text_encoder, network.caption_projection)
+    later = merge_loras(weights.loras, {NETWORK: network, "text_encoder": encoder})
     projection = network.caption_projection
     network.caption_projection = None
-    encoder, tensor_of = skeleton(weights.folder / "text_encoder", projection), T5Weights(weights.folder / "text_encoder", projection)
+    tensor_of = T5Weights(text_encoder, projection, later)
 
-    prompts = prompt_encoder(weights.folder, preset.max_tokens)
+    prompts = prompt_encoder(weights.folder, preset.max_tokens, later)
 
     @torch.no_grad()
     def encode(ids: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -43,13 +49,13 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
     )
 
 
-def prompt_encoder(folder: Path, max_tokens: int) -> PromptEncoder:
-    """T5, one layer in memory at a time."""
+def prompt_encoder(folder: Path, max_tokens: int, later: Mapping[str, Sequence[Product]] | None = None) -> PromptEncoder:
+    """T5, one layer in memory at a time. `later`: what LoRAs add to its weights."""
 
     def write_tokenizer(path: Path) -> Text:
         return t5_rule(folder / "tokenizer", path, max_tokens)
 
-    return PromptEncoder(write_tokenizer, lambda ids: reference_states(folder / "text_encoder", ids))
+    return PromptEncoder(write_tokenizer, lambda ids: reference_states(folder / "text_encoder", ids, later))
 
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")

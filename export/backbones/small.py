@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from snoopi_rt.bundle import File, Text
 from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
-from snoopi_rt.export.backbones.network import load_decoder, load_network
+from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer
 from snoopi_rt.export.backbones.pixart_alpha import LORA_TARGETS
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.text import minilm
 from snoopi_rt.export.training.small.vocabulary import EXAMPLES, VOCABULARY
+from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import require
+from snoopi_rt.export.weights.lora import NETWORK, merge_loras
 from snoopi_rt.kernels import attention
 
 
@@ -38,7 +40,8 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
     """The modules of a folder that `train student` wrote (transformer/, vae/). Raises InputError where a part is missing."""
     for part in ("transformer", "vae"):
         require(weights.folder / part, "train student")
-    network = load_network(weights, PixArtTransformer2DModel, "transformer")
+    network = load_module(weights.folder / "transformer", PixArtTransformer2DModel, weights.network)
+    merge_loras(weights.loras, {NETWORK: network})
     encoder = TextEncoder(minilm.load_text_encoder(), network.caption_projection)
     network.caption_projection = None
 

@@ -8,17 +8,18 @@ from torch import Tensor, nn
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
-from snoopi_rt.export.backbones.network import load_decoder, load_network
+from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet, unet_answer
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.text.clip import ClipTextEncoder, SdxlTextEncoder
 from snoopi_rt.export.text.rule import clip_rule, clip_tokenizer
 from snoopi_rt.export.weights.checkpoint import load_module
+from snoopi_rt.export.weights.lora import NETWORK, TEXT_ENCODERS, merge_loras
 
 
 def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -> Student:
     """The modules of a Stable Diffusion folder. Raises InputError as load_module does."""
-    network = load_network(weights, UNet2DConditionModel, "unet")
+    network = load_module(weights.folder / "unet", UNet2DConditionModel, weights.network)
     conditioned = network.config.addition_embed_type is not None
     if conditioned != (preset.backbone == "sdxl"):
         raise InputError(f"this UNet {'is' if conditioned else 'is not'} SDXL's, and preset {preset.name} is for {preset.backbone}")
@@ -29,7 +30,9 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         height, width = sizes[0]
         own = (height, width) == (preset.size, preset.size) and preset.time_ids
         time_ids = torch.tensor([preset.time_ids if own else (height, width, 0, 0, height, width)], dtype=torch.float32)
-    encoder, outputs = _text_encoder(weights.folder, conditioned)
+    models = _text_models(weights.folder, conditioned)
+    merge_loras(weights.loras, {NETWORK: network, **dict(zip(TEXT_ENCODERS, models, strict=False))})
+    encoder, outputs = _text_encoder(weights.folder, models)
 
     @torch.no_grad()
     def encode(prompts: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -52,21 +55,25 @@ def prompt_encoder(folder: Path, max_tokens: int) -> PromptEncoder:
 
     @torch.no_grad()
     def encode(prompts: list[Tensor]) -> list[Tensor]:
-        encoder, _ = _text_encoder(folder, False)
+        encoder, _ = _text_encoder(folder, _text_models(folder, False))
         return [encoder(ids) for ids in prompts]
 
     return PromptEncoder(lambda path: clip_rule(folder / "tokenizer", path), encode)
 
 
-def _text_encoder(folder: Path, two: bool) -> tuple[nn.Module, tuple[str, ...]]:
+def _text_models(folder: Path, two: bool) -> list[nn.Module]:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    first = load_module(folder / "text_encoder", CLIPTextModel)
-    if not two:
+    kinds = (CLIPTextModel, CLIPTextModelWithProjection)[: 1 + two]
+    return [load_module(folder / part, kind) for part, kind in zip(TEXT_ENCODERS, kinds, strict=False)]
+
+
+def _text_encoder(folder: Path, models: list[nn.Module]) -> tuple[nn.Module, tuple[str, ...]]:
+    first, *second = models
+    if not second:
         return ClipTextEncoder(first), ("states",)
-    second = load_module(folder / "text_encoder_2", CLIPTextModelWithProjection)
     one, other = (clip_tokenizer(folder / part) for part in ("tokenizer", "tokenizer_2"))
-    return SdxlTextEncoder(first, second, one.eos_token_id, (one.pad_token_id, other.pad_token_id)), ("states", "pooled")
+    return SdxlTextEncoder(first, second[0], one.eos_token_id, (one.pad_token_id, other.pad_token_id)), ("states", "pooled")
 
 
 DENOISER = Denoiser(

@@ -1,8 +1,9 @@
 """A preset held against the scheduler file that came with the weights."""
 
-import json
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.one_step import Prediction
 from snoopi_rt.export.presets.preset import Preset, written
+from snoopi_rt.export.weights.text_files import read_json
 
 DIFFUSERS_PREDICTION: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
@@ -22,12 +24,8 @@ def check_scheduler(preset: Preset, folder: Path) -> list[str]:
     path = folder / "scheduler_config.json"
     if not path.exists() or preset.prediction == "flow":  # a flow is read in one step without any schedule
         return []
-    try:
-        with warnings.catch_warnings(action="ignore"):  # diffusers' own, about numpy
-            derived = _derived(json.loads(path.read_text()), preset)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"cannot read the schedule of {path}: {reason}") from error
+    with _reading(path):
+        derived = _derived(read_json(path), preset)
     ours = {
         "prediction": preset.prediction,
         "alpha": tuple(step.alpha for step in preset.rule.steps),
@@ -67,10 +65,19 @@ def _derived(config: Any, preset: Preset) -> dict[str, Any]:
 
 def open_scheduler(path: Path) -> Any:
     """The diffusers scheduler of a scheduler_config.json. Raises InputError for a file that is not there or cannot be read."""
+    with _reading(path):
+        return _scheduler(read_json(path))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with warnings.catch_warnings(action="ignore"):
-            return _scheduler(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        with warnings.catch_warnings(action="ignore"):  # diffusers' own, about numpy
+            yield
+    except InputError:
+        raise
+    # What a scheduler makes of a value that it does not know differs by class.
+    except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"cannot read the schedule of {path}: {reason}") from error
 

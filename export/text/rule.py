@@ -1,17 +1,22 @@
 """The folder of a diffusers tokenizer to tokenizer.json, and the rule by which the runtime makes ids of a prompt with it."""
 
 import importlib.util
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from snoopi_rt.bundle import File, Text
 from snoopi_rt.engines.base import EngineMissing, InputError
+from snoopi_rt.export.weights.text_files import check_file, read_json, read_text
 from snoopi_rt.files import write_whole
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 CLIP_TOKENS = 77
+SMALL_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""JSON objects of which transformers makes a tokenizer."""
+_SPECIAL = re.compile(r"<[^ ]+>")
 
 
 def clip_rule(folder: Path, out: Path) -> Text:
@@ -29,7 +34,7 @@ def clip_tokenizer(folder: Path) -> "CLIPTokenizer":
 
     if not _has(folder, "tokenizer.json") and not _has(folder, "vocab.json", "merges.txt"):
         raise InputError(f"{folder} is no CLIP tokenizer: it has neither tokenizer.json nor vocab.json and merges.txt")
-    return CLIPTokenizer.from_pretrained(folder)
+    return _opened(CLIPTokenizer, folder)
 
 
 def t5_rule(folder: Path, out: Path, max_tokens: int) -> Text:
@@ -45,11 +50,42 @@ def t5_rule(folder: Path, out: Path, max_tokens: int) -> Text:
             raise InputError(f"{folder} is no T5 tokenizer: it has neither tokenizer.json nor spiece.model")
         if importlib.util.find_spec("sentencepiece") is None:
             raise EngineMissing(f"{folder / 'spiece.model'} is read with sentencepiece, which is not installed: pip install sentencepiece")
-    return Text(_written(T5Tokenizer.from_pretrained(folder), out), max_tokens, lowercase=True)
+    return Text(_written(_opened(T5Tokenizer, folder), out), max_tokens, lowercase=True)
+
+
+def _opened(kind: Any, folder: Path) -> Any:
+    """The tokenizer that transformers makes of the folder, whose files are read one by one first: its own errors name other causes."""
+    for name in SMALL_FILES:
+        if (folder / name).exists():
+            read_json(folder / name)
+    if (folder / "merges.txt").exists():
+        _check_merges(folder / "merges.txt", folder / "vocab.json")
+    if (folder / "spiece.model").exists():
+        check_file(folder / "spiece.model")
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise InputError(f"{folder} is no {kind.__name__} that can be read: {reason}") from error
+
+
+def _check_merges(merges: Path, vocabulary: Path) -> None:
+    """Returns where every word of the vocabulary can be made. Of a merges.txt that is cut short, tokenizers would make shorter words."""
+    pairs = [line.split(" ") for line in read_text(merges).splitlines() if line.strip() and not line.startswith("#version")]
+    if wrong := [" ".join(pair) for pair in pairs if len(pair) != 2]:
+        raise InputError(f"{merges} holds {wrong[0][:40]!r}, which is no pair to merge: fetch it again")
+    made = {"".join(pair) for pair in pairs}
+    words = read_json(vocabulary)
+    if not words or not all(type(number) is int for number in words.values()):
+        raise InputError(f"{vocabulary} is no vocabulary: it does not give each word a number; fetch it again")
+    if lost := [word for word in words if len(word.removesuffix("</w>")) > 1 and word not in made and not _SPECIAL.fullmatch(word)]:
+        raise InputError(
+            f"{merges} is cut short: it cannot make {len(lost)} words of {vocabulary.name}, such as {lost[0]!r}; fetch it again"
+        )
 
 
 def _has(folder: Path, *names: str) -> bool:
-    return all((folder / name).is_file() for name in names)
+    return all((folder / name).exists() for name in names)
 
 
 def _written(tokenizer: "PreTrainedTokenizerFast", out: Path) -> File:

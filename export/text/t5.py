@@ -4,7 +4,7 @@ Nothing here computes in fp16: T5's states grow beyond 65504, and what comes of 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.export.weights.checkpoint import read_weights
+from snoopi_rt.export.weights.checkpoint import config_path, read_config, read_weights, transformers_config
+from snoopi_rt.export.weights.lora import Product
 from snoopi_rt.export.weights.source import weight_files
 
 
@@ -71,17 +72,21 @@ def skeleton(folder: Path, projection: nn.Module) -> T5TextEncoder:
 class T5Weights:
     """The parameters of a T5TextEncoder by name, each read from the folder's files when it is asked for, in the dtype it has there.
 
+    `later`: what LoRAs add to some of them, which are then fp32.
     Raises InputError as read_weights does, and for a parameter that the folder lacks.
     """
 
-    def __init__(self, folder: Path, projection: nn.Module | None = None):
-        self._folder = folder
+    def __init__(self, folder: Path, projection: nn.Module | None = None, later: Mapping[str, Sequence[Product]] | None = None):
+        self._folder, self._later = folder, later or {}
         files = [folder / name for name in weight_files(path.name for path in folder.iterdir()) if not name.endswith(".json")]
         self._file_of = {key: file for file in files for key in read_weights(file)}
         self._projection = {} if projection is None else {f"projection.{name}": value for name, value in projection.state_dict().items()}
 
     def __call__(self, name: str) -> Tensor:
-        return self._projection[name] if name in self._projection else self._mapped(name).clone()
+        weight = self._projection[name] if name in self._projection else self._mapped(name).clone()
+        for product in self._later.get(name, ()):
+            weight = product.added(weight.float())
+        return weight
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Rows `index` (N,) of a matrix, (N, D), without reading the others."""
@@ -98,7 +103,7 @@ class T5Weights:
 
 
 @torch.no_grad()
-def reference_states(folder: Path, prompts: Sequence[Tensor]) -> list[Tensor]:
+def reference_states(folder: Path, prompts: Sequence[Tensor], later: Mapping[str, Sequence[Product]] | None = None) -> list[Tensor]:
     """The last hidden state (B, T, D) of a folder's T5EncoderModel for each of `prompts`, ids (B, T), in fp32.
 
     One layer is in memory at a time, and serves all prompts. Computed by transformers' own blocks, position bias included: what exported
@@ -106,7 +111,7 @@ def reference_states(folder: Path, prompts: Sequence[Tensor]) -> list[Tensor]:
     """
     from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
-    config, weight_of = _config(folder), T5Weights(folder)
+    config, weight_of = _config(folder), T5Weights(folder, later=later)
 
     def loaded(module: nn.Module, prefix: str) -> nn.Module:
         weights = {name: weight_of(f"{prefix}.{name}").float() for name in module.state_dict()}
@@ -128,11 +133,7 @@ def reference_states(folder: Path, prompts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _config(folder: Path) -> Any:
-    from transformers import T5Config
+    from transformers import T5EncoderModel
 
-    if not (folder / "config.json").exists():
-        raise InputError(f"{folder} holds no T5 encoder: it has no config.json")
-    try:
-        return T5Config.from_pretrained(folder, attn_implementation="eager")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'config.json'} is no configuration of a T5 encoder: fetch it again") from error
+    path = config_path(folder)
+    return transformers_config(T5EncoderModel, read_config(path, T5EncoderModel), path, attn_implementation="eager")

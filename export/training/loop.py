@@ -121,7 +121,7 @@ def _run(
     _cut_log(stage.folder / "log.jsonl", start)
     saved_at, took = time.monotonic(), 0.0
     with (
-        open(stage.folder / "log.jsonl", "a") as log,
+        open(stage.folder / "log.jsonl", "a", encoding="utf-8") as log,
         SummaryWriter(str(stage.folder / "tensorboard"), purge_step=start) as board,
         tqdm(total=steps * batch, initial=start * batch, unit="image", desc=stage.name, smoothing=0.05, mininterval=1.0) as bar,
     ):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import PromptEncoder
 from snoopi_rt.export.weights.files import save_tensors
+from snoopi_rt.export.weights.text_files import read_json
 from snoopi_rt.files import sha256, write_whole
 from snoopi_rt.tokenizer import Tokenizer
 
@@ -60,7 +61,7 @@ class TextStates:
     """
 
     def __init__(self, folder: Path, masked: bool):
-        index = json.loads((folder / "index.json").read_text())
+        index = read_json(folder / "index.json")
         self.folder, self.masked, self.first = folder, masked, index["first"]
         self._count, self._shard_size, self._longest = index["count"], index["shard"], index["longest"]
         self._opened = lru_cache(OPEN)(self._open)
@@ -96,7 +97,7 @@ def encode_prompts(
     """
     index = folder / "index.json"
     if index.exists():
-        if json.loads(index.read_text())["key"] != key:
+        if read_json(index).get("key") != key:
             raise InputError(f"{folder} holds the states of other prompts or of another text encoder: remove it, or take another folder")
         return TextStates(folder, masked)
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +201,7 @@ def _shard(folder: Path, number: int) -> Path:
 def _forget_others(folder: Path, key: str) -> None:
     """Removes the shards of a stopped run over other prompts."""
     file = folder / "key"
-    if not file.exists() or file.read_text() != key:
+    if not file.exists() or file.read_text(encoding="utf-8") != key:
         for shard in folder.glob("shard-*"):
             shard.unlink()
         write_whole(file, key.encode())

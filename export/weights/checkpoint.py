@@ -31,7 +31,7 @@ def load_module(folder: Path, kind: type, weights_file: Path | None = None, dtyp
 
     weights = weights_file or folder
     path = config_path(folder, weights_file)
-    config = _read_config(path, kind)
+    config = read_config(path, kind)
     loaded = _read_folder(weights) if weights.is_dir() else read_weights(weights)
     load = _load_diffusers if issubclass(kind, ModelMixin) else _load_transformers
     return load(kind, config, path, loaded, weights, dtype).eval().requires_grad_(False)
@@ -42,14 +42,32 @@ def config_path(folder: Path, weights_file: Path | None = None) -> Path:
     return (weights_file if weights_file is not None and (weights_file / CONFIG).is_file() else folder) / CONFIG
 
 
-def without_weights(kind: Any, config: dict, path: Path) -> nn.Module:
-    """A module of a diffusers class whose parameters have no values of their own yet. Raises InputError for a config that makes none."""
-    try:
-        with _quiet():
-            return kind.from_config(config)
-    # What a constructor makes of a value that it does not know differs by class.
-    except Exception as error:
-        raise InputError(f"{path} does not describe a {kind.__name__}: {_first_line(error)}") from error
+def read_config(path: Path, kind: Any) -> dict[str, Any]:
+    """The config of a part of a model. Raises InputError where it is not there, cannot be read or is that of another class than `kind`."""
+    if not path.exists():
+        raise InputError(f"no {CONFIG} in {path.parent}: it is not a part of a diffusers model")
+    config = read_json(path)
+    # diffusers names the class in a config, transformers the architecture that several classes share.
+    architecture = getattr(kind, "config_class", None)
+    found, want = (config.get("model_type"), architecture.model_type) if architecture else (config.get("_class_name"), kind.__name__)
+    if _FORMER_CLASSES.get(str(found), found) != want:
+        raise InputError(f"{path.parent} holds a {found}, not a {want}: choose the backbone that it belongs to")
+    return config
+
+
+def without_weights(kind: Any, config: dict[str, Any], path: Path) -> nn.Module:
+    """A module of a diffusers class with its first, random weights. Raises InputError for a config that makes none."""
+    with _quiet(), _describing(kind, path):
+        return kind.from_config(config)
+
+
+def transformers_config(kind: Any, config: dict[str, Any], path: Path, **options: Any) -> Any:
+    """The config of a transformers class as its constructor takes it. Raises InputError for one that makes no module."""
+    with _quiet(), _describing(kind, path):
+        described = kind.config_class.from_dict(config, **options)
+        with torch.device("meta"):
+            kind(described)
+        return described
 
 
 def read_weights(file: Path) -> dict[str, Any]:
@@ -77,7 +95,7 @@ def first_few(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _load_diffusers(kind: Any, config: dict, path: Path, loaded: Mapping, weights: Path, dtype: torch.dtype) -> nn.Module:
+def _load_diffusers(kind: Any, config: dict[str, Any], path: Path, loaded: Mapping, weights: Path, dtype: torch.dtype) -> nn.Module:
     from accelerate import init_empty_weights
 
     # Only parameters stay empty: buffers that no file holds, such as PixArt's positions, are computed by the constructor.
@@ -94,18 +112,11 @@ def _load_diffusers(kind: Any, config: dict, path: Path, loaded: Mapping, weight
     return module
 
 
-def _load_transformers(kind: Any, config: dict, path: Path, loaded: Mapping, weights: Path, dtype: torch.dtype) -> nn.Module:
+def _load_transformers(kind: Any, config: dict[str, Any], path: Path, loaded: Mapping, weights: Path, dtype: torch.dtype) -> nn.Module:
     with _quiet():
-        try:
-            described = kind.config_class.from_dict(config)
-            with torch.device("meta"):
-                kind(described)
-        # As above: what a constructor makes of a value that it does not know differs by class.
-        except Exception as error:
-            raise InputError(f"{path} does not describe a {kind.__name__}: {_first_line(error)}") from error
         module, found = kind.from_pretrained(
             None,
-            config=described,
+            config=transformers_config(kind, config, path),
             state_dict=next(_state_dicts(loaded), {}),
             dtype=dtype,
             output_loading_info=True,
@@ -125,6 +136,15 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+@contextmanager
+def _describing(kind: type, path: Path) -> Iterator[None]:
+    try:
+        yield
+    # What a constructor makes of a value that it does not know differs by class.
+    except Exception as error:
+        raise InputError(f"{path} does not describe a {kind.__name__}: {_first_line(error)}") from error
+
+
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
@@ -134,18 +154,6 @@ def _require_fit(kind: type, weights: Path, missing: Collection[str], unexpected
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     if told := [f"{what}: {len(names)} ({first_few(names)})" for what, names in problems.items() if names]:
         raise InputError(f"weights {weights} do not fit {kind.__name__}: keys {'; '.join(told)}; choose the backbone that they belong to")
-
-
-def _read_config(path: Path, kind: Any) -> dict:
-    if not path.exists():
-        raise InputError(f"no {CONFIG} in {path.parent}: it is not a part of a diffusers model")
-    config = read_json(path)
-    # diffusers names the class in a config, transformers the architecture that several classes share.
-    architecture = getattr(kind, "config_class", None)
-    found, want = (config.get("model_type"), architecture.model_type) if architecture else (config.get("_class_name"), kind.__name__)
-    if _FORMER_CLASSES.get(str(found), found) != want:
-        raise InputError(f"{path.parent} holds a {found}, not a {want}: choose the backbone that it belongs to")
-    return config
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""LoRA files merged into a network for good, whoever wrote them: peft, diffusers or kohya's trainer."""
+"""LoRA files merged into a network and its text encoders for good, whoever wrote them: peft, diffusers or kohya's trainer."""
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,28 @@ from torch import Tensor, nn
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.weights.checkpoint import first_few, read_weights
+from snoopi_rt.export.weights.text_files import parse_json, read_json
 
+NETWORK = "network"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+# What stands before the name of a layer, by the part of the model that it is in; None where it does not say which.
+_PARTS = {
+    "unet.": NETWORK,
+    "transformer.": NETWORK,
+    "lora_unet_": NETWORK,
+    "lora_transformer_": NETWORK,
+    "text_encoder.": "text_encoder",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "lora_te2_": "text_encoder_2",
+    "base_model.model.": None,
+    "": None,
+}
 _KEY = re.compile(
-    r"(?:base_model\.model\.|unet\.|transformer\.|lora_unet_|lora_transformer_)?"
-    r"(?P<layer>.+?)(?:\.alpha|[._]lora[._](?P<half>A|B|down|up)(?:\.default)?\.weight)"
+    rf"(?P<prefix>{'|'.join(map(re.escape, _PARTS))})"
+    r"(?P<layer>.+?)(?:\.alpha|[._]lora(?:_linear_layer)?[._](?P<half>A|B|down|up)(?:\.default)?\.weight)"
 )
 # What diffusers and the original code call the layers of a UNet: kohya's trainer writes the latter for SDXL.
 _ORIGINAL_NAMES = {
@@ -49,58 +67,116 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(file), weight
 
 
-def merge_lora(network: nn.Module, file: Path, weight: float) -> None:
-    """Adds `weight * alpha / rank * B @ A` to each layer of the network that the LoRA names (Hu et al. 2021, section 4.1), for good.
+@dataclass(frozen=True)
+class Product:
+    """What a LoRA adds to the weight of a layer: scale * up (out, r) @ down (r, in), in the weight's own shape."""
 
-    Raises InputError, before anything changes, where the file is no safetensors file or holds more than pairs that fit layers of this
-    network: DoRA, LoHa, a text encoder's part, another network's layers.
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def added(self, weight: Tensor) -> Tensor:
+        """The sum, not in place: a weight may be mapped from its file."""
+        return weight + (self.scale * (self.up @ self.down)).view_as(weight).to(weight.dtype)
+
+
+def merge_loras(loras: Iterable[tuple[Path, float]], modules: Mapping[str, nn.Module]) -> dict[str, list[Product]]:
+    """Adds `weight * alpha / rank * B @ A` to each layer that a LoRA names (Hu et al. 2021, section 4.1), for good.
+
+    `modules`: the parts of the model, NETWORK and those of TEXT_ENCODERS that it has. A layer on the meta device has no weight to change:
+    what is to be added to it is given back, by the parameter's name.
+    Raises InputError, before a LoRA changes anything, where its file is no safetensors file or holds anything but pairs that fit layers of
+    these modules: DoRA, LoHa, another network's layers; and where it holds nothing.
     """
-    tensors, config = _read(file)
-    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
-    names = {spelling.replace(".", "_"): name for name in layers for spelling in (_original_name(network, name), name)}
-    pairs: dict[str, dict[str, Tensor]] = {}
+    later: dict[str, list[Product]] = {}
+    for file, weight in loras:
+        for (part, name), product in _products(file, weight, modules).items():
+            layer = modules[part].get_submodule(name)
+            if layer.weight.is_meta:
+                later.setdefault(f"{name}.weight", []).append(product)
+            else:
+                layer.weight = nn.Parameter(product.added(layer.weight.detach()), requires_grad=False)
+    return later
+
+
+def _products(file: Path, weight: float, modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], Product]:
+    """What the file adds, by part and name of layer."""
+    tensors, configs = _read(file)
+    kinds = " and ".join(type(module).__name__ for module in modules.values())
+    spellings = {part: _spellings(module) for part, module in modules.items()}
+    pairs: dict[tuple[str, str], dict[str, Tensor]] = {}
     unmatched = []
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        spelling = match["layer"].replace(".processor.", ".").replace(".", "_") if match else ""
-        # Before peft, diffusers called the layer `to_out.0` by the name of its list.
-        if match and (name := names.get(spelling) or names.get(f"{spelling}_0")):
-            pairs.setdefault(name, {})[{"A": "down", "B": "up", None: "alpha"}.get(match["half"], match["half"])] = tensor.float()
+        places = _places(match["prefix"], match["layer"], spellings) if match else []
+        if match and len(places) == 1:
+            half = {"A": "down", "B": "up", None: "alpha"}.get(match["half"], match["half"])
+            pairs.setdefault(places[0], {})[half] = tensor.float()
         else:
             unmatched.append(key)
     if unmatched:
-        raise InputError(
-            f"LoRA {file} does not fit {type(network).__name__}: keys without a layer: {len(unmatched)} ({first_few(unmatched)})"
-        )
-    for name, pair in pairs.items():
-        shape = layers[name].weight.shape
-        down, up = (pair.get(half, torch.empty(0, 0)).flatten(1).shape for half in ("down", "up"))
-        if (*up, down[1]) != (shape[0], down[0], shape[1:].numel()):
-            raise InputError(f"LoRA {file} does not fit {type(network).__name__}: its pair for {name} is not one for shape {tuple(shape)}")
-    for name, pair in pairs.items():
-        down, up = pair["down"].flatten(1), pair["up"].flatten(1)
-        alpha = float(pair.get("alpha", _configured_alpha(config, name, len(down))))
-        scale = weight * alpha / (math.sqrt(len(down)) if config.get("use_rslora") else len(down))
-        old = layers[name].weight.detach()
-        # Not in place: the old one may be mapped from a file.
-        layers[name].weight = nn.Parameter(old + (scale * (up @ down)).view_as(old).to(old.dtype), requires_grad=False)
+        raise InputError(f"LoRA {file} does not fit {kinds}: keys without a layer: {len(unmatched)} ({first_few(unmatched)})")
+    return {(part, name): _product(file, weight, modules[part], name, pair, configs[part]) for (part, name), pair in pairs.items()}
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a LoRA, and its peft config where diffusers wrote one inside or peft beside."""
+def _product(file: Path, weight: float, module: nn.Module, name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> Product:
+    shape = module.get_submodule(name).weight.shape
+    down, up = (pair.get(half, torch.empty(0, 0)).flatten(1) for half in ("down", "up"))
+    rank = len(down)
+    if rank == 0 or (*up.shape, down.shape[1]) != (shape[0], rank, shape[1:].numel()):
+        raise InputError(f"LoRA {file} does not fit {type(module).__name__}: its pair for {name} is not one for shape {tuple(shape)}")
+    alpha = pair["alpha"] if "alpha" in pair else torch.tensor(_configured_alpha(file, config, name, rank))
+    if alpha.numel() != 1 or not all(tensor.isfinite().all() for tensor in (alpha, down, up)):
+        raise InputError(f"LoRA {file} is damaged: what it holds of {name} is not finite, or alpha is no single number")
+    return Product(down, up, weight * float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _spellings(module: nn.Module) -> dict[str, str]:
+    """The layers that can have a LoRA by all that their names are called in files, with underscores for dots."""
+    names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    spelled: dict[str, str] = {}
+    for name in names:
+        # Before peft, diffusers called the projections of CLIP as those of a UNet, and `to_out.0` without its place in the list.
+        clip = re.sub(r"self_attn\.(q|k|v|out)_proj", r"self_attn.to_\1", name)
+        spelled |= dict.fromkeys((_original_name(module, name), clip, name.removesuffix(".0")), name)
+    spelled |= {name: name for name in names}
+    # transformers once had CLIP's text model in a module of that name.
+    spelled = {f"text_model.{spelling}": name for spelling, name in spelled.items()} | spelled
+    return {spelling.replace(".", "_"): name for spelling, name in spelled.items()}
+
+
+def _places(prefix: str, layer: str, spellings: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
+    """The layers that a key means, as part and name; where its prefix names no part, in any of them."""
+    spelling, part = layer.replace(".processor.", ".").replace(".", "_"), _PARTS[prefix]
+    return [(each, names[spelling]) for each, names in spellings.items() if part in (each, None) and spelling in names]
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The tensors of a LoRA, and the peft config of each part where diffusers wrote one inside or peft beside."""
     if file.suffix != ".safetensors":
         raise InputError(f"LoRA {file} must be a .safetensors file")
     tensors = read_weights(file)
-    if file.name == "adapter_model.safetensors" and (beside := file.with_name("adapter_config.json")).is_file():
-        return tensors, json.loads(beside.read_text())
+    if not tensors:
+        raise InputError(f"LoRA {file} holds no tensors: there is nothing to merge")
+    if file.name == "adapter_model.safetensors" and (beside := file.with_name("adapter_config.json")).exists():
+        return tensors, dict.fromkeys((NETWORK, *TEXT_ENCODERS), read_json(beside))
     with safe_open(file, framework="pt") as opened:
-        config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    return tensors, {name.partition(".")[2]: value for name, value in config.items() if name.startswith(("unet.", "transformer."))}
+        inside = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+    configs: dict[str, dict[str, Any]] = {part: {} for part in (NETWORK, *TEXT_ENCODERS)}
+    for name, value in parse_json(inside, f"lora_adapter_metadata of {file}").items():
+        prefix, _, key = name.partition(".")
+        if part := _PARTS.get(f"{prefix}."):
+            configs[part][key] = value
+    return tensors, configs
 
 
-def _configured_alpha(config: Mapping[str, Any], name: str, rank: int) -> float:
-    patterns = config.get("alpha_pattern", {}).items()
-    return next((alpha for pattern, alpha in patterns if re.fullmatch(rf"(.*\.)?({pattern})", name)), config.get("lora_alpha", rank))
+def _configured_alpha(file: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
+    patterns, alpha = config.get("alpha_pattern") or {}, config.get("lora_alpha")
+    alpha = rank if alpha is None else alpha
+    try:
+        return float(next((value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), alpha))
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise InputError(f"LoRA {file}: the alpha of its peft config cannot be read: {error}") from error
 
 
 def _original_name(network: Any, name: str) -> str:

@@ -25,13 +25,17 @@ def check_file(path: Path) -> Path:
     return path
 
 
+def read_text(path: Path) -> str:
+    """What a text file says, which is UTF-8 whatever the locale. Raises InputError."""
+    try:
+        return _read(path).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}): fetch it again") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, which is UTF-8 whatever the locale. Raises InputError, also for other JSON."""
-    try:
-        data = read_bounded(check_file(path), LARGEST)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {reason(error)}") from error
-    return parse_json(data, path)
+    return parse_json(_read(path), path)
 
 
 def parse_json(data: bytes | str, where: object) -> dict[str, Any]:
@@ -46,6 +50,13 @@ def parse_json(data: bytes | str, where: object) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise InputError(f"{where} holds {_KINDS.get(type(document), 'a number')} and not a JSON object: fetch it again")
     return document
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_bounded(check_file(path), LARGEST)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {reason(error)}") from error
 
 
 _KINDS = {list: "a list", str: "a string", type(None): "null", bool: "a truth value"}

@@ -118,7 +118,7 @@ def write_set(out: Path, sprites: dict[tuple[str, str], Image.Image], count: int
     """What `build` does once it has the sprites: RGBA pictures of 128 x 128 by (concept, style)."""
     out.mkdir(parents=True, exist_ok=True)
     pictures = np.lib.format.open_memmap(out / "pictures.npy", mode="w+", dtype=np.uint8, shape=(count, SIZE, SIZE, 3))
-    with open(out / "captions.jsonl", "w") as lines:
+    with open(out / "captions.jsonl", "w", encoding="utf-8") as lines:
         for i in tqdm(range(count), desc="pictures", unit="picture", mininterval=0.5):
             row, pictures[i] = compose(sprites, np.random.default_rng([seed, i]))
             lines.write(json.dumps(asdict(row)) + "\n")
@@ -129,7 +129,8 @@ def write_set(out: Path, sprites: dict[tuple[str, str], Image.Image], count: int
     write_whole(out / PROMPTS, "".join(f"{row.caption}\n" for row in rows if row.split == "train").encode())
     write_whole(out / NEGATIVES, "".join(f"{each}\n" for each in negatives()).encode())
     (out / "NOTICE.txt").write_text(
-        "The pictures are made from:\n" + "".join(f"- {d.package} {d.version}: {d.licence}, {d.upstream}\n" for d in DRAWINGS)
+        "The pictures are made from:\n" + "".join(f"- {d.package} {d.version}: {d.licence}, {d.upstream}\n" for d in DRAWINGS),
+        encoding="utf-8",
     )
     facts = {"kind": "emoji", "count": count, "seed": seed, "size": SIZE, "concepts": [c.name for c in CONCEPTS]}
     hashes = {name: sha256(out / name) for name in ("pictures.npy", "captions.jsonl")}
@@ -151,7 +152,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def _read_rows(folder: Path) -> list[Row]:
-    with open(folder / "captions.jsonl") as lines:
+    with open(folder / "captions.jsonl", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     return [Row(row["caption"], row["split"], Facts(**row["facts"])) for row in rows]
 
@@ -259,7 +260,7 @@ def fetch_sprites(folder: Path, drawings: tuple[Drawing, ...] = DRAWINGS, share:
     Raises SnoopiError where npm is missing or fails, and where fewer than `share` of the drawings have some concept.
     """
     noto = _fetch(DRAWINGS[2], folder)
-    code_points = {icon: code for code, icon in json.loads((noto / "chars.json").read_text()).items()}
+    code_points = {icon: code for code, icon in json.loads((noto / "chars.json").read_text(encoding="utf-8")).items()}
     codes = {concept.name: code_points[concept.emoji] for concept in CONCEPTS}
     found = {}
     for drawing in tqdm(drawings, desc="drawings", unit="package"):
@@ -280,8 +281,8 @@ def _read_drawing(root: Path, codes: dict[str, str]) -> Iterator[tuple[str, Imag
         return
     import resvg_py
 
-    icons = json.loads((root / "icons.json").read_text())
-    names = json.loads((root / "chars.json").read_text())
+    icons = json.loads((root / "icons.json").read_text(encoding="utf-8"))
+    names = json.loads((root / "chars.json").read_text(encoding="utf-8"))
     emoji = {concept.name: concept.emoji for concept in CONCEPTS}
     for name, code in codes.items():
         # Some sets have no code points, and the same names as Noto's.

@@ -157,7 +157,7 @@ def _of_real(scorers: list[Scorer], sprites: Sprites) -> dict[str, Any]:
 def _known_teacher(out: Path, folder: Path, extent: Extent, limits: Limits) -> dict[str, Any] | None:
     """What an evaluation in the same folder found of the same teacher by the same metrics: it takes minutes."""
     try:
-        found = json.loads((out / "evaluation.json").read_text())["teacher"]
+        found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["teacher"]
     except (OSError, ValueError, KeyError):
         return None
     # A limit differs in its last digit from machine to machine.
