@@ -10,7 +10,7 @@ from pathlib import Path
 
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import BundleError
-from snoopi_rt.files import read_bounded, reason, sha256
+from snoopi_rt.files import is_lfs_pointer, read_bounded, reason, sha256
 from snoopi_rt.json_reader import parse_json
 from snoopi_rt.manifest import MANIFEST, File, require
 from snoopi_rt.onnx_links import external_data
@@ -44,7 +44,9 @@ def check_file(folder: Path, file: File, cache: Cache | None) -> list[str]:
         status = path.lstat()
         require(not stat.S_ISLNK(status.st_mode), f"{path} is a symbolic link, which a bundle may not hold")
         require(stat.S_ISREG(status.st_mode), f"{path} is not a file")
-        require(status.st_size == file.size, f"{path} is damaged: {status.st_size} bytes instead of {file.size}")
+        if status.st_size != file.size:
+            require(not is_lfs_pointer(path), f"{path} is a git-lfs pointer and not the file itself: run `git lfs pull` in its clone")
+            raise BundleError(f"{path} is damaged: {status.st_size} bytes instead of {file.size}")
         key = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{file.sha256}.json"
         if cache is not None and (record := _record(cache.read("hashes", key))) is not None:
             return record

@@ -30,7 +30,7 @@ def presets() -> None:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the preset: timestep=400. An unknown key lists all.")
 @click.option("--weights", metavar="FOLDER|ID", help="A diffusers folder or hub id, owner/name[@revision].  [default: the preset's]")
 @click.option("--weights-file", type=click.Path(path_type=Path), metavar="FILE", help="The transformer's or UNet's own weights.")
-@click.option("--lora", "loras", multiple=True, metavar="FILE[:W]", help="A LoRA to merge, with its weight.  [default: 1]")
+@click.option("--lora", "loras", multiple=True, metavar="FILE[:W]", help="A LoRA to merge, text encoders included.  [default weight: 1]")
 @out_option
 @click.option("--guidance", default="nasa", metavar="KIND", help="How a negative prompt acts: nasa, nag, vsf, projected or none.")
 @click.option(

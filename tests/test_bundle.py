@@ -71,6 +71,11 @@ def test_a_folder_without_a_manifest_is_refused(folder: Path) -> None:
     refused(folder, f"no bundle at {folder}: it has no bundle.json")
 
 
+def test_a_git_lfs_pointer_in_the_place_of_a_model_is_named_as_such(folder: Path) -> None:
+    (folder / "decoder.onnx").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 12345\n")
+    refused(folder, f"{folder / 'decoder.onnx'} is a git-lfs pointer and not the file itself: run `git lfs pull` in its clone")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
 def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, text: str) -> None:
     (folder / "bundle.json").write_text(text, encoding="latin-1")

@@ -22,7 +22,7 @@ from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.lora import NETWORK, merge_loras
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("snoopi_rt", "engines", "export", "kernels", "tests", "tools", "examples")
+FOLDERS = ("snoopi_rt", "engines", "export", "kernels", "tools", "examples")
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def main(batches: tuple[int, ...], dtype: str, flex: bool, out: Path) -> None:
                 document["rows"].append(row(layer, batch, direction, taken, most, values))
                 say(document["rows"][-1])
                 out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(document, indent=1) + "\n")
+                out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def drawn(layer: Layer, batch: int, dtype: torch.dtype) -> list[Any]:

@@ -83,7 +83,7 @@ def main(kinds: tuple[str, ...], batches: tuple[int, ...], limit: float, exporte
 
     def tell(row: dict[str, Any]) -> None:
         document["rows"].append(row)
-        out.write_text(json.dumps(document, indent=1) + "\n")
+        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         if "why not" in row:
             click.echo(f"{row['student']:8}{row['batch']:6}{row['way']:>10}  {row['why not']}")
             return
