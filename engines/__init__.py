@@ -79,16 +79,18 @@ def load_engine(
     key: str = "",
     axes: Mapping[str, Axis] | None = None,
     progress: Progress | None = None,
+    mapped: bool = True,
 ) -> Engine:
     """The model file as a callable Engine.
 
     `precision` is the build's ("fp32", "bf16" ...), `threads` the number of CPU threads (None = see `available_threads`). `cache` keeps
     what is compiled, for as long as the file's path, size and time and `key` are the same: give the build's hash. `axes` are the sizes
-    that free axes can have, by name, which `tensorrt` needs; it tells `progress` what it builds.
+    that free axes can have, by name, which `tensorrt` needs; it tells `progress` what it builds. Unless `mapped` weights are read into
+    memory, and the files are needed no more.
     Raises what `check_engine` raises, and EngineError where the file cannot be loaded.
     """
     check_engine(name)
-    opening = Opening(name, precision, available_threads() if threads is None else threads, cache, key, axes or {})
+    opening = Opening(name, precision, available_threads() if threads is None else threads, cache, key, axes or {}, mapped=mapped)
     if progress is not None:
         opening = replace(opening, progress=progress)
     module, _, attribute = ENGINES[name].target.partition(":")

@@ -78,7 +78,8 @@ Progress = Callable[[str, float], None]
 class Opening:
     """How a model is opened. name: the engine's. precision: the build's. cache, key: where compiled models are kept, and of which build.
 
-    axes: of the free axes by name, for engines that compile for ranges of them.
+    axes: of the free axes by name, for engines that compile for ranges of them. mapped: weights may stay in the model's files, mapped into
+    memory; else they are read, and the files are needed no more: a mapped file that another is copied over ends the process (SIGBUS).
     """
 
     name: str
@@ -88,6 +89,7 @@ class Opening:
     key: str = ""
     axes: Mapping[str, Axis] = field(default_factory=dict)
     progress: Progress = lambda what, share: None
+    mapped: bool = True
 
 
 class Engine(Protocol):

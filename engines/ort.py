@@ -66,13 +66,13 @@ class OrtEngine:
         session, self._bound = None, None
         if cache is not None and name == "cpu":
             with suppress(EngineError), engine_errors("the cache is of no use"):
-                session = _kept_session(path, threads, cache, opening.key)
+                session = _kept_session(path, threads, cache, opening.key, opening.mapped)
         with engine_errors(f"engine {name!r} cannot load {path.name}"):
             if name == "cuda":
-                self._bound = BoundSession(partial(_cuda_session, path, threads), "cuda")
+                self._bound = BoundSession(partial(_cuda_session, path, threads, opening.mapped), "cuda")
                 session = self._bound.session
             elif session is None:
-                session = onnxruntime.InferenceSession(str(path), _options(threads), providers=[provider])
+                session = _session(path, _options(threads), opening.mapped, providers=[provider])
         # A provider that cannot start is replaced by the CPU without an error: only the session says what is used.
         self.provider = session.get_providers()[0]
         if self.provider != provider:
@@ -106,14 +106,23 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _cuda_session(path: Path, threads: int, graphs: bool) -> Any:
+def _session(path: Path, options: Any, mapped: bool, **more: Any) -> Any:
+    """A session of the model; unless `mapped` nothing of it stays in the model's files."""
+    from onnxruntime import InferenceSession
+
+    if not mapped and (weights := {file.name: file.read_bytes() for file in model_files(path)[1:]}):
+        options.add_external_initializers_from_files_in_memory(list(weights), list(weights.values()), list(map(len, weights.values())))
+    return InferenceSession(str(path), options, **more)
+
+
+def _cuda_session(path: Path, threads: int, mapped: bool, graphs: bool) -> Any:
     """A session on the GPU. Without `enable_fallback` ONNX Runtime would print what is wrong and go on on the CPU."""
     import onnxruntime
 
     with redirect_stdout(io.StringIO()):  # CUDA and cuDNN out of their packages, where they are there; it prints which are not
         onnxruntime.preload_dlls()
     provider = PROVIDERS["cuda"], {"enable_cuda_graph": "1"} if graphs else {}
-    return onnxruntime.InferenceSession(str(path), _options(threads), providers=[provider], enable_fallback=0)
+    return _session(path, _options(threads), mapped, providers=[provider], enable_fallback=0)
 
 
 def _settings() -> dict[str, str]:
@@ -133,9 +142,9 @@ def _options(threads: int, **settings: str) -> Any:
     return options
 
 
-def _kept_session(path: Path, threads: int, cache: CompiledModels, key: str) -> Any:
+def _kept_session(path: Path, threads: int, cache: CompiledModels, key: str, mapped: bool) -> Any:
     """The session of the optimised model in the cache, which is put there if need be; None where that is not worth it or not possible."""
-    from onnxruntime import InferenceSession, __version__
+    from onnxruntime import __version__
 
     size = sum(file.stat().st_size for file in model_files(path))
     if size < SMALLEST:
@@ -149,7 +158,7 @@ def _kept_session(path: Path, threads: int, cache: CompiledModels, key: str) -> 
         with cache.fill(name, size * 3 // 2) as folder:
             if folder is not None:
                 options.optimized_model_filepath = str(folder / OPTIMISED)
-                InferenceSession(str(path), options, providers=[PROVIDERS["cpu"]])
+                _session(path, options, mapped, providers=[PROVIDERS["cpu"]])
         session = _optimised_session(cache.find(name), threads)
     return session
 

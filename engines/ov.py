@@ -29,6 +29,7 @@ class OvEngine:
         with engine_errors(f"engine {name!r} cannot use OpenVINO"):
             openvino = import_openvino()
             core = openvino.Core()
+            core.set_property({"ENABLE_MMAP": opening.mapped})
             hint, remark = arithmetic(opening.precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
         options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",

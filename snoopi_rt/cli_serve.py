@@ -37,6 +37,12 @@ from snoopi_rt.engines.base import EngineMissing, InputError
     metavar="NAME",
     help="Another name by which it may be called without a key.",
 )
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "memory", "mapped"]),
+    default="auto",
+    help="memory: files may be copied over a served bundle; mapped: less memory for large bundles; auto: memory up to 2 GiB.",
+)
 @click.option("--root-path", default="", metavar="PATH", help="The path below which a proxy shows the server, such as /images.")
 @click.option("--truncate", is_flag=True, help="Cut prompts that are too long, where a request does not say otherwise.")
 @click.option("--lenient", is_flag=True, help="Draw the nearest size, and take an unknown model name for the first bundle.")
@@ -68,8 +74,9 @@ def serve(
     named: list[tuple[str, str | None]] = [_named(each) for each in bundles] or [("small", None)]
     if len(dict(named)) < len(named):
         raise InputError("two bundles have one name: --bundle NAME=FOLDER gives them others")
+    opening: dict[str, Any] = {"engine": engine, "precision": precision, "threads": threads, "weights": options["weights"]}
     settings = Settings(
-        models={name: partial(load, folder, engine=engine, precision=precision, threads=threads) for name, folder in named},
+        models={name: partial(load, folder, **opening) for name, folder in named},
         key=read_key(api_key_file, os.environ.get("SNOOPI_RT_API_KEY")),
         together=options["max_batch"],
         batch_wait=options["batch_wait"] / 1000,

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from snoopi_rt.tiles import decode_tiled
 EMBEDDED = Path(__file__).parent / "bundles" / "small"
 STAGES = GRAPHS
 Prompt = str | Conditioning
+Weights = Literal["auto", "memory", "mapped"]
+LITTLE = 2 * 2**30
+"""Bytes of weights that are read where "auto" is to decide."""
 JOB = ("prompt", "negative_prompt", "negative_scale", "seed")
 """What a job of `generate_many` may say: arguments of `generate`."""
 
@@ -192,6 +195,18 @@ class Pipeline:
         with self._turn:
             return self._prompts.keep(prompt_text(prompt), truncate)
 
+    def open(self) -> Self:
+        """Opens all graphs and reads what else the bundle holds, instead of when it is first needed; returns the pipeline.
+
+        With weights "memory" the bundle's files are not needed any more then. Raises BundleError, also where they changed meanwhile.
+        """
+        with self._turn:
+            self._prompts.open()
+            self._generator.open()
+            self._decoder.open()
+        self.bundle.check()
+        return self
+
     def warmup(self) -> Self:
         """Opens and runs all stages once, so that the next image takes its usual time; returns the pipeline."""
         known = self.bundle.prompts.texts if self.bundle.prompts and "text_encoder" not in self.bundle.graphs else ("warm",)
@@ -291,13 +306,16 @@ def load(
     threads: int | None = None,
     low_memory: bool = False,
     progress: Progress | None = None,
+    weights: Weights = "mapped",
 ) -> Pipeline:
     """The pipeline of a bundle (a folder; None = the embedded one) on an engine.
 
     `engine` "auto" takes the fastest that `snoopi-rt bench` measured here, with its precisions, else `cpu`, then `openvino`; `precision` is
     one of the bundle's, or one a graph ("generator=int8,decoder=fp16"); `threads` bounds the CPU threads; with `low_memory` the
     memory's peak is that of the text encoder or that of the rest, not both: a new prompt then waits for models to be opened again.
-    An engine that compiles for minutes calls progress(what, share of it that is done, 0 to 1) meanwhile.
+    An engine that compiles for minutes calls progress(what, share of it that is done, 0 to 1) meanwhile. `weights` "mapped" leaves them
+    in the bundle's files, which saves memory, but another bundle copied over them ends the process; "memory" reads them; "auto" does so
+    up to 2 GiB.
     Raises BundleError, EngineMissing, EngineError, InputError.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.load(EMBEDDED if bundle is None else bundle)
@@ -306,7 +324,7 @@ def load(
     if engine == "auto":
         choice = choose(opened, cache, precision)
         engine, chosen = choice.engine, choice.precision if precision is None else precision
-    return open_pipeline(opened, engine, chosen, threads, cache, low_memory, progress)
+    return open_pipeline(opened, engine, chosen, threads, cache, low_memory, progress, weights)
 
 
 def open_pipeline(
@@ -317,18 +335,23 @@ def open_pipeline(
     cache: Cache,
     low_memory: bool = False,
     progress: Progress | None = None,
+    weights: Weights = "mapped",
 ) -> Pipeline:
     """The pipeline of a bundle on an engine by its own name, with its files in the cache. Raises as `load` does."""
     known_engine(engine)
     if threads is not None:
         integer("threads", threads, 1)
+    if weights not in get_args(Weights):
+        raise InputError(f"unknown weights {weights!r}, choose from {', '.join(get_args(Weights))}")
     builds = select_builds(bundle, engine, precision)
+    size = sum(file.size for build in builds.values() for file in build.files)
+    mapped = weights == "mapped" or (weights == "auto" and size > LITTLE)
 
     def open_engine(graph: str) -> Engine:
         build = builds[graph]
         name = engine if engine in build.engines else TEXT_ENGINE
         path = bundle.folder / build.files[0].path
-        return load_engine(name, path, build.precision, threads, cache, build.hash, axes(bundle, graph, build), progress)
+        return load_engine(name, path, build.precision, threads, cache, build.hash, axes(bundle, graph, build), progress, mapped)
 
     return Pipeline(bundle, open_engine, engine, precision, cache, low_memory)
 

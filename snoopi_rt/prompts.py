@@ -17,6 +17,7 @@ import numpy as np
 from snoopi_rt.bundle import Build, Bundle, File, Prompts
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import BundleError, Engine, InputError, OutputError
+from snoopi_rt.files import reason
 from snoopi_rt.manifest import text_rule
 from snoopi_rt.stage import Stage
 from snoopi_rt.tokenizer import Tokenizer
@@ -58,6 +59,7 @@ class PromptEncoder:
         self._carried = {text: row for row, text in enumerate(bundle.prompts.texts if bundle.prompts else ())}
         self._kept: OrderedDict[str | bytes, States] = OrderedDict()
         self._bytes = 0
+        self._carried_file: bytes | None = None
         # Opening takes long: meanwhile other threads get the prompts that are kept.
         self._lock = threading.Lock()
 
@@ -68,7 +70,7 @@ class PromptEncoder:
         """
         text = text_rule(prompt, self._bundle.text.lowercase)
         if text in self._carried:
-            return self._remembered(text) or self._remember(text, read_prompt(self._bundle, self._carried[text]))
+            return self._remembered(text) or self._remember(text, read_prompt(self._bundle, self._carried[text], self._carried_file))
         ids = self._ids(text, truncate)
         key = ids.tobytes()
         return self._remembered(key) or self._remember(key, self._from_disk(ids) or self._compute(ids))
@@ -93,6 +95,19 @@ class PromptEncoder:
         if self._from_disk(ids) is None:
             raise OutputError(f"prompt states cannot be kept in {self._cache.path}: {self._cache.problem() or 'is the disk full?'}")
         return True
+
+    def open(self) -> None:
+        """Opens and reads all that prompts need, so that no later one needs a file of the bundle. Raises BundleError, EngineError."""
+        if self._bundle.prompts is not None:
+            path = self._bundle.folder / self._bundle.prompts.file.path
+            try:
+                self._carried_file = path.read_bytes()
+            except OSError as error:
+                raise BundleError(f"cannot read {path}: {reason(error)}") from error
+        if self._bundle.text.tokenizer is not None:
+            with self._lock:
+                _ = self._tokenizer
+            self._encoder.open()
 
     def release(self) -> None:
         """Frees the text encoder until another prompt needs it."""
@@ -174,12 +189,15 @@ def write_prompts(folder: Path, encoded: Mapping[str, States]) -> Prompts:
     return Prompts(File.of(path), tuple(encoded))
 
 
-def read_prompt(bundle: Bundle, row: int) -> States:
-    """The states of the prompt in that place of `bundle.prompts`. Raises BundleError where the file does not hold them."""
+def read_prompt(bundle: Bundle, row: int, data: bytes | None = None) -> States:
+    """The states of the prompt in that place of `bundle.prompts`, out of the file's bytes where they are there.
+
+    Raises BundleError where the file does not hold them.
+    """
     assert bundle.prompts is not None
     path = bundle.folder / bundle.prompts.file.path
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with open(path, "rb") if data is None else io.BytesIO(data) as file, np.load(file, allow_pickle=False) as arrays:
             states = {name.partition(".")[2]: arrays[name] for name in arrays.files if name.partition(".")[0] == str(row)}
     except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise BundleError(f"cannot read {path}: {error}") from error

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 
 import snoopi_rt
 from snoopi_rt import pipeline
-from snoopi_rt.bundle import Bundle, Tile
+from snoopi_rt.bundle import GRAPHS, Bundle, Tile
 from snoopi_rt.cache import Cache
 from snoopi_rt.choice import Measured, remember
 from snoopi_rt.engines import installed
@@ -300,6 +301,20 @@ def test_what_cannot_be_asked_is_one_clear_line(pipe: Pipeline, asked: dict[str,
     with pytest.raises(InputError, match=re.escape(message)) as caught:
         pipe.generate(**{"prompt": "a cat", **asked})
     assert "\n" not in str(caught.value)
+
+
+def test_a_bundle_that_changes_while_it_is_opened_is_refused(original: Bundle, fakes: dict[str, FakeEngine], tmp_path: Path) -> None:
+    bundle = Bundle.load(shutil.copytree(original.folder, tmp_path / "tiny"))
+    opened = []
+
+    def open_engine(graph: str) -> FakeEngine:
+        opened.append(graph)
+        (bundle.folder / "decoder.onnx").write_bytes(b"another")
+        return fakes[graph]
+
+    with pytest.raises(BundleError, match=r"decoder\.onnx is damaged"):
+        Pipeline(bundle, open_engine, "cpu").open()
+    assert set(opened) == set(GRAPHS)
 
 
 def test_a_bundle_without_guidance_refuses_a_negative(original: Bundle, fakes: dict[str, FakeEngine]) -> None:

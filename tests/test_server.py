@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,9 +26,10 @@ from PIL import Image
 
 from snoopi_rt.bundle import Bundle
 from snoopi_rt.cache import Cache
+from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import BundleError, InputError
 from snoopi_rt.engines.fake import FakeEngine
-from snoopi_rt.pipeline import Pipeline
+from snoopi_rt.pipeline import EMBEDDED, Pipeline, load
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 httpx = pytest.importorskip("httpx")
@@ -683,6 +685,19 @@ def test_a_client_that_goes_is_noticed_though_it_sent_more_requests(slow: Slow) 
         slow.go.set()
         assert first.result().status_code == 200
     assert slow.calls == [1]
+
+
+@pytest.mark.parametrize("engine", [name for name in ("cpu", "openvino") if name in installed()])
+def test_a_bundle_whose_files_are_overwritten_is_served_on(engine: str, tmp_path: Path) -> None:
+    """What `cp` does to each file first. Weights that are mapped into memory ended the process: SIGBUS."""
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "mine"))
+    body = {"prompt": "an owl on a red background", "negative_prompt": "blurry", "seed": 1}
+    with command("--bundle", str(folder), "--engine", engine) as (_, address):
+        for file in folder.iterdir():
+            os.truncate(file, 0)
+        found = pictures(httpx.post(address + DRAW, json=body, timeout=30).json())
+    with load(engine=engine) as pipe:
+        np.testing.assert_array_equal(found, pipe.generate("an owl on a red background", "blurry", seed=1).images)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")

@@ -328,7 +328,7 @@ def application(
 
 
 def _opened(open_pipeline: Callable[[], Pipeline]) -> Pipeline:
-    return open_pipeline().warmup()
+    return open_pipeline().open().warmup()
 
 
 async def unless_gone(request: Request, work: Awaitable[Any], timeout: float) -> Any:
