@@ -1,20 +1,22 @@
 """Many prompts of a file to images in a folder: in constant memory, resumed after a kill, with an index of what became of each row."""
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
 from snoopi_rt import image
 from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.files import open_regular, reason
+from snoopi_rt.json_reader import parse_json
 from snoopi_rt.pipeline import JOB, Pipeline, columns
-from snoopi_rt.request import SEEDS
-from snoopi_rt.rows import read_rows
+from snoopi_rt.prompt_file import PromptFile
+from snoopi_rt.prompt_formats import LONGEST, Wrong
+from snoopi_rt.request import SEEDS, check_seed, image_size, requests
 
 INDEX = "index.jsonl"
 Job = tuple[int, dict[str, Any]]
@@ -44,7 +46,7 @@ class Drawn:
 class Batch:
     """What is drawn from a file: row i with seed + i - 1 unless it has its own; negative and scale where a row has none."""
 
-    prompts: Path
+    prompts: Path | PromptFile
     out: Path
     seed: int = 0
     negative: str | None = None
@@ -54,78 +56,118 @@ class Batch:
     format: str = "png"
 
     def run(self, pipe: Pipeline, progress: Callable[[int], None] = lambda rows: None, draw: "Draw | None" = None) -> Outcome:
-        """Draws what is not there yet; progress(rows) after each few. `draw`: how, here and in one process where nothing is said.
+        """Draws what is not there yet; progress(rows) after each few. `draw`: how; by default here, in this process.
 
-        Raises InputError for a file that cannot be read and a folder that holds another batch, OutputError where a picture cannot be
-        written. A row that cannot be drawn is listed in the index with its reason, and the rest is done.
+        Raises InputError for a file that cannot be read, settings that no row can have and a folder that holds another batch, OutputError
+        where a picture cannot be written. A row that cannot be drawn is listed in the index with its reason, and the rest is done.
         """
+        if isinstance(self.prompts, Path):
+            with PromptFile(self.prompts) as prompts:
+                return replace(self, prompts=prompts).run(pipe, progress, draw)
+        self._check(pipe, self.prompts)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"cannot write into {self.out}: {error.strerror}") from error
-        from filelock import FileLock, Timeout
-
+            raise OutputError(f"cannot write into {self.out}: {reason(error)}") from error
         outcome = Outcome()
-        try:
-            with FileLock(self.out / ".lock", timeout=0), _Index(self.out / INDEX, self._identity(pipe)) as index:
-                for drawn in (draw or draw_here)(pipe, self, self._wanted(pipe, index, outcome, progress)):
-                    if drawn.error:
-                        outcome.failed += 1
-                        index.add(drawn.row, {"error": drawn.error})
-                    else:
-                        outcome.drawn += 1
-                        image.write(drawn.file, self._path(drawn.row))
-                        index.drawn(drawn.row, self._path(drawn.row), drawn.metadata)
-                    progress(1)
-        except Timeout as error:
-            raise InputError(f"another process draws into {self.out}") from error
+        with self._alone(), _Index(self.out / INDEX, self._identity(pipe, self.prompts), self._path) as index:
+            for drawn in (draw or draw_here)(pipe, self, self._to_draw(pipe, self.prompts, index, outcome, progress)):
+                if drawn.error:
+                    outcome.failed += 1
+                    index.add(drawn.row, {"error": drawn.error})
+                else:
+                    outcome.drawn += 1
+                    image.write(drawn.file, self._path(drawn.row))
+                    index.drawn(drawn.row, len(drawn.file), drawn.metadata)
+                progress(1)
         return outcome
 
-    def _wanted(self, pipe: Pipeline, index: "_Index", outcome: Outcome, progress: Callable[[int], None]) -> Iterator[Job]:
+    def _check(self, pipe: Pipeline, prompts: PromptFile) -> None:
+        """Raises InputError once for what would be wrong in every row, and for a scale that no row would use."""
+        check_seed(self.seed)
+        scale, negative = self.scale, (self.negative or "").strip()
+        if not prompts.judge().negative and scale is not None and not negative:
+            raise InputError(f"negative scale {scale} without a negative prompt: neither a row nor --neg gives one")
+        # Where rows have negative prompts, the scale is judged beside one of them.
+        requests("prompt", negative or (None if scale is None else "negative"), scale, self.seed, 1, pipe.bundle.guidance)
+        image_size(self.size, pipe.bundle.sizes)
+        if negative:
+            pipe.check(negative, truncate=self.truncate)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Raises InputError where another process draws into the folder."""
+        from filelock import FileLock, Timeout
+
+        lock = self.out / ".lock"
+        if lock.is_symlink():  # which some versions of filelock follow, and empty the file behind it
+            raise InputError(f"{lock} is a symbolic link: remove it")
+        held = FileLock(lock, timeout=0)
+        try:
+            held.acquire()
+        except Timeout as error:
+            raise InputError(f"another process draws into {self.out}") from error
+        except OSError as error:
+            raise OutputError(f"cannot write into {self.out}: {reason(error)}") from error
+        try:
+            yield
+        finally:
+            held.release()
+
+    def _to_draw(
+        self, pipe: Pipeline, prompts: PromptFile, index: "_Index", outcome: Outcome, progress: Callable[[int], None]
+    ) -> Iterator[Job]:
         """The jobs that are still to be drawn; of the other rows it is noted what became of them."""
-        for number, row in read_rows(self.prompts):
-            path = self._path(number)
-            job = row if isinstance(row, str) else self._job(number, row)
-            if isinstance(job, str):
-                outcome.failed += 1
-                index.add(number, {"error": job})
-            elif number in index:
-                outcome.kept += 1
-            elif not _is_whole(path):
+        for number, _, row in prompts.rows():
+            job = row if isinstance(row, Wrong) else self._job(number, row, pipe)
+            state = job if isinstance(job, Wrong) else self._state(number, job, pipe, index)
+            if state == "draw":
+                assert not isinstance(job, Wrong)
                 yield number, job
                 continue
+            if state == "kept":
+                outcome.kept += 1
             else:
-                self._found(number, path, job, pipe, index, outcome)
+                outcome.failed += 1
+                index.add(number, {"error": state})
             progress(1)
 
-    def _found(self, number: int, path: Path, job: dict[str, Any], pipe: Pipeline, index: "_Index", outcome: Outcome) -> None:
-        """Notes an image that is there and not in the index: a kill came between the two, or it is of something else."""
-        made: dict[str, str] = {}
-        with suppress(InputError):
-            made = image.read_metadata(path)
-        if _fits(made, job, pipe.bundle.hash):
-            outcome.kept += 1
-            index.drawn(number, path, made)
-        else:
-            outcome.failed += 1
-            index.add(number, {"error": f"{path.name} is there and is not this row's image: remove it"})
+    def _state(self, number: int, job: dict[str, Any], pipe: Pipeline, index: "_Index") -> str:
+        """ "kept" for a row whose image is there, "draw" for one that is to be drawn, else why it cannot be.
 
-    def _job(self, number: int, job: dict[str, Any]) -> dict[str, Any]:
+        An image that is not in the index is noted there: a kill came between the two, or it is of something else.
+        """
+        if index.holds(number, job):
+            return "kept"
+        path, metadata = self._path(number), {}
+        condition = image.condition(path)
+        if condition == "missing" or (condition == "damaged" and number in index.damaged):
+            return "draw"
+        with suppress(InputError):
+            metadata = image.read_metadata(path)
+        ours = condition != "foreign" and _fits(metadata, job, pipe.bundle.hash)
+        if not ours:
+            return f"{path.name} is there and is not this row's image: remove it"
+        if condition == "damaged":
+            return "draw"
+        index.drawn(number, path.stat().st_size, metadata)
+        return "kept"
+
+    def _job(self, number: int, job: dict[str, Any], pipe: Pipeline) -> dict[str, Any]:
         negative = job.get("negative_prompt", self.negative)
         if isinstance(negative, str) and not negative.strip():
             negative = None  # this row has none
-        scale = job.get("negative_scale", None if negative is None else self.scale)
+        default = pipe.bundle.guidance.scale.default if self.scale is None else self.scale
+        scale = job.get("negative_scale", None if negative is None else default)
         seed = job.get("seed", (self.seed + number - 1) % SEEDS)
         return {"prompt": job["prompt"], "negative_prompt": negative, "negative_scale": scale, "seed": seed}
 
     def _path(self, number: int) -> Path:
         return self.out / f"{number:06}.{self.format}"
 
-    def _identity(self, pipe: Pipeline) -> dict[str, Any]:
-        with open(self.prompts, "rb") as file:
-            prompts = hashlib.file_digest(file, "sha256").hexdigest()
+    def _identity(self, pipe: Pipeline, prompts: PromptFile) -> dict[str, Any]:
         settings = [self.seed, self.negative, self.scale, self.size, self.truncate, self.format]
-        return {"batch": 1, "bundle_hash": pipe.bundle.hash, "prompts": prompts, "settings": settings}
+        return {"batch": 1, "bundle_hash": pipe.bundle.hash, "prompts": prompts.sha256, "settings": settings}
 
 
 Draw = Callable[[Pipeline, Batch, Iterable[Job]], Iterable[Drawn]]
@@ -154,33 +196,39 @@ def draw_together(pipe: Pipeline, batch: Batch, jobs: list[Job]) -> list[Drawn]:
 
 
 class _Index:
-    """A line of JSON a row, the first says what batch it is. A line that a kill cut short is written again."""
+    """One line of JSON per row; the first says what batch it is. A line that a kill cut short is written again.
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self._path, self._identity = path, identity
+    damaged: the rows whose images were listed and are not whole.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], image_path: Callable[[int], Path]) -> None:
+        self._path, self._identity, self._image_path = path, identity, image_path
         self._known: set[int] = set()
+        self.damaged: set[int] = set()
 
     def __enter__(self) -> Self:
         beside = self._path.with_name(f".{self._path.name}.part")
         try:
-            with open(beside, "wb") as file:
+            beside.unlink(missing_ok=True)  # of a run that was killed
+            with open(beside, "xb") as file:
                 file.write(json.dumps(self._identity).encode() + b"\n")
                 for line in self._still_right():
                     file.write(line)
             os.replace(beside, self._path)
             self._file = open(self._path, "ab", buffering=0)
         except OSError as error:
-            raise OutputError(f"cannot write {self._path}: {error.strerror}") from error
+            raise OutputError(f"cannot write {self._path}: {reason(error)}") from error
         finally:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def __contains__(self, number: int) -> bool:
-        """Whether the row's image was listed when the batch began."""
-        return number in self._known
+    def holds(self, number: int, job: dict[str, Any]) -> bool:
+        """Whether the row's image, of this very job, was listed and whole when the batch began."""
+        return _key(number, job) in self._known
 
     def add(self, number: int, record: dict[str, Any]) -> None:
         """Writes one row's line."""
@@ -188,47 +236,57 @@ class _Index:
         try:
             written = self._file.write(line)
         except OSError as error:
-            raise OutputError(f"cannot write {self._path}: {error.strerror}") from error
+            raise OutputError(f"cannot write {self._path}: {reason(error)}") from error
         if written != len(line):
             raise OutputError(f"cannot write {self._path}: the disk is full")
 
-    def drawn(self, number: int, path: Path, made: dict[str, str]) -> None:
-        """Writes the line of an image, of the metadata that is in it."""
-        numbers = {name: kind(made[name]) for name, kind in (("negative_scale", float), ("seed", int)) if name in made}
-        self.add(number, {"file": path.name, **{name: made[name] for name in JOB if name in made}, **numbers})
+    def drawn(self, number: int, size: int, metadata: dict[str, str]) -> None:
+        """Writes the line of an image of so many bytes, of the metadata that is in it."""
+        numbers = {name: kind(metadata[name]) for name, kind in (("negative_scale", float), ("seed", int)) if name in metadata}
+        job = {name: metadata[name] for name in JOB if name in metadata}
+        self.add(number, {"file": self._image_path(number).name, "bytes": size, **job, **numbers})
 
     def _still_right(self) -> Iterator[bytes]:
-        """The lines of images that are there. What failed, and what is not there any more, is drawn again."""
-        if not _is_whole(self._path):
+        """The lines of images that are there and whole. What failed, is damaged or is not there any more is drawn again."""
+        if not self._path.is_file() or self._path.stat().st_size == 0:  # a power cut may leave its name alone
             return
-        with open(self._path, "rb") as file:
-            first = _record(file.readline())
+        with open_regular(self._path) as file:
+            first = _record(file.readline(LONGEST))
             if "batch" not in first:
                 raise InputError(f"{self._path} is not an index of snoopi-rt")
             if first != json.loads(json.dumps(self._identity)):
                 raise InputError(f"{self._path.parent} holds another batch (other prompts, bundle or settings): choose another folder")
-            for line in file:
+            while line := file.readline(LONGEST):
                 record = _record(line)
-                if isinstance(record.get("row"), int) and "file" in record and _is_whole(self._path.parent / str(record["file"])):
-                    self._known.add(record["row"])
+                row = record.get("row")
+                if type(row) is not int or record.get("file") != self._image_path(row).name:
+                    continue
+                condition = image.condition(self._image_path(row), record.get("bytes"))
+                if condition == "whole":
+                    self._known.add(_key(row, record))
                     yield line
+                elif condition == "damaged":
+                    self.damaged.add(row)
 
 
 def _record(line: bytes) -> dict[str, Any]:
     """What a whole line says; nothing where it was cut short or damaged."""
     with suppress(ValueError):
-        found = json.loads(line)
-        if isinstance(found, dict) and line.endswith(b"\n"):
-            return found
+        record = parse_json(line)
+        if isinstance(record, dict) and line.endswith(b"\n"):
+            return record
     return {}
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a file is there: a power cut may leave its name alone."""
-    return path.is_file() and path.stat().st_size > 0
+def _key(number: int, job: Mapping[str, Any]) -> int:
+    """What tells a row's job from every other, in few bytes: an index may have millions of lines."""
+    scale = job.get("negative_scale")
+    scale = float(scale) if isinstance(scale, int | float) else scale
+    return hash(json.dumps([number, job.get("prompt"), job.get("negative_prompt"), scale, job.get("seed")]))
 
 
-def _fits(made: dict[str, str], job: dict[str, Any], bundle_hash: str) -> bool:
-    """Whether an image's metadata say what the job asks for."""
-    asked = {"bundle_hash": bundle_hash, **{name: job[name] for name in JOB if job[name] is not None}}
-    return all(made.get(name) == (str(float(value)) if name == "negative_scale" else str(value)) for name, value in asked.items())
+def _fits(metadata: dict[str, str], job: dict[str, Any], bundle_hash: str) -> bool:
+    """Whether an image's metadata say what the job asks for, and nothing else."""
+    scale = job["negative_scale"]
+    texts = {**job, "negative_scale": float(scale) if isinstance(scale, int | float) else scale, "bundle_hash": bundle_hash}
+    return all(metadata.get(name) == (None if value is None else str(value)) for name, value in texts.items())

@@ -16,7 +16,16 @@ from snoopi_rt.cli_build import data, merge, train
 from snoopi_rt.cli_eval import evaluate
 from snoopi_rt.cli_export import export, presets
 from snoopi_rt.cli_generate import generate
-from snoopi_rt.cli_options import bundle_option, discard, engine_option, precision_option, progress_line, threads_option, told
+from snoopi_rt.cli_options import (
+    bundle_option,
+    discard,
+    engine_option,
+    precision_option,
+    progress_line,
+    prompt_file_options,
+    threads_option,
+    told,
+)
 from snoopi_rt.cli_serve import serve
 from snoopi_rt.engines.base import EngineError, InputError, SnoopiError
 from snoopi_rt.shell import quote, visible
@@ -69,26 +78,41 @@ for command in (generate, data, train, merge, evaluate, export, presets, serve):
 
 
 @main.command(epilog="Example: snoopi-rt prompts --bundle my-bundle --file presets.txt")
-@click.option("--file", type=click.Path(path_type=Path), required=True, help="A prompt a line; blank lines and # comments are skipped.")
+@click.option("--file", type=click.Path(path_type=Path), required=True, help="The prompts, as for generate --prompts; - is standard input.")
+@prompt_file_options
 @bundle_option
 @engine_option
 @precision_option
 @threads_option
-def prompts(file: Path, bundle: str | None, engine: str, precision: str | None, threads: int | None) -> None:
-    """Encode the prompts of a file once, so that no later run needs the text encoder for them."""
+def prompts(
+    file: Path,
+    kind: str | None,
+    ignore_columns: bool,
+    bundle: str | None,
+    engine: str,
+    precision: str | None,
+    threads: int | None,
+) -> None:
+    """Encode the prompts and negative prompts of a file once, so that no later run needs the text encoder for them."""
     from snoopi_rt.pipeline import load
-    from snoopi_rt.request import prompt_lines
+    from snoopi_rt.prompt_file import PromptFile, texts_of
 
-    asked, new, refused = prompt_lines(file), 0, 0
-    with progress_line() as progress, load(bundle, engine, precision, threads, True, told(progress)) as pipe:
-        for done, (number, prompt) in enumerate(asked.items(), 1):
-            progress["doing"] = f"prompt {done} of {len(asked)}"
-            try:
-                new += pipe.keep(prompt)
-            except InputError as error:
-                refused += 1
-                click.echo(visible(f"error: {file} line {number}: {error}"), err=True)
-    click.echo(f"{new} new, {len(asked) - refused - new} kept before")
+    new = kept = refused = 0
+    with progress_line() as progress, PromptFile(file, kind, ignore_columns) as rows:
+        count = rows.judge().rows
+        with load(bundle, engine, precision, threads, True, told(progress)) as pipe:
+            for number, place, job in rows.rows():
+                progress["doing"] = f"prompt {number} of {count}"
+                try:
+                    for text in texts_of(job):
+                        if pipe.keep(text):
+                            new += 1
+                        else:
+                            kept += 1
+                except InputError as error:
+                    refused += 1
+                    click.echo(visible(f"error: {file} {place}: {error}"), err=True)
+    click.echo(f"{new} new, {kept} kept before")
     if refused:
         click.get_current_context().exit(2)
 

@@ -88,7 +88,11 @@ def teacher(data: Path, autoencoder: Path, start: Path | None, out: Path, settin
     "--teacher", type=folder, required=True, metavar="FOLDER", help="A diffusers folder; of the small model: what `train teacher` wrote."
 )
 @click.option(
-    "--prompts", type=file, required=True, metavar="FILE", help="Prompts: .txt (one a line), .jsonl or .parquet. No picture is needed."
+    "--prompts",
+    type=file,
+    required=True,
+    metavar="FILE",
+    help="Prompts: .txt, .csv, .tsv, .json, .jsonl or .parquet. No picture is needed.",
 )
 @out_option
 @click.option("--recipe", "recipe", metavar="NAME", help="Where the settings come from, see `train recipes`.  [default: the backbone's]")

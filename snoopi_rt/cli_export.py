@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from snoopi_rt.cli_options import Number
-from snoopi_rt.engines.base import EngineMissing, OutputError, SnoopiError
+from snoopi_rt.cli_options import Number, prompt_file_options
+from snoopi_rt.engines.base import EngineMissing, InputError, OutputError, SnoopiError
 from snoopi_rt.shell import visible
 
 folder = click.Path(file_okay=False, path_type=Path)
@@ -45,7 +45,10 @@ def presets() -> None:
 )
 @click.option("--decoder", default="full", metavar="full|tiny|ID", help="The weights' own, TAESD, or a folder or hub id.")
 @click.option("--size", "sizes", metavar="WxH[,WxH...]", help="The bundle's sizes, its default first.  [default: the preset's]")
-@click.option("--prompts", type=file, metavar="FILE", help="Prompts, one a line, whose states the bundle carries.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Prompts whose states the bundle carries, as for generate --prompts."
+)
+@prompt_file_options
 @click.option("--prompts-only", is_flag=True, help="Leave the text encoder out: the bundle knows the --prompts and no others.")
 @click.option("--accept-licence", is_flag=True, help="Accept a licence that forbids commercial use.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
@@ -63,6 +66,8 @@ def export(
     decoder: str,
     sizes: str | None,
     prompts: Path | None,
+    kind: str | None,
+    ignore_columns: bool,
     prompts_only: bool,
     accept_licence: bool,
     force: bool,
@@ -79,7 +84,7 @@ def export(
             _precisions(precisions),
             _sizes(sizes),
             LATENT_TOLERANCE if tolerance is None else tolerance,
-            _lines(prompts),
+            _texts(prompts, kind, ignore_columns),
             prompts_only,
             force,
         )
@@ -114,10 +119,22 @@ def _sizes(text: str | None) -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys(sizes))
 
 
-def _lines(path: Path | None) -> tuple[str, ...]:
-    from snoopi_rt.request import prompt_lines
+def _texts(path: Path | None, kind: str | None, ignore_columns: bool) -> tuple[str, ...]:
+    """The prompts and negative prompts in a file. Raises InputError for a row that has none."""
+    from snoopi_rt.prompt_file import PromptFile, texts_of
 
-    return () if path is None else tuple(prompt_lines(path).values())
+    if path is None:
+        if kind is not None or ignore_columns:
+            raise InputError("--prompts-format and --ignore-columns go with --prompts FILE")
+        return ()
+    texts: list[str] = []
+    with PromptFile(path, kind, ignore_columns) as rows:
+        for _, place, job in rows.rows():
+            try:
+                texts += texts_of(job)
+            except InputError as error:
+                raise InputError(f"{path} {place}: {error}") from error
+    return tuple(texts)
 
 
 @contextmanager

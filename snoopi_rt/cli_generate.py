@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from snoopi_rt.cli_options import (
     engine_option,
     precision_option,
     progress_line,
+    prompt_file_options,
     ray_options,
     ray_workers,
     threads_option,
@@ -25,7 +27,7 @@ from snoopi_rt.engines.base import InputError
 from snoopi_rt.shell import quote
 
 if TYPE_CHECKING:
-    from snoopi_rt.batch import Batch
+    from snoopi_rt.batch import Batch, Draw
     from snoopi_rt.on_ray import Workers
 
 
@@ -46,8 +48,12 @@ class Scales(click.ParamType):
 @click.command(epilog='Example: snoopi-rt generate "a red apple on a blue background" --neg blurry --seed 7 -o apple.png')
 @click.argument("prompt", required=False)
 @click.option(
-    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Instead of PROMPT: .txt, .jsonl, .csv or .parquet, a row an image."
+    "--prompts",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Instead of PROMPT, one image per row: .txt, .csv, .tsv, .json, .jsonl or .parquet; - is standard input.",
 )
+@prompt_file_options
 @click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Where the images of --prompts and their index go.")
 @click.option("--neg", metavar="TEXT", help="The negative prompt: what not to draw.")
 @click.option(
@@ -75,6 +81,8 @@ class Scales(click.ParamType):
 def generate(
     prompt: str | None,
     prompts: Path | None,
+    kind: str | None,
+    ignore_columns: bool,
     out: Path | None,
     neg: str | None,
     scales: tuple[float, ...] | None,
@@ -103,17 +111,32 @@ def generate(
     opening: dict[str, Any] = {"bundle": bundle, "engine": engine, "precision": precision, "threads": threads}
     if prompts is not None or out is not None:
         from snoopi_rt.batch import Batch
+        from snoopi_rt.prompt_file import PromptFile
 
         if prompts is None or out is None or prompt is not None:
             raise InputError("give a PROMPT, or --prompts FILE and --out FOLDER")
-        for option, used in (("-n", count != 1), ("-o", output), ("--side-by-side", side_by_side), ("--open", show), ("--json", as_json)):
+        for option, used in (
+            ("-n", count != 1),
+            ("-o", output),
+            ("--side-by-side", side_by_side),
+            ("--open", show),
+            ("--json", as_json),
+            ("--force", force),
+        ):
             if used:
                 raise InputError(f"{option} is for one PROMPT: of --prompts, each row is one image, listed in index.jsonl")
         if len(scales or ()) > 1:
             raise InputError("several scales are for one PROMPT: of --prompts, each row is one image")
-        batch = Batch(prompts, out, seed or 0, neg, scales[0] if scales else None, size, truncate, format or "png")
-        _draw_batch(batch, opening, ray_workers(ray, workers, gpus, threads))
+        workers_on_ray = ray_workers(ray, workers, gpus, threads)
+        with ExitStack() as stack:
+            with progress_line("reading prompts"):
+                rows = stack.enter_context(PromptFile(prompts, kind, ignore_columns))
+                count = rows.judge().rows
+            batch = Batch(rows, out, seed or 0, neg, scales[0] if scales else None, size, truncate, format or "png")
+            _draw_batch(batch, count, opening, workers_on_ray)
         return
+    if kind is not None or ignore_columns:
+        raise InputError("--prompts-format and --ignore-columns go with --prompts FILE")
     if ray:
         raise InputError("--ray is for --prompts: one PROMPT is drawn sooner here")
     ray_workers(ray, workers, gpus, threads)
@@ -148,12 +171,11 @@ def generate(
         show_picture(path)
 
 
-def _draw_batch(batch: "Batch", opening: dict[str, Any], workers: "Workers | None") -> None:
+def _draw_batch(batch: "Batch", count: int, opening: dict[str, Any], workers: "Workers | None") -> None:
     from snoopi_rt.batch import draw_here
     from snoopi_rt.pipeline import load
-    from snoopi_rt.rows import read_rows
 
-    count, draw = sum(1 for _ in read_rows(batch.prompts)), draw_here
+    draw: Draw = draw_here
     with progress_line() as progress:
         pipe = load(**opening, low_memory=workers is not None, progress=told(progress))
         if workers is None:

@@ -124,10 +124,20 @@ def told(progress: dict[str, str]) -> Callable[[str, float], None]:
     return tell
 
 
+def prompt_file_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--prompts-format and --ignore-columns."""
+    ignored = click.option("--ignore-columns", is_flag=True, help="Skip columns that are not known, instead of refusing the file.")
+    kinds = click.Choice(["txt", "csv", "tsv", "json", "jsonl", "parquet"])
+    kind = click.option(
+        "--prompts-format", "kind", type=kinds, help="The format of the prompts.  [default: from the name; of - by its content]"
+    )
+    return kind(ignored(command))
+
+
 @contextmanager
-def progress_line() -> Iterator[dict[str, str]]:
+def progress_line(doing: str = "loading") -> Iterator[dict[str, str]]:
     """Says every two seconds on standard error what is being done: quick work is silent, slow work is not."""
-    progress, done, start = {"doing": "loading"}, threading.Event(), time.monotonic()
+    progress, done, start = {"doing": doing}, threading.Event(), time.monotonic()
 
     def talk() -> None:
         while not done.wait(PATIENCE):

@@ -2,11 +2,11 @@
 
 import errno
 import hashlib
+import io
 import os
 import secrets
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 
@@ -63,7 +63,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """The file, to be read. Raises OSError, also for what is no regular file: a pipe would block, a device never end."""
     try:
         _check_regular(os.stat(path), path)  # before it is opened: that alone can make a device act

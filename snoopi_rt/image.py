@@ -23,6 +23,7 @@ DESCRIPTION = 0x010E
 """EXIF's ImageDescription."""
 MARK = "snoopi_rt"
 """The key that every image of ours has: the version that made it."""
+Condition = Literal["missing", "whole", "damaged", "foreign"]
 OPTIONS = {
     "negative_prompt": "--neg",
     "negative_scale": "--neg-scale",
@@ -137,6 +138,39 @@ def check_writable(path: Path, taken: Taken = "refuse") -> None:
 
 def _taken(path: Path) -> InputError:
     return InputError(f"{quote(path)} is there already: choose another name, or --force to replace it")
+
+
+def condition(path: Path, size: int | None = None) -> Condition:
+    """How the file that the path leads to is: "missing", also without a byte; "whole" where it begins and ends as its name promises and has
+    that size; "damaged" where it begins so, or with zeros, and ends otherwise; "foreign" for anything else, such as a folder.
+    """
+    try:
+        with open_regular(path) as file:
+            length = os.fstat(file.fileno()).st_size
+            begin = file.read(12)
+            file.seek(max(0, length - 8))
+            end = file.read(8)
+    except FileNotFoundError:
+        return "missing"
+    except OSError:
+        return "foreign"
+    if not length:
+        return "missing"
+    ours, complete = _ends(FORMATS[path.suffix.lower()], begin, end, length)
+    if not complete:
+        return "damaged" if ours or not begin.strip(b"\0") else "foreign"
+    return "whole" if size in (None, length) else "foreign"
+
+
+def _ends(format: str, begin: bytes, end: bytes, length: int) -> tuple[bool, bool]:
+    """Whether a file begins as one of that format, and also ends so."""
+    if format == "png":
+        ours, complete = begin[:8] == b"\x89PNG\r\n\x1a\n", end == b"IEND\xaeB`\x82"
+    elif format == "jpeg":
+        ours, complete = begin[:3] == b"\xff\xd8\xff", end[-2:] == b"\xff\xd9"
+    else:
+        ours, complete = begin[:4] + begin[8:] == b"RIFFWEBP", length == int.from_bytes(begin[4:8], "little") + 8
+    return ours, ours and complete
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -8,7 +8,8 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -83,7 +84,7 @@ def draw_on_ray(opening: dict[str, Any], workers: Workers, pipe: Pipeline, batch
         compute=ray.data.ActorPoolStrategy(min_size=workers.least, max_size=workers.most),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
-        fn_constructor_args=(opening, batch),
+        fn_constructor_args=(opening, replace(batch, prompts=Path())),  # a process gets rows, not the file
     )
     try:
         for row in made.iter_rows():

@@ -5,7 +5,6 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 from snoopi_rt.bundle import Guidance
@@ -98,21 +97,6 @@ def check_length(name: str, text: str) -> None:
     """Returns for a text that is not too long to be tokenized, else raises InputError."""
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"{name} has {len(text)} characters, at most {MAX_CHARACTERS} are read")
-
-
-def prompt_lines(path: Path) -> dict[int, str]:
-    """The prompts in a text file by line number, without blank lines and those that begin with #; raises InputError where there is none.
-
-    A line that is not UTF-8 is among them: the tokenizer refuses it.
-    """
-    try:
-        lines = path.read_text("utf-8-sig", "surrogateescape").split("\n")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    prompts = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")}
-    if not prompts:
-        raise InputError(f"{path} holds no prompt")
-    return prompts
 
 
 def check_seed(seed: Any) -> int:

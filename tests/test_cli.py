@@ -165,7 +165,7 @@ def test_a_bad_line_of_a_file_is_named_and_costs_the_others_nothing(original: Bu
     assert result.stdout == "3 new, 0 kept before\n"
     long, foreign = result.stderr.splitlines()
     assert long.startswith("error: presets.txt line 3: prompt has 7 tokens, the limit is 6")
-    assert foreign.startswith("error: presets.txt line 5: prompt is not valid Unicode text")
+    assert foreign == "error: presets.txt line 5: not UTF-8 text"
     assert run(*words, code=2).stdout == "0 new, 3 kept before\n"
 
 

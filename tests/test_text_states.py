@@ -94,35 +94,39 @@ def test_an_epoch_has_every_prompt_once_in_an_order_of_its_own(count: int) -> No
         assert near < count / 2
 
 
-def test_prompts_are_read_from_text_jsonl_and_parquet(tmp_path: Path) -> None:
+def test_prompts_are_read_from_every_format(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    (tmp_path / "a.txt").write_text("\ufeffa cat\n\n  a dog \n", "utf-8")
-    rows = [{"caption": "a cat"}, {"prompt": "a dog", "caption": "not this"}, {"text": " "}]
+    (tmp_path / "a.txt").write_text("\ufeffa cat\n# not this\n\n  a dog \n", "utf-8")
+    rows = [{"caption": "a cat"}, {"prompt": "a dog", "caption": "not this", "license": 1}, {"text": " "}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     parquet.write_table(pyarrow.table({"text": ["a cat", "a dog", ""], "n": [1, 2, 3]}), tmp_path / "a.parquet")
-    for kind in "txt", "jsonl", "parquet":
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.CSV").write_text(",text,n\n0,a cat,1\n1,a dog,2\n2,,3\n")
+    for kind in "txt", "jsonl", "parquet", "json", "CSV":
         assert list(read_prompts(tmp_path / f"a.{kind}")) == ["a cat", "a dog"], kind
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.csv", b"", "is not one of .txt, .jsonl, .parquet"),
+        ("a.doc", b"", "is not one of .txt, .csv, .tsv, .json, .jsonl, .parquet"),
+        ("a.csv", b"url,n\nx,1\n", "line 2 of .* has no text under prompt, caption, text"),
         ("a.txt", b"\xff\xfe", "is not UTF-8 text"),
-        ("a.jsonl", b"{}\n", "row 1 of .* has no text under prompt, caption, text"),
-        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": 3}\n', "row 2 of .* has no text"),
-        ("a.jsonl", b"{", "line 1 of .* is not JSON"),
+        ("a.jsonl", b"{}\n", "line 1 of .* has no text under prompt, caption, text"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": 3}\n', "line 2 of .* has no text"),
+        ("a.jsonl", b"{", "line 1 of .*: not a JSON object"),
         ("a.parquet", b"PAR1", "is not a whole Parquet file"),
-        ("none.txt", None, "no file"),
+        ("none.txt", None, "cannot read .*none.txt: No such file"),
+        ("-", None, "must be in a file"),
     ],
 )
 def test_a_file_of_prompts_that_is_none_is_one_line(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=words):
-        list(read_prompts(tmp_path / name))
+        list(read_prompts(Path(name) if name == "-" else tmp_path / name))
 
 
 def test_words_are_found_and_left_out_whole() -> None:

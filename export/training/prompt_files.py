@@ -1,31 +1,34 @@
-"""Prompts from files of any length, one after the other, in constant memory."""
+"""The prompts to train on: read one after the other in constant memory, and looked at for words."""
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from snoopi_rt.engines.base import EngineMissing, InputError
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.prompt_file import STANDARD_INPUT, PromptFile
+from snoopi_rt.prompt_formats import Wrong
 
 KEYS = ("prompt", "caption", "text")
-"""Where a row of JSONL or Parquet has its prompt: the first of these that is there."""
+"""Where a row has its prompt: the first of these that is there. Other columns are ignored."""
 
 
 def read_prompts(path: Path) -> Iterator[str]:
-    """The prompts of a .txt (one a line), .jsonl or .parquet file, without empty ones.
+    """The prompts of a file of any format that `PromptFile` reads, without empty ones.
 
-    Raises InputError for a file of another kind, one that cannot be read, and a row without a prompt.
+    Raises InputError for a file that cannot be read, and for a row without a prompt.
     """
-    readers = {".txt": _lines, ".jsonl": _objects, ".parquet": _rows}
-    if path.suffix not in readers:
-        raise InputError(f"{path} is not one of {', '.join(readers)}")
-    if not path.is_file():
-        raise InputError(f"no file {path}")
-    for number, prompt in readers[path.suffix](path):
-        if not isinstance(prompt, str):
-            raise InputError(f"row {number} of {path} has no text under {', '.join(KEYS)}")
-        if prompt.strip():
-            yield prompt.strip()
+    if path == STANDARD_INPUT:
+        raise InputError("prompts to train on must be in a file: they are read again when a run is resumed")
+    with PromptFile(path, names=KEYS) as file:
+        for place, record in file.records():
+            if isinstance(record, Wrong):
+                raise InputError(f"{file.word} {place} of {path}: {record}")
+            values = [record[key] for key in KEYS if key in record]
+            prompt = next((value for value in values if value is not None), "" if values else None)
+            if not isinstance(prompt, str):
+                raise InputError(f"{file.word} {place} of {path} has no text under {', '.join(KEYS)}")
+            if prompt.strip():
+                yield prompt.strip()
 
 
 def has_words(prompt: str, words: str) -> bool:
@@ -62,40 +65,3 @@ def is_of(prompt: str, words: str) -> bool:
 def _pattern(words: str, around: str = "{0}") -> re.Pattern[str]:
     """Of the words, whole, where {0} stands in `around`; upper and lower case are the same."""
     return re.compile(around.format(rf"(?<!\w){re.escape(words)}(?!\w)"), re.IGNORECASE)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            yield from enumerate(file, 1)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text") from error
-
-
-def _objects(path: Path) -> Iterator[tuple[int, object]]:
-    for number, line in _lines(path):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"line {number} of {path} is not JSON: {error}") from error
-            yield number, next((row[key] for key in KEYS if key in row), None) if isinstance(row, dict) else row
-
-
-def _rows(path: Path) -> Iterator[tuple[int, object]]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError as error:
-        raise EngineMissing(f'{path} needs pyarrow: pip install "snoopi-rt[train]"') from error
-    try:
-        file = parquet.ParquetFile(path)
-        column = next((key for key in KEYS if key in file.schema_arrow.names), None)
-        if column is None:
-            raise InputError(f"{path} has no column {', '.join(KEYS)}")
-        number = 0
-        for batch in file.iter_batches(1024, columns=[column]):
-            for prompt in batch[column].to_pylist():
-                number += 1
-                yield number, prompt
-    except ArrowInvalid as error:
-        raise InputError(f"{path} is not a whole Parquet file") from error
