@@ -57,15 +57,11 @@ class PromptFile:
         self._contents: Contents | None = None
         if kind is not None and kind not in KINDS:
             raise InputError(f"unknown format {kind!r} of prompts, choose from {', '.join(KINDS)}")
-        if kind is None and path != STANDARD_INPUT:
-            kind = path.suffix.lower().removeprefix(".")
-            if kind not in KINDS:
-                raise InputError(f"{path} is not one of {', '.join(f'.{each}' for each in KINDS)}: --prompts-format says which")
         with self._errors():
             self._file = _spooled() if path == STANDARD_INPUT else open_regular(path)
         try:
             with self._errors():
-                self.kind = kind or guess(self._file.read(2**16))
+                self.kind = kind or self._own_kind()
                 self._stamp, self.sha256 = self._stamped(), self._digest()
         except BaseException:
             self._file.close()
@@ -114,6 +110,14 @@ class PromptFile:
             for record in records(self._file, self.kind, self._names):
                 self._check_unchanged()
                 yield record
+
+    def _own_kind(self) -> str:
+        if self.path == STANDARD_INPUT:
+            return guess(self._file.read(2**16))
+        kind = self.path.suffix.lower().removeprefix(".")
+        if kind not in KINDS:
+            raise InputError(f"it is not one of {', '.join(f'.{each}' for each in KINDS)}: --prompts-format says which")
+        return kind
 
     def close(self) -> None:
         self._file.close()
@@ -210,8 +214,9 @@ def _job(record: dict[str, Any], cells: bool) -> dict[str, Any] | Wrong:
 def _number(name: str, value: Any, cell: bool) -> Any:
     """The number that is meant, None for NaN; what is none stays as it is, and `generate` says so."""
     if cell and isinstance(value, str):
-        # Where spreadsheets separate cells by semicolons they write 0,5.
-        text = value.replace(",", ".") if name == "negative_scale" and value.count(",") == 1 else value
+        # Where spreadsheets separate cells by semicolons they write 0,5 and 7,0; but 1,000 may be a thousand.
+        decimal = value.count(",") == 1 if name == "negative_scale" else re.fullmatch(r"\s*\d+,0\s*", value)
+        text = value.replace(",", ".") if decimal else value
         with suppress(ValueError):
             value = parse_number(text)
     if isinstance(value, Decimal) or (isinstance(value, Real) and not isinstance(value, int)):

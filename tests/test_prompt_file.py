@@ -51,7 +51,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     contents = {
         "a.csv": TABLE,
         "a.CSV": "\ufeff\n" + TABLE.replace("\n", "\r\n") + ",,,\n\n",
-        "b.csv": 'prompt;negative_prompt;negative_scale;seed;\n"a cat, red";blurry;0,5;3.0;\na fox;warm;;;\n# a cat;;;;\n',
+        "b.csv": 'prompt;negative_prompt;negative_scale;seed;\n"a cat, red";blurry;0,5;3,0;\na fox;warm;;;\n# a cat;;;;\n',
         "c.csv": TABLE.replace(",", "\t").replace("cat\t red", "cat, red"),
         "a.tsv": TABLE.replace(",", "\t").replace("cat\t red", "cat, red"),
         "d.csv": "Unnamed: 0,prompt, seed ,negative_scale,negative_prompt\n"
@@ -101,7 +101,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         ("a.json", '["a"] "b"', "something follows its list"),
         ("a.parquet", b"PAR1", "it is not a whole Parquet file"),
         ("gone.txt", None, "No such file"),
-        (".txt", None, "is not one of .txt"),
+        (".txt", "a", "is not one of .txt"),
         ("x" * 300 + ".txt", None, "File name too long"),
     ],
 )
@@ -133,8 +133,8 @@ def test_a_row_that_cannot_be_read_costs_itself(tmp_path: Path) -> None:
 
 
 def test_what_is_no_number_is_left_to_the_pipeline(tmp_path: Path) -> None:
-    rows = jobs(tmp_path / "a.csv", "prompt,seed\na,1_000\na,7.5\na,1e3\na,0x7\na,inf\n")
-    assert [row["seed"] for row in rows] == ["1_000", 7.5, 1000, "0x7", "inf"]
+    rows = jobs(tmp_path / "a.csv", 'prompt,seed\na,1_000\na,"1,000"\na,7.5\na,1e3\na,0x7\na,inf\n')
+    assert [row["seed"] for row in rows] == ["1_000", "1,000", 7.5, 1000, "0x7", "inf"]
 
 
 def test_columns_of_parquet_are_judged_by_their_types(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_prompts_are_read_from_every_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.doc", b"", "is not one of .txt, .csv, .tsv, .json, .jsonl, .parquet"),
+        ("a.doc", b"", "it is not one of .txt, .csv, .tsv, .json, .jsonl, .parquet"),
         ("a.csv", b"url,n\nx,1\n", "line 2 of .* has no text under prompt, caption, text"),
         ("a.txt", b"\xff\xfe", "is not UTF-8 text"),
         ("a.jsonl", b"{}\n", "line 1 of .* has no text under prompt, caption, text"),
