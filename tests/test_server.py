@@ -148,8 +148,8 @@ def test_neutral_values_that_clients_always_send_are_taken(address: str) -> None
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{address}/v1/", api_key="none")  # a slash at the end, as people type it
     neutral = {"quality": "auto", "background": "auto", "moderation": "auto", "stream": False, "partial_images": 0, "size": "auto"}
-    found = client.images.generate(model="tiny", prompt="a cat", n=1, **neutral, safety_identifier="me")
-    assert found.size == "16x16" and found.data[0].b64_json and found.data[0].url is None
+    drawn = client.images.generate(model="tiny", prompt="a cat", n=1, **neutral, safety_identifier="me")
+    assert drawn.size == "16x16" and drawn.data[0].b64_json and drawn.data[0].url is None
     client.images.generate(prompt="a cat", background="opaque", moderation="low", output_format="jpeg", output_compression=100)
 
 
@@ -158,19 +158,19 @@ def test_clients_made_for_dall_e_get_addresses_as_they_expect(address: str) -> N
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
     for body in ({"quality": "standard"}, {"quality": "standard", "style": "vivid"}):
-        (found,) = client.images.generate(prompt="a cat", size="16x16", n=1, **body).data
-        assert base64.b64decode(found.b64_json) == httpx.get(found.url).content
-    (found,) = client.images.generate(prompt="a cat", style="natural", response_format="b64_json").data
-    assert found.b64_json and found.url is None
+        (drawn,) = client.images.generate(prompt="a cat", size="16x16", n=1, **body).data
+        assert base64.b64decode(drawn.b64_json) == httpx.get(drawn.url).content
+    (drawn,) = client.images.generate(prompt="a cat", style="natural", response_format="b64_json").data
+    assert drawn.b64_json and drawn.url is None
 
 
 def test_lenient_draws_the_nearest_size_with_the_first_bundle_and_says_so(pipe: Pipeline) -> None:
     body = {"model": "dall-e-3", "prompt": "a cat", "size": "1792x1024", "seed": 1}
     models = {"tiny": lambda: pipe, "other": lambda: pipe}
     with served(Settings(models)) as strict, served(Settings(models, lenient=True)) as lenient:
-        found = httpx.post(lenient + DRAW, json=body).json()
-        assert (found["model"], found["size"]) == ("tiny", "24x16")
-        np.testing.assert_array_equal(pictures(found), pipe.generate("a cat", seed=1, size=(16, 24)).images)
+        drawn = httpx.post(lenient + DRAW, json=body).json()
+        assert (drawn["model"], drawn["size"]) == ("tiny", "24x16")
+        np.testing.assert_array_equal(pictures(drawn), pipe.generate("a cat", seed=1, size=(16, 24)).images)
         assert httpx.post(lenient + DRAW, json={**body, "size": "1024x1024"}).json()["size"] == "16x16"
         assert httpx.post(lenient + DRAW, json={**body, "model": "other"}).json()["model"] == "other"
         for wrong in ({"size": "huge"}, {"quality": "hd"}, {"prompt": ""}):
@@ -184,9 +184,9 @@ def test_a_prompt_that_is_too_long_is_cut_where_that_is_wanted(pipe: Pipeline) -
     with served(Settings({"tiny": lambda: pipe})) as address, served(Settings({"tiny": lambda: pipe}, truncate=True)) as cutting:
         message = httpx.post(address + DRAW, json=long).json()["error"]["message"]
         assert message == 'prompt has 9 tokens, the limit is 6: shorten it, or send "truncate": true'
-        found = httpx.post(address + DRAW, json={**long, "truncate": True}).json()
-        assert found["truncated"]
-        np.testing.assert_array_equal(pictures(found), pipe.generate("a a a a", seed=1).images)
+        drawn = httpx.post(address + DRAW, json={**long, "truncate": True}).json()
+        assert drawn["truncated"]
+        np.testing.assert_array_equal(pictures(drawn), pipe.generate("a a a a", seed=1).images)
         assert not httpx.post(address + DRAW, json={"prompt": "a cat", "truncate": True}).json()["truncated"]
         assert httpx.post(cutting + DRAW, json=long).json()["truncated"]
         assert httpx.post(cutting + DRAW, json={**long, "truncate": False}).status_code == 400
@@ -211,9 +211,9 @@ def test_below_a_path_of_a_proxy_all_addresses_begin_with_it(pipe: Pipeline, str
     with served(Settings({"tiny": lambda: pipe}, root="/draw/", key="secret")) as address:
         base = address if stripped else f"{address}/draw"
         headers = {"host": "any.example", "authorization": "Bearer secret"}
-        found = httpx.post(base + DRAW, json={"prompt": "a cat", "response_format": "url"}, headers=headers).json()["data"][0]["url"]
-        assert found.startswith("http://any.example/draw/v1/images/files/")
-        assert httpx.get(base + found.partition("/draw")[2]).status_code == 200
+        drawn = httpx.post(base + DRAW, json={"prompt": "a cat", "response_format": "url"}, headers=headers).json()["data"][0]["url"]
+        assert drawn.startswith("http://any.example/draw/v1/images/files/")
+        assert httpx.get(base + drawn.partition("/draw")[2]).status_code == 200
         assert httpx.get(f"{base}/page.css").status_code == httpx.get(f"{base}/healthz").status_code == 200
         assert httpx.get(f"{base}/v1/models").status_code == 401
         assert httpx.get(f"{base}/openapi.json", headers=headers).json()["servers"] == [{"url": "/draw"}]
@@ -695,9 +695,9 @@ def test_a_bundle_whose_files_are_overwritten_is_served_on(engine: str, tmp_path
     with command("--bundle", str(folder), "--engine", engine) as (_, address):
         for file in folder.iterdir():
             os.truncate(file, 0)
-        found = pictures(httpx.post(address + DRAW, json=body, timeout=30).json())
+        drawn = pictures(httpx.post(address + DRAW, json=body, timeout=30).json())
     with load(engine=engine) as pipe:
-        np.testing.assert_array_equal(found, pipe.generate("an owl on a red background", "blurry", seed=1).images)
+        np.testing.assert_array_equal(drawn, pipe.generate("an owl on a red background", "blurry", seed=1).images)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")

@@ -107,7 +107,8 @@ def log_opened(models: list[str], broken: dict[str, str], address: str | None = 
     for name, error in broken.items():
         tell("bundle cannot be served", f"{name} cannot be served: {error}", model=name, error=error)
     place = {} if address is None else {"address": address}
-    tell("ready", f"serving {', '.join(models)} on {address} (Ctrl-C ends it)", models=models, broken=broken, **place)
+    people = f"serving {', '.join(models)}" + ("" if address is None else f" on {address} (Ctrl-C ends it)")
+    tell("ready", people, models=models, broken=broken, **place)
 
 
 def none_served(broken: dict[str, str]) -> BundleError:

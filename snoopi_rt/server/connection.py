@@ -48,7 +48,7 @@ class Connection(HttpToolsProtocol):
     would hold the server.
 
     What comes behind a whole request (pipelining) stays unparsed until that one is answered, and nothing more is read meanwhile.
-    `all_ahead` is shared by the connections of a server; uvicorn gives the rest.
+    `all_ahead` is shared by the connections of a server; `of_server` is what uvicorn makes each of them with.
     """
 
     _patience: asyncio.TimerHandle | None = None
@@ -57,8 +57,8 @@ class Connection(HttpToolsProtocol):
     _ahead: bytes | memoryview = b""
     _active: Any = None
 
-    def __init__(self, all_ahead: Ahead, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, all_ahead: Ahead, **of_server: Any) -> None:
+        super().__init__(**of_server)
         self._all_ahead = all_ahead
 
     def connection_made(self, transport: Any) -> None:
