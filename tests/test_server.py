@@ -486,6 +486,13 @@ def test_a_connection_that_says_nothing_or_half_a_request_is_closed(pipe: Pipeli
                 time.sleep(0.15)
 
 
+def test_thousands_of_headers_are_refused(address: str) -> None:
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n" + b"a:b\r\n" * 1000)
+        assert client.recv(100).startswith(b"HTTP/1.1 400 ")
+    assert httpx.get(f"{address}/healthz", headers=[("a", "b")] * 200).status_code == 200
+
+
 def test_endless_headers_are_cut_off_long_before_they_fill_the_memory(address: str) -> None:
     port = int(address.rpartition(":")[2])
     for start in (b"GET /healthz HTTP/1.1\r\nx: ", b"POST " + DRAW.encode() + CHUNKED + b"0\r\nx: "):

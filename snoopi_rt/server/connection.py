@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADERS = 10.0
 """Seconds in which a connection must have sent a request's headers, and in which it must read something of an answer."""
-LARGEST = 2**20
-"""Bytes of one request with its headers; the application's limit of a body is smaller."""
+LARGEST, LARGEST_HEADERS = 2**18, 2**16
+"""Bytes of one request, and of its headers; the application's limit of a body is smaller."""
+MOST_HEADERS = 256
+"""Of one request: each costs far more memory than the bytes that it is sent in."""
 SLICE = 128
 """Bytes that are parsed at once: no more requests wait for their turn on a connection than fit into so many."""
 AHEAD = 32 * 2**20
@@ -53,7 +56,8 @@ class Connection(HttpToolsProtocol):
 
     _patience: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
-    _taken = 0
+    _taken = _headers = 0
+    _largest = LARGEST_HEADERS
     _ahead: bytes | memoryview = b""
     _active: Any = None
 
@@ -63,7 +67,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.flow = self._flow = _Flow(transport)
+        self.flow = self._flow = _Flow(transport, self._turn)
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -84,11 +88,18 @@ class Connection(HttpToolsProtocol):
             self._abort()
 
     def on_message_begin(self) -> None:
-        self._taken = 0
+        self._taken = self._headers = 0
+        self._largest = LARGEST_HEADERS
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers += 1
+        if self._headers > MOST_HEADERS:
+            raise ValueError("too many headers")  # to the parser: the request is answered with 400
+        super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        waiting = len(self.pipeline)
+        waiting, self._largest = len(self.pipeline), LARGEST
         super().on_headers_complete()
         if len(self.pipeline) == waiting:
             self._active = self.cycle
@@ -99,16 +110,15 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self._reading is None:
             self._watch_reading()
-        if self._ahead:
-            self._all_ahead.wait(self)
+        self._turn()
 
     def parse(self) -> None:
-        """Parses what is ahead up to the end of a request, and some slice more."""
-        while self._ahead and not self.transport.is_closing() and not (self._asks() and not self.cycle.more_body):
+        """Parses what is ahead up to the end of a request, and some slice more; less where a body is not read as fast."""
+        while self._ahead and not (self.transport.is_closing() or self._flow.paused or (self._asks() and not self.cycle.more_body)):
             part = self._ahead[:SLICE]
             self._keep(self._ahead[SLICE:])
             self._taken += len(part)
-            if self._taken > LARGEST:
+            if self._taken > self._largest:
                 self._abort()
                 return
             self._feed(part)
@@ -128,6 +138,10 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserError:
             self.logger.warning("Invalid HTTP request received.")
             self.send_400_response("Invalid HTTP request received.")
+
+    def _turn(self) -> None:
+        if self._ahead:
+            self._all_ahead.wait(self)
 
     def _keep(self, data: bytes | memoryview) -> None:
         """What is not parsed yet; while there is any, no more is read."""
@@ -171,24 +185,29 @@ def connections() -> Any:
 
 
 class _Flow(FlowControl):
-    """Does not read while uvicorn wants none, nor while the connection has something ahead."""
+    """Does not read while uvicorn wants none, nor while the connection has something ahead; `resumed` is called when uvicorn wants more."""
 
-    _held = _paused = False
+    def __init__(self, transport: Any, resumed: Callable[[], None]) -> None:
+        super().__init__(transport)
+        self._resumed = resumed
+        self._held = self.paused = False
 
     def pause_reading(self) -> None:
-        self._paused = True
+        self.paused = True
         self._apply()
 
     def resume_reading(self) -> None:
-        self._paused = False
-        self._apply()
+        if self.paused:
+            self.paused = False
+            self._apply()
+            self._resumed()
 
     def hold(self, held: bool) -> None:
         self._held = held
         self._apply()
 
     def _apply(self) -> None:
-        if self._held or self._paused:
+        if self._held or self.paused:
             super().pause_reading()
         else:
             super().resume_reading()
