@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from snoopi_rt.engines.base import Axis, Engine, EngineMissing, InputError, Opening, Progress
+from snoopi_rt.engines.base import Axis, Engine, EngineMissing, InputError, Opening, Progress, how_to_install
 from snoopi_rt.engines.compiled import CompiledModels
 from snoopi_rt.engines.threads import available_threads
 
@@ -52,10 +52,10 @@ def check_engine(name: str) -> None:
     kind = known_engine(name)
     spec = find_spec(kind.package)
     if spec is None:
-        raise EngineMissing(f'engine {name!r} needs {kind.label}: pip install "snoopi-rt[{name}]"')
+        raise EngineMissing(f"engine {name!r} needs {kind.label}: {how_to_install(name)}")
     if spec.origin is None:
         remark = f"{kind.label} is half uninstalled{conflict(kind.package)}"
-        raise EngineMissing(f'engine {name!r}: {remark}: uninstall what is left, then pip install "snoopi-rt[{name}]"')
+        raise EngineMissing(f"engine {name!r}: {remark}: uninstall what is left, then {how_to_install(name)}")
 
 
 def installed() -> tuple[str, ...]:

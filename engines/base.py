@@ -50,6 +50,12 @@ class OutputError(SnoopiError):
     """What came out cannot be used or cannot be written."""
 
 
+def how_to_install(extra: str = "") -> str:
+    """The command that installs snoopi-rt with an extra, for errors: from a clone, as long as the name is not on PyPI."""
+    package = f'".[{extra}]"' if extra else "."
+    return f"pip install {package} in the clone of snoopi-rt"
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """The name, shape (None = any size) and dtype (numpy's name) of one input or output.

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from snoopi_rt.engines.base import EngineError, EngineMissing, engine_errors
+from snoopi_rt.engines.base import EngineError, EngineMissing, engine_errors, how_to_install
 
 POOL = 256 * 2**20
 """Bytes that the driver keeps for the next array instead of giving them back at every wait, which is its default."""
@@ -35,7 +35,7 @@ class Gpu:
         try:
             from cuda.bindings import driver, runtime
         except ImportError as error:
-            raise EngineMissing(f'engine {name!r} needs cuda-bindings: pip install "snoopi-rt[{name}]"') from error
+            raise EngineMissing(f"engine {name!r} needs cuda-bindings: {how_to_install(name)}") from error
         self.cuda: Any = runtime
         try:
             (count,) = self.call(runtime.cudaGetDeviceCount)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from snoopi_rt.engines import conflict
-from snoopi_rt.engines.base import EngineError, EngineMissing, Opening, TensorSpec, check_inputs, engine_errors
+from snoopi_rt.engines.base import EngineError, EngineMissing, Opening, TensorSpec, check_inputs, engine_errors, how_to_install
 from snoopi_rt.engines.compiled import CompiledModels, compiled_name, model_files, processor
 from snoopi_rt.engines.ort_bound import BoundSession
 
@@ -62,7 +62,7 @@ class OrtEngine:
             raise EngineError(f"{error}{conflict()}") from error
         if provider not in available:
             needs = f"engine {name!r} needs ONNX Runtime with {provider}, which the one installed has not{conflict()}"
-            raise EngineMissing(f'{needs}: pip uninstall onnxruntime, then pip install "snoopi-rt[{name}]"')
+            raise EngineMissing(f"{needs}: pip uninstall onnxruntime, then {how_to_install(name)}")
         session, self._bound = None, None
         if cache is not None and name == "cpu":
             with suppress(EngineError), engine_errors("the cache is of no use"):

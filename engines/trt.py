@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from snoopi_rt.engines import ENGINES
-from snoopi_rt.engines.base import EngineError, Opening, TensorSpec, check_inputs, engine_errors
+from snoopi_rt.engines.base import EngineError, Opening, TensorSpec, check_inputs, engine_errors, how_to_install
 from snoopi_rt.engines.compiled import model_files
 from snoopi_rt.engines.gpu import Gpu, GpuArray
 from snoopi_rt.engines.trt_plan import Kept, KeptPlan, first, is_rtx, library, logger
@@ -48,7 +48,7 @@ class TrtEngine:
         self._gpu = gpu = Gpu.open(opening.name)
         label = f"{'TensorRT for RTX' if is_rtx(trt) else 'TensorRT'} {trt.__version__}"
         if is_rtx(trt) and gpu.capability in NO_RTX:
-            raise EngineError(f'{label} does not run on {gpu.name}: pip install "snoopi-rt[tensorrt]"')
+            raise EngineError(f"{label} does not run on {gpu.name}: {how_to_install('tensorrt')}")
         self.provider = f"{label} on {gpu.name}"
         weights = sum(file.stat().st_size for file in model_files(path))
         described = f"{gpu.name}, {gpu.capability}, driver {gpu.driver}"

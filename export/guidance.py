@@ -1,49 +1,56 @@
-"""The kinds of negative guidance that a graph can be built with: one attention function each, its constants and its range of scales."""
+"""The kinds of negative guidance that a graph can be built with: one attention function each, its constants and its range of scales.
+
+Data alone: the functions, and torch with them, are imported when they are first needed.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.kernels import nag_attention, nasa_attention, projected_attention, vsf_attention
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Guidance:
     """How a negative prompt acts in a cross-attention. The scale is given at run time, `fixed` are the formula's constants in the graph.
 
-    `default_scale` is for a student about which nothing is known. `measures_from_empty`: `attend` also takes the keys and values of the
-    empty prompt, which are constants of the graph.
+    `formula`: the function's name in snoopi_rt.kernels. `default_scale` is for a student about which nothing is known.
+    `measures_from_empty`: `attend` also takes the keys and values of the empty prompt, which are constants of the graph.
     """
 
     kind: Literal["nasa", "nag", "vsf", "projected", "none"]
-    formula: Callable[..., Tensor] | None
+    formula: str | None
     default_scale: float = 0.0
     max_scale: float = 0.0
     fixed: Mapping[str, float] = field(default_factory=dict)
     measures_from_empty: bool = False
 
     @property
-    def attend(self) -> Callable[..., Tensor] | None:
+    def attend(self) -> "Callable[..., Tensor] | None":
         """`attend(q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, scale, [k_null, v_null,] [attention=])`, or None: takes no negative.
 
         Gives the attention output before the output projection (kernels/ops/reference.py has the shapes), the positive attention's where
         scale is 0.
         """
-        return None if self.formula is None else partial(self.formula, **self.fixed)
+        if self.formula is None:
+            return None
+        from snoopi_rt import kernels
+
+        return partial(getattr(kernels, self.formula), **self.fixed)
 
 
 GUIDANCE: dict[str, Guidance] = {
     kind.kind: kind
     for kind in (
-        Guidance("nasa", nasa_attention, default_scale=0.2, max_scale=1.5),
+        Guidance("nasa", "nasa_attention", default_scale=0.2, max_scale=1.5),
         # tau, and phi and alpha of SDXL (NAG, table 5); presets have their own.
-        Guidance("nag", nag_attention, default_scale=2.0, max_scale=10.0, fixed={"tau": 2.5, "alpha": 0.5}),
-        Guidance("vsf", vsf_attention, default_scale=1.0, max_scale=4.0),
-        Guidance("projected", projected_attention, default_scale=1.0, max_scale=2.0, measures_from_empty=True),
+        Guidance("nag", "nag_attention", default_scale=2.0, max_scale=10.0, fixed={"tau": 2.5, "alpha": 0.5}),
+        Guidance("vsf", "vsf_attention", default_scale=1.0, max_scale=4.0),
+        Guidance("projected", "projected_attention", default_scale=1.0, max_scale=2.0, measures_from_empty=True),
         Guidance("none", None),
     )
 }

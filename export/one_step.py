@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Prediction = Literal["epsilon", "v", "x0", "flow"]
 
@@ -44,7 +46,7 @@ class OneStepRule:
             case _:
                 return 1.0
 
-    def x0(self, noise: Tensor, answer: Tensor) -> Tensor:
+    def x0(self, noise: "Tensor", answer: "Tensor") -> "Tensor":
         """The clean latent (B, C, h, w) of this step, always in fp32: epsilon errors grow by sigma / alpha here, 157 for PixArt at t = 999.
 
         flow: the answer is x0 - noise, read by one Euler step (InstaFlow).
@@ -60,7 +62,7 @@ class OneStepRule:
             case "flow":
                 return x_t + answer
 
-    def run(self, network: Callable[[int, Tensor], Tensor], noise: Tensor, renoise: Tensor | None = None) -> Tensor:
+    def run(self, network: "Callable[[int, Tensor], Tensor]", noise: "Tensor", renoise: "Tensor | None" = None) -> "Tensor":
         """The clean latent (B, C, h, w) in fp32 after all S steps; network(i, x_t) is the student's answer at steps[i].timestep.
 
         noise (B, C, h, w); renoise (B, S - 1, C, h, w), read where S > 1 (DMD2, section 4.4; multistep sampling of consistency models).

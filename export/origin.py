@@ -9,8 +9,8 @@ from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import Weights, find_backbone
 from snoopi_rt.export.backbones.network import own_side, read_latent
 from snoopi_rt.export.presets.preset import Preset, override
-from snoopi_rt.export.presets.rows import default_preset, find_preset
-from snoopi_rt.export.presets.scheduler_check import check_scheduler
+from snoopi_rt.export.presets.rows import find_row
+from snoopi_rt.export.presets.scheduler_check import check_scheduler, follow_scheduler
 from snoopi_rt.export.weights.lora import parse_lora
 from snoopi_rt.export.weights.source import find_source
 
@@ -39,12 +39,11 @@ def find_origin(
 ) -> Origin:
     """The student that was asked for, its weights on this machine.
 
-    weights: a folder or hub id; none: the preset's own. decoder: "full" (the folder's vae), "tiny" (the backbone's TAESD), or the folder or
+    weights: a folder or hub id; none: the preset's own. Without a preset, the scheduler of
+    weights corrects the backbone's own one. decoder: "full" (the folder's vae), "tiny" (the backbone's TAESD), or the folder or
     hub id of one. Raises InputError for what is unknown, contradicts itself, cannot be fetched or needs its licence accepted.
     """
-    if backbone is None and preset is None:
-        raise InputError("say what to export: --backbone NAME, or --preset NAME")
-    row = find_preset(preset, backbone) if preset is not None else default_preset(find_backbone(backbone or "").name)
+    row = find_row(backbone, preset)
     chosen, merged = override(row, settings), tuple(parse_lora(lora) for lora in loras)
     architecture = find_backbone(chosen.backbone)
     if weights_file is not None and not weights_file.exists():
@@ -66,9 +65,17 @@ def find_origin(
     network_part = architecture.parts[0]
     if not (source.folder / network_part).is_dir() and network is None:
         raise InputError(f"{source.folder} has no {network_part}: it is not a model of backbone {architecture.name}")
-    confirmed = check_scheduler(chosen, source.folder / "scheduler")
+    scheduler = source.folder / "scheduler"
+    followed: list[str] = []
+    if preset is None and weights is not None and row.from_scheduler:
+        # Nobody named the public student that the backbone stands for: what the folder itself says counts.
+        followed, confirmed = follow_scheduler(chosen, scheduler, settings)
+    else:
+        confirmed = check_scheduler(chosen, scheduler)
     agrees = f"; its scheduler agrees on {', '.join(confirmed)}" if confirmed else ""
-    say(f"rule of preset {row.name}{''.join(f', {setting}' for setting in settings)}{agrees}")
+    follows = f"; {', '.join(followed)} as the folder's scheduler has it" if followed else ""
+    say(f"rule of preset {row.name}{''.join(f', {setting}' for setting in settings)}{agrees}{follows}")
+    chosen, settings = override(chosen, followed), [*settings, *followed]
     tiny = None
     if decoder != "full":
         hub = architecture.tiny_decoder if decoder == "tiny" else decoder

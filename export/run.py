@@ -16,7 +16,7 @@ from snoopi_rt import __version__
 from snoopi_rt.bundle import GRAPHS, MANIFEST, Bundle, Scale, Tile, Vocabulary
 from snoopi_rt.bundle import Guidance as GuidancePromise
 from snoopi_rt.engines import installed
-from snoopi_rt.engines.base import EngineMissing, InputError
+from snoopi_rt.engines.base import EngineMissing, InputError, how_to_install
 from snoopi_rt.export.backbones import Backbone, Student, find_backbone
 from snoopi_rt.export.graphs import cases
 from snoopi_rt.export.graphs.builds import Graph, build, check_precision
@@ -45,6 +45,7 @@ latent pixels two tiles share: what a decoder sees around one is counted in thos
 class Wishes:
     """What a user may choose of a bundle. `precision`: names by graph, in the order of preference; none: the backbone's.
 
+    `everywhere`: those of them that name no graph, for which a graph that cannot have one gets the nearest that it can have.
     `sizes`: (height, width), the first is the default; none: the preset's. `prompts`: those whose states the bundle carries;
     `prompts_only` leaves the text encoder out. `vocabulary`, `examples`: as in Bundle; none: the student's.
     """
@@ -58,6 +59,7 @@ class Wishes:
     force: bool = False
     vocabulary: Vocabulary | None = None
     examples: tuple[str, ...] = ()
+    everywhere: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         find_guidance(self.guidance)
@@ -92,7 +94,7 @@ class Plan:
         precision = {graph: wishes.precision.get(graph, [backbone.precision[graph]]) for graph in GRAPHS}
         engines = tuple(name for name in installed() if name in MEASURED_ON)
         if not engines:
-            raise EngineMissing('export measures parity on an engine, and none is installed: pip install "snoopi-rt[export]"')
+            raise EngineMissing(f"export measures parity on an engine, and none is installed: {how_to_install('export')}")
         return cls(origin, wishes, backbone, preset.guidance(wishes.guidance), sizes, precision, engines)
 
 
@@ -138,7 +140,7 @@ def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[
     states = dict(zip(ids, student.encode(list(ids.values())), strict=True))
     graphs = {}
     for graph in _graphs(plan, student, ids, states):
-        graphs[graph.name] = build(graph, plan.precision[graph.name], folder, plan.engines, say)
+        graphs[graph.name] = build(graph, plan.precision[graph.name], folder, plan.engines, say, plan.wishes.everywhere)
     prompts = None
     if carried:
         prompts = write_prompts(folder, {each: {key: value.numpy() for key, value in states[each].items()} for each in carried})

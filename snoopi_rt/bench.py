@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import numpy as np
 
 from snoopi_rt.bundle import Build, Bundle
 from snoopi_rt.cache import Cache
-from snoopi_rt.choice import Measured, remember
-from snoopi_rt.engines.base import EngineError
+from snoopi_rt.choice import Measured, choose, measurements, remember
+from snoopi_rt.engines.base import BundleError, EngineError, EngineMissing
+from snoopi_rt.manifest import legend
 from snoopi_rt.pipeline import STAGES, Pipeline, open_pipeline
-from snoopi_rt.precision import format_precision, select_builds
+from snoopi_rt.precision import format_names, format_precision, select_builds
 from snoopi_rt.request import integer
 from snoopi_rt.shell import join
 
@@ -49,6 +50,7 @@ def bench(
     """A document of the measurements (see `measure_engine` and `cold_start`).
 
     Without a precision every build is measured, and the fastest of each graph and what an image takes with them is kept for engine "auto".
+    "auto": the engine that "auto" takes from now on and its precisions, "remembered": whether that is by these measurements.
     `say` is told about each step. Raises what `load` and `Pipeline.generate` raise.
     """
     if runs is not None:
@@ -61,10 +63,27 @@ def bench(
         say(f"{engine}: two cold starts")
         chosen = ",".join(f"{graph}={name}" for graph, name in found["precision"].items())
         results[engine] = {**found, "cold_start": cold_start(bundle.folder, engine, chosen, threads, _prompt(bundle, 0))}
+    cache, measured = Cache(), {}
     if precision is None and threads is None:
         measured = {engine: Measured(found["precision"], found["plain"]["total"]["p50"]) for engine, found in results.items()}
-        remember(bundle, Cache(), measured)
-    return {"bundle": bundle.name, "hash": bundle.hash, "precision": precision, "threads": threads, "runs": runs, "engines": results}
+        remember(bundle, cache, measured)
+    remembered = bool(measured) and measurements(bundle, cache).items() >= measured.items()
+    return {
+        "bundle": bundle.name,
+        "hash": bundle.hash,
+        "precision": precision,
+        "threads": threads,
+        "runs": runs,
+        "engines": results,
+        "auto": {**_auto(bundle, cache), "remembered": remembered},
+    }
+
+
+def _auto(bundle: Bundle, cache: Cache) -> dict[str, Any]:
+    try:
+        return asdict(choose(bundle, cache))
+    except (BundleError, EngineMissing):  # only engines that auto never takes by itself were measured
+        return {"engine": None, "precision": {}}
 
 
 def measure_engine(
@@ -160,7 +179,19 @@ def table(document: dict[str, Any]) -> str:
             f"{engine} cold start {start['first']:.2f} s, again {start['again']:.2f} s, "
             f"peak memory {_mebibytes(start['peak_memory'])}, again {_mebibytes(start['peak_again'])}"
         )
-    return "\n".join(lines)
+    names = [(name, engine) for engine, result in document["engines"].items() for builds in result["builds"].values() for name in builds]
+    return "\n".join([*lines, *legend(names)])
+
+
+def verdict(document: dict[str, Any]) -> str:
+    """Which engine `auto` takes from now on, and why it is not the fastest of these where nothing was remembered."""
+    auto = document["auto"]
+    takes = "takes none" if auto["engine"] is None else f"takes {auto['engine']} in {format_names(auto['precision'])}"
+    if auto["remembered"]:
+        return f"from now on --engine auto {takes}"
+    problem = Cache().problem()
+    why = f"nothing is kept in {Cache().path}: {problem}" if problem else "figures of a given --precision or --threads are not remembered"
+    return f"--engine auto {takes}, as before: {why}"
 
 
 def _line(words: str, taken: dict[str, float]) -> str:

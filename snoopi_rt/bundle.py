@@ -11,7 +11,7 @@ from typing import Any
 
 from snoopi_rt.bundle_files import check_file, read_manifest, remember_folder
 from snoopi_rt.cache import Cache
-from snoopi_rt.engines.base import BundleError, InputError
+from snoopi_rt.engines.base import BundleError, InputError, how_to_install
 from snoopi_rt.files import write_whole
 from snoopi_rt.json_reader import parse_json
 from snoopi_rt.manifest import (
@@ -29,6 +29,7 @@ from snoopi_rt.manifest import (
     Text,
     Tile,
     Vocabulary,
+    legend,
     require,
     require_range,
     text_rule,
@@ -183,6 +184,7 @@ class Bundle:
             side, overlap = self.tile.size * self.latent.factor, self.tile.overlap * self.latent.factor
             lines[1] += f", decoded in tiles of {side}x{side} that share {overlap} pixels"
         lines += [f"{graph}: {build.described()}" for graph, builds in self.graphs.items() for build in builds]
+        lines += legend((build.precision, engine) for builds in self.graphs.values() for build in builds for engine in build.engines)
         lines += [f"{key}: {value}" for key, value in self.provenance.items()]
         return "\n".join(map(visible, [*lines, f"hash {self.hash}"]))
 
@@ -216,7 +218,9 @@ def _document(data: bytes) -> dict[str, Any]:
     number, since = document.pop("format", None), document.pop("snoopi_rt", None)
     formats = " and ".join(map(str, FORMATS))
     if type(number) is int and number > FORMATS[-1]:
-        raise BundleError(f'format {number} is newer than this snoopi-rt, which reads {formats}: pip install "snoopi-rt>={since}"')
+        raise BundleError(
+            f"format {number} is newer than this snoopi-rt, which reads {formats}; {since} does: git pull, then {how_to_install()}"
+        )
     require(type(number) is int and number in FORMATS, f"unknown format {number!r}, this snoopi-rt reads {formats}")
     if number == 1 and (newer := [key for key in NEW if key in document]):
         raise BundleError(f"unknown key {newer[0]} in format 1")

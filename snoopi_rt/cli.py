@@ -17,9 +17,12 @@ from snoopi_rt.cli_eval import evaluate
 from snoopi_rt.cli_export import export, presets
 from snoopi_rt.cli_generate import generate
 from snoopi_rt.cli_options import (
+    Group,
     bundle_option,
+    completed_by,
     discard,
     engine_option,
+    engines,
     precision_option,
     progress_line,
     prompt_file_options,
@@ -31,7 +34,7 @@ from snoopi_rt.engines.base import EngineError, InputError, SnoopiError
 from snoopi_rt.shell import quote, visible
 
 
-class Commands(click.Group):
+class Commands(Group):
     """Known errors are one line on standard error: exit code 2 for what was asked wrongly, 1 for the rest."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -119,7 +122,13 @@ def prompts(
 
 @main.command(epilog="Example: snoopi-rt build --engine tensorrt --bundle my-bundle")
 @bundle_option
-@click.option("--engine", required=True, metavar="NAME", help="cpu, openvino, cuda or tensorrt, if the bundle serves it.")
+@click.option(
+    "--engine",
+    required=True,
+    metavar="NAME",
+    shell_complete=completed_by(engines),
+    help="cpu, openvino, cuda or tensorrt, if the bundle serves it.",
+)
 @precision_option
 @threads_option
 def build(bundle: str | None, engine: str, precision: str | None, threads: int | None) -> None:
@@ -180,15 +189,22 @@ def info(path: Path | None, verify: bool) -> None:
     click.echo(f"engines installed here: {', '.join(installed()) or 'none'}{conflict()}")
 
 
-@main.command(epilog="Example: snoopi-rt cache --clear")
-@click.option("--clear", is_flag=True, help="Remove all that is kept.")
-def cache(clear: bool) -> None:
+@main.command(epilog="Example: snoopi-rt cache --clear --yes")
+@click.option("--clear", is_flag=True, help="Remove all that is kept, after a question.")
+@click.option("--yes", is_flag=True, help="With --clear: do not ask.")
+def cache(clear: bool, yes: bool) -> None:
     """Say what is kept between runs, and where."""
     from snoopi_rt.cache import Cache
 
     kept = Cache()
+    if yes and not clear:
+        raise InputError("--yes goes with --clear")
     if clear:
+        before = sum(kept.sizes().values())
+        if not yes:
+            _ask(f"Remove {_size(before)} from {quote(kept.path)}?", "--clear removes what is kept: add --yes where nobody answers")
         kept.clear()
+        click.echo(f"removed {_size(before - sum(kept.sizes().values()))}")
     click.echo(quote(kept.path))
     if problem := kept.problem():
         click.echo(f"nothing is kept: {problem}")
@@ -196,21 +212,45 @@ def cache(clear: bool) -> None:
         click.echo(f"{kind:14}{size / 1e6:10.1f} MB")
 
 
+def _ask(question: str, unanswered: str) -> None:
+    """Returns after a yes. Raises click.Abort after a no, InputError where standard input ends without an answer."""
+    try:
+        agreed = click.confirm(question, err=True)
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise InputError(unanswered) from None
+    if not agreed:
+        raise click.Abort
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+
+
 @main.command(epilog="Example: snoopi-rt bench --engine cpu --engine openvino --runs 50")
 @bundle_option
-@click.option("--engine", "engines", multiple=True, metavar="NAME", help="May be given several times.  [default: all that can be used]")
+@click.option(
+    "--engine",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=completed_by(engines),
+    help="May be given several times.  [default: all that can be used]",
+)
 @precision_option
 @threads_option
 @click.option("--runs", type=int, metavar="N", help="Images for each figure.  [default: 20, fewer where they are slow]")
-def bench(bundle: str | None, engines: tuple[str, ...], precision: str | None, threads: int | None, runs: int | None) -> None:
-    """Measure each stage, the cold start and the memory; the last line is one JSON document."""
+def bench(bundle: str | None, names: tuple[str, ...], precision: str | None, threads: int | None, runs: int | None) -> None:
+    """Measure each stage, the cold start and the memory, and remember the fastest engine; the last line is one JSON document."""
     from snoopi_rt.bench import bench as measure
-    from snoopi_rt.bench import table
+    from snoopi_rt.bench import table, verdict
     from snoopi_rt.bundle import Bundle
     from snoopi_rt.choice import usable
     from snoopi_rt.pipeline import EMBEDDED
 
     opened = Bundle.load(bundle or EMBEDDED)
-    document = measure(opened, list(engines) or usable(opened), precision, threads, runs, lambda line: click.echo(line, err=True))
+    document = measure(opened, list(names) or usable(opened), precision, threads, runs, lambda line: click.echo(line, err=True))
     click.echo(table(document))
+    click.echo(visible(verdict(document)))
     click.echo(json.dumps(document))

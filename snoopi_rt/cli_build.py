@@ -1,21 +1,23 @@
 """The commands that make a student: data and train. The PyTorch side is imported inside them."""
 
 from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
 from snoopi_rt.cli_export import building, file, folder, out_option
-from snoopi_rt.cli_options import Number, Seed
+from snoopi_rt.cli_options import Group, Number, Seed, completed_by
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.shell import quote
 
+RECIPES = "snoopi_rt.export.training.recipe"
 data_option = click.option("--data", type=folder, required=True, metavar="FOLDER", help="What `data emoji` wrote.")
 compile_option = click.option("--compile", "compiled", is_flag=True, help="Use torch.compile: faster, needs a C++ compiler.")
 
 
-@click.group(epilog="Example: snoopi-rt data emoji --out runs/emoji")
+@click.group(cls=Group, epilog="Example: snoopi-rt data emoji --out runs/emoji")
 def data() -> None:
     """Make the captioned pictures that the small model learns from."""
 
@@ -33,7 +35,7 @@ def emoji(out: Path, count: int, seed: int) -> None:
     click.echo(f"{count} pictures in {quote(out)}; look at {quote(out / 'contact_sheet.png')}")
 
 
-@click.group(epilog="Example: snoopi-rt train autoencoder --data runs/emoji --out runs/autoencoder")
+@click.group(cls=Group, epilog="Example: snoopi-rt train autoencoder --data runs/emoji --out runs/autoencoder")
 def train() -> None:
     """Train a one-step student of any teacher, or the small model from pictures: autoencoder, then teacher, then student.
 
@@ -41,7 +43,14 @@ def train() -> None:
     """
 
 
-# The settings and their defaults live in the recipes, which need torch: so one option for all of them.
+backbone_option = click.option(
+    "--backbone",
+    default="small",
+    metavar="NAME",
+    shell_complete=completed_by(lambda: import_module(RECIPES).DEFAULT),
+    help="small, pixart, sd15 or sd21.",
+)
+# A recipe has dozens of settings, and each stage its own: so one option for all of them.
 set_option = click.option(
     "--set",
     "settings",
@@ -83,7 +92,7 @@ def teacher(data: Path, autoencoder: Path, start: Path | None, out: Path, settin
 @train.command(
     epilog="Example: snoopi-rt train student --teacher runs/teacher --prompts runs/emoji/prompts.txt --out runs/student --compile"
 )
-@click.option("--backbone", default="small", metavar="NAME", help="small, pixart, sd15 or sd21.  [default: small]")
+@backbone_option
 @click.option(
     "--teacher", type=folder, required=True, metavar="FOLDER", help="A diffusers folder; of the small model: what `train teacher` wrote."
 )
@@ -95,7 +104,12 @@ def teacher(data: Path, autoencoder: Path, start: Path | None, out: Path, settin
     help="Prompts: .txt, .csv, .tsv, .json, .jsonl or .parquet. No picture is needed.",
 )
 @out_option
-@click.option("--recipe", "recipe", metavar="NAME", help="Where the settings come from, see `train recipes`.  [default: the backbone's]")
+@click.option(
+    "--recipe",
+    metavar="NAME",
+    shell_complete=completed_by(lambda: import_module(RECIPES).RECIPES),
+    help="Where the settings come from, see `train recipes`.  [default: the backbone's]",
+)
 @set_option
 @click.option("--student", "start", type=folder, metavar="FOLDER", help="Where the student starts from.  [default: the teacher's weights]")
 @click.option("--negatives", type=file, metavar="FILE", help="Negative prompts to train with (NASA-T), and --set nasa_max=1.")
@@ -136,17 +150,16 @@ def student(
 @train.command(epilog="Example: snoopi-rt train recipes")
 def recipes() -> None:
     """Show every recipe of `train student` in full."""
-    with building("train recipes", "train", Path()):
-        from snoopi_rt.export.training.recipe import table
+    from snoopi_rt.export.training.recipe import table
 
-        click.echo(table())
+    click.echo(table())
 
 
 @click.command(epilog="Example: snoopi-rt merge runs/a runs/b --weight 0.5 --backbone sd21 --out runs/merged")
 @click.argument("first", type=folder)
 @click.argument("second", type=folder)
-@click.option("--backbone", default="small", metavar="NAME", help="small, pixart, sd15 or sd21.  [default: small]")
-@click.option("--weight", type=Number(0, 1), default=0.5, metavar="W", help="Of the first.  [default: 0.5]")
+@backbone_option
+@click.option("--weight", type=Number(0, 1), default=0.5, metavar="W", help="Of the first.")
 @out_option
 def merge(first: Path, second: Path, backbone: str, weight: float, out: Path) -> None:
     """Average the weights of two students of one teacher (SwiftBrush v2)."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from snoopi_rt.cli_export import building, folder, out_option
+from snoopi_rt.cli_options import complete_bundle
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.shell import quote, visible
 
@@ -13,18 +14,23 @@ from snoopi_rt.shell import quote, visible
 @click.command(
     "eval", epilog="Example: snoopi-rt eval --teacher weights/small/teacher --scorers weights/small/scorers --out out/evaluation"
 )
-@click.option("--domain", default="small", metavar="NAME", help="What is drawn; only small, the emoji-like things.  [default: small]")
+@click.option("--domain", default="small", metavar="NAME", help="What is drawn; only small, the emoji-like things.")
 @click.option(
-    "--bundle", "bundles", multiple=True, metavar="[NAME=]FOLDER", help="One or more; the first in full.  [default: the embedded]"
+    "--bundle",
+    "bundles",
+    multiple=True,
+    metavar="[NAME=]FOLDER",
+    shell_complete=complete_bundle,
+    help="One or more; the first in full.  [default: the embedded]",
 )
 @click.option("--teacher", type=folder, required=True, metavar="FOLDER", help="Judged alike, at 25 steps and its best guidance.")
 @click.option(
     "--scorers",
     type=folder,
     metavar="FOLDER",
-    help="Where trained scorers are kept, such as weights/small/scorers.  [default: in --out, trained first]",
+    help="Where trained scorers are kept, such as weights/small/scorers, trained first where they are not there.  [default: in --out]",
 )
-@click.option("--quick", is_flag=True, help="A few pictures of each kind: to see that it runs.")
+@click.option("--quick", is_flag=True, help="A few pictures of each kind: to see that it runs. Trains scorers, if need be, in --out alone.")
 @out_option
 def evaluate(domain: str, bundles: tuple[str, ...], teacher: Path, scorers: Path | None, quick: bool, out: Path) -> None:
     """Measure things, backgrounds, flaws and negative prompts; write evaluation.json and pictures."""

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import click
 
-from snoopi_rt.cli_options import Number, prompt_file_options
-from snoopi_rt.engines.base import EngineMissing, InputError, OutputError, SnoopiError
-from snoopi_rt.shell import visible
+from snoopi_rt.cli_options import Number, completed_by, prompt_file_options
+from snoopi_rt.engines.base import EngineMissing, InputError, OutputError, SnoopiError, how_to_install
+from snoopi_rt.shell import quote, visible
 
+ROWS = "snoopi_rt.export.presets.rows"
 folder = click.Path(file_okay=False, path_type=Path)
 file = click.Path(dir_okay=False, path_type=Path)
 out_option = click.option("--out", type=folder, required=True, metavar="FOLDER", help="Where to write.")
@@ -18,27 +20,43 @@ out_option = click.option("--out", type=folder, required=True, metavar="FOLDER",
 @click.command(epilog="Example: snoopi-rt presets")
 def presets() -> None:
     """List the public students that are known by name; * is what a backbone stands for."""
-    with building("presets", "export", Path()):
-        from snoopi_rt.export.presets.rows import table
+    from snoopi_rt.export.presets.rows import table
 
-        click.echo(table())
+    click.echo(table())
 
 
-@click.command(epilog="Example: snoopi-rt export --preset pixart-dmd --out pixart-dmd --decoder tiny")
-@click.option("--backbone", metavar="NAME", help="small, pixart, sd15, sd21 or sdxl.  [default: the preset's]")
-@click.option("--preset", metavar="NAME", help="How a public student is called and read, see `presets`.  [default: the backbone's]")
+@click.command(epilog="Example: snoopi-rt export --backbone pixart --decoder tiny")
+@click.option(
+    "--backbone",
+    metavar="NAME",
+    shell_complete=completed_by(lambda: import_module(ROWS).DEFAULT_PRESET),
+    help="small, pixart, sd15, sd21 or sdxl.  [default: the preset's]",
+)
+@click.option(
+    "--preset",
+    metavar="NAME",
+    shell_complete=completed_by(lambda: import_module(ROWS).PRESETS),
+    help="How a public student is called and read, see `presets`.  [default: the backbone's, as the scheduler of --weights corrects it]",
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the preset: timestep=400. An unknown key lists all.")
 @click.option("--weights", metavar="FOLDER|ID", help="A diffusers folder or hub id, owner/name[@revision].  [default: the preset's]")
 @click.option("--weights-file", type=click.Path(path_type=Path), metavar="FILE", help="The transformer's or UNet's own weights.")
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:W]", help="A LoRA to merge, text encoders included.  [default weight: 1]")
-@out_option
-@click.option("--guidance", default="nasa", metavar="KIND", help="How a negative prompt acts: nasa, nag, vsf, projected or none.")
+@click.option("--out", type=folder, metavar="FOLDER", help="Where to write.  [default: the preset's name, in the current folder]")
+@click.option(
+    "--guidance",
+    default="nasa",
+    metavar="KIND",
+    shell_complete=completed_by(lambda: import_module("snoopi_rt.export.guidance").GUIDANCE),
+    help="How a negative prompt acts: nasa, nag, vsf, projected or none.",
+)
 @click.option(
     "--precision",
     "precisions",
     multiple=True,
     metavar="[GRAPH=]NAME",
-    help="auto, fp32, fp16, bf16, int8, int8-weights or int4-weights; several make several builds.  [default: the backbone's]",
+    help="auto, fp32, fp16, bf16, int8, int8-weights or int4-weights. Without GRAPH: that of every graph, or the nearest that it can "
+    "have. Several make several builds.  [default: the backbone's]",
 )
 @click.option(
     "--tolerance", type=Number(0), metavar="X", help="What a build may change in the clean latent, in deviations.  [default: 0.05]"
@@ -59,7 +77,7 @@ def export(
     weights: str | None,
     weights_file: Path | None,
     loras: tuple[str, ...],
-    out: Path,
+    out: Path | None,
     guidance: str,
     precisions: tuple[str, ...],
     tolerance: float | None,
@@ -73,6 +91,9 @@ def export(
     force: bool,
 ) -> None:
     """Turn a student's weights into a bundle, checked against PyTorch."""
+    from snoopi_rt.export.presets.rows import find_row
+
+    out = out or Path(find_row(backbone, preset).name)
     with building("export", "export", out):
         from snoopi_rt.export.graphs.parity import LATENT_TOLERANCE
         from snoopi_rt.export.origin import find_origin
@@ -87,11 +108,13 @@ def export(
             _texts(prompts, kind, ignore_columns),
             prompts_only,
             force,
+            everywhere=frozenset(name for name in precisions if "=" not in name),
         )
         check_out(out, force)  # before anything is fetched
         origin = find_origin(backbone, weights, preset, settings, weights_file, loras, decoder, accept_licence, _say)
         bundle = write(origin, out, wishes, _say)
     click.echo(bundle.described())
+    _say(f"next: snoopi-rt generate --bundle {quote(out)}")
 
 
 def _say(line: str) -> None:
@@ -145,6 +168,6 @@ def building(command: str, extra: str, out: Path) -> Iterator[None]:
     except (SnoopiError, BrokenPipeError):
         raise
     except ImportError as error:
-        raise EngineMissing(f'{command} needs {error.name}: pip install "snoopi-rt[{extra}]"') from error
+        raise EngineMissing(f"{command} needs {error.name}: {how_to_install(extra)}") from error
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error

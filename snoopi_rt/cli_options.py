@@ -1,22 +1,61 @@
 """Options and words that several commands share."""
 
+import glob
 import math
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from snoopi_rt.engines.base import EngineMissing, InputError
+from snoopi_rt.engines.base import EngineMissing, InputError, how_to_install
 
 if TYPE_CHECKING:
     from snoopi_rt.on_ray import Workers
 
 PATIENCE = 2.0
 """Seconds without a word on standard error."""
+
+
+class Group(click.Group):
+    """A group that lists its commands with whole summaries, however long."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self.commands[name].get_short_help_str(sys.maxsize)) for name in self.list_commands(ctx)])
+
+
+Completion = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def completed_by(names: Callable[[], Iterable[str]]) -> Completion:
+    """Completes an option's value to one of the names, which are looked up only when a shell asks."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in names() if name.startswith(incomplete)]
+
+    return complete
+
+
+def complete_bundle(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Completes [NAME=]FOLDER to folders that hold a bundle; where none does, to any folder, as the shell does it."""
+    from snoopi_rt.manifest import MANIFEST
+
+    name, equals, path = incomplete.rpartition("=")
+    manifests = sorted(glob.glob(os.path.join(f"{glob.escape(path)}*", MANIFEST)))
+    return [CompletionItem(f"{name}{equals}{os.path.dirname(file)}") for file in manifests] or [CompletionItem(incomplete, type="dir")]
+
+
+def engines() -> Iterable[str]:
+    """The names of all engines."""
+    from snoopi_rt.engines import ENGINES
+
+    return ENGINES
 
 
 class Size(click.ParamType):
@@ -58,11 +97,17 @@ class Number(click.FloatRange):
         return number
 
 
-bundle_option = click.option("--bundle", metavar="FOLDER", help="The bundle's folder.  [default: the one that came with snoopi-rt]")
+bundle_option = click.option(
+    "--bundle",
+    metavar="FOLDER",
+    shell_complete=complete_bundle,
+    help="The bundle's folder.  [default: the one that came with snoopi-rt]",
+)
 engine_option = click.option(
     "--engine",
     default="auto",
     metavar="NAME",
+    shell_complete=completed_by(lambda: ("auto", *engines())),
     help="cpu, openvino, cuda or tensorrt, if the bundle serves it; auto: the fastest by bench, else cpu.",
 )
 precision_option = click.option(
@@ -93,7 +138,7 @@ class Range(click.ParamType):
 
 def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--ray, --workers and --gpus."""
-    gpus = click.option("--gpus", type=Number(0), metavar="X", help="With --ray: of a process; 0.5 shares one.  [default: 0]")
+    gpus = click.option("--gpus", type=Number(0), metavar="X", help="With --ray: GPUs per worker; 0.5: two workers share one.")
     workers = click.option("--workers", type=Range(), metavar="N[-MAX]", help="With --ray: processes that draw.  [default: 1]")
     ray = click.option("--ray", is_flag=True, help="Draw on a Ray cluster: $RAY_ADDRESS, else one on this machine.")
     return ray(workers(gpus(command)))
@@ -111,7 +156,7 @@ def ray_workers(ray: bool, workers: tuple[int, int] | None, gpus: float | None, 
     try:
         from snoopi_rt.on_ray import Workers
     except ImportError as error:
-        raise EngineMissing(f'--ray needs {error.name}: pip install "snoopi-rt[ray]"') from error
+        raise EngineMissing(f"--ray needs {error.name}: {how_to_install('ray')}") from error
     return Workers(*(workers or (1, 1)), cpus=threads or 1, gpus=gpus or 0)
 
 

@@ -8,17 +8,22 @@ from typing import Any
 
 import click
 
-from snoopi_rt.cli_options import Number, ray_options, ray_workers
-from snoopi_rt.engines.base import EngineMissing, InputError
+from snoopi_rt.cli_options import Number, complete_bundle, engine_option, ray_options, ray_workers
+from snoopi_rt.engines.base import EngineMissing, InputError, how_to_install
 
 
 @click.command(epilog="Example: snoopi-rt serve --port 8000, then POST http://127.0.0.1:8000/v1/images/generations")
 @click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Any address other than loopback needs an API key.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, metavar="N")
 @click.option(
-    "--bundle", "bundles", multiple=True, metavar="[NAME=]FOLDER", help="One or more; the first is the default.  [default: the embedded]"
+    "--bundle",
+    "bundles",
+    multiple=True,
+    metavar="[NAME=]FOLDER",
+    shell_complete=complete_bundle,
+    help="One or more; the first is the default.  [default: the embedded]",
 )
-@click.option("--engine", default="auto", metavar="NAME", help="cpu, openvino, cuda or tensorrt; auto: the fastest by bench, else cpu.")
+@engine_option
 @click.option("--precision", metavar="NAME", help="A precision of the bundles, or one a graph.  [default: the bundle's first]")
 @click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: one for each core it may use]")
 @click.option(
@@ -68,7 +73,7 @@ def serve(
         from snoopi_rt.server.app import Settings, read_key
         from snoopi_rt.server.run import serve as run
     except ImportError as error:
-        raise EngineMissing(f'serve needs {error.name}: pip install "snoopi-rt[serve]"') from error
+        raise EngineMissing(f"serve needs {error.name}: {how_to_install('serve')}") from error
     from snoopi_rt.pipeline import load
 
     named: list[tuple[str, str | None]] = [_named(each) for each in bundles] or [("small", None)]

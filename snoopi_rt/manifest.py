@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,28 @@ def text_rule(prompt: str, lowercase: bool) -> str:
     As diffusers' T5 pipelines do it; CLIP's and BERT's tokenizers drop outer white space themselves.
     """
     return (prompt.lower() if lowercase else prompt).strip()
+
+
+def legend(names: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each precision of (precision, engine) that says more than its name, in the words of `info`, `bench` and the README."""
+    engines: dict[tuple[str, str], list[str]] = {}
+    for precision, engine in sorted(set(names)):
+        engines.setdefault((precision, meaning(precision, engine)), []).append(engine)
+    return [f"{precision} on {', '.join(names)}: {means}" for (precision, means), names in engines.items() if means != precision]
+
+
+def meaning(precision: str, engine: str) -> str:
+    """What the name of a precision stands for on an engine."""
+    if engine in ("cuda", "tensorrt"):
+        return f"{precision} arithmetic"
+    between = "bf16" if engine == "openvino" else "fp32"
+    return {
+        "bf16": "fp16 weights, bf16 arithmetic",
+        "fp16": "fp16 weights, fp32 arithmetic",
+        "int8": f"int8 products, {between} between them",
+        "int8-weights": "int8 weights, fp32 arithmetic",
+        "int4-weights": "int4 weights, fp32 arithmetic",
+    }.get(precision, precision)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,13 @@ def parse_precision(text: str) -> dict[str, str]:
 
 def format_precision(builds: Mapping[str, Build]) -> str:
     """The builds' precisions as `parse_precision` reads them."""
-    names = {build.precision for build in builds.values()}
-    return names.pop() if len(names) == 1 else ",".join(f"{graph}={build.precision}" for graph, build in builds.items())
+    return format_names({graph: build.precision for graph, build in builds.items()})
+
+
+def format_names(names: Mapping[str, str]) -> str:
+    """The precisions by graph as `parse_precision` reads them."""
+    alike = set(names.values())
+    return alike.pop() if len(alike) == 1 else ",".join(f"{graph}={name}" for graph, name in names.items())
 
 
 def select_builds(bundle: Bundle, engine: str, precision: str | Mapping[str, str] | None = None) -> dict[str, Build]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from typing import Any, BinaryIO
 
-from snoopi_rt.engines.base import EngineMissing, InputError
+from snoopi_rt.engines.base import EngineMissing, InputError, how_to_install
 from snoopi_rt.json_reader import parse_json
 
 LONGEST = 2**20
@@ -244,7 +244,7 @@ def _opened_parquet(file: BinaryIO) -> Any:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise EngineMissing('Parquet needs pyarrow: pip install "snoopi-rt[parquet]"') from error
+        raise EngineMissing(f"Parquet needs pyarrow: {how_to_install('parquet')}") from error
     try:
         opened = parquet.ParquetFile(file)
         header = list(opened.schema_arrow.names)

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from snoopi_rt import bench as module
-from snoopi_rt.bench import bench, cold_start, measure, table
+from snoopi_rt.bench import bench, cold_start, measure, table, verdict
 from snoopi_rt.bundle import GRAPHS, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.choice import Choice, Measured, choose, measurements
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.engines.fake import FakeEngine
+from snoopi_rt.manifest import meaning
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.prompts import write_prompts
 
@@ -70,6 +71,7 @@ def test_every_build_of_the_engine_is_measured_and_the_fastest_of_each_graph_is_
         assert sum(found[way][graph]["p50"] for graph in GRAPHS) < 2 * found[way]["total"]["p50"]
     assert measurements(bundle, Cache()) == {ENGINE: Measured(found["precision"], found["plain"]["total"]["p50"])}
     assert choose(bundle, Cache()) == Choice(ENGINE, found["precision"])
+    assert document["auto"] == {"engine": ENGINE, "precision": found["precision"], "remembered": True}
     assert no_cold_start[0][2] == ",".join(f"{graph}={name}" for graph, name in found["precision"].items())
     assert len([line for line in said if "images with" in line]) == 4
     assert Cache().sizes()["states"] == Cache().sizes()["engines"] == 0, "its prompts and its losers are nobody's"
@@ -93,6 +95,22 @@ def test_the_table_has_a_line_for_every_build_and_every_figure_of_an_engine(bund
         precision = document["engines"][engine]["precision"]
         assert marked == {(graph, precision[graph]) for graph in ("generator", "decoder")}
     assert json.loads(json.dumps(document)) == document
+    # The words for a precision are those of `info` and of the README's table.
+    assert f"fp16 on {', '.join(HERE)}: fp16 weights, fp32 arithmetic" in lines
+    assert "fp16 on cpu, openvino: fp16 weights, fp32 arithmetic" in bundle.described().splitlines()
+    assert "bf16 on cpu, openvino: fp16 weights, bf16 arithmetic" in bundle.described().splitlines()
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert all(f"; {meaning('fp16', engine)}) |" in readme for engine in HERE)
+
+
+def test_what_is_not_remembered_is_said_with_its_reason(
+    bundle: Bundle, no_cold_start: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("SNOOPI_RT_CACHE", str(tmp_path / "file"))
+    document = bench(bundle, [ENGINE], None, None, 1, lambda line: None)
+    assert not document["auto"]["remembered"]
+    assert verdict(document).startswith("--engine auto takes cpu in fp32, as before: nothing is kept in ")
 
 
 @pytest.mark.parametrize(("precision", "threads"), [("fp16", None), (None, 1), ("generator=bf16", None)])

@@ -88,6 +88,12 @@ def test_a_graph_larger_than_the_memory_is_for_onnx_runtime(tmp_path: Path) -> N
     assert [each.engines for each in build(large, ["auto", "int4-weights"], tmp_path, ENGINES, print)] == [("cpu",), ("cpu",)]
     with pytest.raises(InputError, match="precision int8-weights of generator is for cpu, which is not installed"):
         build(large, ["int8-weights"], tmp_path, ["openvino"], print)
+    with pytest.raises(InputError, match="is exported in int8-weights or int4-weights, not int8"):
+        build(large, ["int8"], tmp_path, ENGINES, print)
+    said: list[str] = []
+    (nearest,) = build(large, ["int8"], tmp_path, ENGINES, said.append, or_nearest={"int8"})
+    assert (nearest.precision, nearest.engines) == ("int8-weights", ("cpu",))
+    assert [line for line in said if line.startswith("generator: int8 is not taken: ")] == said[:1]
 
 
 def test_auto_takes_the_fastest_near_enough_and_one_for_every_engine(tmp_path: Path) -> None:
@@ -174,6 +180,10 @@ def test_int8_convolutions_are_for_openvino(tmp_path: Path) -> None:
     assert [each.engines for each in build(whole, ["int8"], tmp_path, ENGINES, print)] == [("openvino",)]
     with pytest.raises(OutputError, match=r"^graph generator has convolutions, which in int8 are for openvino, not installed$"):
         build(whole, ["int8"], tmp_path, ["cpu"], print)
+    assert [each.precision for each in build(whole, ["int8"], tmp_path, ["cpu"], print, or_nearest={"int8"})] == ["int8-weights"]
+    narrow = replace(whole, tolerance=1e-9)
+    with pytest.raises(OutputError, match=r"in fp32 is .* allowed is 1e-09"):
+        build(narrow, ["int8"], tmp_path, ENGINES, print, or_nearest={"int8"})
 
 
 @needs_bf16

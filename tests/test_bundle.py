@@ -84,7 +84,7 @@ def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, text: str) -
 
 def test_a_newer_format_names_the_version_that_reads_it(folder: Path) -> None:
     edit(folder, lambda document: document.update(format=3, snoopi_rt="0.7.0", unheard_of=True))
-    refused(folder, 'format 3 is newer than this snoopi-rt, which reads 1 and 2: pip install "snoopi-rt>=0.7.0"')
+    refused(folder, "format 3 is newer than this snoopi-rt, which reads 1 and 2; 0.7.0 does: git pull, then pip install .")
 
 
 def test_a_manifest_without_end_is_refused_at_once(folder: Path) -> None:

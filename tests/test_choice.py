@@ -99,7 +99,7 @@ def test_a_bundle_that_serves_no_installed_engine_says_so(bundle: Bundle, monkey
 def test_without_any_engine_the_command_that_installs_one_is_said(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "installed", lambda: ())
     monkeypatch.setattr("snoopi_rt.engines.find_spec", lambda name: None)
-    with pytest.raises(EngineMissing, match=re.escape('pip install "snoopi-rt[cpu]"')):
+    with pytest.raises(EngineMissing, match=re.escape('pip install ".[cpu]"')):
         choose(bundle, Cache())
 
 

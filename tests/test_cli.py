@@ -245,7 +245,14 @@ def test_cache_says_what_is_kept_and_clears_it(cache_folder: Path) -> None:
     said = run("cache").stdout
     assert str(cache_folder) in said
     assert "3.0 MB" in said
-    assert "3.0 MB" not in run("cache", "--clear").stdout
+    assert "add --yes" in run("cache", "--clear", code=2).stderr
+    refused = CliRunner().invoke(main, ["cache", "--clear"], input="n\n")
+    assert refused.exit_code == 1 and "Remove 3.0 MB from" in refused.stderr
+    assert Cache().sizes()["states"] == 3_000_000
+    assert CliRunner().invoke(main, ["cache", "--clear"], input="y\n").stdout.startswith("removed 3.0 MB\n")
+    assert Cache().sizes()["states"] == 0
+    assert run("cache", "--clear", "--yes").stdout.startswith("removed 0 kB\n")
+    assert "--yes goes with --clear" in run("cache", "--yes", code=2).stderr
 
 
 def test_cache_says_why_it_cannot_be_used(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +282,7 @@ def test_bench_ends_with_one_json_document_and_remembers(original: Bundle, here:
     assert measured["provider"]
     best = Measured(dict.fromkeys(original.graphs, "fp32"), measured["plain"]["total"]["p50"])
     assert measurements(original, Cache()) == {HERE[0]: best}
+    assert result.stdout.splitlines()[-2] == f"from now on --engine auto takes {HERE[0]} in fp32"
     assert Cache().sizes()["states"] == 0, "its random prompts are nobody's"
 
 
@@ -287,7 +295,8 @@ def test_bench_remembers_only_what_load_does_by_itself(
         "snoopi_rt.bench.cold_start",
         lambda *given: dict.fromkeys(("first", "again", "peak_memory", "peak_again")) | {"first": 1.0, "again": 1.0},
     )
-    run("bench", "--bundle", original.folder, "--engine", HERE[0], "--runs", 1, *words)
+    said = run("bench", "--bundle", original.folder, "--engine", HERE[0], "--runs", 1, *words).stdout.splitlines()[-2]
+    assert said.startswith("--engine auto takes cpu in fp32, as before: figures of a given --precision or --threads")
     assert measurements(original, Cache()) == {}
 
 

@@ -127,7 +127,7 @@ def test_an_unknown_engine_lists_the_known() -> None:
 @pytest.mark.parametrize("name", list(ENGINES))
 def test_an_engine_that_is_not_installed_says_which_command_installs_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENGINES, name, ENGINES[name]._replace(packages=("not_there",)))
-    with pytest.raises(EngineMissing, match=re.escape(f'engine {name!r} needs {ENGINES[name].label}: pip install "snoopi-rt[{name}]"')):
+    with pytest.raises(EngineMissing, match=re.escape(f'engine {name!r} needs {ENGINES[name].label}: pip install ".[{name}]"')):
         load_engine(name, Path("model.onnx"))
     assert name not in installed()
 
@@ -203,7 +203,7 @@ def test_cuda_without_its_provider_is_missing_and_never_the_cpu_in_silence(origi
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
-    with pytest.raises(EngineMissing, match=re.escape('pip install "snoopi-rt[cuda]"')):
+    with pytest.raises(EngineMissing, match=re.escape('pip install ".[cuda]"')):
         load_engine("cuda", original.folder / "generator.onnx")
 
 

@@ -135,9 +135,11 @@ def test_the_embedded_bundle_and_its_teacher_are_judged_in_one_run(
     drawn: list[np.ndarray] = []
     monkeypatch.setattr(report, "TEACHER_STEPS", 2)
     teacher = Path(__file__).parent.parent / "weights" / "small" / "teacher"
-    asked = ["eval", "--quick", "--teacher", str(teacher), "--out", str(tmp_path)]
+    mine = tmp_path / "mine"
+    asked = ["eval", "--quick", "--teacher", str(teacher), "--scorers", str(mine), "--out", str(tmp_path)]
     done = CliRunner().invoke(main, asked, catch_exceptions=False)
     assert done.exit_code == 0, done.output
+    assert not mine.exists() and len(list((tmp_path / "scorers").iterdir())) == 2
     document = json.loads((tmp_path / "evaluation.json").read_text())
     assert document["bundles"]["embedded"]["asked"]["background"]["of"] == document["teacher"]["asked"]["background"]["of"] == 8
     assert {row["negative"] for row in document["bundles"]["embedded"]["removal"]} >= {"blurry", "a red background", "a dog"}

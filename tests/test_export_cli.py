@@ -6,6 +6,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -17,6 +18,7 @@ from PIL import Image
 
 from snoopi_rt.bundle import Bundle
 from snoopi_rt.cli import main
+from snoopi_rt.engines.base import OutputError
 
 FP32 = ("--precision", "fp32")
 
@@ -42,6 +44,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def student(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(folders["sd21"], tmp_path_factory.mktemp("copy") / "sd21"))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What would have been exported and where."""
+    calls: list[tuple[Any, ...]] = []
+
+    def export(origin: Any, out: Path, wishes: Any, say: Any) -> None:
+        calls.append((origin, out, wishes))
+        raise OutputError("only asked")
+
+    monkeypatch.setattr("snoopi_rt.export.run.export", export)
+    return calls
 
 
 def wrong(words: list[object], here: Path, code: int = 2) -> str:
@@ -163,7 +178,34 @@ def damage_numbers(folder: Path) -> None:
 )
 def test_wrong_weights_are_one_clear_line(damage, message: str, student: Path, tmp_path: Path) -> None:
     damage(student)
-    assert message in wrong(["--backbone", "sd21", "--weights", student, *FP32], tmp_path)
+    assert message in wrong(["--preset", "sd-turbo", "--weights", student, *FP32], tmp_path)
+
+
+def test_a_student_of_ones_own_follows_its_folders_scheduler(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[tuple[Any, ...]]
+) -> None:
+    damage_scheduler(student)
+    told = run("export", "--backbone", "sd21", "--weights", student, "--precision", "int8", "--precision", "decoder=fp16", code=1).stderr
+    assert "rule of preset sd-turbo; its scheduler agrees on alpha, timestep, input_scale; prediction=v as the folder's" in told
+    ((origin, out, wishes),) = asked
+    assert origin.preset.prediction == "v" and origin.provenance["preset"] == "sd-turbo prediction=v"
+    assert out == Path("sd-turbo")
+    assert wishes.everywhere == {"int8"} and wishes.precision["decoder"] == ["int8", "fp16"]
+
+
+def test_a_command_as_short_as_it_can_be_writes_beside_the_reader_or_says_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[tuple[Any, ...]]
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    told = run("export", "--backbone", "pixart", code=2).stderr.splitlines()
+    assert len(told) == 2 and told[0].startswith("preset pixart-dmd: PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512, licence OpenRAIL")
+    assert told[1].startswith("error: hub model PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512 is not (whole) in the download cache and")
+    (tmp_path / "pixart-dmd").mkdir()
+    assert run("export", "--backbone", "pixart", code=2).stderr.startswith("error: pixart-dmd exists")
+    assert not asked
 
 
 def test_a_hub_id_without_network_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,7 +250,7 @@ def test_tensorrt_for_rtx_refuses_a_gpu_that_it_has_no_kernels_for(
     cuda.capability = (9, 0)
     opened(tmp_path)
     monkeypatch.setattr(trt, "is_rtx", lambda trt: True)
-    with pytest.raises(EngineError, match=r'^TensorRT for RTX 99.0 does not run on Fake 4090: pip install "snoopi-rt\[tensorrt\]"$'):
+    with pytest.raises(EngineError, match=r'^TensorRT for RTX 99.0 does not run on Fake 4090: pip install "\.\[tensorrt\]" in the clone'):
         opened(tmp_path)
 
 

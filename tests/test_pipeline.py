@@ -371,7 +371,7 @@ def test_auto_runs_the_builds_that_were_measured_here_unless_others_are_asked_fo
 def test_auto_without_any_engine_says_which_command_installs_one(original: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("snoopi_rt.choice.installed", lambda: ())
     monkeypatch.setattr("snoopi_rt.engines.find_spec", lambda name: None)
-    with pytest.raises(EngineMissing, match=re.escape('pip install "snoopi-rt[cpu]"')):
+    with pytest.raises(EngineMissing, match=re.escape('pip install ".[cpu]"')):
         snoopi_rt.load(original)
 
 

@@ -11,6 +11,7 @@ from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.export.presets.preset import FACTS, SETTABLE
 from snoopi_rt.export.presets.rows import DEFAULT_PRESET, PRESETS, Preset, check_scheduler, default_preset, find_preset, override, table
+from snoopi_rt.export.presets.scheduler_check import follow_scheduler
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 PIXART = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000}
@@ -281,6 +282,39 @@ def test_a_broken_scheduler_file_is_one_clear_line(tmp_path, content, message):
 
 def test_a_folder_without_a_scheduler_confirms_nothing(tmp_path):
     assert check_scheduler(find_preset("nitro-sd"), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "settings", "followed", "agreed"),
+    [
+        ("sd-turbo", TURBO, [], [], EULER_FIELDS),
+        ("sd-turbo", DDPM_SD, [], ["input_scale=1"], ["prediction", "alpha"]),
+        # Spaced for many steps, the schedule of SD 1.5 itself ends in one step at 0 or 1: the student's timestep stays.
+        ("sdxs-dreamshaper", PNDM_SD, [], ["input_scale=1"], ["prediction", "alpha"]),
+        ("sdxs-dreamshaper", {**DDPM_SD, "prediction_type": "v_prediction"}, [], ["prediction=v", "input_scale=1"], ["alpha"]),
+        ("sdxs-dreamshaper", DDPM_PIXART, [], ["alpha=0.00635282", "input_scale=1"], ["prediction"]),
+        ("pixart-dmd", DDPM_PIXART, [], [], ["prediction", "alpha"]),
+        ("pixart-dmd", DDPM_SD, [], ["alpha=0.651523"], ["prediction"]),
+        # A scheduler that starts from pure noise knows the timestep, unless it was set by hand.
+        ("hyper-sdxl", TURBO, [], ["alpha=0.0682649", "timestep=999", "input_scale=0.997667"], ["prediction"]),
+        ("hyper-sdxl", TURBO, ["timestep=400"], ["input_scale=0.997667"], ["prediction", "alpha"]),
+        ("sd-turbo", {**DDPM_SD, "prediction_type": "sample"}, ["prediction=v", "input_scale=0.5"], [], ["alpha"]),
+    ],
+)
+def test_without_a_preset_the_folders_own_scheduler_is_followed(tmp_path, name, config, settings, followed, agreed):
+    chosen = override(find_preset(name), settings)
+    assert follow_scheduler(chosen, scheduler(tmp_path, config), settings) == (followed, agreed)
+    again = override(chosen, followed)
+    assert follow_scheduler(again, tmp_path, [*settings, *followed])[0] == []
+
+
+def test_what_a_scheduler_does_not_say_is_not_guessed(tmp_path):
+    assert follow_scheduler(find_preset("sd-turbo"), tmp_path, []) == ([], [])
+    for config in ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, {**DPM_PIXART, "prediction_type": "flow_prediction"}):
+        with pytest.raises(InputError, match=r"has prediction epsilon, but .* gives flow"):
+            follow_scheduler(find_preset("pixart-dmd"), scheduler(tmp_path, config), [])
+    with pytest.raises(InputError, match=r"cannot read the schedule of .*: it has 500 timesteps, preset nitro-sd asks for 999"):
+        follow_scheduler(find_preset("nitro-sd"), scheduler(tmp_path, {**DDPM_SD, "num_train_timesteps": 500}), [])
 
 
 def test_the_table_has_a_row_a_preset_and_says_which_were_run():

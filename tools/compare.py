@@ -6,7 +6,7 @@ ONNX Runtime (what optimum does) and in OpenVINO with its own choices, static sh
 PixArt has no peer outside torch. Prompt states are those of the bundle's own text encoder, given as from a cache; the stage `image` is the
 generator and the decoder, for the bundle through its pipeline. With --tiny the stage `decoder` is the tiny one, without it the full one.
 
-python tools/compare.py --student runs/random/pixart --bundle runs/pixart --out docs/compare/pixart.json
+python tools/compare.py --student runs/pixart --bundle bundles/pixart --out docs/compare/pixart.json
 """
 
 import contextlib

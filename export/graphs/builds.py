@@ -1,7 +1,7 @@
 """One graph to its builds: each precision written, measured on every engine that it is for, and kept if it is near enough to PyTorch."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,14 @@ PRECISIONS = {
 }
 AUTO = ("int8", "bf16")
 """The fast precisions, fastest first: `auto` takes the first that is near enough, and fp16 (else fp32) for every engine."""
+NEAREST = {
+    "int4-weights": ("int8-weights", "fp16", "fp32"),
+    "int8": ("int8-weights", "fp16", "fp32"),
+    "int8-weights": ("fp16", "fp32"),
+    "bf16": ("fp16", "fp32"),
+    "fp16": ("fp32",),
+}
+"""What stands in, first to last, for a precision that a graph cannot have; all of them run on both engines."""
 GPU_ENGINES = ("tensorrt", "cuda")
 HALVES: tuple[Half, ...] = ("fp16", "bf16")
 """Of these the GPU's engines get the first that is near enough; their arithmetic is that type's."""
@@ -88,15 +96,24 @@ def check_precision(name: str) -> None:
         raise InputError(f"unknown precision {name!r}, choose from auto, {', '.join(PRECISIONS)}")
 
 
-def build(graph: Graph, precisions: Sequence[str], folder: Path, engines: Sequence[str], say: Callable[[str], None]) -> tuple[Build, ...]:
+def build(
+    graph: Graph,
+    precisions: Sequence[str],
+    folder: Path,
+    engines: Sequence[str],
+    say: Callable[[str], None],
+    or_nearest: Collection[str] = (),
+) -> tuple[Build, ...]:
     """The graph's builds in the order of `precisions`, their files in `folder`; `engines` are those on which parity is measured.
 
-    Raises OutputError where a precision that was asked for by name is beyond its tolerance.
+    Of a name in `or_nearest` the graph gets the nearest precision that it can have. Raises OutputError where another that was asked for by
+    name is beyond its tolerance, InputError where the graph cannot have it at all.
     """
     made: dict[str, list[Build]] = {}
     for precision in precisions:
-        # Of each group of `auto` the first that is near enough is taken.
-        for group in _auto(graph) if precision == "auto" else ((precision,),):
+        # Of each group the first that is near enough is taken.
+        nearest = NEAREST.get(precision, ()) if precision in or_nearest else ()
+        for group in _auto(graph) if precision == "auto" else ((precision, *nearest),):
             for name in group:
                 served = PRECISIONS[name].engines if graph.tensor_of is None else LARGE_ENGINES
                 usable = [engine for engine in served if engine in engines]
@@ -105,8 +122,8 @@ def build(graph: Graph, precisions: Sequence[str], folder: Path, engines: Sequen
                 if name not in made and usable:
                     try:
                         made[name] = _build(graph, name, folder, usable, say)
-                    except OutputError as error:
-                        if precision != "auto" or name == "fp32":
+                    except (InputError, OutputError) as error:
+                        if name == "fp32" or len(group) == 1:
                             raise
                         say(f"{graph.name}: {name} is not taken: {error}")
                         continue

@@ -11,7 +11,7 @@ from snoopi_rt.export.one_step import SCHEDULES
 from snoopi_rt.export.presets.preset import Preset, override, written
 from snoopi_rt.export.presets.scheduler_check import check_scheduler
 
-__all__ = ["DEFAULT_PRESET", "PRESETS", "Preset", "check_scheduler", "default_preset", "find_preset", "override", "table"]
+__all__ = ["DEFAULT_PRESET", "PRESETS", "Preset", "check_scheduler", "default_preset", "find_preset", "find_row", "override", "table"]
 
 # Negative scales: SNOOPI v3 (SD 1.5 0.1, SD 2.1 0.2, PixArt 0.5), and v1, table 8, for a student that it names; nothing is published for
 # SDXL, which takes SD 2.1's. NAG: its table 5, SD 2.1 taking SD 1.5's and PixArt alpha PixArt sigma's. vsf and projected: 1, not tuned.
@@ -269,6 +269,17 @@ def default_preset(backbone: str) -> Preset:
     if backbone not in DEFAULT_PRESET:
         raise InputError(f"backbone {backbone!r} has no preset, those with one are {', '.join(DEFAULT_PRESET)}")
     return PRESETS[DEFAULT_PRESET[backbone]]
+
+
+def find_row(backbone: str | None, preset: str | None) -> Preset:
+    """The preset of that name, else the backbone's own. Raises InputError for unknown names, and where neither is given."""
+    if preset is not None:
+        return find_preset(preset, backbone)
+    if backbone is None:
+        raise InputError("say what to export: --backbone NAME, or --preset NAME")
+    if backbone not in DEFAULT_PRESET:
+        raise InputError(f"unknown backbone {backbone!r}, choose from {', '.join(DEFAULT_PRESET)}")
+    return default_preset(backbone)
 
 
 def table() -> str:

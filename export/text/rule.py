@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snoopi_rt.bundle import File, Text
-from snoopi_rt.engines.base import EngineMissing, InputError
+from snoopi_rt.engines.base import EngineMissing, InputError, how_to_install
 from snoopi_rt.export.weights.text_files import check_file, read_json, read_text
 from snoopi_rt.files import write_whole
 
@@ -49,7 +49,7 @@ def t5_rule(folder: Path, out: Path, max_tokens: int) -> Text:
         if not _has(folder, "spiece.model"):
             raise InputError(f"{folder} is no T5 tokenizer: it has neither tokenizer.json nor spiece.model")
         if importlib.util.find_spec("sentencepiece") is None:
-            raise EngineMissing(f"{folder / 'spiece.model'} is read with sentencepiece, which is not installed: pip install sentencepiece")
+            raise EngineMissing(f"{folder / 'spiece.model'} is read with sentencepiece, which is not installed: {how_to_install('export')}")
     return Text(_written(_opened(T5Tokenizer, folder), out), max_tokens, lowercase=True)
 
 

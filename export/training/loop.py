@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from snoopi_rt.engines.base import InputError, OutputError
 from snoopi_rt.export.training.processes import Processes
+from snoopi_rt.export.training.stage_recipe import Recipe
 from snoopi_rt.export.weights.files import save_tensors
 from snoopi_rt.files import write_whole
-from snoopi_rt.request import integer
 
 
 class Resumable(Protocol):
@@ -35,23 +35,6 @@ class Resumable(Protocol):
 
 SAVE_EVERY_S = 120.0  # seconds of work that a kill may cost
 SAVE_SHARE = 20  # times as long as a save took, at least: a checkpoint of SD has 14 GB
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Settings that every stage has; each stage adds its own and their defaults. Raises InputError for a value out of range."""
-
-    steps: int
-    batch: int
-    lr: float
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            integer(name, getattr(self, name), 1)
-        integer("seed", self.seed, 0)
-        if not 0 < self.lr < math.inf:
-            raise InputError(f"lr must be a positive number, got {self.lr}")
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,10 @@ Notation of SNOOPI (arXiv 2412.02687): x_t = alpha x0 + sigma eps; kappa is the 
 psi, the LoRA teacher pi. Shapes are (B, C, H, W), scalars a sample (B, 1, 1, 1).
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Teachers = Literal["both", "frozen", "lora", "none"]
-Weight = Literal["dmd", "swiftbrush", "epsilon", "x0"]
+from snoopi_rt.export.training.recipe import Teachers, Weight
 
 
 def guided(conditional: Tensor, empty: Tensor, kappa: Tensor) -> Tensor:

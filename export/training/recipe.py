@@ -1,15 +1,17 @@
-"""The settings of PG-SB, all of them, and the recipes that papers and this project give them."""
+"""The settings of PG-SB, all of them, and the recipes that papers and this project give them. Data alone: no torch."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.export.training import loop
-from snoopi_rt.export.training.pgsb import Teachers, Weight
+from snoopi_rt.export.training import stage_recipe
+
+Teachers = Literal["both", "frozen", "lora", "none"]
+Weight = Literal["dmd", "swiftbrush", "epsilon", "x0"]
 
 
 @dataclass(frozen=True)
-class Recipe(loop.Recipe):
+class Recipe(stage_recipe.Recipe):
     """How a student is distilled. Raises InputError for values that cannot be.
 
     batch: of one step over all processes. micro_batch: of one forward on one process, 0 is all that it has of a batch.

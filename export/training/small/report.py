@@ -17,7 +17,7 @@ from snoopi_rt.export.training.small.emoji import BACKGROUNDS, QUALITIES, fetch_
 from snoopi_rt.export.training.small.evaluate import Drawer, Limits, asked, nearness, plain, real_pictures, share
 from snoopi_rt.export.training.small.figures import plot
 from snoopi_rt.export.training.small.removal import cases, removed, unrelated_change
-from snoopi_rt.export.training.small.scorer import KINDS, NAMES, Scorer, Sprites, examples, open_scorer
+from snoopi_rt.export.training.small.scorer import KINDS, NAMES, STEPS, Kind, Scorer, Sprites, examples, open_scorer, scorer_file
 from snoopi_rt.export.weights.files import fingerprint
 from snoopi_rt.files import write_whole
 
@@ -54,11 +54,12 @@ def evaluate(
     """The document, written to `out` as evaluation.json with evaluation.png, samples.png and negative_scale.png beside it.
 
     bundles: by name, None is the embedded one; all are swept over the scale, and the first is measured in full, beside its teacher.
-    scorers_folder: where trained scorers are kept; drawings are fetched to `out`. Raises what load, Pipeline.generate and open_scorer do.
+    scorers_folder: where trained scorers are kept; drawings are fetched to `out`, where scorers of fewer steps are
+    kept too. Raises what load, Pipeline.generate and open_scorer do.
     """
     out.mkdir(parents=True, exist_ok=True)
     sprites = fetch_sprites(out / "npm")
-    scorers = [open_scorer(kind, scorers_folder, out / "npm", extent.scorer_steps) for kind in KINDS]
+    scorers = [_scorer(kind, scorers_folder, out, extent.scorer_steps) for kind in KINDS]
     say("real pictures")
     real, captions, qualities = real_pictures(sprites, max(extent.samples, extent.limiting), 0)
     other, _, _ = real_pictures(sprites, extent.samples, 1)
@@ -145,6 +146,13 @@ def sheets(draw: Drawer, limits: Limits, default: float, out: Path) -> None:
         rows += [draw([prompt], [seed], flaw, scale) for scale in scales]
         labels += [f"{flaw} {thing}, seed {seed}, --neg-scale {scale:g}" for scale in scales]
     contact_sheet(np.concatenate(rows), labels, columns=len(scales)).save(out / "negative_scale.png")
+
+
+def _scorer(kind: Kind, folder: Path, out: Path, steps: int) -> Scorer:
+    """The trained scorer of the folder; where it is not there, one that is trained now, in `out` if it is no whole one."""
+    if not scorer_file(kind, folder).exists() and steps < STEPS:
+        return open_scorer(kind, out / "scorers", out / "npm", steps)
+    return open_scorer(kind, folder, out / "npm")
 
 
 def _of_real(scorers: list[Scorer], sprites: Sprites) -> dict[str, Any]:

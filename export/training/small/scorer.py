@@ -100,12 +100,17 @@ class Scorer:
         return self(pictures)[1] == np.array([NAMES.index(name) for name in names])
 
 
+def scorer_file(kind: Kind, folder: Path, steps: int = STEPS) -> Path:
+    """Where a scorer trained for so many steps is kept."""
+    return folder / f"scorer-{kind.name}-{steps}.safetensors"
+
+
 def open_scorer(kind: Kind, folder: Path, drawings: Path, steps: int = STEPS) -> Scorer:
     """The scorer, trained first (10 to 20 minutes) unless `folder` has it; its drawings are then fetched to `drawings`.
 
     Raises what fetch_sprites raises.
     """
-    file, network = folder / f"scorer-{kind.name}-{steps}.safetensors", Network(kind.widths, kind.depth)
+    file, network = scorer_file(kind, folder, steps), Network(kind.widths, kind.depth)
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         trained = train(kind, fetch_sprites(drawings, kind.drawings, share=0.5), steps)
