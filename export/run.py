@@ -16,16 +16,17 @@ from snoopi_rt import __version__
 from snoopi_rt.bundle import GRAPHS, MANIFEST, Bundle, Scale, Tile, Vocabulary
 from snoopi_rt.bundle import Guidance as GuidancePromise
 from snoopi_rt.engines import installed
-from snoopi_rt.engines.base import EngineMissing, InputError, how_to_install
+from snoopi_rt.engines.base import EngineMissing, InputError, OutputError, how_to_install
 from snoopi_rt.export.backbones import Backbone, Student, find_backbone
 from snoopi_rt.export.graphs import cases
 from snoopi_rt.export.graphs.builds import Graph, build, check_precision
 from snoopi_rt.export.graphs.parity import FP32_TOLERANCE, LATENT_TOLERANCE, PICTURE_TOLERANCE, Arrays, View, rms
 from snoopi_rt.export.guidance import Guidance, find_guidance
 from snoopi_rt.export.origin import Origin
-from snoopi_rt.files import hidden
+from snoopi_rt.files import check_place, hidden, reason
 from snoopi_rt.manifest import text_rule
 from snoopi_rt.prompts import write_prompts
+from snoopi_rt.shell import quote
 from snoopi_rt.tokenizer import Tokenizer
 
 MEASURED_ON = ("cpu", "openvino")
@@ -125,9 +126,13 @@ def export(origin: Origin, out: Path, wishes: Wishes | None = None, say: Callabl
 
 
 def check_out(out: Path, force: bool) -> None:
-    """Returns where a bundle may be written to `out`; raises InputError where something else is there."""
+    """Returns where a bundle may be written to `out`; raises InputError where something else is there, OutputError where nothing can be."""
     if out.exists() and not (force and (out / MANIFEST).exists()):
-        raise InputError(f"{out} exists: choose another folder, or --force to replace it if it is a bundle")
+        raise InputError(f"{quote(out)} exists: choose another folder, or --force to replace it if it is a bundle")
+    try:
+        check_place(out)
+    except OSError as error:
+        raise OutputError(f"cannot write {quote(out)}: {reason(error)}") from error
 
 
 def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[str], None]) -> Bundle:

@@ -11,12 +11,13 @@ from typing import Any, Self
 
 from snoopi_rt import image
 from snoopi_rt.engines.base import InputError, OutputError
-from snoopi_rt.files import open_regular, reason
+from snoopi_rt.files import check_place, open_regular, reason
 from snoopi_rt.json_reader import parse_json
 from snoopi_rt.pipeline import JOB, Pipeline, columns
 from snoopi_rt.prompt_file import PromptFile
 from snoopi_rt.prompt_formats import LONGEST, Wrong
 from snoopi_rt.request import SEEDS, check_seed, image_size, requests
+from snoopi_rt.shell import quote
 
 INDEX = "index.jsonl"
 Job = tuple[int, dict[str, Any]]
@@ -81,6 +82,13 @@ class Batch:
                     index.drawn(drawn.row, len(drawn.file), drawn.metadata)
                 progress(1)
         return outcome
+
+    def check_folder(self) -> None:
+        """Returns where images can be written, before anything is loaded. Raises OutputError."""
+        try:
+            check_place(self._path(1))
+        except OSError as error:
+            raise OutputError(f"cannot write into {quote(self.out)}: {reason(error)}") from error
 
     def _check(self, pipe: Pipeline, prompts: PromptFile) -> None:
         """Raises InputError once for what would be wrong in every row, and for a scale that no row would use."""

@@ -31,6 +31,7 @@ from snoopi_rt.cli_options import (
 )
 from snoopi_rt.cli_serve import serve
 from snoopi_rt.engines.base import EngineError, InputError, SnoopiError
+from snoopi_rt.files import reason
 from snoopi_rt.shell import quote, visible
 
 
@@ -49,11 +50,20 @@ class Commands(Group):
         try:
             with _plain_endings():
                 return super().invoke(ctx)
-        except SnoopiError as error:
+        except (SnoopiError, OSError) as error:
             if ctx.params["debug"]:
                 raise
-            click.echo(visible(f"error: {error}"), err=True)
+            if not isinstance(error, SnoopiError):
+                discard(sys.stdout)  # it may be what could not be written
+            click.echo(visible(f"error: {_line(error)}"), err=True)
             ctx.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _line(error: SnoopiError | OSError) -> str:
+    """A known error's own words; of another that the system raised, the file and the reason."""
+    if isinstance(error, SnoopiError):
+        return str(error)
+    return reason(error) if error.filename is None else f"{quote(str(error.filename))}: {reason(error)}"
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import click
 
 from snoopi_rt.cli_options import Number, completed_by, prompt_file_options
 from snoopi_rt.engines.base import EngineMissing, InputError, OutputError, SnoopiError, how_to_install
+from snoopi_rt.files import check_place, reason
 from snoopi_rt.shell import quote, visible
 
 ROWS = "snoopi_rt.export.presets.rows"
@@ -162,12 +163,14 @@ def _texts(path: Path | None, kind: str | None, ignore_columns: bool) -> tuple[s
 
 @contextmanager
 def building(command: str, extra: str, out: Path) -> Iterator[None]:
-    """Say which extra a command needs where a package is missing, and why a folder cannot be written."""
+    """Say which extra a command needs where a package is missing, and why a folder cannot be written: before the work begins."""
     try:
+        if out != Path():
+            check_place(out / "config.json")
         yield
     except (SnoopiError, BrokenPipeError):
         raise
     except ImportError as error:
         raise EngineMissing(f"{command} needs {error.name}: {how_to_install(extra)}") from error
     except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
+        raise OutputError(f"cannot write {quote(out)}: {reason(error)}") from error

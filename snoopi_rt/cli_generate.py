@@ -175,6 +175,7 @@ def _draw_batch(batch: "Batch", count: int, opening: dict[str, Any], workers: "W
     from snoopi_rt.batch import draw_here
     from snoopi_rt.pipeline import load
 
+    batch.check_folder()
     draw: Draw = draw_here
     with progress_line() as progress:
         pipe = load(**opening, low_memory=workers is not None, progress=told(progress))
@@ -191,7 +192,7 @@ def _draw_batch(batch: "Batch", count: int, opening: dict[str, Any], workers: "W
     with pipe, click.progressbar(length=count, label="images", show_pos=True, file=sys.stderr) as bar:
         outcome = batch.run(pipe, bar.update, draw)
     seconds = time.monotonic() - start
-    click.echo(f"{outcome.drawn} drawn ({outcome.drawn / seconds:.1f} images a second), {outcome.kept} there before, in {batch.out}")
+    click.echo(f"{outcome.drawn} drawn ({outcome.drawn / seconds:.1f} images a second), {outcome.kept} there before, in {quote(batch.out)}")
     if outcome.failed:
-        click.echo(f"error: {outcome.failed} rows could not be drawn: see error in {batch.out / 'index.jsonl'}", err=True)
+        click.echo(f"error: {outcome.failed} rows could not be drawn: see error in {quote(batch.out / 'index.jsonl')}", err=True)
         click.get_current_context().exit(2)

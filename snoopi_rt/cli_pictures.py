@@ -1,6 +1,5 @@
 """The pictures of one PROMPT on the command line: which are drawn, how they are put together, where they are written."""
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from snoopi_rt.engines.base import InputError, OutputError
 from snoopi_rt.names import image_paths, is_folder
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.request import image_size
-from snoopi_rt.shell import quote
+from snoopi_rt.shell import json_line, quote
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Files:
 def tell(picture: Picture, path: Path | None, as_json: bool, scaled: bool) -> None:
     """Prints what was written, on standard error where the picture itself went to standard output."""
     if as_json:
-        line = json.dumps({"file": None if path is None else str(path), **picture.facts}).replace("\x7f", "\\u007f")
+        line = json_line({"file": None if path is None else str(path), **picture.facts})
     else:
         scale = f"  scale {picture.facts['negative_scale']:g}" if scaled else ""
         line = f"{'-' if path is None else quote(path)}  seed {picture.facts['seed']}{scale}"

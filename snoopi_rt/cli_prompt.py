@@ -47,8 +47,7 @@ def example(bundle: "Bundle", seed: int) -> str:
 
 
 def _read_all() -> bytes:
-    with progress_line() as progress:
-        progress["doing"] = "waiting for a prompt on standard input"
+    with progress_line("waiting for a prompt on standard input"):
         try:
             return sys.stdin.buffer.read(LARGEST + 1)
         except OSError as error:

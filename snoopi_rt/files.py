@@ -6,12 +6,13 @@ import io
 import os
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
+
+from snoopi_rt.shell import quote
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 
-TEMPORARY = 21
-"""Characters of the name under which a file is written."""
 LONG = 100
 """Bytes of a name beside which there is room on every file system: some take 143 in all, most 255."""
 
@@ -21,8 +22,7 @@ def write_whole(path: Path, data: bytes, durable: bool = False, new: bool = Fals
 
     Raises OSError, of which FileExistsError says that `new` found a file there.
     """
-    # Not the path's own name, which may be of the longest legal length.
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -37,12 +37,37 @@ def write_whole(path: Path, data: bytes, durable: bool = False, new: bool = Fals
         temporary.unlink(missing_ok=True)
 
 
+def check_place(path: Path) -> None:
+    """Returns where a file can be written to the path, its folder made if need be, so that nobody waits for one that cannot.
+
+    Raises OSError: for names that are too long, and for the nearest folder that is there, where it takes no file.
+    """
+    folder, names = path.parent, [path.name]
+    while not os.path.lexists(folder):
+        names.append(folder.name)
+        folder = folder.parent
+    if not os.path.isdir(folder):
+        raise NotADirectoryError(errno.ENOTDIR, f"{quote(folder)} is not a folder", str(folder))
+    for place in (*(folder / name for name in names), path, _temporary(path)):
+        with suppress(FileNotFoundError):
+            os.lstat(place)
+    # Tried, not asked for: a removed current folder or an unchangeable one says that it can be written.
+    probe = _temporary(folder / path.name)
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    os.unlink(probe)
+
+
 def hidden(path: Path, ending: str) -> Path:
     """A hidden name beside the path, the same one at each call: `.NAME` and the ending, or less of a NAME that leaves no room."""
     name = path.name
     if len(os.fsencode(name)) > LONG:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
     return path.with_name(f".{name}{ending}")
+
+
+def _temporary(path: Path) -> Path:
+    """A new name beside the path; not made of the path's own, which may be of the longest legal length."""
+    return path.with_name(f".{secrets.token_hex(8)}.tmp")
 
 
 def _rename_new(source: Path, path: Path) -> None:

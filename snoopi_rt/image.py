@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from snoopi_rt.engines.base import InputError, OutputError
-from snoopi_rt.files import TEMPORARY, open_regular, reason, write_whole
+from snoopi_rt.files import check_place, open_regular, reason, write_whole
 from snoopi_rt.json_reader import parse_json
 from snoopi_rt.shell import join, quote
 
@@ -115,25 +115,14 @@ def check_writable(path: Path, taken: Taken = "refuse") -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"{quote(path)} must end in {', '.join(FORMATS)}")
-    folder, names = path.parent, [path.name]
-    while not os.path.lexists(folder):
-        names.append(folder.name)
-        folder = folder.parent
-    if not os.path.isdir(folder):
-        raise OutputError(f"cannot write {quote(path)}: {quote(folder)} is not a folder")
-    for place in (*(folder / name for name in names), path.with_name("-" * TEMPORARY)):
-        try:
-            os.lstat(place)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise OutputError(f"cannot write {quote(path)}: {reason(error)}") from error
     if os.path.isdir(path):
         raise OutputError(f"cannot write {quote(path)}: it is a folder")
     if os.path.lexists(path) and taken == "refuse":
         raise _taken(path)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write {quote(path)}: no permission in {quote(folder)}")
+    try:
+        check_place(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {quote(path)}: {reason(error)}") from error
 
 
 def _taken(path: Path) -> InputError:

@@ -1,10 +1,12 @@
-"""Foreign text as a shell reads it and a terminal may show it: prompts, paths and metadata are printed through these two."""
+"""Foreign text as a shell reads it and a terminal may show it: prompts, paths and metadata are printed through these."""
 
+import json
 import re
 import sys
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 _PLAIN = re.compile(r"[\w@%+:,./-][\w@%+=:,./-]*", re.ASCII)  # zsh expands a word that begins with =
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\", "'": "\\'"}
@@ -29,6 +31,11 @@ def visible(line: str) -> str:
     """The text with whatever a terminal would obey or cannot show written as a shell reads it back: `$'\\033'`; the rest as it is."""
     parts = ((shown, "".join(part)) for shown, part in groupby(line, _is_shown))
     return "".join(part if shown else f"$'{''.join(map(_escaped, part))}'" for shown, part in parts)
+
+
+def json_line(value: Any) -> str:
+    """The value as one line of JSON in printable ASCII."""
+    return json.dumps(value).replace("\x7f", "\\u007f")  # the one control character that json leaves
 
 
 def _is_shown(char: str) -> bool:

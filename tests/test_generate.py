@@ -193,7 +193,9 @@ def test_open_shows_every_picture_once_it_is_there(generate: Generate, here: Pat
     assert generate("a cat", "-o", "x.png", "--open", code=1).stderr == "error: x.png is written, but nothing here can show it\n"
 
 
-@pytest.mark.parametrize("words", [("-o", "file/x.png"), ("-o", f"{'x' * 250}.png", "-n", 2), ("-o", "x.png"), ("-o", f"{'n' * 256}/")])
+@pytest.mark.parametrize(
+    "words", [("-o", "file/x.png"), ("-o", f"{'x' * 250}.png", "-n", 2), ("-o", "x.png"), ("-o", f"{'n' * 256}/"), ("-o", "/proc/x.png")]
+)
 def test_what_cannot_be_written_is_refused_before_anything_is_loaded(
     generate: Generate, here: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...]
 ) -> None:
@@ -292,3 +294,38 @@ def test_a_result_saves_itself_and_shows_itself(pipe: Pipeline, here: Path) -> N
     assert shown.shape == (32, 32, 3)
     np.testing.assert_array_equal(shown[:16], np.hstack(three.images[:2]))
     np.testing.assert_array_equal(shown[16:, :16], three.images[2])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "--prompts", "prompts.txt", "--out", "file/out"),
+        ("export", "--backbone", "small", "--weights", "weights", "--out", "file/out"),
+        ("train", "teacher", "--data", "data", "--autoencoder", "vae", "--out", f"new/{'x' * 256}"),
+        ("merge", "one", "two", "--out", "/proc/out"),
+    ],
+)
+def test_no_command_begins_what_it_could_not_write(here: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+    (here / "file").touch()
+    (here / "prompts.txt").write_text("a cat")
+    monkeypatch.setattr("snoopi_rt.pipeline.load", lambda *given, **named: pytest.fail("loaded"))
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1 and result.stderr.startswith("error: cannot write ") and len(result.stderr.splitlines()) == 1
+    assert sorted(path.name for path in here.iterdir()) == ["file", "prompts.txt"]
+
+
+@needs_engine
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a current folder cannot be removed")
+def test_a_removed_current_folder_is_one_line_before_anything_is_loaded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here.rmdir()
+    monkeypatch.setattr("snoopi_rt.pipeline.load", lambda *given, **named: pytest.fail("loaded"))
+    result = CliRunner().invoke(main, ["generate", "a cat", "--seed", "1"])
+    assert result.stderr == "error: cannot write a-cat-1.png: No such file or directory\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_behind_standard_output_is_one_line(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "snoopi_rt", "cache"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, cwd=tmp_path, encoding="utf-8", check=False)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")

@@ -11,7 +11,7 @@ import pytest
 from test_server import served
 
 from snoopi_rt.engines.base import BundleError
-from snoopi_rt.pipeline import load
+from snoopi_rt.pipeline import EMBEDDED, load
 from snoopi_rt.server.app import Settings
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -102,6 +102,21 @@ def test_an_image_can_be_downloaded_and_copied_as_the_command_that_draws_it(brow
     from snoopi_rt.image import read_metadata
 
     assert read_metadata(file)["seed"] == "7" and read_metadata(file)["negative_scale"] == "1.0"
+
+
+def test_the_command_of_another_bundle_says_that_its_folder_is_missing(browser: Any, tmp_path: Path) -> None:
+    other = shutil.copytree(EMBEDDED, tmp_path / "other")
+    with served(Settings({"other": lambda: load(other, threads=1)})) as address:
+        page = page_of(browser, address, permissions=["clipboard-read", "clipboard-write"])
+        for place, text in (("#prompt", "-"), ("#negative", "-\ta dog"), ("#seed", "7")):
+            page.fill(place, text)
+        page.click("#draw")
+        drawn(page)
+        page.click(".copy")
+        sync_api.expect(page.locator(".copy")).to_have_text("Copied")
+        assert page.inner_text("#status") == "put the folder of bundle other in the place of FOLDER"
+        command = page.evaluate("navigator.clipboard.readText()")
+    assert command == r"snoopi-rt generate $'--neg=-\011a dog' --neg-scale 1 --seed 7 --size 128x128 --bundle FOLDER -- ' -'"
 
 
 def test_the_history_outlives_the_page_and_draws_again(browser: Any, address: str) -> None:

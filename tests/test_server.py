@@ -746,8 +746,9 @@ def test_what_other_packages_warn_of_is_json_too(capfd: pytest.CaptureFixture[st
 
 def test_a_line_for_people_steers_no_terminal() -> None:
     record = logging.LogRecord("a", logging.INFO, "", 0, "", (), None)
-    record.people = "model \x1b[31m"
-    assert logs.PeopleLines().format(record).endswith(r' "model \u001b[31m"')
+    record.people = "request" + logs.in_words({"prompt": "it's \x1b[31m", "code": 200})
+    line = logs.PeopleLines().format(record)
+    assert line.endswith(r" request, prompt $'it\'s \033[31m', code 200") and line.isprintable()
 
 
 def test_a_port_in_use_is_one_line() -> None:

@@ -34,7 +34,7 @@ def find_source(weights: str, parts: Sequence[str] = PARTS) -> Source:
     A file whose connection breaks goes on where it stopped; after a failure, files that were whole are not fetched again.
     Raises InputError where there is no such model or it cannot be reached, OutputError where it cannot be written.
     """
-    folder, commit, name = Path(weights).expanduser(), None, weights
+    folder, commit, name = Path(os.path.expanduser(weights)), None, weights
     if folder.is_dir():
         name = folder.resolve().name
         files = [path.relative_to(folder).as_posix() for depth in ("*", "*/*") for path in folder.glob(depth) if path.is_file()]

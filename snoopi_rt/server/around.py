@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from snoopi_rt.server.addresses import called_host
-from snoopi_rt.server.logs import log, tell
+from snoopi_rt.server.logs import in_words, log, tell
 from snoopi_rt.server.metrics import Metrics
 from snoopi_rt.server.refusals import Refused
 
@@ -72,7 +72,7 @@ class Around:
             self._metrics.requests.labels(route, code).inc()
             self._metrics.seconds.labels(route).observe(seconds)
             facts = {"id": state["id"], "method": method, "path": route, "code": code, "seconds": round(seconds, 4), **state["facts"]}
-            people = f"{method} {route} {code} {seconds:.3f} s" + "".join(f", {name} {fact}" for name, fact in state["facts"].items())
+            people = f"{method} {route} {code} {seconds:.3f} s" + in_words(state["facts"])
             tell("request", people, **facts)
 
     def _route(self, path: str) -> str:

@@ -8,6 +8,8 @@ import time
 from collections import deque
 from typing import Any
 
+from snoopi_rt.shell import json_line, quote, visible
+
 log = logging.getLogger("snoopi_rt.server")
 WAITING_LINES = 1000
 """Lines that wait for a reader who is slow; more are dropped, and counted."""
@@ -18,7 +20,12 @@ LAST_SECONDS = 1.0
 def tell(what: str, people: str | None = None, **facts: Any) -> None:
     """One line in the log: `what` happened and its facts; at a terminal `people` stands in their place."""
     document = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "what": what, **facts}
-    log.info(json.dumps(document), extra={"people": people or ", ".join([what, *(f"{name} {fact}" for name, fact in facts.items())])})
+    log.info(json_line(document), extra={"people": people or what + in_words(facts)})
+
+
+def in_words(facts: dict[str, Any]) -> str:
+    """The facts for people, text as a shell reads it back."""
+    return "".join(f", {name} {quote(fact) if isinstance(fact, str) else fact}" for name, fact in facts.items())
 
 
 def write_logs(as_json: bool) -> "LineHandler":
@@ -40,17 +47,16 @@ class JsonLines(logging.Formatter):
         document = {"time": moment, "what": record.levelname.lower(), "from": record.name, "message": record.getMessage()}
         if record.exc_info:
             document["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(document)
+        return json_line(document)
 
 
 class PeopleLines(logging.Formatter):
-    """A time and a sentence; characters that would steer a terminal are escaped."""
+    """A time and a sentence; what is foreign in it is written as a shell reads it back."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = getattr(record, "people", None) or f"{record.levelname.lower()}: {record.getMessage()}"
-        trace = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""
-        line = text if text.isprintable() else json.dumps(text)
-        return time.strftime("%H:%M:%S ", time.localtime(record.created)) + line + trace
+        trace = self.formatException(record.exc_info).splitlines() if record.exc_info else []
+        return time.strftime("%H:%M:%S ", time.localtime(record.created)) + "\n".join(map(visible, [text, *trace]))
 
 
 class LineHandler(logging.Handler):
