@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from snoopi_rt.engines.native import native_code
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -139,9 +141,13 @@ def check_inputs(specs: Sequence[TensorSpec], arrays: Mapping[str, Any]) -> None
 
 @contextmanager
 def engine_errors(doing: str) -> Iterator[None]:
-    """Turns every exception of a foreign package into an EngineError of one line: the only place where that happens."""
+    """Turns every exception of a foreign package into an EngineError of one line: the only place where that happens.
+
+    It is also what the end of the process waits for, see native.py.
+    """
     try:
-        yield
+        with native_code():
+            yield
     except SnoopiError:
         raise
     except Exception as error:

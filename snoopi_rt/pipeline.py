@@ -31,6 +31,8 @@ from snoopi_rt.tiles import decode_tiled
 
 EMBEDDED = Path(__file__).parent / "bundles" / "small"
 STAGES = GRAPHS
+CLOSING = 60.0
+"""Seconds that closing a pipeline waits for stages that run."""
 Prompt = str | Conditioning
 Weights = Literal["auto", "memory", "mapped"]
 LITTLE = 2 * 2**30
@@ -214,9 +216,15 @@ class Pipeline:
         return self
 
     def close(self) -> None:
-        """Frees the engines; a later call raises EngineError."""
-        for part in (self._prompts, self._generator, self._decoder):
-            part.close()
+        """Frees the engines when the stages that other threads run are over, which it waits for up to CLOSING seconds.
+
+        What is later, further stages of those calls too, raises EngineError.
+        """
+        parts, end = (self._prompts, self._generator, self._decoder), time.monotonic() + CLOSING
+        for part in parts:
+            part.stop()
+        for part in parts:
+            part.close(max(0.0, end - time.monotonic()))
 
     def __enter__(self) -> Self:
         return self
@@ -256,8 +264,8 @@ class Pipeline:
     ) -> np.ndarray:
         limits.check("generator")
         with _timed(timings, "generator"):
-            generator = self._generator.open()
-            latent: Any = generator(**generator_feeds(batch, states, generator.inputs, self.bundle.latent, size, self._longest))["latent"]
+            inputs = self._generator.open().inputs
+            latent: Any = self._generator(**generator_feeds(batch, states, inputs, self.bundle.latent, size, self._longest))["latent"]
             if isinstance(latent, np.ndarray):
                 self._refuse_broken(batch, latent)
         limits.check("decoder")
@@ -274,10 +282,10 @@ class Pipeline:
 
         Latents that lie on a device stay there if they are decoded as they are.
         """
-        decoder, tile = self._decoder.open(), self.bundle.tile
+        tile = self.bundle.tile
 
         def decode(part: np.ndarray) -> np.ndarray:
-            return np.asarray(decoder(latent=part)["image"])
+            return np.asarray(self._decoder(latent=part)["image"])
 
         if tile is None and len(latent) <= self._max_decoded:
             return decode(latent)

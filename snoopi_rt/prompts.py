@@ -113,9 +113,13 @@ class PromptEncoder:
         """Frees the text encoder until another prompt needs it."""
         self._encoder.release()
 
-    def close(self) -> None:
-        """Frees the text encoder for good."""
-        self._encoder.close()
+    def stop(self) -> None:
+        """No prompt is encoded any more."""
+        self._encoder.stop()
+
+    def close(self, seconds: float) -> None:
+        """Frees the text encoder for good, see Stage."""
+        self._encoder.close(seconds)
 
     def _ids(self, text: str, truncate: bool) -> np.ndarray:
         if self._bundle.text.tokenizer is None:
@@ -152,12 +156,12 @@ class PromptEncoder:
         return states
 
     def _compute(self, ids: np.ndarray) -> States:
-        engine = self._encoder.open()
         # Copied: an engine's own memory, such as pinned memory of a GPU, is not to be kept for hours.
-        states = {name: np.array(value) for name, value in engine(ids=ids).items()}
+        states = {name: np.array(value) for name, value in self._encoder(ids=ids).items()}
         for name, value in states.items():
             if not np.isfinite(value).all():
-                raise OutputError(f"text_encoder gave NaN or infinity in {name!r}: this build does not work on engine {engine.provider!r}")
+                provider = self._encoder.open().provider
+                raise OutputError(f"text_encoder gave NaN or infinity in {name!r}: this build does not work on engine {provider!r}")
             data = io.BytesIO()
             np.save(data, value, allow_pickle=False)
             self._cache.write("states", self._file(ids, name), data.getvalue())

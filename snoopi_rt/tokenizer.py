@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from snoopi_rt.engines.base import BundleError, InputError
+from snoopi_rt.engines.native import native_code
 from snoopi_rt.manifest import text_rule
 
 
@@ -27,7 +28,8 @@ class Tokenizer:
         import tokenizers
 
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            with native_code():
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
             raise BundleError(f"{path} is not a tokenizer: {error}") from error
         self._tokenizer.no_padding()
@@ -41,7 +43,8 @@ class Tokenizer:
         Raises InputError for text that is not Unicode and for a prompt beyond the limit.
         """
         try:
-            encoding = self._tokenizer.encode(text_rule(prompt, self._lowercase))
+            with native_code():
+                encoding = self._tokenizer.encode(text_rule(prompt, self._lowercase))
         except (TypeError, UnicodeEncodeError) as error:
             raise InputError(f"prompt is not valid Unicode text: {prompt!a}") from error
         ids, limit = encoding.ids, self._max_tokens

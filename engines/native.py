@@ -1,0 +1,63 @@
+"""Blocks in the native code of a package, and the end of the process, which waits for those of other threads.
+
+A daemon thread that comes back from native code while the interpreter ends is unwound through that code, which aborts the process
+("terminate called without an active exception").
+"""
+
+import atexit
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+WAIT = 60.0
+"""Seconds that the end of the process waits for what runs."""
+
+
+class _Native:
+    """Which threads are in native code, and the thread that ends the process once it does."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside: Counter[int] = Counter()
+        self._ending: int | None = None
+        self._registered = False
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """See `native_code`."""
+        me = threading.get_ident()
+        with self._changed:
+            if self._ending not in (None, me):
+                raise SystemExit  # which ends a thread without a word
+            if not self._registered:  # here, since nothing happens at import
+                self._registered = True
+                atexit.register(self._end)
+                if hasattr(os, "register_at_fork"):
+                    os.register_at_fork(after_in_child=self.__init__)  # type: ignore[misc]  # the other threads are not there
+            self._inside[me] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside[me] -= 1
+                self._changed.notify_all()
+
+    def _end(self) -> None:
+        me, end = threading.get_ident(), time.monotonic() + WAIT
+        try:
+            with self._changed:
+                self._ending = me
+                while any(count for thread, count in self._inside.items() if thread != me) and (rest := end - time.monotonic()) > 0:
+                    self._changed.wait(rest)
+        except KeyboardInterrupt:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(130)
+
+
+native_code = _Native().block
+"""A block in native code. When the process ends, no other begins in a daemon thread, and those that have begun are waited for."""
