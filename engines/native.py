@@ -25,6 +25,7 @@ class _Native:
         self._inside: Counter[int] = Counter()
         self._ending: int | None = None
         self._registered = False
+        self._postponed: dict[int, BaseException] = {}
 
     @contextmanager
     def block(self) -> Iterator[None]:
@@ -45,6 +46,15 @@ class _Native:
             with self._changed:
                 self._inside[me] -= 1
                 self._changed.notify_all()
+            if not self._inside[me] and me in self._postponed:
+                raise self._postponed.pop(me)
+
+    def postpone(self, error: BaseException) -> bool:
+        """See `postpone`."""
+        me = threading.get_ident()
+        if self._inside[me] > 0:
+            self._postponed.setdefault(me, error)
+        return self._inside[me] > 0
 
     def _end(self) -> None:
         me, end = threading.get_ident(), time.monotonic() + WAIT
@@ -59,5 +69,11 @@ class _Native:
             os._exit(130)
 
 
-native_code = _Native().block
+_native = _Native()
+native_code = _native.block
 """A block in native code. When the process ends, no other begins in a daemon thread, and those that have begun are waited for."""
+postpone = _native.postpone
+"""postpone(error), of a signal's handler: raises the error when the thread leaves its block; False where it is in none.
+
+Foreign packages swallow an exception that a handler raises in the middle of them, or make another of it.
+"""

@@ -106,6 +106,9 @@ def export(origin: Origin, out: Path, wishes: Wishes | None = None, say: Callabl
     Nothing is under the name `out` until all of it is; with `force` an old bundle there is replaced.
     """
     plan = Plan.of(origin, wishes or Wishes())
+    old = hidden(out, ".old")
+    if old.exists() and not out.exists():  # killed between two renames
+        old.replace(out)
     check_out(out, plan.wishes.force)
     student = plan.backbone.load(origin.weights, origin.preset, plan.sizes)
     beside = hidden(out, ".part")
@@ -113,12 +116,13 @@ def export(origin: Origin, out: Path, wishes: Wishes | None = None, say: Callabl
     beside.mkdir(parents=True)
     try:
         _fill(beside, out.name, plan, student, say).save(beside)
-        old = hidden(out, ".old")
         shutil.rmtree(old, ignore_errors=True)
         if out.exists():
             out.replace(old)
         beside.replace(out)
     except BaseException:
+        if old.exists() and not out.exists():
+            old.replace(out)
         shutil.rmtree(beside, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -32,11 +32,12 @@ from snoopi_rt.cli_options import (
 from snoopi_rt.cli_serve import serve
 from snoopi_rt.engines.base import EngineError, InputError, SnoopiError
 from snoopi_rt.files import reason
+from snoopi_rt.interrupts import interruptible
 from snoopi_rt.shell import quote, visible
 
 
 class Commands(Group):
-    """Known errors are one line on standard error: exit code 2 for what was asked wrongly, 1 for the rest."""
+    """Known errors are one line on standard error: exit code 2 for what was asked wrongly, 1 for the rest; after a signal, the shell's."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Takes --debug behind the command too, where people add it to a line that failed."""
@@ -48,7 +49,7 @@ class Commands(Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _plain_endings():
+            with _signalled(ctx), _plain_endings():
                 return super().invoke(ctx)
         except (SnoopiError, OSError) as error:
             if ctx.params["debug"]:
@@ -64,6 +65,18 @@ def _line(error: SnoopiError | OSError) -> str:
     if isinstance(error, SnoopiError):
         return str(error)
     return reason(error) if error.filename is None else f"{quote(str(error.filename))}: {reason(error)}"
+
+
+@contextmanager
+def _signalled(ctx: click.Context) -> Iterator[None]:
+    """After a signal to end the command says no more, whatever became of it on the way, and exits as shells have it."""
+    with interruptible() as signals:
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            if not signals and not isinstance(error, KeyboardInterrupt):
+                raise
+            ctx.exit(signals[0].code if signals else 130)
 
 
 @contextmanager

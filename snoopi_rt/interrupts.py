@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from snoopi_rt.engines.native import postpone
+
 PATIENCE = 1.0
 """Seconds after which it is said that something still runs."""
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -23,17 +25,24 @@ class Interrupted(KeyboardInterrupt):
         """The exit code, as shells have it."""
 
 
-def raise_interrupted(number: int, frame: FrameType | None) -> None:
-    """The handler of the first signal."""
-    raise Interrupted(number)
-
-
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """A block in the main thread that signals end. Signals that the process was told to ignore, as under nohup, stay ignored."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(os, "set_blocking") or sys.platform == "win32":
-        yield
+def interruptible() -> Iterator[list[Interrupted]]:
+    """A block in the main thread that signals end; what it gives lists those that came, since others may make something else of them.
+
+    Signals that the process was told to ignore, as under nohup, stay ignored.
+    """
+    came: list[Interrupted] = []
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
+        yield came
         return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(Interrupted(number))
+        if noting := _noting[-1:]:
+            noting[0].append(came[-1])
+        elif not postpone(came[-1]):
+            raise came[-1]
+
     before = {number: signal.getsignal(number) for number in ENDING}
     ours = [number for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
     # Python's own handlers run when native code has returned; what is written here is read meanwhile.
@@ -42,14 +51,49 @@ def interruptible() -> Iterator[None]:
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
     for number in ours:
-        signal.signal(number, raise_interrupted)
+        signal.signal(number, interrupt)
+    try:
+        yield came
+    finally:
+        # After a signal the process ends, which takes its time too.
+        for number in ours:
+            signal.signal(number, _leave_it_to_the_watch if came else before[number])
+        if not came:
+            signal.set_wakeup_fd(woken)
+            os.close(writer)
+
+
+_noting: list[list[Interrupted]] = []
+
+
+@contextmanager
+def deferred() -> Iterator[list[Interrupted]]:
+    """A block of `interruptible` in which signals are listed and not raised: it looks itself between its steps."""
+    noted: list[Interrupted] = []
+    _noting.append(noted)
+    try:
+        yield noted
+    finally:
+        _noting.remove(noted)
+
+
+def _leave_it_to_the_watch(number: int, frame: FrameType | None) -> None:
+    """The handler of a second signal: unlike this one, the watching thread need not wait for native code."""
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """A block of a package that sets its own handlers, in Python or below it, and is not to: those from before stand afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in ENDING}
     try:
         yield
     finally:
-        for number in ours:
-            signal.signal(number, before[number])
-        signal.set_wakeup_fd(woken)
-        os.close(writer)
+        for number, handler in before.items():
+            if handler is not None:  # set by what embeds Python
+                signal.signal(number, handler)
 
 
 def end_now(number: int) -> None:

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from snoopi_rt.batch import Batch, Drawn, Job, draw_together
 from snoopi_rt.engines.base import EngineError, SnoopiError
+from snoopi_rt.interrupts import handlers_kept
 from snoopi_rt.pipeline import Pipeline, load
 
 
@@ -28,7 +30,8 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody unless asked for
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong comes as an exception
     try:
-        ray.init(**_own_cluster(), ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        with handlers_kept():
+            ray.init(**_own_cluster(), ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise EngineError(f"Ray cannot start: {str(error).splitlines()[0]}") from error
 
@@ -43,7 +46,11 @@ def _own_cluster() -> dict[str, Any]:
 
     def end() -> None:
         ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(50):  # its processes write for a moment yet
+            shutil.rmtree(folder, ignore_errors=True)
+            if not os.path.exists(folder):
+                break
+            time.sleep(0.1)
 
     atexit.register(end)
     return {"_temp_dir": folder}

@@ -24,15 +24,17 @@ from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.recipe import RECIPES
 
 
-def tiny_stage(folder: Path, steps: int = 8, kill_at: int | None = None, poison_at: int | None = None, lr: float = 1e-2) -> None:
-    """A stage of a bf16 network of 9 parameters; may kill its own process or meet a NaN."""
+def tiny_stage(
+    folder: Path, steps: int = 8, kill_at: int | None = None, poison_at: int | None = None, lr: float = 1e-2, by: int = signal.SIGKILL
+) -> None:
+    """A stage of a bf16 network of 9 parameters; may send its own process a signal or meet a NaN."""
     torch.manual_seed(0)
     network = nn.Linear(8, 1).bfloat16()
     weights = MasterWeights(network)
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
         if i == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
         x = torch.randn(16, 8, generator=random).bfloat16()
         loss = (network(x).float() - x.float().sum(1, keepdim=True)).square().mean()
         loss.backward()
@@ -64,6 +66,27 @@ def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(tmp_path):
     tiny_stage(tmp_path / "killed")
     assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
     assert len(losses(tmp_path / "killed")) == 8
+
+
+def test_a_run_that_is_told_to_end_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_stage(tmp_path / "unbroken")
+    code = f"""
+import signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_training import loop, run, tiny_stage
+from snoopi_rt.interrupts import Interrupted, interruptible
+with interruptible():
+    try:
+        tiny_stage(Path({str(tmp_path / "told")!r}), kill_at=5, by=signal.SIGTERM)
+    except Interrupted as signalled:
+        sys.exit(signalled.code)
+"""
+    told = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, encoding="utf-8")
+    assert told.returncode == 128 + signal.SIGTERM and "tiny stopped after 6 of 8 steps" in told.stderr, told.stderr
+    assert len(losses(tmp_path / "told")) == 6
+    tiny_stage(tmp_path / "told")
+    assert losses(tmp_path / "told") == losses(tmp_path / "unbroken")
 
 
 def test_a_finished_stage_run_again_does_nothing_more(tmp_path):

@@ -6,6 +6,7 @@ All randomness of step i comes from `generator(seed, i)`, so a resumed run needs
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.stage_recipe import Recipe
 from snoopi_rt.export.weights.files import save_tensors
 from snoopi_rt.files import write_whole
+from snoopi_rt.interrupts import deferred
 
 
 class Resumable(Protocol):
@@ -74,13 +76,17 @@ def run(
     """Runs `step(i, generator)` for every step not yet done. Leaves checkpoints/, log.jsonl, tensorboard/ and samples/ in its folder.
 
     `step` returns named scalars; `sample(path)` draws a picture of the present state. Of several processes the main one writes, and all
-    must get the same scalars. Raises OutputError on NaN or infinity, for what `stage.wrong` says and where the disk is full (the last
-    checkpoint stays), InputError where the folder's checkpoint was made by another recipe; only more steps may be asked for than before.
+    must get the same scalars. On the command line a signal to end is heeded after the running step, which is saved.
+    Raises OutputError on NaN or infinity, for what `stage.wrong` says and where the disk is full (the last checkpoint stays), InputError
+    where the folder's checkpoint was made by another recipe; only more steps may be asked for than before.
     """
     start = _resume(stage, parts)
     if processes is not None and not processes.main:
-        for i in range(start, stage.recipe.steps):
-            _check(stage, i, step(i, generator(stage.recipe.seed, i)))
+        with deferred() as signals:
+            for i in range(start, stage.recipe.steps):
+                _check(stage, i, step(i, generator(stage.recipe.seed, i)))
+                if signals:
+                    raise signals[0]
         return
     try:
         _run(stage, parts, step, sample, start)
@@ -107,6 +113,7 @@ def _run(
         open(stage.folder / "log.jsonl", "a", encoding="utf-8") as log,
         SummaryWriter(str(stage.folder / "tensorboard"), purge_step=start) as board,
         tqdm(total=steps * batch, initial=start * batch, unit="image", desc=stage.name, smoothing=0.05, mininterval=1.0) as bar,
+        deferred() as signals,
     ):
         for i in range(start, steps):
             scalars = step(i, generator(stage.recipe.seed, i))
@@ -116,17 +123,20 @@ def _run(
                 board.add_scalar(name, value, i)
             bar.update(batch)
             bar.set_postfix({k: f"{v:.4g}" for k, v in scalars.items()}, refresh=False)
-            done = i + 1
+            done, stopping = i + 1, list(signals)
             if done % stage.sample_every == 0 or done == steps:
                 picture = stage.folder / "samples" / f"{done:07d}.png"
                 sample(picture)
                 board.add_image("samples", np.asarray(Image.open(picture).convert("RGB")), i, dataformats="HWC")
-            if time.monotonic() - saved_at > max(SAVE_EVERY_S, SAVE_SHARE * took) or done == steps:
+            if time.monotonic() - saved_at > max(SAVE_EVERY_S, SAVE_SHARE * took) or done == steps or stopping:
                 log.flush()
                 began = time.monotonic()
                 _save(stage, parts, done)
                 saved_at = time.monotonic()
                 took = saved_at - began
+            if stopping and done < steps:
+                bar.write(f"{stage.name} stopped after {done} of {steps} steps: the same command resumes", file=sys.stderr)
+                raise stopping[0]
 
 
 def _check(stage: Stage, i: int, scalars: Mapping[str, float]) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -172,6 +173,8 @@ class Batcher:
         try:
             jobs, first_item = columns([image.job() for image in images]), batch[0]
             result = self.pipe.generate(**jobs, size=first_item.size, truncate=first_item.truncate, cancel=_NobodyWaits(batch))
+        except SystemExit:  # the process ends
+            raise
         except BaseException as error:
             if len(batch) > 1:  # one request must not cost the others their pictures
                 for item in batch:
@@ -196,4 +199,5 @@ class Batcher:
             else:
                 item.future.set_result(answer)
 
-        self._loop.call_soon_threadsafe(give)
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+            self._loop.call_soon_threadsafe(give)

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -161,8 +160,6 @@ def serve_on_ray(settings: Settings, workers: Workers, host: str, port: int, log
     write_logs(log_json)
     start_ray()
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    # Ray would end the process at once.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _start(host, port)
         with waiting_told():

@@ -5,11 +5,13 @@ import ipaddress
 import math
 import socket
 from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import uvicorn
 
 from snoopi_rt.engines.base import InputError
+from snoopi_rt.interrupts import end_now
 from snoopi_rt.server.addresses import listen_host, url
 from snoopi_rt.server.app import Settings, application, log_opened, none_served
 from snoopi_rt.server.connection import connections
@@ -20,11 +22,20 @@ GRACE = 30.0
 
 
 class Server(uvicorn.Server):
-    """Writes the last lines of the log before the signal that ends it is raised again."""
+    """Finishes what was accepted after the first signal to end, and ends at once after the second.
+
+    Writes the last lines of the log before the signal that ends it is raised again.
+    """
 
     def __init__(self, config: uvicorn.Config, log: LineHandler) -> None:
         super().__init__(config)
-        self._log = log
+        self._log, self._signalled = log, False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._signalled:
+            end_now(sig)
+        self._signalled = True
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
@@ -79,7 +90,7 @@ def _bound(family: int, kind: int, protocol: int, address: Any) -> socket.socket
 
 
 def serve(settings: Settings, host: str, port: int, log_json: bool = True) -> None:
-    """Serves until a signal; requests that were accepted are finished.
+    """Serves until a signal; requests that were accepted are finished, unless a second one comes.
 
     Raises InputError where the address cannot be used, BundleError where no bundle can be opened.
     """
