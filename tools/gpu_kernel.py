@@ -2,23 +2,34 @@
 
     python tools/gpu_kernel.py --out docs/gpu/kernel.json
 
-What a card could do at most is measured in the same run: bytes a second of a copy, and products a second of a large matrix product. Both
-branches' keys are read once and queries once, which is the least that must move: what is said of bandwidth counts that alone.
+What a card could do at most is measured in the same run: bytes per second of a copy, and products per second of a large matrix product.
+Both branches' keys are read once and queries once, which is the least that must move: shares of bandwidth count that alone, and may pass
+the copy's where all of it lies in the card's cache. Each call is timed inside a CUDA graph of many, so that Python's launches do not count.
 """
 
 import json
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import gpu_timing
 import torch
+from gpu_timing import Run, apart, gpu_name, interleaved, recorded
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-RUNS = 50
+from snoopi_rt.kernels.nasa import fused_nasa_attention
+
+TIMES = 20
+"""How often each graph is timed."""
+CALLS = 20
+"""Calls in a graph."""
+COPIED, SIDE = 2**30, 8192
+"""Bytes of the copy, and sides of the matrices, that say what the card can do."""
+TOLERANCE = 0.05
+"""Relative difference between kernel and SDPA above which a time means nothing; bf16 keeps 8 bits."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -49,47 +60,48 @@ LAYERS = (
 @click.command()
 @click.option("--batch", "batches", type=int, multiple=True, default=(1, 8))
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16")
-@click.option("--flex/--no-flex", default=True, help="Also FlexAttention twice, compiled: takes a minute.")
+@click.option("--flex/--no-flex", default=False, help="Also FlexAttention twice, compiled: takes minutes.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(batches: tuple[int, ...], dtype: str, flex: bool, out: Path) -> None:
-    """Print the table and write it as JSON."""
-    if not torch.cuda.is_available():
-        raise click.ClickException("no GPU that torch can use: nothing to time")
-    from snoopi_rt.kernels.nasa import fused_nasa_attention
+    """Print the table and write it as JSON, line by line as it is measured."""
+    gpu = gpu_name()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with gpu_timing.DEVICE:
+        most = {"GB/s": copied(), "TFLOP/s": multiplied(DTYPES[dtype])}
+        document: dict[str, Any] = {"gpu": gpu, "torch": torch.__version__, "dtype": dtype, "most": most, "rows": []}
+        click.echo(f"{gpu}, {dtype}: a copy moves {most['GB/s']:.0f} GB/s, a matrix product makes {most['TFLOP/s']:.0f} TFLOP/s")
+        click.echo(
+            f"{'layer':26}{'batch':>6}{'direction':>10}{'kernel us':>11}{'2 x SDPA':>10}{'2 x flex':>10}{'times':>7}"
+            f"{'of GB/s':>9}{'of TFLOP/s':>11}{'apart':>9}"
+        )
+        for layer in LAYERS:
+            for batch in batches:
+                inputs = draw(layer, batch, DTYPES[dtype])
+                attentions: dict[str, Callable[..., Tensor]] = {"kernel": fused_nasa_attention, "sdpa": twice_sdpa}
+                if flex:
+                    attentions["flex"] = twice_flex()
+                for direction, prepare in (("forward", forward), ("both", both)):
+                    difference = compared(prepare, inputs)
+                    runs = {name: recorded(prepare(attention, inputs), CALLS) for name, attention in attentions.items()}
+                    taken = {name: value / CALLS for name, value in interleaved(runs, TIMES).items()}
+                    document["rows"].append(row(layer, batch, direction, taken, most, inputs, difference))
+                    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                    click.echo(line(document["rows"][-1]))
 
-    most = {"GB/s": copied(), "TFLOP/s": multiplied(DTYPES[dtype])}
-    document: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": dtype, "most": most, "rows": []}
-    click.echo(f"{document['gpu']}, {dtype}: a copy moves {most['GB/s']:.0f} GB/s, a matrix product makes {most['TFLOP/s']:.0f} TFLOP/s")
-    click.echo(
-        f"{'layer':26}{'batch':>6}{'way':>8}{'kernel us':>11}{'2 x SDPA':>10}{'2 x flex':>10}{'times':>7}{'of GB/s':>9}{'of TFLOP/s':>11}"
-    )
-    for layer in LAYERS:
-        for batch in batches:
-            values = drawn(layer, batch, DTYPES[dtype])
-            ways: dict[str, Callable[..., Tensor]] = {"kernel": fused_nasa_attention, "sdpa": twice_sdpa}
-            if flex:
-                ways["flex"] = twice_flex()
-            for direction, made in (("forward", forward), ("both", both)):
-                taken = interleaved({name: made(way, values) for name, way in ways.items()})
-                document["rows"].append(row(layer, batch, direction, taken, most, values))
-                say(document["rows"][-1])
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
-
-def drawn(layer: Layer, batch: int, dtype: torch.dtype) -> list[Any]:
+def draw(layer: Layer, batch: int, dtype: torch.dtype) -> list[Any]:
     """The arguments of nasa_attention, without masks; heads lie as the networks' products leave them."""
 
-    def draw(rows: int) -> Tensor:
-        return torch.randn(batch, rows, layer.heads, layer.size, device="cuda", dtype=dtype).transpose(1, 2)
+    def rows(count: int) -> Tensor:
+        return torch.randn(batch, count, layer.heads, layer.size, dtype=dtype).transpose(1, 2)
 
     return [
-        draw(layer.queries),
-        *(draw(layer.tokens) for _ in range(2)),
+        rows(layer.queries),
+        *(rows(layer.tokens) for _ in range(2)),
         None,
-        *(draw(layer.negative) for _ in range(2)),
+        *(rows(layer.negative) for _ in range(2)),
         None,
-        torch.full((batch,), 0.5, device="cuda"),
+        torch.full((batch,), 0.5),
     ]
 
 
@@ -109,61 +121,53 @@ def twice_flex() -> Callable[..., Tensor]:
     return torch.compile(run, dynamic=False)
 
 
-def forward(way: Callable[..., Tensor], values: list[Any]) -> Callable[[], object]:
-    return torch.no_grad()(lambda: way(*values))
+def forward(attention: Callable[..., Tensor], inputs: list[Any]) -> Run:
+    """A call without gradients; gives a list of its result."""
+
+    @torch.no_grad()
+    def run() -> list[Tensor]:
+        return [attention(*inputs)]
+
+    return run
 
 
-def both(way: Callable[..., Tensor], values: list[Any]) -> Callable[[], object]:
-    """Forward and backward, as a training step runs them."""
-    leaves = [x.detach().requires_grad_() if x is not None else None for x in values]
-    wanted = [x for x in leaves if x is not None]
-    up = torch.randn_like(values[0])
-    return lambda: torch.autograd.grad(way(*leaves), wanted, up)
+def both(attention: Callable[..., Tensor], inputs: list[Any]) -> Run:
+    """Forward and backward, as a training step runs them; gives the gradients."""
+    leaves = [x if x is None else x.detach().requires_grad_() for x in inputs]
+    outer = torch.ones_like(inputs[0])
+    return lambda: torch.autograd.grad(attention(*leaves), [x for x in leaves if x is not None], outer)
 
 
-def interleaved(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each, called in turns."""
-    for run in runs.values():
-        for _ in range(3):
-            run()
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(RUNS):
-        for name, run in runs.items():
-            taken[name].append(seconds(run))
-    return {name: statistics.median(each) for name, each in taken.items()}
+def compared(prepare: Callable[..., Run], inputs: list[Any]) -> float:
+    """The largest relative difference between what kernel and SDPA give. Raises ClickException where the kernel is wrong."""
+    pairs = zip(prepare(fused_nasa_attention, inputs)(), prepare(twice_sdpa, inputs)(), strict=True)
+    difference = max(apart(ours, theirs) for ours, theirs in pairs)
+    if not difference < TOLERANCE:
+        raise click.ClickException(f"the kernel is wrong: {difference:.2g} apart from SDPA, at most {TOLERANCE} is right")
+    return difference
 
 
-def seconds(run: Callable[[], object], repeats: int = 10) -> float:
-    """What one of several calls in a row takes on the GPU."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats
-
-
-def copied(size: int = 2**30) -> float:
-    """Gigabytes a second that a copy reads and writes."""
-    source = torch.empty(size, dtype=torch.uint8, device="cuda")
+def copied() -> float:
+    """Gigabytes per second that a copy reads and writes."""
+    source = torch.empty(COPIED, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * size / interleaved({"copy": lambda: target.copy_(source)})["copy"] / 1e9
+    return 2 * COPIED / interleaved({"copy": lambda: target.copy_(source)}, TIMES)["copy"] / 1e9
 
 
-def multiplied(dtype: torch.dtype, side: int = 8192) -> float:
-    """10^12 additions and multiplications a second of a large product."""
-    a, b = torch.randn(2, side, side, device="cuda", dtype=dtype)
-    return 2 * side**3 / interleaved({"product": lambda: a @ b})["product"] / 1e12
+def multiplied(dtype: torch.dtype) -> float:
+    """10^12 additions and multiplications per second of a large product."""
+    a, b = torch.randn(2, SIDE, SIDE, dtype=dtype)
+    return 2 * SIDE**3 / interleaved({"product": lambda: a @ b}, TIMES)["product"] / 1e12
 
 
-def row(layer: Layer, batch: int, direction: str, taken: dict[str, float], most: dict[str, float], values: list[Any]) -> dict[str, Any]:
+def row(
+    layer: Layer, batch: int, direction: str, taken: dict[str, float], most: dict[str, float], inputs: list[Any], difference: float
+) -> dict[str, Any]:
     """One line of the table. A forward reads all once and writes the output; both read them twice and write as many gradients."""
-    tensors = [x for x in values[:-1] if x is not None]
-    moved = sum(x.numel() * x.element_size() for x in [*tensors, values[0]]) * (1 if direction == "forward" else 3)
-    products = (
-        4 * batch * layer.heads * layer.queries * layer.size * (layer.tokens + layer.negative) * (1 if direction == "forward" else 3.5)
-    )
+    tensors = [x for x in inputs[:-1] if x is not None]
+    moved = sum(x.numel() * x.element_size() for x in [*tensors, inputs[0]]) * (1 if direction == "forward" else 3)
+    products = 4 * batch * layer.heads * layer.queries * layer.size * (layer.tokens + layer.negative)
+    products *= 1 if direction == "forward" else 3.5
     return {
         "layer": layer.name,
         "batch": batch,
@@ -173,16 +177,17 @@ def row(layer: Layer, batch: int, direction: str, taken: dict[str, float], most:
         "megabytes": moved / 1e6,
         "of bandwidth": moved / taken["kernel"] / 1e9 / most["GB/s"],
         "of products": products / taken["kernel"] / 1e12 / most["TFLOP/s"],
+        "apart": difference,
     }
 
 
-def say(line: dict[str, Any]) -> None:
-    """One line for people."""
-    taken = line["microseconds"]
+def line(row: dict[str, Any]) -> str:
+    """The row for people."""
+    taken = row["microseconds"]
     flex = f"{taken['flex']:10.1f}" if "flex" in taken else f"{'':10}"
-    click.echo(
-        f"{line['layer']:26}{line['batch']:6}{line['direction']:>8}{taken['kernel']:11.1f}{taken['sdpa']:10.1f}{flex}"
-        f"{line['of two SDPA']:7.2f}{line['of bandwidth']:9.0%}{line['of products']:11.0%}"
+    return (
+        f"{row['layer']:26}{row['batch']:6}{row['direction']:>10}{taken['kernel']:11.1f}{taken['sdpa']:10.1f}{flex}"
+        f"{row['of two SDPA']:7.2f}{row['of bandwidth']:9.0%}{row['of products']:11.0%}{row['apart']:9.1e}"
     )
 
 

@@ -32,9 +32,10 @@ PROMPT = "a red fox on a mossy stone in the morning fog, seen from below"
 @click.option("--backbone", required=True)
 @click.option("--teacher", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--batch", "batches", type=int, multiple=True, default=(1, 2, 3), show_default=True, help="In rising order, at least two.")
+@click.option("--negative", help="A negative prompt: NASA-T, whose attentions are our kernel on a GPU.")
 @click.option("--wanted", default=16, show_default=True, help="The batch for which a figure is stated.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(backbone: str, teacher: Path, batches: Sequence[int], wanted: int, out: Path) -> None:
+def main(backbone: str, teacher: Path, batches: Sequence[int], negative: str | None, wanted: int, out: Path) -> None:
     """Print and write the peak of one step at each batch, and what the line through the two largest says of the wanted one.
 
     Of small batches the peak may be that of the optimiser, which does not grow.
@@ -44,9 +45,13 @@ def main(backbone: str, teacher: Path, batches: Sequence[int], wanted: int, out:
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder, "prompts.txt")
         prompts.write_text(f"{PROMPT}\n", encoding="utf-8")
-        recipe = replace(RECIPES[DEFAULT[backbone]], batch=batches[0])
+        recipe = replace(RECIPES[DEFAULT[backbone]], batch=batches[0], nasa_max=0.0 if negative is None else 1.0)
+        negatives = None
+        if negative is not None:
+            negatives = Path(folder, "negatives.txt")
+            negatives.write_text(f"{negative}\n", encoding="utf-8")
         processes = Processes()
-        task = Task(backbone, teacher, prompts, Path(folder, "run"))
+        task = Task(backbone, teacher, prompts, Path(folder, "run"), negatives=negatives)
         run = Distillation(task, recipe, find_backbone(backbone).denoiser(), Schedule.of(teacher), processes, compiled=False)
         run.step(0)  # the optimisers' moments and all libraries are there from now on
         rows = []
