@@ -1,4 +1,4 @@
-"""Full-precision master weights for a network that computes in bf16: AdamW, gradient clipping and the moving average.
+"""Full-precision master weights for a network that computes in bf16: AdamW or Muon, gradient clipping and the moving average.
 
 A network in plain bf16 runs 1.3 to 5 times faster on a CPU with bf16 units than under autocast, which casts every weight again at each
 step; but bf16 weights lose small updates. So the masters are fp32, AdamW and the moving average work on them, and the network gets a copy.
@@ -13,9 +13,10 @@ from snoopi_rt.export.training.processes import Processes
 
 
 class MasterWeights:
-    """The trainable parameters of `network` in fp32, with their AdamW and moving average.
+    """The trainable parameters of `network` in fp32, with their optimiser and moving average.
 
-    `ema` is the decay of the moving average after warm-up (Karras-style ramp (1 + step) / (10 + step)); 0 keeps none.
+    `ema` is the decay of the moving average after warm-up (Karras-style ramp (1 + step) / (10 + step)); 0 keeps none. `muon`: the
+    matrices of transformer blocks are stepped by Muon at the RMS of an AdamW step (Liu et al. 2025), so that one learning rate serves both.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class MasterWeights:
         weight_decay: float = 0.01,
         ema: float = 0.999,
         clip: float = 1.0,
+        muon: bool = False,
         processes: Processes | None = None,
     ):
         self.names, self.live = zip(*((name, p) for name, p in network.named_parameters() if p.requires_grad), strict=True)
@@ -33,9 +35,14 @@ class MasterWeights:
         self.averages = [p.clone() for p in self.masters] if ema else []
         self.ema, self.clip, self.steps, self.processes = ema, clip, 0, processes
         # In parts, so that the gradients of one part at a time are widened to fp32.
-        self.adams = [
+        matrices = {i for i, p in enumerate(self.live) if muon and p.ndim == 2 and "blocks." in self.names[i]}
+        self.adams: list[tuple[list[int], torch.optim.Optimizer]] = [
             (part, torch.optim.AdamW([self.masters[i] for i in part], lr=0.0, betas=betas, weight_decay=weight_decay, fused=True))
-            for part in _parts([p.numel() for p in self.live])
+            for part in _parts([i for i in range(len(self.live)) if i not in matrices], [p.numel() for p in self.live])
+        ]
+        self.muons: list[tuple[list[int], torch.optim.Optimizer]] = [
+            (part, torch.optim.Muon([self.masters[i] for i in part], lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+            for part in _parts(sorted(matrices), [p.numel() for p in self.live])
         ]
         self.sums: list[Tensor] | None = None
 
@@ -64,13 +71,13 @@ class MasterWeights:
         if not math.isfinite(norm):
             return norm
         shrink = min(1.0, self.clip / max(norm, 1e-12))
-        for part, adam in self.adams:
+        for part, optimiser in [*self.adams, *self.muons]:
             for i in part:
                 grad = grads[i]
                 self.masters[i].grad = torch.zeros_like(self.masters[i]) if grad is None else grad.float() * shrink
-            adam.param_groups[0]["lr"] = lr
-            adam.step()
-            adam.zero_grad()
+            optimiser.param_groups[0]["lr"] = lr
+            optimiser.step()
+            optimiser.zero_grad()
         self.sums = None
         self.steps += 1
         if self.ema:
@@ -92,50 +99,55 @@ class MasterWeights:
 
     def state(self) -> dict[str, Tensor]:
         """All that an exact resume needs, as flat named tensors."""
-        found = {"steps": torch.tensor(self.steps)}
-        for part, adam in self.adams:
-            for i in part:
-                name, master = self.names[i], self.masters[i]
-                zeros = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-                moments = adam.state[master] if self.steps else zeros
-                found[f"master.{name}"] = master
-                found[f"first.{name}"], found[f"second.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
-                if self.ema:
-                    found[f"average.{name}"] = self.averages[i]
-        return found
+        tensors = {"steps": torch.tensor(self.steps)}
+        for i, name in enumerate(self.names):
+            tensors[f"master.{name}"] = self.masters[i]
+            if self.ema:
+                tensors[f"average.{name}"] = self.averages[i]
+        for optimisers, moments in ((self.adams, ADAM_MOMENTS), (self.muons, MUON_MOMENTS)):
+            for part, optimiser in optimisers:
+                for i in part:
+                    for prefix, key in moments.items():
+                        master = self.masters[i]
+                        tensors[f"{prefix}.{self.names[i]}"] = optimiser.state[master][key] if self.steps else torch.zeros_like(master)
+        return tensors
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
         """Takes what `state` gave. Raises KeyError where a tensor is missing."""
         self.steps = int(state["steps"])
-        for part, adam in self.adams:
-            for i in part:
-                name, master = self.names[i], self.masters[i]
-                master.copy_(state[f"master.{name}"])
-                if self.ema:
-                    self.averages[i].copy_(state[f"average.{name}"])
-                adam.state[master] = {
-                    "step": torch.tensor(float(self.steps), device=master.device),
-                    "exp_avg": state[f"first.{name}"].to(master, copy=True),
-                    "exp_avg_sq": state[f"second.{name}"].to(master, copy=True),
-                }
+        for i, name in enumerate(self.names):
+            self.masters[i].copy_(state[f"master.{name}"])
+            if self.ema:
+                self.averages[i].copy_(state[f"average.{name}"])
+        for optimisers, moments in ((self.adams, ADAM_MOMENTS), (self.muons, MUON_MOMENTS)):
+            for part, optimiser in optimisers:
+                for i in part:
+                    master = self.masters[i]
+                    values = {key: state[f"{prefix}.{self.names[i]}"].to(master, copy=True) for prefix, key in moments.items()}
+                    if optimisers is self.adams:
+                        values["step"] = torch.tensor(float(self.steps), device=master.device)
+                    optimiser.state[master] = values
         self.publish()
 
 
+ADAM_MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
+MUON_MOMENTS = {"momentum": "momentum_buffer"}
+"""What an optimiser keeps of each parameter: the name in a checkpoint, and torch's own."""
 PART = 64 * 2**20
 """Parameters whose fp32 gradients exist at one time: 256 MB."""
 
 
-def _parts(sizes: list[int]) -> list[list[int]]:
-    """The numbers of the parameters, in groups of about PART."""
-    parts: list[list[int]] = [[]]
-    room = PART
-    for i, size in enumerate(sizes):
-        if parts[-1] and size > room:
+def _parts(numbers: list[int], sizes: list[int]) -> list[list[int]]:
+    """The numbers of some parameters, in groups of about PART; none where there is no number."""
+    parts: list[list[int]] = []
+    room = 0
+    for i in numbers:
+        if not parts or sizes[i] > room:
             parts.append([])
             room = PART
         parts[-1].append(i)
-        room -= size
+        room -= sizes[i]
     return parts
 
 

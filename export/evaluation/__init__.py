@@ -1,0 +1,1 @@
+"""What students can do, measured: judges, measures and reports."""

@@ -1,0 +1,138 @@
+"""The training set of the small model: scenes, their captions, and their pictures as latents and token states, in shards.
+
+A folder has shard-00000.safetensors and so on, each with `latents` (N, 8, 16, 16) fp16, `states` (sum of T, 384) fp16 and `ends` (N,)
+int64; captions.jsonl; prompts.txt, all that PG-SB needs; contact_sheet.png; NOTICE.txt; and, written last, dataset.json. Picture i
+depends on (seed, i) alone. Shards that a stopped run left are kept.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.export.small_model.dataset.compose import Composer
+from snoopi_rt.export.small_model.dataset.scene import Scene, Vocabulary, caption
+from snoopi_rt.export.small_model.dataset.sprites import TRAINED, load_sprites
+from snoopi_rt.export.text.minilm import encode
+from snoopi_rt.export.training.sheet import contact_sheet
+from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_tensors
+from snoopi_rt.files import write_whole
+from snoopi_rt.request import integer
+
+SHARD = 4096  # pictures
+SIDE = 128  # pixels that the encoder sees; its latents are decoded to twice as many
+TOGETHER = 64
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One line of captions.jsonl."""
+
+    caption: str
+    scene: Scene
+
+
+def build(out: Path, autoencoder: Path, count: int, seed: int) -> None:
+    """Writes a set of `count` pictures, rounded up to whole shards, seen through the encoder of the folder `autoencoder`.
+
+    Raises InputError where `out` already holds another set, SnoopiError where npm is missing or fails.
+    """
+    integer("count", count, 1)
+    integer("seed", seed, 0)
+    shards = -(-count // SHARD)
+    facts = {"kind": "emoji scenes", "seed": seed, "encoder": fingerprint(autoencoder / WEIGHTS)}
+    description = out / "recipe.json"
+    if description.exists() and json.loads(description.read_text(encoding="utf-8")) != facts:
+        raise InputError(f"{out} holds another set; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(description, json.dumps(facts).encode())
+    composer = Composer(load_sprites(out / "npm"))
+    vocabulary = Vocabulary(composer.colourable())
+    encoder = AutoencoderTiny.from_pretrained(autoencoder).encoder.bfloat16().eval().to(memory_format=torch.channels_last)
+    with tqdm(total=shards * SHARD, desc="pictures", unit="picture", mininterval=1.0) as bar:
+        for number in range(shards):
+            path = out / f"shard-{number:05}.safetensors"
+            if path.exists():
+                bar.update(SHARD)
+                continue
+            samples, latents = [], []
+            for first in range(number * SHARD, (number + 1) * SHARD, TOGETHER):
+                drawn = [compose(composer, vocabulary, seed, i, SIDE) for i in range(first, first + TOGETHER)]
+                samples += [sample for sample, _ in drawn]
+                latents.append(_encoded(encoder, np.stack([picture for _, picture in drawn])))
+                if first == 0:
+                    contact_sheet(np.stack([picture for _, picture in drawn]), [sample.caption for sample in samples]).save(
+                        out / "contact_sheet.png"
+                    )
+                bar.update(TOGETHER)
+            states, lengths = encode([sample.caption for sample in samples])
+            tokens = torch.cat([row[:length] for row, length in zip(states, lengths.tolist(), strict=True)])
+            lines = "".join(json.dumps({"caption": sample.caption, "scene": asdict(sample.scene)}) + "\n" for sample in samples)
+            write_whole(out / f"captions-{number:05}.jsonl", lines.encode())
+            save_tensors(path, {"latents": torch.cat(latents), "states": tokens, "ends": lengths.cumsum(0)})
+    write_whole(out / "prompts.txt", "".join(f"{sample.caption}\n" for sample in read_samples(out)).encode())
+    notice = "".join(f"- {drawing.package} {drawing.version}: {drawing.licence}, {drawing.upstream}\n" for drawing in TRAINED)
+    write_whole(out / "NOTICE.txt", f"The pictures are made from:\n{notice}".encode())
+    facts |= {"count": shards * SHARD, "colourable": vocabulary.colourable}
+    write_whole(out / "dataset.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def read_samples(folder: Path) -> Iterator[Sample]:
+    """The captions and scenes of a set, in the order of its pictures."""
+    for path in sorted(folder.glob("captions-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            yield Sample(row["caption"], Scene(**{**row["scene"], "things": tuple(row["scene"]["things"])}))
+
+
+def compose(composer: Composer, vocabulary: Vocabulary, seed: int, i: int, side: int) -> tuple[Sample, np.ndarray]:
+    """Picture i of a set (side, side, 3) uint8, and what it shows."""
+    rng = np.random.default_rng([seed, i])
+    scene = vocabulary.draw_scene(rng)
+    return Sample(caption(scene, rng), scene), composer.draw(scene, rng, side)
+
+
+def read_seed(folder: Path) -> int:
+    """The seed of a set."""
+    return json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["seed"]
+
+
+@torch.no_grad()
+def _encoded(encoder: torch.nn.Module, pictures: np.ndarray) -> Tensor:
+    scaled = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return encoder(scaled.bfloat16().contiguous(memory_format=torch.channels_last)).to(torch.float16).contiguous()
+
+
+class TrainingSet:
+    """All pictures of a folder as latents, and their captions as token states."""
+
+    def __init__(self, folder: Path, longest: int = 24):
+        if not (folder / "dataset.json").exists():
+            raise InputError(f"no picture set in {folder}: make one with snoopi-rt data emoji --out {folder}")
+        shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
+        self.latents = torch.cat([shard["latents"] for shard in shards])
+        self._states = torch.cat([shard["states"] for shard in shards]).bfloat16()
+        lengths = torch.cat([torch.diff(shard["ends"], prepend=torch.zeros(1, dtype=torch.int64)) for shard in shards])
+        self._starts, self._lengths = lengths.cumsum(0) - lengths, lengths.clamp(max=longest)
+        self._longest = longest
+        empty, length = encode([""])
+        self._empty = empty[0, : int(length[0])].bfloat16()
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def captions(self, rows: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+        """States (B, T, 384) bf16, zero beyond a caption's length, and mask (B, T) bf16 of 0 and 1; of the empty prompt where `empty`."""
+        lengths = torch.where(empty, len(self._empty), self._lengths[rows])
+        states = torch.zeros(len(rows), self._longest, self._states.shape[1], dtype=torch.bfloat16)
+        for i, (start, length, none) in enumerate(zip(self._starts[rows].tolist(), lengths.tolist(), empty.tolist(), strict=True)):
+            states[i, :length] = self._empty if none else self._states[start : start + length]
+        return states, (torch.arange(self._longest) < lengths[:, None]).bfloat16()

