@@ -113,6 +113,7 @@ def teacher(data: Path, autoencoder: Path, start: Path | None, out: Path, settin
 @set_option
 @click.option("--student", "start", type=folder, metavar="FOLDER", help="Where the student starts from.  [default: the teacher's weights]")
 @click.option("--negatives", type=file, metavar="FILE", help="Negative prompts to train with (NASA-T), and --set nasa_max=1.")
+@click.option("--edits", type=file, metavar="FILE", help="What negatives should do (.jsonl), and --set edit_weight=1 --set nasa_max=1.")
 @click.option("--clip", type=folder, metavar="FOLDER", help="A CLIP model for the clamped CLIP loss, and --set clip_weight=0.1.")
 @click.option("--states", type=folder, metavar="FOLDER", help="Where the text states are kept, for several runs.  [default: in --out]")
 @compile_option
@@ -125,6 +126,7 @@ def student(
     settings: tuple[str, ...],
     start: Path | None,
     negatives: Path | None,
+    edits: Path | None,
     clip: Path | None,
     states: Path | None,
     compiled: bool,
@@ -143,7 +145,7 @@ def student(
         base = find_recipe(recipe or DEFAULT[backbone])
         chosen = _recipe(type(base), settings, base)
         click.echo(described(chosen), err=True)
-        preset = distil(Task(backbone, teacher, prompts, out, start, negatives, clip, states), chosen, compiled)
+        preset = distil(Task(backbone, teacher, prompts, out, start, negatives, edits, clip, states), chosen, compiled)
     click.echo(f"the student is in {quote(out)}: snoopi-rt export --preset {preset} --weights {quote(out)} --out BUNDLE")
 
 

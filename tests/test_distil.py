@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny_students
 import torch
@@ -16,10 +15,9 @@ from safetensors.torch import load_file
 
 from snoopi_rt.engines.base import InputError, OutputError
 from snoopi_rt.export.backbones import find_backbone
-from snoopi_rt.export.training import loop, negative_pairs
+from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.distil import Task, train
 from snoopi_rt.export.training.distillation import Distillation
-from snoopi_rt.export.training.draws import draw
 from snoopi_rt.export.training.merge import merge
 from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.recipe import RECIPES, Recipe, described, find_recipe, table
@@ -212,159 +210,68 @@ def test_nasa_t_trains_with_negatives(teachers: Path, tmp_path: Path) -> None:
         distil(teachers, tmp_path / "c", given=negatives)
 
 
-def test_negatives_in_the_picture_are_heeded_and_others_ignored(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    learn = {"vsd_weight": 0.0, "negative_weight": 1.0, "nasa_max": 1.0, "negative_pairs": 8, "negative_choice": 2, "warm_calls": 2}
-    given = {"negatives": teachers / "negatives.txt"}
-    for name, share in (("ignored", 0.0), ("heeded", 1.0)):
-        monkeypatch.setattr(negative_pairs, "HEEDED", share)
-        steps = distil(teachers, tmp_path / name, given=given, steps=25, lr=3e-3, **learn)
-        assert not {"vsd", "lora"} & steps[0].keys()
-        found = [row[name] for row in steps if row[name]]
-        assert sum(found[-3:]) < 0.8 * sum(found[:3])
-    pairs = {path.stem.split("-")[-1]: np.load(path) for path in (tmp_path / "heeded" / "negative-pairs").iterdir()}
-    heeded, _ = negative_pairs.chosen(pairs["tried"], pairs["scores"], ["fog", "a blue moon"])
-    assert (pairs["done"] == np.where(heeded >= 0, 3, 1)).all() and (heeded >= 0).any()
-    assert not (tmp_path / "heeded" / "states" / "unstressed").exists()
-    with pytest.raises(InputError, match="a negative_weight above 0 needs negatives"):
-        distil(teachers, tmp_path / "none", negative_weight=1.0)
-    with pytest.raises(InputError, match="negatives need a vsd_weight or a negative_weight above 0"):
-        distil(teachers, tmp_path / "none", given=given, nasa_max=1.0, vsd_weight=0.0, warm_weight=1.0)
+EDITS = [
+    {"prompt": "a cat in the fog", "negative_prompt": "fog", "wanted_prompt": "a cat"},
+    {"prompt": "a cat", "negative_prompt": "a blue moon", "wanted_prompt": "a cat"},
+]
 
 
-def test_what_is_in_a_picture_is_what_the_teacher_denoises_it_with_and_the_teacher_is_guided_away_from_it(
-    teachers: Path, tmp_path: Path
-) -> None:
-    task = Task("pixart", teachers / "pixart", teachers / "prompts.txt", tmp_path, negatives=teachers / "negatives.txt")
-    recipe = replace(TINY, vsd_weight=0.0, negative_weight=1.0, nasa_max=1.0, negative_pairs=4, negative_choice=2, warm_calls=1)
-    schedule = Schedule.of(task.teacher)
-    run = Distillation(task, recipe, find_backbone("pixart").denoiser(), schedule, Processes(), False)
-    pairs, four = run.negative_pairs, np.arange(4)
-    fog, empty = (run.prompts.negative([row] * 4) for row in (0, -1))
-    pairs.heeded = np.array([0, 0, 0, 0])
-    pairs._guide_away(four)
-    noise, text = run.given(four.tolist())
-    t = torch.full((4,), 999)
-    with run.teachers.frozen() as network:
-        c, n, e = (run.say(network, noise, t, states) for states in (text, fog, empty))
-    s = 1.5 * pairs._share(four).view(-1, 1, 1, 1)
-    wanted = schedule.x0(noise, e + 2.0 * (c - s * (n - e) - e), t)  # kappa's mean is 2
-    torch.testing.assert_close(torch.from_numpy(pairs._away[:]).float(), wanted, rtol=2e-3, atol=1e-2 * wanted.std().item())
-    assert (wanted - schedule.x0(noise, e + 2.0 * (c - e), t)).abs().mean() > 0.1 * wanted.std()
-
-    class Foggy:
-        """A world in which the noise is what the teacher says of fog."""
-
-        noised = staticmethod(schedule.noised)
-
-        @staticmethod
-        def target(x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return run.say(run.teachers.network, schedule.noised(x0, eps, t), t, fog)
-
-    assert not pairs.left_out.any()
-    run.schedule = Foggy()
-    pairs._look(four)
-    asked = np.isinf(pairs._scores)
-    assert (pairs._scores[(pairs._tried == 0) & ~asked] < 0).all() and (pairs._tried == 0).any()
-    assert (pairs._scores[(pairs._tried == 1) & ~asked] > pairs._scores[(pairs._tried == 0) & ~asked].max()).all()
+def distillation(root: Path, out: Path, given: dict[str, Any] | None = None, backbone: str = "pixart", **settings: Any) -> Distillation:
+    """A run that has not begun."""
+    task = Task(backbone, root / backbone, root / "prompts.txt", out, **(given or {}))
+    return Distillation(task, replace(TINY, **settings), find_backbone(backbone).denoiser(), Schedule.of(task.teacher), Processes(), False)
 
 
-def test_the_teacher_says_more_of_the_words_that_are_stressed(teachers: Path, tmp_path: Path) -> None:
-    task = Task("pixart", teachers / "pixart", teachers / "prompts.txt", tmp_path)
-    recipe = replace(TINY, stressed="red, in the fog", warm_weight=1.0, warm_pairs=4, warm_calls=1)
-    schedule = Schedule.of(task.teacher)
-    run = Distillation(task, recipe, find_backbone("pixart").denoiser(), schedule, Processes(), False)
-    four = range(4)
-    noise, text = run.given(four)
-    t = torch.full((4,), 999)
-    with run.teachers.frozen() as network:
-        c, w, e = (run.say(network, noise, t, states) for states in (text, run.prompts.without_stress(four), run.prompts.batch([-1] * 4)))
-    assert [not torch.equal(*pair) for pair in zip(c, w, strict=True)] == [True, True, False, False]
-    wanted = schedule.x0(noise, e + 2.0 * (c + 0.5 * (c - w) - e), t)  # kappa's mean is 2
-    run.pictures.loss(0, four)
-    torch.testing.assert_close(torch.from_numpy(run.pictures._latents[:]).float(), wanted, rtol=2e-3, atol=1e-2 * wanted.std().item())
-    # VSD's gradient at noise alone: the LoRA teacher is the frozen one still, so what is left of it is guidance and stress.
-    draws = replace(draw(recipe, 0, four, run.shape, 0, run.device), t=t, kappa=torch.full((4,), 0.5))
-    empty, unstressed = run.prompts.batch([-1] * 4), run.prompts.without_stress(four)
-    more, less = (run._gradient(wanted, draws, text, empty, words, None) for words in (unstressed, None))
-    assert [not torch.equal(*pair) for pair in zip(more, less, strict=True)] == [True, True, False, False]
+def test_a_negative_gives_the_students_own_picture_of_the_wanted_prompt(teachers: Path, tmp_path: Path) -> None:
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text("".join(json.dumps(row) + "\n" for row in EDITS))
+    learn = {"vsd_weight": 0.0, "warm_weight": 1e-6, "warm_pairs": 4, "warm_calls": 1, "edit_weight": 1.0, "nasa_max": 1.0}
+    run = distillation(teachers, tmp_path / "run", {"edits": edits}, lr=3e-3, **learn)
+    _, loss, parts = run.edits.loss(0, range(4))
+    # Both rows come twice in a batch of four: one has to change, the other to stay.
+    assert loss.item() == pytest.approx((parts["heeded"] + parts["kept"]).item() / 2)
+    # A student that heeds no negative misses the wanted picture by what the words change.
+    noise = torch.randn(2, *run.shape)
+    prompt, _, wanted = run.prompts.edit([0, 1])
+    plain, target = run.clean(noise, prompt, None), run.clean(noise, wanted, None)
+    assert torch.equal(plain[1], target[1]) and not torch.allclose(plain[0], target[0])
+    rows = [run.step(i) for i in range(60)]
+    early, late = (sum(row["heeded"] for row in part) for part in (rows[:5], rows[-5:]))
+    assert late < 0.7 * early
 
 
-def test_a_run_that_goes_on_has_the_pairs_that_it_began_with(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    always_save(monkeypatch)
-    given = {"negatives": teachers / "negatives.txt"}
-    learn = {"vsd_weight": 0.0, "negative_weight": 1.0, "nasa_max": 1.0, "negative_pairs": 8, "negative_choice": 2, "warm_calls": 2}
-    whole = distil(teachers, tmp_path, given=given, **learn)
-    for checkpoint in sorted((tmp_path / "checkpoints").iterdir())[1:]:
-        checkpoint.unlink()
-    assert distil(teachers, tmp_path, given=given, **learn) == whole
+def test_the_discriminator_tells_the_student_from_its_teacher_and_only_the_heads_learn_that(teachers: Path, tmp_path: Path) -> None:
+    learn = {"vsd_weight": 0.0, "warm_weight": 1.0, "warm_pairs": 8, "warm_calls": 1, "adversarial_weight": 0.1, "lr": 1e-9}
+    for backbone in ("pixart", "sd15"):
+        run = distillation(teachers, tmp_path / backbone, backbone=backbone, **learn)
+        frozen = {name: value.clone() for name, value in run.teachers.network.named_parameters()}
+        rows = [run.step(i) for i in range(40)]
+        early, late = (sum(row["heads"] for row in part) / len(part) for part in (rows[:5], rows[-5:]))
+        assert late < 0.9 * early, backbone
+        assert all(torch.equal(value, frozen[name]) for name, value in run.teachers.network.named_parameters())
+        _, loss, _ = run.discriminator.student_loss(0, range(4))
+        loss.backward()
+        assert all(parameter.grad is None for parameter in run.discriminator.heads.parameters())
+        assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in run.student.parameters())
 
 
-def test_a_stressed_negative_is_heeded_as_the_prompt_without_it(teachers: Path, tmp_path: Path) -> None:
-    task = Task("pixart", teachers / "pixart", teachers / "prompts.txt", tmp_path, negatives=teachers / "negatives.txt")
-    learn = {"vsd_weight": 0.0, "negative_weight": 1.0, "nasa_max": 1.0, "negative_pairs": 8, "negative_choice": 8, "warm_calls": 1}
-    recipe = replace(TINY, stressed="red, fog", **learn)
-    run = Distillation(task, recipe, find_backbone("pixart").denoiser(), Schedule.of(task.teacher), Processes(), False)
-    pairs = run.negative_pairs
-    # Of five prompts the second has the fog, so that of eight pairs the second and the seventh do.
-    assert np.flatnonzero(pairs.left_out).tolist() == [1, 6]
-    noise, _ = run.given([1, 6])
-    with torch.no_grad():
-        own = run.clean(noise, run.prompts.without_stress([1, 1]), None)
-    torch.testing.assert_close(torch.from_numpy(pairs._away[[1, 6]]).float(), own, rtol=2e-3, atol=2e-3)
-    assert pairs._share(np.arange(8))[[1, 6]].tolist() == [1, 1]
-    # Without a negative, these and the one that has red are the teacher's, and the others the student's own.
-    noise, text = run.given(range(5))
-    with torch.no_grad():
-        stressed = run.teacher_pictures(noise, text, 1, run.prompts.without_stress(range(5)))
-        wanted = torch.where(torch.tensor([1, 1, 0, 0, 0]).bool().view(-1, 1, 1, 1), stressed, run.clean(noise, text, None))
-    torch.testing.assert_close(torch.from_numpy(pairs._plain[:5]).float(), wanted, rtol=2e-3, atol=2e-3 * wanted.std().item())
-
-
-def test_a_flaw_that_nobody_asked_for_is_heeded_as_the_picture_that_the_teacher_finishes_away_from_it(
-    teachers: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "prompts.txt").write_text("cats\na photo of dogs\n")
-    (tmp_path / "negatives.txt").write_text("fog\n")
-    task = Task("pixart", teachers / "pixart", tmp_path / "prompts.txt", tmp_path, negatives=tmp_path / "negatives.txt")
-    learn = {"vsd_weight": 0.0, "negative_weight": 1.0, "nasa_max": 1.0, "negative_pairs": 4, "negative_choice": 2, "warm_calls": 1}
-    run = Distillation(
-        task, replace(TINY, stressed="fog", **learn), find_backbone("pixart").denoiser(), Schedule.of(task.teacher), Processes(), False
-    )
-    pairs, four = run.negative_pairs, np.arange(4)
-    assert not pairs.heeded.any() and (pairs.ignored == -1).all() and not pairs.left_out.any()
-    noise, text = run.given(four.tolist())
-    with torch.no_grad():
-        own = run.clean(noise, text, None)
-        away = run.prompts.negative([0] * 4), 0.8 * pairs._share(four)
-        wanted = run.teacher_pictures(noise, text, 3, away=away, begun=(own, 200))
-        whole = run.teacher_pictures(noise, text, 3, away=away)
-    torch.testing.assert_close(torch.from_numpy(pairs._away[:]).float(), wanted, rtol=2e-3, atol=2e-3 * wanted.std().item())
-    assert (wanted - own).abs().mean() < 0.5 * (whole - own).abs().mean()
-
-
-def test_one_of_two_things_is_heeded_as_the_prompt_of_the_other_and_the_only_one_not_at_all(teachers: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("cats and dogs\ncats\na photo of dogs\n")
-    (tmp_path / "negatives.txt").write_text("dogs\nfog\n")
-    task = Task("pixart", teachers / "pixart", tmp_path / "prompts.txt", tmp_path, negatives=tmp_path / "negatives.txt")
-    learn = {"vsd_weight": 0.0, "negative_weight": 1.0, "nasa_max": 1.0, "negative_pairs": 6, "negative_choice": 8, "warm_calls": 1}
-    run = Distillation(task, replace(TINY, **learn), find_backbone("pixart").denoiser(), Schedule.of(task.teacher), Processes(), False)
-    pairs = run.negative_pairs
-    assert np.flatnonzero(pairs.left_out).tolist() == [0, 3] and not pairs.heeded[[0, 3]].any()
-    assert (pairs.heeded[[2, 5]] != 0).all() and (pairs.ignored[[2, 5]] != 0).all()
-    noise, _ = run.given([0, 3])
-    with torch.no_grad():
-        own = run.clean(noise, run.prompts.batch([1, 1]), None)
-    torch.testing.assert_close(torch.from_numpy(pairs._away[[0, 3]]).float(), own, rtol=2e-3, atol=2e-3)
-
-
-def test_the_best_recognised_negative_is_heeded_and_a_clearly_absent_one_ignored() -> None:
-    tried = np.array([[0, 1], [1, 2], [2, 0], [0, 2]])
-    scores = np.array([[-2.0, 3.0], [1.0, 4.0], [5.0, -np.inf], [0.5, 2.0]])
-    heeded, ignored = negative_pairs.chosen(tried, scores, ["fog", "rain", "fog"])
-    assert heeded.tolist() == [0, -1, 0, -1]  # of "fog", asked for or seen
-    assert ignored.tolist() == [1, 2, 2, 2]  # the median of rain is 2, of fog 1.25
-    heeded, ignored = negative_pairs.chosen(tried[:1], scores[:1], ["fog", "rain"])
-    assert (heeded.tolist(), ignored.tolist()) == ([0], [-1])  # one score is its own median
+@pytest.mark.parametrize(
+    ("row", "settings", "words"),
+    [
+        (
+            {"prompt": "a cat"},
+            {"edit_weight": 1.0, "nasa_max": 1.0},
+            "line 1 of .* is no JSON object with texts for prompt, negative_prompt",
+        ),
+        (EDITS[0], {}, "edits need both: a file of them and an edit_weight above 0"),
+        (EDITS[0], {"edit_weight": 1.0}, "need a nasa_max above 0"),
+    ],
+)
+def test_edits_that_cannot_be_are_one_line(teachers: Path, tmp_path: Path, row: dict, settings: dict[str, float], words: str) -> None:
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text(json.dumps(row))
+    with pytest.raises(InputError, match=words):
+        distil(teachers, tmp_path / "none", given={"edits": edits}, **settings)
 
 
 def test_the_clip_loss_needs_a_model_and_raises_the_similarity(teachers: Path, tmp_path: Path) -> None:
@@ -437,7 +344,7 @@ def test_the_papers_settings_are_recipes_and_print_in_full() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda: find_recipe("none"), "unknown recipe 'none', choose from small, small-negatives"),
+        (lambda: find_recipe("none"), "unknown recipe 'none', choose from small, snoopi-sd15"),
         (lambda: replace(TINY, kappa_min=4.0), "kappa_min is above kappa_max"),
         (lambda: replace(TINY, weight="other"), "weight is 'other', choose from dmd, swiftbrush"),
         (lambda: replace(TINY, t_max=1000), "timesteps lie between 0 and 999"),

@@ -33,7 +33,8 @@ MARGIN = 2  # cells around it that are decoded, too, and not compared
 class PixelShuffleDecoder(ModelMixin, ConfigMixin):
     """AutoencoderTiny's decoder with one stage more: latents (B, 8, h, w) to pictures (B, 3, 16 h, 16 w) in [-1, 1]; 0.3 M parameters.
 
-    The last stage works on 16 channels that a pixel shuffle makes of the stage before, since 32 at full resolution would take twice as long as all else.
+    The last stage works on 16 channels that a pixel shuffle makes of the stage before: 32 at full resolution would take twice as long as
+    all else.
     """
 
     @register_to_config
@@ -53,7 +54,9 @@ class PixelShuffleDecoder(ModelMixin, ConfigMixin):
 class _Decoder(nn.Module):
     def __init__(self, latent_channels: int, channels: int, blocks: tuple[int, ...], last_channels: int, last_blocks: int):
         super().__init__()
-        tiny = DecoderTiny(latent_channels, 3, blocks, (channels,) * len(blocks), upsampling_scaling_factor=2, act_fn="relu", upsample_fn="nearest")
+        tiny = DecoderTiny(
+            latent_channels, 3, blocks, (channels,) * len(blocks), upsampling_scaling_factor=2, act_fn="relu", upsample_fn="nearest"
+        )
         self.layers = tiny.layers[:-1]
         self.last = nn.Sequential(
             nn.Conv2d(channels, 4 * last_channels, 3, padding=1),

@@ -37,6 +37,8 @@ def train(task: Task, recipe: Recipe, compiled: bool = False, sample_every: int 
     distillation = Distillation(task, recipe, denoiser, schedule, processes, compiled)
     stage = loop.Stage("student", task.out, recipe, _inputs(task, denoiser), sample_every, wrong=distillation.wrong)
     parts = {"student": distillation.weights, "lora": distillation.lora_weights}
+    if distillation.discriminator is not None:
+        parts["heads"] = distillation.head_weights
     loop.run(stage, parts, lambda i, random: distillation.step(i), distillation.sample, processes)
     if processes.main:
         write_beside(task.teacher, denoiser.part, distillation.finished(), task.out)
@@ -59,7 +61,12 @@ def _same(one: Any, other: Any) -> bool:
 
 def _inputs(task: Task, denoiser: Denoiser) -> dict[str, str]:
     """Fingerprints of all that a resumed run must find unchanged."""
-    files = {"prompts": task.prompts, "negatives": task.negatives, "scheduler": task.teacher / "scheduler" / "scheduler_config.json"}
+    files = {
+        "prompts": task.prompts,
+        "negatives": task.negatives,
+        "edits": task.edits,
+        "scheduler": task.teacher / "scheduler" / "scheduler_config.json",
+    }
     weights = {"teacher": task.teacher / denoiser.part, "student": task.student and task.student / denoiser.part, "clip": task.clip}
     return {
         "backbone": task.backbone,

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from snoopi_rt.export.backbones.network import load_decoder, read_latent
 from snoopi_rt.export.guidance import find_guidance
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.presets.rows import PRESETS
+from snoopi_rt.export.training.adversarial import Discriminator
 from snoopi_rt.export.training.clip_loss import ClipJudge
 from snoopi_rt.export.training.draws import Draws, draw, draw_lora, pair_noise
-from snoopi_rt.export.training.negative_pairs import NegativePairs
+from snoopi_rt.export.training.edits import Edits, read_edits
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.pgsb import guided, kappas, lora_loss, vsd_gradient, vsd_loss
 from snoopi_rt.export.training.processes import Processes
-from snoopi_rt.export.training.prompt_files import read_prompts
 from snoopi_rt.export.training.prompts import Prompts
 from snoopi_rt.export.training.recipe import Recipe
 from snoopi_rt.export.training.sampling import ddim
@@ -34,7 +33,7 @@ from snoopi_rt.export.training.teacher_pictures import TeacherPictures
 from snoopi_rt.export.training.teachers import Teachers, with_lora, without_adapters
 from snoopi_rt.export.training.text_states import Text, joined, states_key
 from snoopi_rt.export.weights.checkpoint import load_module
-from snoopi_rt.export.weights.files import CONFIG, fingerprint
+from snoopi_rt.export.weights.files import CONFIG
 from snoopi_rt.export.weights.text_files import read_json
 from snoopi_rt.kernels import attention, fused_attention
 
@@ -81,7 +80,10 @@ class Distillation:
             # Student and teachers, with gradients and without, batches and sheets: each is a graph of its own.
             torch._dynamo.config.recompile_limit = 64
             self._answer = torch.compile(denoiser.answer)
-        self.negative_pairs = self._negative_pairs(task.negatives) if task.negatives and recipe.negative_weight else None
+        self.edits = None if task.edits is None else Edits(self, [edit.changes for edit in read_edits(task.edits)])
+        self.discriminator = Discriminator(self) if recipe.adversarial_weight else None
+        if self.discriminator is not None:
+            self.head_weights = MasterWeights(self.discriminator.heads, weight_decay=0.0, ema=0.0, **optimiser | {"betas": (0.5, 0.99)})
         self.decoder = load_decoder(Weights(task.teacher), self.preset) if processes.main else None
 
     def step(self, i: int) -> dict[str, float]:
@@ -107,6 +109,15 @@ class Distillation:
             drawn.append(x0.detach())
         rate = learning_rate(recipe.lr, i, recipe.steps, warmup=recipe.warmup, decay_from=recipe.decay_from)
         norms = {"norm": self.weights.step(rate)}
+        if self.discriminator is not None and not warming:
+            for chunk in chunks:
+                part = len(chunk) / len(share)
+                loss, values = self.discriminator.heads_loss(i, chunk)
+                (loss * part).backward()
+                if len(chunks) > 1:
+                    self.head_weights.accumulate()
+                add(values, part)
+            norms["heads_norm"] = self.head_weights.step(recipe.heads_lr)
         for turn in range(0 if warming or not recipe.vsd_weight else recipe.lora_steps):
             for chunk, x0 in zip(chunks, drawn, strict=True):
                 part = len(chunk) / len(share)
@@ -146,6 +157,7 @@ class Distillation:
 
         No step can follow: what only training needs is let go first, since the student becomes twice as large.
         """
+        self.discriminator = None
         del self.teachers, self.lora_weights
         self.weights.adams.clear()
         self.student.float()
@@ -175,8 +187,10 @@ class Distillation:
             terms.append((recipe.vsd_weight, self._vsd_loss))
         if self.pictures is not None and (warming or recipe.warm_weight):
             terms.append((1.0 if warming else recipe.warm_weight, self.pictures.loss))
-        if self.negative_pairs is not None and not warming:
-            terms.append((recipe.negative_weight, self.negative_pairs.loss))
+        if self.edits is not None and not warming:
+            terms.append((recipe.edit_weight, self.edits.loss))
+        if self.discriminator is not None and not warming:
+            terms.append((recipe.adversarial_weight, self.discriminator.student_loss))
         found = [term(i, samples) for _, term in terms]
         loss = torch.stack([weight * part for (weight, _), (_, part, _) in zip(terms, found, strict=True)]).sum()
         return found[0][0], loss, {name: value for _, _, values in found for name, value in values.items()}
@@ -188,7 +202,7 @@ class Distillation:
         text, empty = self.prompts.batch(rows), self.prompts.batch([-1] * len(rows))
         negative = self.prompts.negative(draws.negative)
         x0 = self.clean(draws.noise, text, None if negative is None else (negative, recipe.nasa_max * draws.nasa))
-        gradient = self._gradient(x0.detach(), draws, text, empty, self.prompts.without_stress(rows), negative)
+        gradient = self._gradient(x0.detach(), draws, text, empty, negative)
         loss, values = vsd_loss(x0, gradient), {"vsd": gradient.square().mean()}
         if self.judge is not None:
             weight = recipe.clip_weight * (1 - i / recipe.steps)
@@ -197,13 +211,13 @@ class Distillation:
         return x0, loss, values
 
     @torch.no_grad()
-    def _gradient(self, x0: Tensor, draws: Draws, text: Text, empty: Text, unstressed: Text | None, negative: Text | None) -> Tensor:
+    def _gradient(self, x0: Tensor, draws: Draws, text: Text, empty: Text, negative: Text | None) -> Tensor:
         """`negative`: what the frozen teacher is guided away from besides the empty prompt, as far as the student is (NASA-T)."""
         recipe, schedule = self.recipe, self.schedule
         x_t = schedule.noised(x0, draws.eps, draws.t)
         frozen, lora = kappas(draws.kappa, recipe.kappa_min, recipe.kappa_max, recipe.kappa_on, recipe.lora_kappa)
         with self.teachers.frozen() as network:
-            wanted, unwanted = self._stressed(network, x_t, draws.t, text, empty, unstressed)
+            wanted, unwanted = self.both(network, x_t, draws.t, text, empty)
             if negative is not None:
                 unwanted = guided(self.say(network, x_t, draws.t, negative), unwanted, draws.nasa.view(-1, 1, 1, 1))
             frozen_x0 = schedule.x0(x_t, guided(wanted, unwanted, frozen), draws.t)
@@ -222,56 +236,22 @@ class Distillation:
         return lora_loss(said, self.schedule.target(x0, draws.eps, draws.t), alpha, self.recipe.lora_weighted)
 
     def _teacher_pictures(self) -> TeacherPictures:
-        facts = [self.recipe.stressed_words, self.recipe.stress] if self.recipe.stressed_words else []
-        with self.processes.first():
-            return TeacherPictures(self, self.task.out / "pictures", self._pairs_key(*facts))
-
-    def _pairs_key(self, *facts: Any) -> str:
-        """Of all on which the pairs of noise and prompt depend, and what is drawn of them."""
         recipe, task = self.recipe, self.task
+        # All on which the pairs of noise and prompt depend, and what the teacher draws of them.
         own = [recipe.seed, recipe.timestep, recipe.warm_calls, recipe.kappa_min + recipe.kappa_max, recipe.precision]
-        known = [states_key(task.prompts, task.teacher / self.denoiser.part), *own, *facts]
-        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
-
-    def _negative_pairs(self, negatives: Path) -> NegativePairs:
-        recipe, task, part = self.recipe, self.task, self.denoiser.part
-        start = fingerprint(*sorted(((task.student or task.teacher) / part).glob("*.safetensors")))
-        facts = [recipe.stressed_words, recipe.stress, recipe.negation, recipe.negative_choice, recipe.negative_pairs]
-        key = self._pairs_key(start, states_key(negatives, task.teacher / part), *facts)
-        prompts = list(islice(read_prompts(task.prompts), recipe.negative_pairs))
+        key = hashlib.sha256(json.dumps([states_key(task.prompts, task.teacher / self.denoiser.part), *own]).encode()).hexdigest()[:16]
         with self.processes.first():
-            pairs = NegativePairs(self, task.out / "negative-pairs", key, prompts, list(read_prompts(negatives)))
-            pairs.draw()
-        return pairs
+            return TeacherPictures(self, task.out / "pictures", key)
 
     def given(self, pairs: Sequence[int]) -> tuple[Tensor, Text]:
         """The noise (B, C, h, w) and the prompts of some pairs, by their numbers."""
         return pair_noise(self.recipe, pairs, self.shape, self.device), self.prompts.batch(self.prompts.of_pairs(pairs))
 
-    def teacher_pictures(
-        self,
-        noise: Tensor,
-        text: Text,
-        calls: int,
-        unstressed: Text | None = None,
-        away: tuple[Text, Tensor] | None = None,
-        begun: tuple[Tensor, int] | None = None,
-    ) -> Tensor:
-        """Clean latents (B, C, h, w) fp32 of the frozen teacher in so many calls, guided by kappa's mean.
-
-        unstressed: the prompts without their stressed words. away: negatives, and by how much of each (B,) the prompt c is lessened:
-        c - s (n - empty) takes its place. begun: what the teacher finishes, and the timesteps that it has for that.
-        """
-        empty = self.prompts.batch([-1] * len(noise))
+    def teacher_pictures(self, noise: Tensor, text: Text, calls: int) -> Tensor:
+        """Clean latents (B, C, h, w) fp32 of the frozen teacher in so many calls, guided by kappa's mean."""
+        empty, scale = self.prompts.batch([-1] * len(noise)), (self.recipe.kappa_min + self.recipe.kappa_max) / 2
         with self.teachers.frozen() as network:
-
-            def answers(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-                wanted, nothing = self._stressed(network, x_t, t, text, empty, unstressed)
-                if away is not None:
-                    wanted = wanted - away[1].view(-1, 1, 1, 1) * (self.say(network, x_t, t, away[0]) - nothing)
-                return wanted, nothing
-
-            return ddim(self.schedule, answers, noise, calls, (self.recipe.kappa_min + self.recipe.kappa_max) / 2, begun)
+            return ddim(self.schedule, lambda x_t, t: self.both(network, x_t, t, text, empty), noise, calls, scale)
 
     def clean(self, noise: Tensor, text: Text, negative: tuple[Text, Tensor] | None) -> Tensor:
         """Clean latents (B, C, h, w) fp32 of the student in one call, with a negative and its scale (B,)."""
@@ -283,15 +263,6 @@ class Distillation:
         """The answers to two prompts, in one call."""
         first, second = self.say(network, torch.cat([x_t, x_t]), torch.cat([t, t]), joined(text, other)).chunk(2)
         return first, second
-
-    def _stressed(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, text: Text, empty: Text, unstressed: Text | None
-    ) -> tuple[Tensor, Tensor]:
-        """The answers to a prompt and to the empty one; the first moved on from that to the prompt without its stressed words."""
-        wanted, nothing = self.both(network, x_t, t, text, empty)
-        if unstressed is not None:
-            wanted = wanted + self.recipe.stress * (wanted - self.say(network, x_t, t, unstressed))
-        return wanted, nothing
 
     def say(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Text, negative: tuple | None = None) -> Tensor:
         return self._answer(network, x_t.to(self.dtype), t, text.states, text.mask, negative, self.size).float()
@@ -307,7 +278,7 @@ class Distillation:
         tokens = (self.shape[-1] // getattr(self.student.config, "patch_size", 1)) ** 2
         form = attention if self.device.type == "cpu" and tokens <= SHORT else fused_attention
         self.teachers.set_attention(PlainAttention(form))
-        if not self.prompts.negatives:
+        if not self.recipe.nasa_max:
             self.student.set_attn_processor(PlainAttention(form))
         else:
             attend = None

@@ -1,12 +1,13 @@
-"""What a run is told: the states of its prompts, of the same without their stressed words, and of its negatives."""
+"""What a run is told: the states of its prompts, of its negatives, and of its edits."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from snoopi_rt.export.backbones import Denoiser
-from snoopi_rt.export.training.prompt_files import read_prompts, without
+from snoopi_rt.export.training.edits import read_edits
+from snoopi_rt.export.training.prompt_files import read_prompts
 from snoopi_rt.export.training.recipe import Recipe
 from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.training.text_states import Text, TextStates, encode_prompts, shuffled, states_key
@@ -22,8 +23,8 @@ class Prompts:
         self._task, self._seed, self._batch = task, recipe.seed, recipe.batch
         self._denoiser, self._max_tokens, self._to = denoiser, max_tokens, (device, dtype)
         self._texts = self._states(task.prompts, "prompts")
-        self._unstressed = self._states(task.prompts, "unstressed", recipe.stressed_words) if recipe.stressed_words else None
         self._negatives = None if task.negatives is None else self._states(task.negatives, "negatives")
+        self._edits = [] if task.edits is None else [self._edit_states(task.edits, part) for part in ("prompt", "negative", "wanted")]
         self.first, self.negatives = self._texts.first, len(self._negatives or ())
 
     def __len__(self) -> int:
@@ -33,13 +34,14 @@ class Prompts:
         """These prompts."""
         return self._texts.batch(rows).to(*self._to)
 
-    def without_stress(self, rows: Sequence[int]) -> Text | None:
-        """These prompts without the words that are stressed, None where no words are."""
-        return None if self._unstressed is None else self._unstressed.batch(rows).to(*self._to)
-
     def negative(self, rows: Sequence[int]) -> Text | None:
         """These negatives, None where there are none."""
         return None if self._negatives is None else self._negatives.batch(rows).to(*self._to)
+
+    def edit(self, rows: Sequence[int]) -> tuple[Text, Text, Text]:
+        """The prompts, the negatives and the wanted prompts of these edits."""
+        prompt, negative, wanted = (states.batch(rows).to(*self._to) for states in self._edits)
+        return prompt, negative, wanted
 
     def of_step(self, step: int, samples: range) -> list[int]:
         """The rows of some samples of a step's batch: all prompts in a new order each time."""
@@ -49,16 +51,13 @@ class Prompts:
         """The rows of some pairs of noise and prompt, by their numbers."""
         return [pair % len(self) for pair in pairs]
 
-    def encoded(self, texts: Callable[[], Iterable[str]], key: str, folder: Path) -> TextStates:
-        """The states of other texts, kept in a folder under a key."""
+    def _states(self, prompts: Path, name: str) -> TextStates:
+        return self._encoded(lambda: read_prompts(prompts), prompts, name)
+
+    def _edit_states(self, edits: Path, part: str) -> TextStates:
+        return self._encoded(lambda: (getattr(edit, part) for edit in read_edits(edits)), edits, f"edits-{part}")
+
+    def _encoded(self, texts: Callable[[], Iterable[str]], file: Path, name: str) -> TextStates:
         encoder = self._denoiser.prompt_encoder(self._task.teacher, self._max_tokens)
-        return encode_prompts(texts, key, encoder, self._denoiser.masked, folder)
-
-    def _states(self, prompts: Path, name: str, less: Sequence[str] = ()) -> TextStates:
-        """Of the prompts of a file, without the words `less`."""
-
-        def texts() -> Iterator[str]:
-            return (without(prompt, less) for prompt in read_prompts(prompts)) if less else read_prompts(prompts)
-
-        key = " less ".join([states_key(prompts, self._task.teacher / "text_encoder"), *less])
-        return self.encoded(texts, key, self._task.states_folder(name))
+        key = states_key(file, self._task.teacher / "text_encoder")
+        return encode_prompts(texts, key, encoder, self._denoiser.masked, self._task.states_folder(name))

@@ -19,21 +19,19 @@ class Recipe(stage_recipe.Recipe):
     are computed again in the backward pass instead of being kept.
 
     kappa ~ U(kappa_min, kappa_max) on the teachers of kappa_on, one draw a sample or one a batch; elsewhere the mean. lora_kappa: above 0
-    it is the LoRA teacher's scale instead; at 1, as in DMD, the student learns the guided teacher and not the teacher. stressed: words,
-    with commas between them, that a student in one call understates ("blurry, pixelated"): where a prompt has them the frozen teacher says
-    c + stress (c - w) in place of c, w being its answer to the prompt without them. t_min to t_max: the timesteps of the VSD gradient;
-    weight: see pgsb.vsd_gradient. lora_rank: 0 makes the LoRA teacher a full copy. lora_weighted: see pgsb.lora_loss. empty: the share of
-    prompts that the LoRA teacher sees as the empty one, without which guidance on it means nothing.
+    it is the LoRA teacher's scale instead; at 1, as in DMD, the student learns the guided teacher and not the teacher. t_min to t_max: the
+    timesteps of the VSD gradient, and of the discriminator; weight: see pgsb.vsd_gradient. lora_rank: 0 makes the LoRA teacher a full copy.
+    lora_weighted: see pgsb.lora_loss. empty: the share of prompts that the LoRA teacher sees as the empty one, without which guidance on it
+    means nothing.
 
     timestep: what the student is fed, -1 is the backbone's. student_rank: 0 trains all of the student, else a LoRA that is merged at the
     end. warm_steps: so many steps first that bring the student near the teacher's own pictures of warm_pairs pairs of noise and prompt,
     drawn in warm_calls calls at guidance kappa's mean. warm_weight: that distance's part of the loss in the steps after them (the
     regression loss of DMD, which keeps what VSD alone forgets). nasa_max: above 0 the student runs with NASA at a scale of U(0, nasa_max)
     and the frozen teacher has the negative in place of the empty prompt (NASA-T, v3 section 4.3), by the same share of it.
-    negative_weight: of what the student learns of negative_pairs pairs of noise and prompt, at scales up to nasa_max: to heed a negative
-    that is in its own picture, as its own picture of the prompt without it where that can be said, else as the teacher does, guided away
-    from it by `negation` times the student's share of the scale; and to ignore one that is not. Each pair's are found among
-    negative_choice negatives (see negative_pairs.py). vsd_weight: of VSD; 0 leaves it and the LoRA teacher out. clip_weight: of the clamped
+    edit_weight: of what a negative prompt should do to a picture, at scales up to nasa_max (see edits.py). adversarial_weight: of a
+    discriminator on the frozen teacher's features, whose real pictures are those of the warm_pairs (see adversarial.py); heads_lr: its own
+    learning rate. vsd_weight: of VSD; 0 leaves it and the LoRA teacher out. clip_weight: of the clamped
     CLIP loss, falling linearly to 0. collapse: the deviation of clean latents below which the run stops; theirs is about 1.
     """
 
@@ -45,8 +43,6 @@ class Recipe(stage_recipe.Recipe):
     kappa_on: Teachers = "both"
     kappa_per: Literal["sample", "batch"] = "sample"
     lora_kappa: float = 0.0
-    stressed: str = ""
-    stress: float = 0.5
     t_min: int = 20
     t_max: int = 980
     weight: Weight = "dmd"
@@ -71,10 +67,9 @@ class Recipe(stage_recipe.Recipe):
     warm_weight: float = 0.0
     nasa_max: float = 0.0
     vsd_weight: float = 1.0
-    negative_weight: float = 0.0
-    negative_pairs: int = 8192
-    negative_choice: int = 8
-    negation: float = 1.5
+    edit_weight: float = 0.0
+    adversarial_weight: float = 0.0
+    heads_lr: float = 1e-3
     clip_weight: float = 0.0
     clip_threshold: float = 0.37
     collapse: float = 0.05
@@ -91,17 +86,15 @@ class Recipe(stage_recipe.Recipe):
         for name in ("empty", "beta1", "beta2", "ema", "decay_from"):
             self._require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1")
         counts = ("micro_batch", "student_rank", "lora_rank", "warm_steps", "warmup")
-        weights = ("vsd_weight", "warm_weight", "negative_weight", "clip_weight")
-        for name in (*counts, *weights, "lora_kappa", "stress", "nasa_max", "negation", "collapse"):
+        weights = ("vsd_weight", "warm_weight", "edit_weight", "adversarial_weight", "clip_weight")
+        for name in (*counts, *weights, "lora_kappa", "nasa_max", "collapse"):
             self._require(getattr(self, name) >= 0, f"{name} must not be negative")
-        pairs = ("warm_pairs", "warm_calls", "negative_pairs", "negative_choice")
-        for name in (*pairs, "clip", "lora_lr", "lora_steps", "lora_alpha"):
+        for name in ("warm_pairs", "warm_calls", "clip", "lora_lr", "lora_steps", "lora_alpha", "heads_lr"):
             self._require(getattr(self, name) > 0, f"{name} must be above 0")
-        self._require(self.vsd_weight + self.warm_weight + self.negative_weight > 0, "all losses have the weight 0")
-
-    @property
-    def stressed_words(self) -> list[str]:
-        return [words.strip() for words in self.stressed.split(",") if words.strip()]
+        self._require(
+            self.vsd_weight + self.warm_weight > 0 or self.warm_steps == self.steps,
+            "nothing keeps the student good: set vsd_weight or warm_weight",
+        )
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
@@ -120,22 +113,14 @@ _SNOOPI: dict[str, Any] = {
     "warmup": 500,
 }
 _SMALL: dict[str, Any] = {"batch": 32, "kappa_min": 1.0, "kappa_max": 3.5, "beta1": 0.0, "beta2": 0.99, "ema": 0.998}
-_NEGATIVES: dict[str, Any] = {
-    "negative_weight": 1.0,
-    "negative_pairs": 12_288,
-    "negative_choice": 6,
-    "stressed": "blurry, pixelated, grayscale, grainy",
-    "stress": 1.0,
-}
 RECIPES = {
     "small": Recipe(3000, lr=1e-4, **_SMALL, decay_from=0.7),
-    "small-negatives": Recipe(3000, lr=2e-4, **_SMALL, **_NEGATIVES, decay_from=0.4, vsd_weight=0.0, nasa_max=1.0),
     "snoopi-sd15": Recipe(60_000, **_SNOOPI),
     "snoopi-sd21": Recipe(40_000, **_SNOOPI),
     "snoopi-pixart": Recipe(50_000, **{**_SNOOPI, "batch": 32}, kappa_max=3.0),
     "swiftbrush-sd21": Recipe(60_000, **{**_SNOOPI, "lora_alpha": 108}, kappa_min=4.5, kappa_max=4.5),
 }
-"""By name; `small-negatives` teaches a student which negatives to heed, `swiftbrush-sd21` has the fixed scale that PG-SB replaces."""
+"""By name; `swiftbrush-sd21` has the fixed scale that PG-SB replaces."""
 DEFAULT = {"small": "small", "sd15": "snoopi-sd15", "sd21": "snoopi-sd21", "pixart": "snoopi-pixart"}
 """The recipe of each backbone where none is named."""
 

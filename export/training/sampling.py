@@ -16,16 +16,13 @@ def ddim(
     noise: Tensor,
     calls: int,
     scale: float,
-    begun: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """Clean latents (B, C, h, w) fp32 in `calls` steps from pure noise at the last timestep, evenly spaced (diffusers' "trailing").
 
-    answers(x_t, t): the conditional and the empty prompt's answer. `scale`: of guidance, 1 is none. begun: clean latents that the steps
-    start from in place of pure noise, and how many of the schedule's timesteps are then left; they are noised to there by `noise`.
+    answers(x_t, t): the conditional and the empty prompt's answer. `scale`: of guidance, 1 is none.
     """
-    x0, left = (noise, len(schedule.alphas_cumprod)) if begun is None else begun
+    left, x_t = len(schedule.alphas_cumprod), noise
     steps = [round(left - i * left / calls) - 1 for i in range(calls)]
-    x_t = noise if begun is None else schedule.noised(x0, noise, torch.full((len(noise),), steps[0], device=noise.device))
     for now, following in zip(steps, [*steps[1:], None], strict=True):
         t = torch.full((len(noise),), now, device=noise.device)
         conditional, empty = answers(x_t, t)

@@ -11,8 +11,8 @@ from snoopi_rt.export.training.recipe import Recipe
 class Task:
     """What is distilled. teacher: a diffusers folder. student: where it starts from, none is the teacher's own weights.
 
-    prompts, negatives: files of prompts (.txt, .jsonl, .parquet); negatives for NASA-T. clip: a folder of a CLIPModel with its tokenizer.
-    states: the folder of all text states, none is one in `out`.
+    prompts, negatives: files of prompts (.txt, .jsonl, .parquet); negatives for NASA-T. edits: a file of what negatives should do, see
+    edits.py. clip: a folder of a CLIPModel with its tokenizer. states: the folder of all text states, none is one in `out`.
     """
 
     backbone: str
@@ -21,6 +21,7 @@ class Task:
     out: Path
     student: Path | None = None
     negatives: Path | None = None
+    edits: Path | None = None
     clip: Path | None = None
     states: Path | None = None
 
@@ -30,12 +31,14 @@ class Task:
 
     def check(self, recipe: Recipe) -> None:
         """Raises InputError where the recipe asks for what is not given, or leaves out what is."""
-        if (recipe.nasa_max > 0) != (self.negatives is not None):
-            raise InputError("NASA-T needs both: negatives and a nasa_max above 0")
-        if recipe.negative_weight and self.negatives is None:
-            raise InputError("a negative_weight above 0 needs negatives")
-        if self.negatives is not None and not (recipe.vsd_weight or recipe.negative_weight):
-            raise InputError("negatives need a vsd_weight or a negative_weight above 0")
+        if (recipe.edit_weight > 0) != (self.edits is not None):
+            raise InputError("edits need both: a file of them and an edit_weight above 0")
+        if self.negatives is not None and not recipe.vsd_weight:
+            raise InputError("NASA-T needs a vsd_weight above 0")
+        if (recipe.nasa_max > 0) != (self.negatives is not None or self.edits is not None):
+            raise InputError("negatives and edits need a nasa_max above 0, and a nasa_max above 0 needs one of them")
+        if recipe.adversarial_weight and not (recipe.warm_steps or recipe.warm_weight):
+            raise InputError("the discriminator needs the teacher's pictures: a warm_weight above 0")
         if recipe.clip_weight and not recipe.vsd_weight:
             raise InputError("the clamped CLIP loss needs a vsd_weight above 0")
         if (recipe.clip_weight > 0) != (self.clip is not None):

@@ -1,5 +1,6 @@
 """What a teacher draws of given noise and prompts, kept on disk: a student that starts from them sees each many times."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,16 +26,20 @@ class TeacherPictures:
         self._latents = open_array(folder / f"{key}-{self._count}.npy", (self._count, *run.shape), np.float16)
         self._drawn = open_array(folder / f"{key}-{self._count}-drawn.npy", (self._count,), np.bool_)
 
+    def latents(self, pairs: Sequence[int]) -> Tensor:
+        """The teacher's pictures of these pairs (B, C, h, w) fp32 on the run's device."""
+        if not self._drawn[pairs].all():
+            drawn = self._run.teacher_pictures(*self._run.given(pairs), self._run.recipe.warm_calls)
+            self._latents[pairs], self._drawn[pairs] = drawn.half().cpu().numpy(), True
+        return torch.from_numpy(self._latents[pairs]).float().to(self._run.device)
+
     def loss(self, step: int, samples: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Clean latents (B, C, h, w) of the student, and their distance to what the teacher makes of the same noise."""
         run, first = self._run, step * self._run.recipe.batch
         pairs = [shuffled(first + sample, self._count, run.recipe.seed) for sample in samples]
-        noise, text = run.given(pairs)
-        if not self._drawn[pairs].all():
-            drawn = run.teacher_pictures(noise, text, run.recipe.warm_calls, run.prompts.without_stress(run.prompts.of_pairs(pairs)))
-            self._latents[pairs], self._drawn[pairs] = drawn.half().cpu().numpy(), True
-        x0 = run.clean(noise, text, None)
-        loss = nn.functional.mse_loss(x0, torch.from_numpy(self._latents[pairs]).float().to(run.device))
+        target = self.latents(pairs)
+        x0 = run.clean(*run.given(pairs), None)
+        loss = nn.functional.mse_loss(x0, target)
         return x0, loss, {"warm": loss}
 
 

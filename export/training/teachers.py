@@ -20,6 +20,7 @@ class Teachers:
         if rank:
             self._adapted = with_lora(network, targets, rank, scale)
         else:
+            network.requires_grad_(False)
             self.network = copy.deepcopy(network).requires_grad_(True)
 
     def set_attention(self, processor: object) -> None:
@@ -30,12 +31,17 @@ class Teachers:
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:
         """The frozen teacher, without gradients."""
-        with torch.no_grad():
-            if self._adapted is None:
-                yield self._frozen
-            else:
-                with self._adapted.disable_adapter():
-                    yield self.network
+        with torch.no_grad(), self.without_adapters() as network:
+            yield network
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[nn.Module]:
+        """The frozen teacher, through which gradients flow to what it sees."""
+        if self._adapted is None:
+            yield self._frozen
+        else:
+            with self._adapted.disable_adapter():
+                yield self.network
 
 
 def with_lora(network: nn.Module, targets: tuple[str, ...], rank: int, scale: int) -> nn.Module:

@@ -1,8 +1,8 @@
 """The training set of the small model: scenes, their captions, and their pictures as latents and token states, in shards.
 
 A folder has shard-00000.safetensors and so on, each with `latents` (N, 8, 16, 16) fp16, `states` (sum of T, 384) fp16 and `ends` (N,)
-int64; captions.jsonl; prompts.txt, all that PG-SB needs; contact_sheet.png; NOTICE.txt; and, written last, dataset.json. Picture i
-depends on (seed, i) alone. Shards that a stopped run left are kept.
+int64; captions-00000.jsonl and so on; prompts.txt, all that PG-SB needs; edits.jsonl, what negatives should do; contact_sheet.png;
+NOTICE.txt; and, written last, dataset.json. Picture i depends on (seed, i) alone. Shards that a stopped run left are kept.
 """
 
 import json
@@ -19,9 +19,11 @@ from tqdm import tqdm
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.small_model.dataset.compose import Composer
+from snoopi_rt.export.small_model.dataset.edits import draw_edit
 from snoopi_rt.export.small_model.dataset.scene import Scene, Vocabulary, caption
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED, load_sprites
 from snoopi_rt.export.text.minilm import encode
+from snoopi_rt.export.training.edits import KEYS
 from snoopi_rt.export.training.sheet import contact_sheet
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_tensors
 from snoopi_rt.files import write_whole
@@ -30,6 +32,7 @@ from snoopi_rt.request import integer
 SHARD = 4096  # pictures
 SIDE = 128  # pixels that the encoder sees; its latents are decoded to twice as many
 TOGETHER = 64
+EDITS = 1  # tells the random numbers of edits from those of pictures
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,9 @@ def build(out: Path, autoencoder: Path, count: int, seed: int) -> None:
             write_whole(out / f"captions-{number:05}.jsonl", lines.encode())
             save_tensors(path, {"latents": torch.cat(latents), "states": tokens, "ends": lengths.cumsum(0)})
     write_whole(out / "prompts.txt", "".join(f"{sample.caption}\n" for sample in read_samples(out)).encode())
+    rows = [asdict(draw_edit(vocabulary, np.random.default_rng([seed, EDITS, i]))) for i in range(shards * SHARD)]
+    keys = dict(zip(("prompt", "negative", "wanted"), KEYS, strict=True))
+    write_whole(out / "edits.jsonl", "".join(json.dumps({keys[name]: text for name, text in row.items()}) + "\n" for row in rows).encode())
     notice = "".join(f"- {drawing.package} {drawing.version}: {drawing.licence}, {drawing.upstream}\n" for drawing in TRAINED)
     write_whole(out / "NOTICE.txt", f"The pictures are made from:\n{notice}".encode())
     facts |= {"count": shards * SHARD, "colourable": vocabulary.colourable}

@@ -123,7 +123,9 @@ def recoloured(sprite: Image.Image, colour: str) -> Image.Image:
     hsv, alpha = _hsv(sprite)
     weight = has * alpha
     saturation, value = ((hsv[..., i] * weight).sum() / max(weight.sum(), 1e-6) for i in (1, 2))
-    target = np.asarray(Image.new("RGB", (1, 1), tuple(min(255, level) for level in COLOURS[colour])).convert("HSV"), np.float32)[0, 0] / 255
+    target = (
+        np.asarray(Image.new("RGB", (1, 1), tuple(min(255, level) for level in COLOURS[colour])).convert("HSV"), np.float32)[0, 0] / 255
+    )
     shifted = hsv.copy()
     shifted[..., 0] = (target[0] + 0.3 * ((hsv[..., 0] - hue + 0.5) % 1 - 0.5)) % 1
     if colour in NEUTRAL:

@@ -30,14 +30,28 @@ STYLES = {
     "flat": ("a flat drawing of {}", "flat {}", "{}, flat design", "a flat icon of {}", "{}, flat style"),
 }
 DEFAULT_STYLE = "cartoon"
-"""Of the three sets the one whose drawings the judge recognises best: 82 % in the top 5, the flat set 75, 3d 72 (Lite2, against Twemoji)."""
+"""The set whose drawings the judge recognises best: 82 % in the top 5, of flat ones 75, of 3d ones 72 (Lite2, against Twemoji)."""
 
 # Shares of pictures.
 COUNTED, TWO, COLOURED, SIZED = 0.10, 0.14, 0.11, 0.04  # the rest shows one thing as it is
 FLAWED, BACKGROUND, STYLED = 0.16, 0.42, 0.24
 COMMON = 2  # a common thing is drawn so many times as often as another
 
-_ADJECTIVES = ("cute", "beautiful", "nice", "lovely", "pretty", "adorable", "cool", "funny", "happy", "simple", "single", "friendly", "sweet")
+_ADJECTIVES = (
+    "cute",
+    "beautiful",
+    "nice",
+    "lovely",
+    "pretty",
+    "adorable",
+    "cool",
+    "funny",
+    "happy",
+    "simple",
+    "single",
+    "friendly",
+    "sweet",
+)
 _PREFIXES = (
     "a photo of {}",
     "a picture of {}",
@@ -122,7 +136,9 @@ class Vocabulary:
         elif kind < COUNTED + TWO + COLOURED:
             while not self.can_be_coloured(first.name):
                 first = self.thing(rng)
-            scene = Scene((first.name,), colour=_one(list(COLOURS), rng), count=1 if rng.random() < 0.9 or first.name in without_article() else 2)
+            scene = Scene(
+                (first.name,), colour=_one(list(COLOURS), rng), count=1 if rng.random() < 0.9 or first.name in without_article() else 2
+            )
         elif kind < COUNTED + TWO + COLOURED + SIZED:
             scene = Scene((first.name,), size=_one(list(SIZES), rng))
         background = _one(list(COLOURS), rng) if rng.random() < BACKGROUND else None

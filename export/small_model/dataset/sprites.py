@@ -84,7 +84,9 @@ def _read(drawing: DrawingSet, folder: Path) -> Iterator[tuple[str, np.ndarray]]
     icons = {} if rendered else json.loads((root / "icons.json").read_text(encoding="utf-8"))
     own_names = {}
     if not rendered and (root / "chars.json").exists():
-        own_names = {code.replace("-fe0f", ""): name for code, name in json.loads((root / "chars.json").read_text(encoding="utf-8")).items()}
+        own_names = {
+            code.replace("-fe0f", ""): name for code, name in json.loads((root / "chars.json").read_text(encoding="utf-8")).items()
+        }
     for thing in tqdm(things(), desc=drawing.style, unit="drawing"):
         code = codes[thing.name]
         if rendered:

@@ -85,8 +85,25 @@ FLAWS = {
 COUNTS = {2: "two", 3: "three"}
 SIZES = {"small": ("tiny", "little"), "big": ("large", "huge")}
 
-_PLURALS = {"mouse": "mice", "wolf": "wolves", "leaf": "leaves", "sheep": "sheep", "fish": "fish", "deer": "deer", "man": "men", "woman": "women"}
-_PLURALS |= {"octopus": "octopuses", "piano": "pianos", "tooth": "teeth", "hippo": "hippos", "rhino": "rhinos", "ufo": "ufos", "photo": "photos"}
+_PLURALS = {
+    "mouse": "mice",
+    "wolf": "wolves",
+    "leaf": "leaves",
+    "sheep": "sheep",
+    "fish": "fish",
+    "deer": "deer",
+    "man": "men",
+    "woman": "women",
+}
+_PLURALS |= {
+    "octopus": "octopuses",
+    "piano": "pianos",
+    "tooth": "teeth",
+    "hippo": "hippos",
+    "rhino": "rhinos",
+    "ufo": "ufos",
+    "photo": "photos",
+}
 
 
 def plural(name: str) -> str:
@@ -98,7 +115,9 @@ def plural(name: str) -> str:
         word = _PLURALS[word]
     elif word.endswith("man"):
         word = f"{word[:-2]}en"
-    elif word.endswith(("s", "x", "ch", "sh")) or (word.endswith("o") and word in ("tomato", "potato", "hero", "superhero", "volcano", "tornado")):
+    elif word.endswith(("s", "x", "ch", "sh")) or (
+        word.endswith("o") and word in ("tomato", "potato", "hero", "superhero", "volcano", "tornado")
+    ):
         word += "es"
     elif word.endswith("y") and word[-2] not in "aeiou":
         word = f"{word[:-1]}ies"

@@ -1,0 +1,131 @@
+"""What a negative prompt should do to a scene: leave out what it names, and nothing else.
+
+The rows are made from the facts of scenes, as captions are: `a blurry cat` less `blurry` is `a cat`, and `a cat` less `a dog` is `a cat`.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from snoopi_rt.export.small_model.dataset.scene import Scene, Vocabulary, caption, plain_caption
+from snoopi_rt.export.small_model.dataset.vocabulary import (
+    COLOUR_SYNONYMS,
+    COLOURS,
+    DEFAULT_BACKGROUND,
+    FLAWS,
+    plural,
+    things,
+    with_article,
+)
+from snoopi_rt.export.training.edits import Edit
+
+INSTEAD_OF_WHITE = "gray"
+"""The background of a picture that is to have no white one."""
+CHANGES = 0.5  # share of rows whose negative has to do with the prompt
+LISTED = 0.4  # share of negatives that stand in a list with words that are in no picture
+GENERIC = (
+    "low quality",
+    "ugly",
+    "deformed",
+    "watermark",
+    "bad anatomy",
+    "worst quality",
+    "text",
+    "signature",
+    "disfigured",
+    "poorly drawn",
+    "extra limbs",
+    "jpeg artifacts",
+    "cropped",
+    "duplicate",
+    "mutated",
+    "bad proportions",
+    "low resolution",
+    "out of frame",
+    "logo",
+    "nsfw",
+)
+
+
+def draw_edit(vocabulary: Vocabulary, rng: np.random.Generator) -> Edit:
+    """One row: half of them change the picture, the others must leave it as it is."""
+    while True:
+        scene = vocabulary.draw_scene(rng)
+        if rng.random() >= CHANGES:
+            said = _prompt(scene, rng)
+            return Edit(said, _listed(_unrelated(scene, vocabulary, rng), rng), said)
+        choices = _changes(scene, rng)
+        if choices:
+            negative, wanted = choices[rng.integers(len(choices))]
+            return Edit(_prompt(scene, rng), _listed(negative, rng), plain_caption(wanted))
+
+
+def _prompt(scene: Scene, rng: np.random.Generator) -> str:
+    return caption(scene, rng) if rng.random() < 0.5 else plain_caption(scene)
+
+
+def _changes(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Scene]]:
+    """What can be taken away from the scene: the negative, and what is left. Each kind stands there once."""
+    changes: list[tuple[str, Scene]] = []
+    if scene.flaw:
+        changes.append((_flaw(scene.flaw, rng), replace(scene, flaw=None)))
+    if len(scene.things) == 2:
+        gone = int(rng.integers(2))
+        changes.append((_thing(scene.things[gone], rng), replace(scene, things=(scene.things[1 - gone],), stacked=False)))
+    if scene.colour:
+        changes.append((_colour(scene.colour, rng), replace(scene, colour=None)))
+    if scene.background and scene.background != DEFAULT_BACKGROUND:
+        changes.append((_background(scene.background, rng), replace(scene, background=None)))
+    elif rng.random() < 0.3:  # most scenes are white
+        changes.append((_background(DEFAULT_BACKGROUND, rng), replace(scene, background=INSTEAD_OF_WHITE)))
+    if scene.style and scene.style != "cartoon":
+        changes.append((_one((scene.style, f"{scene.style} style"), rng), replace(scene, style=None)))
+    return changes
+
+
+def _unrelated(scene: Scene, vocabulary: Vocabulary, rng: np.random.Generator) -> str:
+    """A negative that names nothing of the scene."""
+    kind = rng.random()
+    if kind < 0.4:
+        return _flaw(_one([flaw for flaw in FLAWS if flaw != scene.flaw], rng), rng)
+    if kind < 0.55:
+        return _one(GENERIC, rng)
+    if kind < 0.8:
+        other = vocabulary.thing(rng).name
+        while other in scene.things:
+            other = vocabulary.thing(rng).name
+        return _thing(other, rng)
+    shown = (scene.colour, scene.background or DEFAULT_BACKGROUND)
+    return _background(_one([colour for colour in COLOURS if colour not in shown], rng), rng)
+
+
+def _listed(negative: str, rng: np.random.Generator) -> str:
+    """The negative alone, or among words that people always add."""
+    if rng.random() >= LISTED:
+        return negative
+    words = [negative, *(GENERIC[i] for i in rng.choice(len(GENERIC), rng.integers(1, 5), replace=False))]
+    return ", ".join(words[i] for i in rng.permutation(len(words)))
+
+
+def _flaw(flaw: str, rng: np.random.Generator) -> str:
+    word = _one((flaw, flaw, *FLAWS[flaw]), rng)
+    return _one((word, word, word, f"{with_article(word)} picture", f"{word} photo"), rng)
+
+
+def _thing(name: str, rng: np.random.Generator) -> str:
+    known = next(thing.names for thing in things() if thing.name == name)
+    word = name if rng.random() < 0.7 else _one(known, rng)
+    return _one((with_article(word), with_article(word), word, plural(word)), rng)
+
+
+def _colour(colour: str, rng: np.random.Generator) -> str:
+    return _one((colour, colour, *COLOUR_SYNONYMS.get(colour, ())), rng)
+
+
+def _background(colour: str, rng: np.random.Generator) -> str:
+    word = _colour(colour, rng)
+    return _one((f"{with_article(word)} background", f"{word} background", f"{word} background"), rng)
+
+
+def _one(choices: tuple[str, ...] | list[str], rng: np.random.Generator) -> str:
+    return choices[rng.integers(len(choices))]
