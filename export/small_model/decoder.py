@@ -158,7 +158,7 @@ def train(folder: Path, autoencoder: Path, out: Path, recipe: Recipe, compiled: 
         noisy += recipe.noise * torch.rand(recipe.batch, 1, 1, 1, generator=random) * torch.randn(noisy.shape, generator=random)
         wanted = torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
         arrays = [array.bfloat16().contiguous(memory_format=torch.channels_last) for array in (noisy, wanted)]
-        value, distance = compute(model.decoder, features, *arrays, recipe.features)
+        value, distance = compute(model.decoder, features, arrays[0], arrays[1], recipe.features)
         value.backward()
         norm = weights.step(learning_rate(recipe.lr, i, recipe.steps, decay_from=0.3))
         return {"loss": value.item(), "l1": distance.item(), "norm": norm}

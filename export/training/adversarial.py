@@ -46,7 +46,8 @@ class Discriminator:
     """The heads of one run, and the two losses."""
 
     def __init__(self, run: "Distillation"):
-        self._run = run
+        assert run.pictures is not None  # Task.check
+        self._run, self._pictures = run, run.pictures
         self._layers = feature_layers(run.teachers.network)
         noise, text = run.given([0])
         with torch.no_grad():
@@ -66,7 +67,7 @@ class Discriminator:
         run = self._run
         with torch.no_grad():
             fake, text, t, eps = self._fake(step, samples)
-            real = run.pictures.latents(self._pairs(step, samples))
+            real = self._pictures.latents(self._pairs(step, samples))
             maps = [self._features(run.schedule.noised(latents, eps, t), t, text) for latents in (fake, real)]
         self.heads.requires_grad_(True)
         fakes, reals = (self.heads(features) for features in maps)

@@ -233,7 +233,7 @@ def _names(name: str) -> tuple[str, ...]:
 
 
 def _one(choices: Sequence[str], rng: np.random.Generator) -> str:
-    return choices[rng.integers(len(choices))]
+    return choices[int(rng.integers(len(choices)))]
 
 
 def same_picture(scene: Scene) -> Scene:

@@ -67,12 +67,13 @@ def _drawn(drawing: DrawingSet, folder: Path) -> dict[str, np.ndarray]:
     stored = folder / f"{_folder_name(drawing)}-{SIDE}.npz"
     names = [thing.name for thing in things()]
     if stored.exists():
-        with np.load(stored) as arrays:
-            if list(arrays["names"]) == names:
-                return {name: arrays[f"s{i}"] for i, name in enumerate(names) if f"s{i}" in arrays}
+        with np.load(stored) as kept:
+            if list(kept["names"]) == names:
+                return {name: kept[f"s{i}"] for i, name in enumerate(names) if f"s{i}" in kept}
     read = dict(_read(drawing, folder))
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, names=np.array(names), **{f"s{i}": read[name] for i, name in enumerate(names) if name in read})
+    arrays = {"names": np.array(names), **{f"s{i}": read[name] for i, name in enumerate(names) if name in read}}
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_whole(stored, buffer.getvalue())
     return read
 
@@ -93,9 +94,9 @@ def _read(drawing: DrawingSet, folder: Path) -> Iterator[tuple[str, np.ndarray]]
             if code in rendered:
                 yield thing.name, _squared(Image.open(rendered[code]))
             continue
-        for name in (own_names.get(code), *thing.icons):
-            if name in icons["icons"]:
-                yield thing.name, _render(icons, name)
+        for icon in (own_names.get(code, ""), *thing.icons):
+            if icon in icons["icons"]:
+                yield thing.name, _render(icons, icon)
                 break
 
 
