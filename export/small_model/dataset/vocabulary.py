@@ -130,5 +130,5 @@ def with_article(words: str) -> str:
     """`an apple`, `a cat`, `cherries`, `a ufo`: the words as a caption says them."""
     if words in without_article():
         return words
-    vowel = (words[0] in "aeio" or words.startswith(("um", "ugl"))) and not words.startswith("one")
+    vowel = (words[0] in "aeio" or words.startswith(("um", "ugl", "hour"))) and not words.startswith("one")
     return f"{'an' if vowel else 'a'} {words}"
