@@ -261,7 +261,7 @@ def test_the_discriminator_tells_the_student_from_its_teacher_and_only_the_heads
         (
             {"prompt": "a cat"},
             {"edit_weight": 1.0, "nasa_max": 1.0},
-            "line 1 of .* is no JSON object with texts for prompt, negative_prompt",
+            "line 1 of .* has no text for prompt, negative_prompt",
         ),
         (EDITS[0], {}, "edits need both: a file of them and an edit_weight above 0"),
         (EDITS[0], {"edit_weight": 1.0}, "need a nasa_max above 0"),

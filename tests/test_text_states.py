@@ -9,7 +9,7 @@ from torch import Tensor
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import PromptEncoder, find_backbone
-from snoopi_rt.export.training.prompt_files import has_beside_others, has_words, is_of, read_prompts, without
+from snoopi_rt.export.training.prompt_files import read_prompts
 from snoopi_rt.export.training.text_states import encode_prompts, joined, shuffled
 
 PROMPTS = ["a cat", "a red dog on a mat", "fish", "a cat in the fog", "moon"]
@@ -127,26 +127,6 @@ def test_a_file_of_prompts_that_is_none_is_one_line(tmp_path: Path, name: str, c
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=words):
         list(read_prompts(Path(name) if name == "-" else tmp_path / name))
-
-
-def test_words_are_found_and_left_out_whole() -> None:
-    assert has_words("a Blurry cat on a red background", "blurry") and has_words("a cat on a red background", "a red background")
-    assert not has_words("a cattle on a mat", "a cat")
-    assert without("a Blurry cat on a mat, grainy", ["blurry", "grainy", "gray"]) == "a cat on a mat"
-    assert without("blurry, a grayscale cat", ["blurry"]) == "a grayscale cat"
-    assert without("blurry", ["blurry"]) == ""
-    assert without("a  blurrycam,, ", ["blurry"]) == "a  blurrycam,, "
-    assert without("a cat and A Dog on a mat", ["a dog"]) == without("a dog  and a cat on a mat", ["a dog"]) == "a cat on a mat"
-    assert without("a sandy and a dog", ["a dog"]) == "a sandy" and without("a cat, a dog and a bird", ["a dog"]) == "a cat, a bird"
-
-
-def test_what_a_prompt_can_be_said_without() -> None:
-    both = "a flat drawing of a cat and a dog on a red background"
-    assert has_beside_others(both, "a cat") and has_beside_others(both, "a dog")
-    assert not has_beside_others(both, "a red background") and not has_beside_others("a cat on land, a dog", "a dog")
-    assert is_of("a cat on a red background", "a cat") and is_of("a blurry picture of A Cat, grainy", "a cat") and is_of("a cat", "a cat")
-    assert not is_of(both, "a cat") and not is_of(both, "a dog") and not is_of("a cat on a red background", "a red background")
-    assert not is_of("a cattle on a mat", "a cat")
 
 
 def test_reading_prompts_holds_no_list_of_them(tmp_path: Path) -> None:

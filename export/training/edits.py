@@ -5,7 +5,6 @@ draw, from the same noise, what it draws of the wanted prompt without a negative
 while it learns; what keeps them good is the rest of the loss. No picture of anybody else is needed.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from torch import Tensor
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.training.loop import generator
 from snoopi_rt.export.training.text_states import shuffled
+from snoopi_rt.prompt_file import PromptFile
+from snoopi_rt.prompt_formats import Wrong
 
 if TYPE_CHECKING:
     from snoopi_rt.export.training.distillation import Distillation
@@ -39,24 +40,16 @@ class Edit:
 
 
 def read_edits(path: Path) -> Iterator[Edit]:
-    """The rows of a .jsonl file with prompt, negative_prompt and wanted_prompt. Raises InputError naming the first row that is none."""
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                    texts = [row[key] for key in KEYS]
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    texts = []
-                if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-                    raise InputError(f"line {number} of {path} is no JSON object with texts for {', '.join(KEYS)}")
-                yield Edit(*texts)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    """The rows of a file of any format that `PromptFile` reads, with the columns KEYS.
+
+    Raises InputError naming the first row that is none.
+    """
+    with PromptFile(path, names=KEYS) as file:
+        for place, record in file.records():
+            texts = [] if isinstance(record, Wrong) else [record.get(key) for key in KEYS]
+            if not all(isinstance(text, str) and text.strip() for text in texts) or not texts:
+                raise InputError(f"{file.word} {place} of {path} has no text for {', '.join(KEYS)}")
+            yield Edit(*map(str, texts))
 
 
 class Edits:
