@@ -234,14 +234,22 @@ def test_a_negative_gives_the_students_own_picture_of_the_wanted_prompt(teachers
     noise = torch.randn(2, *run.shape)
     prompt, _, wanted = run.prompts.edit([0, 1])
     plain, target = run.clean(noise, prompt, None), run.clean(noise, wanted, None)
-    assert torch.equal(plain[1], target[1]) and not torch.allclose(plain[0], target[0])
+    assert torch.allclose(plain[1], target[1], atol=1e-3) and not torch.allclose(plain[0], target[0], atol=1e-3)
     rows = [run.step(i) for i in range(60)]
     early, late = (sum(row["heeded"] for row in part) for part in (rows[:5], rows[-5:]))
-    assert late < 0.7 * early
+    assert late < 0.1 * early
 
 
 def test_the_discriminator_tells_the_student_from_its_teacher_and_only_the_heads_learn_that(teachers: Path, tmp_path: Path) -> None:
-    learn = {"vsd_weight": 0.0, "warm_weight": 1.0, "warm_pairs": 8, "warm_calls": 1, "adversarial_weight": 0.1, "lr": 1e-9}
+    learn = {
+        "vsd_weight": 0.0,
+        "warm_weight": 1.0,
+        "warm_pairs": 8,
+        "warm_calls": 1,
+        "adversarial_weight": 0.1,
+        "heads_lr": 1e-2,
+        "lr": 1e-9,
+    }
     for backbone in ("pixart", "sd15"):
         run = distillation(teachers, tmp_path / backbone, backbone=backbone, **learn)
         frozen = {name: value.clone() for name, value in run.teachers.network.named_parameters()}
@@ -349,7 +357,7 @@ def test_the_papers_settings_are_recipes_and_print_in_full() -> None:
         (lambda: replace(TINY, weight="other"), "weight is 'other', choose from dmd, swiftbrush"),
         (lambda: replace(TINY, t_max=1000), "timesteps lie between 0 and 999"),
         (lambda: replace(TINY, lora_steps=0), "lora_steps must be above 0"),
-        (lambda: replace(TINY, vsd_weight=0.0), "all losses have the weight 0"),
+        (lambda: replace(TINY, vsd_weight=0.0), "nothing keeps the student good"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_one_line(change: Any, words: str) -> None:
