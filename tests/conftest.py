@@ -258,7 +258,24 @@ def pipe(original: Bundle, fakes: dict[str, FakeEngine]) -> Pipeline:
 
 @pytest.fixture(scope="session")
 def tiny_sprites() -> dict:
-    """A disc in a colour of its own for every concept and style: stands in for the drawings that npm would fetch."""
+    """A disc in a colour of its own for every thing and style: stands in for the drawings that npm would fetch."""
+    from PIL import Image, ImageDraw
+
+    from snoopi_rt.export.small_model.dataset.scene import STYLES
+    from snoopi_rt.export.small_model.dataset.vocabulary import things
+
+    sprites = {}
+    for number, key in enumerate((thing.name, style) for thing in things() for style in STYLES):
+        sprite = Image.new("RGBA", (256, 256))
+        hue = f"hsl({number * 47 % 360}, 80%, 50%)"
+        ImageDraw.Draw(sprite).ellipse((8, 8, 248, 248), fill=hue, outline="black", width=8)
+        sprites[key] = sprite
+    return sprites
+
+
+@pytest.fixture(scope="session")
+def first_sprites() -> dict:
+    """The same for the things and styles of the first embedded model."""
     from PIL import Image, ImageDraw
 
     from snoopi_rt.export.training.small.concepts import CONCEPTS
@@ -278,13 +295,13 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of untrained weights in the layout of the backbone `small`, to be read only."""
     import torch
 
-    from snoopi_rt.export.training.small import autoencoder, teacher
+    from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, transformer
     from snoopi_rt.export.weights.files import save_diffusers
 
     folder = tmp_path_factory.mktemp("weights") / "student"
     torch.manual_seed(0)
-    network = teacher.network()
+    network = transformer(layers=2)
     torch.nn.init.normal_(network.proj_out.weight, std=0.05)
     save_diffusers(network, folder / "transformer")
-    save_diffusers(autoencoder.network(), folder / "vae")
+    save_diffusers(PixelShuffleDecoder(), folder / "vae")
     return folder

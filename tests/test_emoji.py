@@ -12,22 +12,22 @@ from snoopi_rt.export.training.small.concepts import CONCEPTS, with_article
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory, tiny_sprites):
+def pictures(tmp_path_factory, first_sprites):
     folder = tmp_path_factory.mktemp("pictures")
-    emoji.write_set(folder, tiny_sprites, count=400, seed=7)
+    emoji.write_set(folder, first_sprites, count=400, seed=7)
     return folder
 
 
-def test_the_same_seed_gives_the_same_pictures_and_a_longer_set_begins_alike(pictures, tiny_sprites, tmp_path):
-    emoji.write_set(tmp_path, tiny_sprites, count=20, seed=7)
+def test_the_same_seed_gives_the_same_pictures_and_a_longer_set_begins_alike(pictures, first_sprites, tmp_path):
+    emoji.write_set(tmp_path, first_sprites, count=20, seed=7)
     images, rows = emoji.open_pictures(pictures), emoji.read_rows(pictures)
     again, rows_again = emoji.open_pictures(tmp_path), emoji.read_rows(tmp_path)
     assert np.array_equal(images[:20], again)
     assert rows[:20] == rows_again
 
 
-def test_another_seed_gives_other_pictures(pictures, tiny_sprites, tmp_path):
-    emoji.write_set(tmp_path, tiny_sprites, count=20, seed=8)
+def test_another_seed_gives_other_pictures(pictures, first_sprites, tmp_path):
+    emoji.write_set(tmp_path, first_sprites, count=20, seed=8)
     assert not np.array_equal(emoji.open_pictures(pictures)[:20], emoji.open_pictures(tmp_path))
 
 
@@ -90,9 +90,9 @@ def test_negatives_are_flaws_backgrounds_and_things_in_about_equal_shares(pictur
     assert all(0.3 < count / len(found) < 0.37 for count in (flaws, backgrounds))
 
 
-def test_a_picture_of_the_test_split_can_be_asked_for(tiny_sprites):
+def test_a_picture_of_the_test_split_can_be_asked_for(first_sprites):
     for seed in range(5):
-        row, _ = emoji.compose(tiny_sprites, np.random.default_rng(seed), split="test")
+        row, _ = emoji.compose(first_sprites, np.random.default_rng(seed), split="test")
         assert row.split == "test"
 
 
@@ -137,10 +137,10 @@ def test_every_set_carries_its_notice_and_contact_sheet(pictures):
     assert json.loads((pictures / "dataset.json").read_text())["count"] == 400
 
 
-def test_a_set_whose_making_was_killed_is_made_anew(tiny_sprites, tmp_path):
+def test_a_set_whose_making_was_killed_is_made_anew(first_sprites, tmp_path):
     (tmp_path / "pictures.npy").write_bytes(b"half")
     (tmp_path / "captions.jsonl").write_text("{")
-    emoji.write_set(tmp_path, tiny_sprites, count=3, seed=0)
+    emoji.write_set(tmp_path, first_sprites, count=3, seed=0)
     assert len(emoji.open_pictures(tmp_path)) == len(emoji.read_rows(tmp_path)) == 3
 
 

@@ -48,8 +48,8 @@ def test_an_interval_holds_its_share_and_narrows() -> None:
 
 
 @pytest.fixture(scope="module")
-def real(tiny_sprites: dict) -> tuple[np.ndarray, list[str | None]]:
-    rows = [emoji.compose(tiny_sprites, np.random.default_rng([3, i])) for i in range(300)]
+def real(first_sprites: dict) -> tuple[np.ndarray, list[str | None]]:
+    rows = [emoji.compose(first_sprites, np.random.default_rng([3, i])) for i in range(300)]
     return np.stack([picture for _, picture in rows]), [row.facts.quality for row, _ in rows]
 
 
@@ -107,9 +107,9 @@ def test_one_of_two_things_is_seen_in_its_half_and_in_the_whole_picture() -> Non
     assert found == {"dog": [False, True, False], "panda": [False, False, True]}
 
 
-def test_a_scorer_learns_to_tell_things_it_has_seen(tiny_sprites: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_scorer_learns_to_tell_things_it_has_seen(first_sprites: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(scorer, "fetch_sprites", lambda *given, **more: few)
-    few = {key: tiny_sprites[key] for key in list(tiny_sprites)[:9:3]}  # three things whose colours differ
+    few = {key: first_sprites[key] for key in list(first_sprites)[:9:3]}  # three things whose colours differ
     monkeypatch.setattr(scorer, "_varied", lambda pictures, random: pictures)
     monkeypatch.setattr(scorer, "BATCH", 16)
     trained = open_scorer(KINDS[0], tmp_path, tmp_path / "npm", steps=40)
@@ -121,10 +121,10 @@ def test_a_scorer_learns_to_tell_things_it_has_seen(tiny_sprites: dict, monkeypa
 
 
 def test_the_embedded_bundle_and_its_teacher_are_judged_in_one_run(
-    tiny_sprites: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    first_sprites: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(scorer, "fetch_sprites", lambda *given, **more: tiny_sprites)
-    monkeypatch.setattr(report, "fetch_sprites", lambda *given, **more: tiny_sprites)
+    monkeypatch.setattr(scorer, "fetch_sprites", lambda *given, **more: first_sprites)
+    monkeypatch.setattr(report, "fetch_sprites", lambda *given, **more: first_sprites)
     monkeypatch.setattr(report, "GUIDANCES", (2.5,))
     monkeypatch.setattr(report, "SCALES", (0.0, 1.0))
     every = report.cases

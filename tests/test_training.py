@@ -1,5 +1,6 @@
 """Training: stages resume exactly after a kill, stop on NaN, and the road from prompts to a picture holds together."""
 
+import copy
 import json
 import os
 import signal
@@ -17,11 +18,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.export.small_model.teacher import Recipe as TeacherRecipe
 from snoopi_rt.export.training import loop, teachers
 from snoopi_rt.export.training.distil import Task, train
 from snoopi_rt.export.training.loop import Recipe, Stage, run
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.recipe import RECIPES
+
+ENCODER = Path(__file__).parent.parent / "weights" / "small" / "teacher" / "vae"
+TEACHER = TeacherRecipe(steps=3, batch=4, layers=2)
 
 
 def tiny_stage(
@@ -144,17 +149,20 @@ def distilled(root: Path, out: Path, **settings: object) -> None:
 @pytest.fixture(scope="module")
 def road(tmp_path_factory, tiny_sprites):
     """A folder with a picture set and the three stages after a few steps: not a good student, but a real one."""
-    from snoopi_rt.export.training.small import autoencoder, emoji, teacher
+    from snoopi_rt.export.small_model import decoder, teacher
+    from snoopi_rt.export.small_model.dataset.build import write_set
 
     root = tmp_path_factory.mktemp("road")
-    emoji.write_set(root / "pictures", tiny_sprites, count=48, seed=0)
-    autoencoder.train(root / "pictures", root / "autoencoder", autoencoder.Recipe(steps=3, batch=4))
-    teacher.train(root / "pictures", root / "autoencoder", root / "teacher", teacher.Recipe(steps=3, batch=4))
+    write_set(root / "pictures", tiny_sprites, ENCODER, count=48, seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "load_sprites", lambda folder: tiny_sprites)
+        decoder.train(root / "pictures", ENCODER, root / "decoder", decoder.Recipe(steps=3, batch=4))
+    teacher.train(root / "pictures", root / "decoder", root / "teacher", TEACHER)
     distilled(root, root / "student")
     return root
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "teacher", "student"])
+@pytest.mark.parametrize("stage", ["decoder", "teacher", "student"])
 def test_a_stage_leaves_samples_log_and_checkpoint(road, stage):
     assert list((road / stage / "samples").glob("*.png"))
     assert len(losses_of(road / stage)) == 3
@@ -167,38 +175,97 @@ def losses_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_the_prompts_are_the_training_captions_as_often_as_the_pictures_have_them(road):
-    from snoopi_rt.export.training.small.emoji import read_rows
+def test_the_prompts_are_the_captions_as_often_as_the_pictures_have_them(road):
+    from snoopi_rt.export.small_model.dataset.build import read_samples
 
-    texts = [row.caption for row in read_rows(road / "pictures") if row.split == "train"]
-    assert (road / "pictures" / "prompts.txt").read_text().splitlines() == texts
-
-
-def test_a_decoder_trained_on_keeps_its_encoder(road, tmp_path):
-    from snoopi_rt.export.training.small import autoencoder
-
-    autoencoder.train(road / "pictures", tmp_path, autoencoder.Recipe(steps=2, batch=4, noise=0.2, grid=8), start=road / "autoencoder")
-    before, after = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (road / "autoencoder", tmp_path))
-    same = {name.split(".")[0] for name in before if torch.equal(before[name], after[name])}
-    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert same == {"encoder"} and changed == {"decoder"}
+    texts = [sample.caption for sample in read_samples(road / "pictures")]
+    assert len(texts) == 48 and (road / "pictures" / "prompts.txt").read_text().splitlines() == texts
 
 
-@pytest.mark.parametrize("setting", [{"noise": -1.0}, {"grid": 0}, {"grid": 3}])
-def test_an_autoencoder_recipe_that_cannot_be_is_refused(setting):
-    from snoopi_rt.export.training.small import autoencoder
+def test_a_set_grows_and_its_first_pictures_stay_what_they_were(road, tmp_path, tiny_sprites, monkeypatch):
+    from snoopi_rt.export.small_model.dataset import build
+
+    monkeypatch.setattr(build, "SHARD", 16)
+    build.write_set(tmp_path, tiny_sprites, ENCODER, count=24, seed=0)
+    first = (tmp_path / "shard-00000.safetensors").stat()
+    build.write_set(tmp_path, tiny_sprites, ENCODER, count=48, seed=0)
+    assert (tmp_path / "shard-00000.safetensors").stat() == first  # a whole shard is not made again, half a one is
+    whole, grown = build.TrainingSet(road / "pictures"), build.TrainingSet(tmp_path)
+    assert torch.equal(whole.latents, grown.latents)
+    rows, empty = torch.arange(48), torch.arange(48) % 5 == 0
+    # Captions are encoded with others of their length, which moves the last digits.
+    torch.testing.assert_close(whole.captions(rows, empty), grown.captions(rows, empty), rtol=0.02, atol=0.02)
+    with pytest.raises(InputError, match="holds another set"):
+        build.write_set(tmp_path, tiny_sprites, ENCODER, count=48, seed=1)
+
+
+def test_a_deeper_teacher_begins_as_the_one_that_it_is_made_of():
+    from snoopi_rt.export.small_model.networks import deepened, transformer
+
+    start = transformer(layers=3).eval()
+    nn.init.normal_(start.proj_out.weight, std=0.1)
+    x, states, t = torch.randn(2, 8, 16, 16), torch.randn(2, 5, 384), torch.tensor([3, 700])
+    before, after = (net(x, encoder_hidden_states=states, timestep=t).sample for net in (start, deepened(start, 5).eval()))
+    torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_begins_with_the_stages_of_the_autoencoder(road):
+    from diffusers import AutoencoderTiny
+
+    from snoopi_rt.export.small_model.networks import decoder_of
+
+    tiny = AutoencoderTiny.from_pretrained(ENCODER)
+    made = decoder_of(tiny)
+    for name, value in tiny.decoder.layers[:-1].state_dict().items():
+        assert torch.equal(made.decoder.layers.state_dict()[name], value)
+    assert made.decoder(torch.zeros(1, 8, 4, 4)).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("setting", [{"noise": -1.0}, {"features": -1.0}])
+def test_a_decoder_recipe_that_cannot_be_is_refused(setting):
+    from snoopi_rt.export.small_model import decoder
 
     with pytest.raises(InputError, match=next(iter(setting))):
-        autoencoder.Recipe(**setting)
+        decoder.Recipe(**setting)
+
+
+def test_muon_steps_matrices_of_blocks_and_resumes_exactly():
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.out = nn.ModuleList([nn.Linear(8, 8)]), nn.Linear(8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(torch.relu(self.blocks[0](x)))
+
+    def steps(weights: MasterWeights, network: nn.Module, numbers: range) -> None:
+        for i in numbers:
+            network(torch.randn(4, 8, generator=torch.Generator().manual_seed(i))).square().mean().backward()
+            weights.step(1e-2)
+
+    torch.manual_seed(0)
+    network = Network()
+    start = copy.deepcopy(network.state_dict())
+    weights = MasterWeights(network, muon=True)
+    assert [len(part) for part, _ in weights.muons] == [1] and sum(len(part) for part, _ in weights.adams) == 3
+    steps(weights, network, range(3))
+    kept = {name: value.clone() for name, value in weights.state().items()}
+    steps(weights, network, range(3, 6))
+    other = Network()
+    other.load_state_dict(start)
+    again = MasterWeights(other, muon=True)
+    again.restore(kept)
+    steps(again, other, range(3, 6))
+    assert all(torch.equal(value, again.state()[name]) for name, value in weights.state().items())
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])
 def test_a_real_stage_resumes_to_the_same_losses_and_weights(road, stage, tmp_path, monkeypatch):
-    from snoopi_rt.export.training.small import teacher
+    from snoopi_rt.export.small_model import teacher
 
     def train_stage(out: Path) -> None:
         if stage == "teacher":
-            teacher.train(road / "pictures", road / "autoencoder", out, teacher.Recipe(steps=3, batch=4))
+            teacher.train(road / "pictures", road / "decoder", out, TEACHER)
         else:
             distilled(road, out)
 
@@ -222,7 +289,6 @@ def test_a_real_stage_resumes_to_the_same_losses_and_weights(road, stage, tmp_pa
 
 
 def test_the_student_learns_and_its_frozen_teacher_stays(road, monkeypatch, tmp_path):
-    from safetensors.torch import load_file
 
     adapted = []
     monkeypatch.setattr(
@@ -249,5 +315,5 @@ def test_the_road_ends_in_a_bundle_that_draws(road, tmp_path):
     assert bundle.guidance.kind == "nasa"
     with snoopi_rt.load(tmp_path / "bundle", engine="cpu") as pipe:
         result = pipe.generate("a red disc", negative_prompt="blurry", seed=3)
-    assert result.images.shape == (1, 128, 128, 3)
+    assert result.images.shape == (1, 256, 256, 3)
     assert np.unique(result.images).size > 16

@@ -74,7 +74,9 @@ def _autoencoder(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The class and the config of the autoencoder in the folder."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    from snoopi_rt.export.small_model.networks import PixelShuffleDecoder
+
+    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, PixelShuffleDecoder)}
     config = read_json(folder / CONFIG)
     name = str(config.get("_class_name"))
     if name not in kinds:

@@ -1,4 +1,4 @@
-"""The decoder of the small model, 16 x 16 latents to 256 x 256 pixels, and the stage that trains it on real pictures."""
+"""The decoder stage of the small model: 16 x 16 latents to 256 x 256 pixels, trained on the pictures that the latents were made of."""
 
 import math
 from collections.abc import Callable
@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderTinyBlock, DecoderTiny
+from diffusers import AutoencoderTiny
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -20,6 +18,7 @@ from snoopi_rt.export.small_model.dataset.compose import Composer
 from snoopi_rt.export.small_model.dataset.scene import Vocabulary
 from snoopi_rt.export.small_model.dataset.sprites import load_sprites
 from snoopi_rt.export.small_model.features import EarlyFeatures
+from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, decoder_of, to_pictures
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_diffusers
@@ -28,45 +27,6 @@ SIDE = 256  # pixels
 FACTOR = 16
 CROP = 6  # latent cells of a crop that is compared with the picture, each of FACTOR x FACTOR pixels
 MARGIN = 2  # cells around it that are decoded, too, and not compared
-
-
-class PixelShuffleDecoder(ModelMixin, ConfigMixin):
-    """AutoencoderTiny's decoder with one stage more: latents (B, 8, h, w) to pictures (B, 3, 16 h, 16 w) in [-1, 1]; 0.3 M parameters.
-
-    The last stage works on 16 channels that a pixel shuffle makes of the stage before: 32 at full resolution would take twice as long as
-    all else.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        latent_channels: int = 8,
-        channels: int = 32,
-        blocks: tuple[int, ...] = (2, 2, 1, 1),
-        last_channels: int = 16,
-        last_blocks: int = 1,
-        scaling_factor: float = 1.0,
-    ):
-        super().__init__()
-        self.decoder = _Decoder(latent_channels, channels, blocks, last_channels, last_blocks)
-
-
-class _Decoder(nn.Module):
-    def __init__(self, latent_channels: int, channels: int, blocks: tuple[int, ...], last_channels: int, last_blocks: int):
-        super().__init__()
-        tiny = DecoderTiny(
-            latent_channels, 3, blocks, (channels,) * len(blocks), upsampling_scaling_factor=2, act_fn="relu", upsample_fn="nearest"
-        )
-        self.layers = tiny.layers[:-1]
-        self.last = nn.Sequential(
-            nn.Conv2d(channels, 4 * last_channels, 3, padding=1),
-            nn.PixelShuffle(2),
-            *(AutoencoderTinyBlock(last_channels, last_channels, "relu") for _ in range(last_blocks)),
-            nn.Conv2d(last_channels, 3, 3, padding=1),
-        )
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return self.last(self.layers(torch.tanh(latent / 3) * 3)).mul(2).sub(1)
 
 
 @dataclass(frozen=True)
@@ -85,8 +45,9 @@ class Recipe(loop.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.noise < math.inf:
-            raise InputError(f"noise must not be negative, got {self.noise}")
+        for name in ("noise", "features"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
 def loss(
@@ -99,14 +60,6 @@ def loss(
     distance = error.abs().mean()
     early = torch.stack([(a - b).abs().mean() for a, b in zip(features(inner), features(pictures), strict=True)]).sum()
     return distance + error.square().mean() + weight * early.float(), distance
-
-
-def initial(autoencoder: AutoencoderTiny) -> PixelShuffleDecoder:
-    """A decoder whose first stages are those of an autoencoder of factor 8."""
-    config = autoencoder.config
-    model = PixelShuffleDecoder(config.latent_channels, config.decoder_block_out_channels[0], tuple(config.num_decoder_blocks))
-    model.decoder.layers.load_state_dict(autoencoder.decoder.layers[:-1].state_dict())
-    return model
 
 
 def real_pictures(folder: Path, count: int, cache: Path) -> np.ndarray:
@@ -125,19 +78,13 @@ def real_pictures(folder: Path, count: int, cache: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-@torch.no_grad()
-def decoded(model: PixelShuffleDecoder, latents: Tensor) -> np.ndarray:
-    """Pictures (B, 256, 256, 3) uint8 of latents (B, 8, 16, 16)."""
-    pictures = torch.cat([model.decoder(part.float()) for part in latents.split(16)])
-    return pictures.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def train(folder: Path, autoencoder: Path, out: Path, recipe: Recipe, compiled: bool = False) -> None:
-    """Trains the decoder on a set's latents and pictures, its first stages from `autoencoder`, and writes it to `out`, fp16."""
+def train(folder: Path, encoder: Path, out: Path, recipe: Recipe, compiled: bool = False) -> None:
+    """Trains the decoder on a set's latents and pictures and writes it to `out`, fp16; its first stages are those of the autoencoder
+    `encoder`, through which the set was seen."""
     latents = TrainingSet(folder).latents[: recipe.pictures]
     pictures = real_pictures(folder, len(latents), out)
     torch.manual_seed(recipe.seed)
-    model = initial(AutoencoderTiny.from_pretrained(autoencoder))
+    model = decoder_of(AutoencoderTiny.from_pretrained(encoder))
     weights = MasterWeights(model, ema=0.998)
     model.bfloat16().to(memory_format=torch.channels_last)
     features = EarlyFeatures().bfloat16().to(memory_format=torch.channels_last)
@@ -169,10 +116,10 @@ def train(folder: Path, autoencoder: Path, out: Path, recipe: Recipe, compiled: 
         return copy.eval()
 
     def sample(path: Path) -> None:
-        drawn = decoded(averaged(), latents[:8])
+        drawn = to_pictures(averaged(), latents[:8])
         rows = [np.concatenate(list(row), 1) for row in (pictures[:8], drawn)]
         Image.fromarray(np.concatenate(rows, 0)).save(path)
 
-    inputs = {"data": fingerprint(folder / "dataset.json"), "autoencoder": fingerprint(autoencoder / WEIGHTS)}
+    inputs = {"data": fingerprint(folder / "dataset.json"), "encoder": fingerprint(encoder / WEIGHTS)}
     loop.run(loop.Stage("decoder", out, recipe, inputs, sample_every=500), {"decoder": weights}, step, sample)
     save_diffusers(averaged(), out)

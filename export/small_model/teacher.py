@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, PixArtTransformer2DModel
+from diffusers import DDIMScheduler, PixArtTransformer2DModel
 from torch import Tensor
 
 from snoopi_rt.export.attention import PlainAttention
 from snoopi_rt.export.small_model.dataset.build import TrainingSet
-from snoopi_rt.export.small_model.networks import LAYERS, deepened, schedule, transformer
+from snoopi_rt.export.small_model.networks import LAYERS, PixelShuffleDecoder, deepened, schedule, to_pictures, transformer
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
@@ -92,22 +91,15 @@ def draw(model: PixArtTransformer2DModel, prompts: Sequence[str], noise: Tensor,
     return latents
 
 
-@torch.no_grad()
-def decoded(autoencoder: AutoencoderTiny, latents: Tensor) -> np.ndarray:
-    """Pictures (B, H, W, 3) uint8 of latents (B, 8, 16, 16)."""
-    pictures = autoencoder.decoder(latents.float()).add(1).mul(127.5).round().clamp(0, 255)
-    return pictures.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def train(pictures: Path, autoencoder: Path, out: Path, recipe: Recipe, compiled: bool = False, start: Path | None = None) -> None:
+def train(pictures: Path, decoder: Path, out: Path, recipe: Recipe, compiled: bool = False, start: Path | None = None) -> None:
     """Trains the teacher on a set and writes transformer/, vae/ and scheduler/ to `out` in diffusers layout, fp16.
 
     `start`: a teacher that is trained on, deepened to the recipe's layers, instead of a new network.
     """
-    require(autoencoder, "train autoencoder")
+    require(decoder, "train decoder")
     data = TrainingSet(pictures)
     torch.manual_seed(recipe.seed)
-    inputs = {"data": fingerprint(pictures / "dataset.json"), "autoencoder": fingerprint(autoencoder / WEIGHTS)}
+    inputs = {"data": fingerprint(pictures / "dataset.json"), "decoder": fingerprint(decoder / WEIGHTS)}
     if start is None:
         model = transformer(recipe.layers)
     else:
@@ -119,7 +111,7 @@ def train(pictures: Path, autoencoder: Path, out: Path, recipe: Recipe, compiled
     model.bfloat16()
     scheduler = schedule()
     compute = torch.compile(loss) if compiled else loss
-    decoder = AutoencoderTiny.from_pretrained(autoencoder).eval()
+    shown = PixelShuffleDecoder.from_pretrained(decoder).eval()
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
         chosen = torch.randint(len(data), (recipe.batch,), generator=random)
@@ -141,9 +133,9 @@ def train(pictures: Path, autoencoder: Path, out: Path, recipe: Recipe, compiled
 
     def sample(path: Path) -> None:
         noise = torch.randn(len(SAMPLE_PROMPTS), 8, 16, 16, generator=torch.Generator().manual_seed(0))
-        contact_sheet(decoded(decoder, draw(averaged().bfloat16(), SAMPLE_PROMPTS, noise)), list(SAMPLE_PROMPTS)).save(path)
+        contact_sheet(to_pictures(shown, draw(averaged().bfloat16(), SAMPLE_PROMPTS, noise)), list(SAMPLE_PROMPTS)).save(path)
 
     loop.run(loop.Stage("teacher", out, recipe, inputs), {"teacher": weights}, step, sample)
-    save_diffusers(decoder, out / "vae")
+    save_diffusers(shown, out / "vae")
     scheduler.save_pretrained(out / "scheduler")
     save_diffusers(averaged(), out / "transformer")

@@ -6,13 +6,14 @@ NOTICE.txt; and, written last, dataset.json. Picture i depends on (seed, i) alon
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from snoopi_rt.export.training.edits import KEYS
 from snoopi_rt.export.training.sheet import contact_sheet
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_tensors
 from snoopi_rt.files import write_whole
-from snoopi_rt.request import integer
+from snoopi_rt.request import check_seed, integer
 
 SHARD = 4096  # pictures
 SIDE = 128  # pixels that the encoder sees; its latents are decoded to twice as many
@@ -43,52 +44,73 @@ class Sample:
     scene: Scene
 
 
-def build(out: Path, autoencoder: Path, count: int, seed: int) -> None:
-    """Writes a set of `count` pictures, rounded up to whole shards, seen through the encoder of the folder `autoencoder`.
+def build(out: Path, encoder: Path, count: int, seed: int) -> None:
+    """Writes a set of `count` pictures, seen through the encoder of the autoencoder in the folder `encoder`; a set that is there grows.
 
     Raises InputError where `out` already holds another set, SnoopiError where npm is missing or fails.
     """
     integer("count", count, 1)
-    integer("seed", seed, 0)
-    shards = -(-count // SHARD)
-    facts = {"kind": "emoji scenes", "seed": seed, "encoder": fingerprint(autoencoder / WEIGHTS)}
-    description = out / "recipe.json"
-    if description.exists() and json.loads(description.read_text(encoding="utf-8")) != facts:
+    write_set(out, load_sprites(out / "npm"), encoder, count, check_seed(seed))
+
+
+def write_set(out: Path, sprites: Mapping[tuple[str, str], Image.Image], encoder: Path, count: int, seed: int) -> None:
+    """What `build` does once it has the sprites, by (thing, style)."""
+    facts = {"kind": "emoji scenes", "seed": seed, "encoder": fingerprint(encoder / WEIGHTS)}
+    recipe = out / "recipe.json"
+    if recipe.exists() and json.loads(recipe.read_text(encoding="utf-8")) != facts:
         raise InputError(f"{out} holds another set; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(description, json.dumps(facts).encode())
-    composer = Composer(load_sprites(out / "npm"))
+    write_whole(recipe, json.dumps(facts).encode())
+    composer = Composer(sprites)
     vocabulary = Vocabulary(composer.colourable())
-    encoder = AutoencoderTiny.from_pretrained(autoencoder).encoder.bfloat16().eval().to(memory_format=torch.channels_last)
-    with tqdm(total=shards * SHARD, desc="pictures", unit="picture", mininterval=1.0) as bar:
-        for number in range(shards):
-            path = out / f"shard-{number:05}.safetensors"
-            if path.exists():
-                bar.update(SHARD)
-                continue
-            samples, latents = [], []
-            for first in range(number * SHARD, (number + 1) * SHARD, TOGETHER):
-                drawn = [compose(composer, vocabulary, seed, i, SIDE) for i in range(first, first + TOGETHER)]
-                samples += [sample for sample, _ in drawn]
-                latents.append(_encoded(encoder, np.stack([picture for _, picture in drawn])))
-                if first == 0:
-                    contact_sheet(np.stack([picture for _, picture in drawn]), [sample.caption for sample in samples]).save(
-                        out / "contact_sheet.png"
-                    )
-                bar.update(TOGETHER)
-            states, lengths = encode([sample.caption for sample in samples])
-            tokens = torch.cat([row[:length] for row, length in zip(states, lengths.tolist(), strict=True)])
-            lines = "".join(json.dumps({"caption": sample.caption, "scene": asdict(sample.scene)}) + "\n" for sample in samples)
-            write_whole(out / f"captions-{number:05}.jsonl", lines.encode())
-            save_tensors(path, {"latents": torch.cat(latents), "states": tokens, "ends": lengths.cumsum(0)})
+    network = AutoencoderTiny.from_pretrained(encoder).encoder.bfloat16().eval().to(memory_format=torch.channels_last)
+    with tqdm(total=count, desc="pictures", unit="picture", mininterval=1.0) as bar:
+        for number, start in enumerate(range(0, count, SHARD)):
+            numbers = range(start, min(start + SHARD, count))
+            if len(_stored_captions(out, number)) != len(numbers):
+                _write_shard(out, number, numbers, composer, vocabulary, seed, network, bar)
+            bar.update(numbers.stop - bar.n)
     write_whole(out / "prompts.txt", "".join(f"{sample.caption}\n" for sample in read_samples(out)).encode())
-    rows = [asdict(draw_edit(vocabulary, np.random.default_rng([seed, EDITS, i]))) for i in range(shards * SHARD)]
-    keys = dict(zip(("prompt", "negative", "wanted"), KEYS, strict=True))
-    write_whole(out / "edits.jsonl", "".join(json.dumps({keys[name]: text for name, text in row.items()}) + "\n" for row in rows).encode())
+    edits = [draw_edit(vocabulary, np.random.default_rng([seed, EDITS, i])) for i in range(count)]
+    rows = [dict(zip(KEYS, (edit.prompt, edit.negative, edit.wanted), strict=True)) for edit in edits]
+    write_whole(out / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     notice = "".join(f"- {drawing.package} {drawing.version}: {drawing.licence}, {drawing.upstream}\n" for drawing in TRAINED)
     write_whole(out / "NOTICE.txt", f"The pictures are made from:\n{notice}".encode())
-    facts |= {"count": shards * SHARD, "colourable": vocabulary.colourable}
+    facts |= {"count": count, "colourable": vocabulary.colourable}
     write_whole(out / "dataset.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def _write_shard(
+    out: Path, number: int, numbers: range, composer: Composer, vocabulary: Vocabulary, seed: int, network: torch.nn.Module, bar: tqdm
+) -> None:
+    samples, latents = [], []
+    for first in numbers[::TOGETHER]:
+        drawn = [compose(composer, vocabulary, seed, i, SIDE) for i in numbers[first - numbers.start :][:TOGETHER]]
+        pictures = np.stack([picture for _, picture in drawn])
+        samples += [sample for sample, _ in drawn]
+        latents.append(_encoded(network, pictures))
+        if first == 0:
+            contact_sheet(pictures, [sample.caption for sample in samples]).save(out / "contact_sheet.png")
+        bar.update(len(drawn))
+    states, lengths = encode([sample.caption for sample in samples])
+    tokens = torch.cat([row[:length] for row, length in zip(states, lengths.tolist(), strict=True)])
+    save_tensors(_shard(out, number), {"latents": torch.cat(latents), "states": tokens, "ends": lengths.cumsum(0)})
+    lines = "".join(json.dumps({"caption": sample.caption, "scene": asdict(sample.scene)}) + "\n" for sample in samples)
+    # Last: a shard with its captions is whole.
+    write_whole(_captions(out, number), lines.encode())
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05}.safetensors"
+
+
+def _captions(folder: Path, number: int) -> Path:
+    return folder / f"captions-{number:05}.jsonl"
+
+
+def _stored_captions(folder: Path, number: int) -> list[str]:
+    path = _captions(folder, number)
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def read_samples(folder: Path) -> Iterator[Sample]:
@@ -112,9 +134,9 @@ def read_seed(folder: Path) -> int:
 
 
 @torch.no_grad()
-def _encoded(encoder: torch.nn.Module, pictures: np.ndarray) -> Tensor:
+def _encoded(network: torch.nn.Module, pictures: np.ndarray) -> Tensor:
     scaled = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-    return encoder(scaled.bfloat16().contiguous(memory_format=torch.channels_last)).to(torch.float16).contiguous()
+    return network(scaled.bfloat16().contiguous(memory_format=torch.channels_last)).to(torch.float16).contiguous()
 
 
 class TrainingSet:
