@@ -22,22 +22,23 @@ def data() -> None:
     """Make the captioned pictures that the small model learns from."""
 
 
-@data.command(epilog="Example: snoopi-rt data emoji --out runs/emoji")
+@data.command(epilog="Example: snoopi-rt data emoji --encoder weights/small/teacher/vae --out runs/emoji")
+@click.option("--encoder", type=folder, required=True, metavar="FOLDER", help="The autoencoder through which the networks see pictures.")
 @out_option
-@click.option("--count", type=int, default=30_000, metavar="N", help="How many pictures.")
+@click.option("--count", type=int, default=49_152, show_default=True, metavar="N", help="How many pictures; a set that is there grows.")
 @click.option("--seed", type=Seed(), default=0, metavar="N", help="The same seed gives the same pictures.")
-def emoji(out: Path, count: int, seed: int) -> None:
-    """Fetch emoji drawings with npm and draw captioned pictures from them."""
+def emoji(encoder: Path, out: Path, count: int, seed: int) -> None:
+    """Fetch emoji drawings with npm and compose captioned pictures of them, as latents."""
     with building("data emoji", "train", out):
-        from snoopi_rt.export.training.small.emoji import build
+        from snoopi_rt.export.small_model.dataset.build import build
 
-        build(out, count, seed)
+        build(out, encoder, count, seed)
     click.echo(f"{count} pictures in {quote(out)}; look at {quote(out / 'contact_sheet.png')}")
 
 
-@click.group(cls=Group, epilog="Example: snoopi-rt train autoencoder --data runs/emoji --out runs/autoencoder")
+@click.group(cls=Group, epilog="Example: snoopi-rt train student --teacher runs/teacher --prompts prompts.txt --out runs/student")
 def train() -> None:
-    """Train a one-step student of any teacher, or the small model from pictures: autoencoder, then teacher, then student.
+    """Train a one-step student of any teacher, or the small model from pictures: decoder, then teacher, then student.
 
     A run that was stopped goes on where it was.
     """
@@ -60,33 +61,33 @@ set_option = click.option(
 )
 
 
-@train.command(epilog="Example: snoopi-rt train autoencoder --data runs/emoji --out runs/autoencoder --compile")
+@train.command(epilog="Example: snoopi-rt train decoder --data runs/emoji --encoder weights/small/teacher/vae --out runs/decoder --compile")
 @data_option
-@click.option("--start", type=folder, metavar="FOLDER", help="An autoencoder whose decoder alone is trained on.  [default: a new network]")
+@click.option("--encoder", type=folder, required=True, metavar="FOLDER", help="The autoencoder of the set, whose decoder is begun with.")
 @out_option
 @set_option
 @compile_option
-def autoencoder(data: Path, start: Path | None, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
-    """Train the autoencoder that turns pictures into latents and back."""
-    with building("train autoencoder", "train", out):
-        from snoopi_rt.export.training.small import autoencoder as stage
+def decoder(data: Path, encoder: Path, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
+    """Train the decoder that turns latents into pictures."""
+    with building("train decoder", "train", out):
+        from snoopi_rt.export.small_model import decoder as stage
 
-        stage.train(data, out, _recipe(stage.Recipe, settings), compiled, start)
+        stage.train(data, encoder, out, _recipe(stage.Recipe, settings), compiled)
 
 
-@train.command(epilog="Example: snoopi-rt train teacher --data runs/emoji --autoencoder runs/autoencoder --out runs/teacher --compile")
+@train.command(epilog="Example: snoopi-rt train teacher --data runs/emoji --decoder runs/decoder --out runs/teacher --compile")
 @data_option
-@click.option("--autoencoder", type=folder, required=True, metavar="FOLDER", help="What `train autoencoder` wrote.")
+@click.option("--decoder", type=folder, required=True, metavar="FOLDER", help="What `train decoder` wrote.")
 @click.option("--start", type=folder, metavar="FOLDER", help="A teacher to train on.  [default: a new network]")
 @out_option
 @set_option
 @compile_option
-def teacher(data: Path, autoencoder: Path, start: Path | None, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
+def teacher(data: Path, decoder: Path, start: Path | None, out: Path, settings: tuple[str, ...], compiled: bool) -> None:
     """Train the multi-step teacher."""
     with building("train teacher", "train", out):
-        from snoopi_rt.export.training.small import teacher as stage
+        from snoopi_rt.export.small_model import teacher as stage
 
-        stage.train(data, autoencoder, out, _recipe(stage.Recipe, settings), compiled, start)
+        stage.train(data, decoder, out, _recipe(stage.Recipe, settings), compiled, start)
 
 
 @train.command(
