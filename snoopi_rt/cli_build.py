@@ -17,7 +17,7 @@ data_option = click.option("--data", type=folder, required=True, metavar="FOLDER
 compile_option = click.option("--compile", "compiled", is_flag=True, help="Use torch.compile: faster, needs a C++ compiler.")
 
 
-@click.group(cls=Group, epilog="Example: snoopi-rt data emoji --out runs/emoji")
+@click.group(cls=Group, epilog="Example: snoopi-rt data emoji --encoder weights/small/teacher/vae --out runs/emoji")
 def data() -> None:
     """Make the captioned pictures that the small model learns from."""
 

@@ -75,7 +75,7 @@ def test_a_caption_says_all_that_its_scene_has_and_nothing_else(vocabulary: Voca
         scene = vocabulary.draw_scene(rng)
         text = f" {caption(scene, rng)} ".replace(",", " ").replace("!", " ").replace(".", " ")
         shown = {scene.colour, scene.background}
-        names = {name for thing in things() if thing.name in scene.things for name in thing.names}
+        names = sorted({name for thing in things() if thing.name in scene.things for name in thing.names}, key=len, reverse=True)
         for name in names:
             text = text.replace(f" {name} ", " ")  # "an orange", "a green apple" are names
         for colour in COLOURS:
