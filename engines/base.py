@@ -69,6 +69,14 @@ class TensorSpec:
     shape: tuple[int | None, ...]
     dtype: str
 
+    def fits(self, array: Any) -> bool:
+        """Whether the array is of the dtype and a shape that are described."""
+        return str(array.dtype) == self.dtype and self.has_shape(array.shape)
+
+    def has_shape(self, shape: Sequence[int | None]) -> bool:
+        """Whether the shape is one of those that are described."""
+        return len(shape) == len(self.shape) and all(size in (None, other) for size, other in zip(self.shape, shape, strict=True))
+
 
 class Axis(NamedTuple):
     """The sizes that a free axis can have, and the one that matters most."""
@@ -130,7 +138,7 @@ def check_inputs(specs: Sequence[TensorSpec], arrays: Mapping[str, Any]) -> None
         array = arrays[spec.name]
         if str(array.dtype) != spec.dtype:
             raise EngineError(f"input {spec.name!r} must be {spec.dtype}, got {array.dtype}")
-        if len(array.shape) != len(spec.shape) or any(want not in (None, have) for want, have in zip(spec.shape, array.shape, strict=True)):
+        if not spec.has_shape(array.shape):
             shape = ", ".join("any" if size is None else str(size) for size in spec.shape)
             raise EngineError(f"input {spec.name!r} must have shape ({shape}), got {tuple(array.shape)}")
     # OpenVINO would take inputs of different batches in silence.

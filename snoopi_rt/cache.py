@@ -4,6 +4,7 @@ Knows no meaning of what it keeps. A cache that cannot be used keeps nothing and
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -11,18 +12,26 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from snoopi_rt.files import write_whole
+from snoopi_rt.files import sha256, write_whole
 
 LIMIT = 10 * 2**30
 KINDS = ("bundles", "engines", "hashes", "measurements", "states")
 NOWHERE = Path(os.devnull) / "snoopi-rt"
 """A folder that cannot be, for a user without a home."""
+SEAL = 32
+"""Bytes of the digest behind what is kept: of its kind, its name and itself."""
 WRITES_PER_TRIM = 256
+LATELY = 3600.0
+"""Seconds in which another process may have trimmed the cache, or may still be filling a folder."""
 FILES = "files.json"
-"""In a folder of compiled files: their sizes and times, written last. A file that differs is damaged."""
+"""In a folder of compiled files: their sizes, times and digests, written last. A file that differs is damaged."""
+HASHED = 64 * 2**20
+"""Bytes of a folder of compiled files up to which it is hashed at every start; larger ones, which are mapped, are known by their times."""
 ROOM = 2
 """How many times its expected size must be free on the disk before a folder is filled: no cache is worth a full disk."""
 
@@ -37,15 +46,19 @@ class Cache:
         self.path = default_folder() if folder is None else folder
         self.limit = limit
         self._writes = 0
+        self._trimming = threading.Lock()
 
     def read(self, kind: str, name: str) -> bytes | None:
-        """What was written, or None."""
+        """What was written under that name, or None; what is not as it was written was not."""
         if not self._private():
             return None
         path = self.path / kind / name
         try:
-            data = path.read_bytes()
+            sealed = path.read_bytes()
         except OSError:
+            return None
+        data, seal = sealed[:-SEAL], sealed[-SEAL:]
+        if seal != _seal(kind, name, data):
             return None
         with contextlib.suppress(OSError):
             os.utime(path)
@@ -57,9 +70,10 @@ class Cache:
         if folder is None:
             return
         with contextlib.suppress(OSError):
-            write_whole(folder / name, data)
-        if self._writes % WRITES_PER_TRIM == 0:
-            self.trim()
+            write_whole(folder / name, data + _seal(kind, name, data))
+        # To look at 200,000 files takes seconds, for which nobody is to wait; the first write of a process may be its only one.
+        if (self._writes or not self._trimmed_lately()) and self._writes % WRITES_PER_TRIM == 0:
+            threading.Thread(target=self._trim_once, daemon=True).start()
         self._writes += 1
 
     def find(self, name: str) -> Path | None:
@@ -68,8 +82,8 @@ class Cache:
         if not self._private() or not folder.is_dir():
             return None
         try:
-            whole = json.loads((folder / FILES).read_bytes()) == _stamps(folder)
-        except (OSError, ValueError):
+            whole = json.loads((folder / FILES).read_bytes()) == _contents(folder)
+        except (OSError, ValueError, RecursionError):
             whole = False
         if not whole:
             self.drop(name)
@@ -129,14 +143,38 @@ class Cache:
         return {kind: sum(size for _, size, _ in self._entries(kind)) for kind in KINDS}
 
     def trim(self) -> None:
-        """Removes the files and folders that were not used for the longest time until the rest is within the limit."""
-        entries = sorted(entry for kind in KINDS for entry in self._entries(kind))
+        """Removes the files and folders that were not used for the longest time until the rest is within the limit.
+
+        A folder that is being filled stays. A time in the future is that of no use that anybody knows.
+        """
+        now = time.time()
+        with contextlib.suppress(OSError):
+            os.utime(self.path)  # whose time tells others
+        entries = sorted(
+            (used if used <= now + LATELY else 0.0, size, path)
+            for kind in KINDS
+            for used, size, path in self._entries(kind)
+            if not (path.name.startswith(".") and used > now - LATELY)
+        )
         excess = sum(size for _, size, _ in entries) - self.limit
         for _, size, path in entries:
             if excess <= 0:
                 break
             _remove(path)
             excess -= size
+
+    def _trimmed_lately(self) -> bool:
+        try:
+            return abs(time.time() - self.path.stat().st_mtime) < LATELY
+        except OSError:
+            return False
+
+    def _trim_once(self) -> None:
+        if self._trimming.acquire(blocking=False):
+            try:
+                self.trim()
+            finally:
+                self._trimming.release()
 
     def clear(self) -> None:
         """Removes everything that was kept; what else lies in the folder stays, and so does all in a folder that others can write."""
@@ -161,11 +199,11 @@ class Cache:
 
     def _publish(self, new: Path, folder: Path) -> None:
         with contextlib.suppress(OSError):
-            stamps = _stamps(new)
-            if sum(size for size, _ in stamps.values()) > self.limit // 2:
+            contents = _contents(new)
+            if sum(status.st_size for status in _files(new).values()) > self.limit // 2:
                 write_whole(folder, b"too large")
                 return
-            write_whole(new / FILES, json.dumps(stamps).encode())
+            write_whole(new / FILES, json.dumps(contents).encode())
             new.rename(folder)
         self.trim()
 
@@ -178,8 +216,12 @@ class Cache:
                 with contextlib.suppress(OSError):
                     status, path = entry.stat(follow_symlinks=False), Path(entry.path)
                     folder = entry.is_dir(follow_symlinks=False)
-                    size = sum(size for size, _ in _stamps(path).values()) if folder else status.st_size
-                    yield status.st_mtime, size, path
+                    if folder:
+                        files = _files(path).values()
+                        used = max([status.st_mtime, *(file.st_mtime for file in files)] if entry.name[0] == "." else [status.st_mtime])
+                        yield used, sum(file.st_size for file in files), path
+                    else:
+                        yield status.st_mtime, max(0, status.st_size - SEAL), path
 
     def _private(self) -> bool:
         """Whether nobody else can plant a file here: it is trusted for hashes of files."""
@@ -192,11 +234,24 @@ class Cache:
         return status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o022
 
 
-def _stamps(folder: Path) -> dict[str, list[int]]:
-    """The size and time of each file but FILES. Not a hash: a start must not read gigabytes that it maps into memory next."""
+def _seal(kind: str, name: str, data: bytes) -> bytes:
+    return hashlib.sha256(f"{kind}/{name}\n".encode() + data).digest()
+
+
+def _files(folder: Path) -> dict[str, os.stat_result]:
+    """The status of each file but FILES, by its name."""
     with os.scandir(folder) as entries:
-        found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries if entry.name != FILES}
-    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
+        return {entry.name: entry.stat(follow_symlinks=False) for entry in entries if entry.name != FILES}
+
+
+def _contents(folder: Path) -> dict[str, list[int | str]]:
+    """The size and times of each file but FILES, and its digest where they are small: a start must not read gigabytes that it maps next."""
+    files = _files(folder)
+    small = sum(status.st_size for status in files.values()) <= HASHED
+    return {
+        name: [status.st_size, status.st_mtime_ns, status.st_ctime_ns, sha256(folder / name) if small else ""]
+        for name, status in files.items()
+    }
 
 
 def _remove(path: Path) -> None:

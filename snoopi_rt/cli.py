@@ -30,7 +30,7 @@ from snoopi_rt.cli_options import (
     told,
 )
 from snoopi_rt.cli_serve import serve
-from snoopi_rt.engines.base import EngineError, InputError, SnoopiError
+from snoopi_rt.engines.base import EngineError, InputError, OutputError, SnoopiError
 from snoopi_rt.files import reason
 from snoopi_rt.interrupts import interruptible
 from snoopi_rt.shell import quote, visible
@@ -227,7 +227,10 @@ def cache(clear: bool, yes: bool) -> None:
         if not yes:
             _ask(f"Remove {_size(before)} from {quote(kept.path)}?", "--clear removes what is kept: add --yes where nobody answers")
         kept.clear()
-        click.echo(f"removed {_size(before - sum(kept.sizes().values()))}")
+        left = sum(kept.sizes().values())
+        click.echo(f"removed {_size(before - left)}")
+        if left:
+            raise OutputError(f"{_size(left)} could not be removed from {kept.path}: {kept.problem() or 'no permission, or in use'}")
     click.echo(quote(kept.path))
     if problem := kept.problem():
         click.echo(f"nothing is kept: {problem}")

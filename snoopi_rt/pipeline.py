@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from snoopi_rt.axes import axes
-from snoopi_rt.bundle import GRAPHS, TEXT_ENGINE, Bundle
+from snoopi_rt.bundle import GRAPHS, TEXT_ENGINE, Build, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.choice import choose
 from snoopi_rt.engines import known_engine, load_engine
@@ -73,7 +73,8 @@ class Pipeline:
                 self._decoder.release()
             return open_engine("text_encoder")
 
-        self._prompts = PromptEncoder(bundle, builds.get("text_encoder"), open_text_encoder, Cache() if cache is None else cache)
+        text, cache = builds.get("text_encoder"), Cache() if cache is None else cache
+        self._prompts = PromptEncoder(bundle, text, open_text_encoder, cache, "" if text is None else _runs_on(text, engine))
         if not low_memory:
             self._generator.open()
             self._decoder.open()
@@ -357,11 +358,15 @@ def open_pipeline(
 
     def open_engine(graph: str) -> Engine:
         build = builds[graph]
-        name = engine if engine in build.engines else TEXT_ENGINE
+        name = _runs_on(build, engine)
         path = bundle.folder / build.files[0].path
         return load_engine(name, path, build.precision, threads, cache, build.hash, axes(bundle, graph, build), progress, mapped)
 
     return Pipeline(bundle, open_engine, engine, precision, cache, low_memory)
+
+
+def _runs_on(build: Build, engine: str) -> str:
+    return engine if engine in build.engines else TEXT_ENGINE
 
 
 def columns(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -48,14 +48,15 @@ class Conditioning:
 class PromptEncoder:
     """The states of prompts, (1, T, D) and the like by output name; tokenizer and text encoder are opened when a prompt needs them.
 
-    `build` is the text encoder's, None where the bundle has none.
+    `build` is the text encoder's, None where the bundle has none; `engine` is the name of that which runs it.
     """
 
-    def __init__(self, bundle: Bundle, build: Build | None, open_engine: Callable[[], Engine], cache: Cache) -> None:
+    def __init__(self, bundle: Bundle, build: Build | None, open_engine: Callable[[], Engine], cache: Cache, engine: str = "") -> None:
         self._bundle, self._cache = bundle, cache
         self._encoder = Stage(open_engine)
-        self._names = () if build is None else tuple(spec.name for spec in build.outputs)
-        self._key = "" if build is None else json.dumps([build.hash, asdict(bundle.text)])
+        self._outputs = {} if build is None else {spec.name: spec for spec in build.outputs}
+        # Engines differ in the last bits, and pictures of one engine are not to depend on who drew before.
+        self._key = "" if build is None else json.dumps([build.hash, asdict(bundle.text), engine])
         self._carried = {text: row for row, text in enumerate(bundle.prompts.texts if bundle.prompts else ())}
         self._kept: OrderedDict[str | bytes, States] = OrderedDict()
         self._bytes = 0
@@ -149,6 +150,8 @@ class PromptEncoder:
         with self._lock:
             if key in self._kept:  # another thread was quicker
                 return self._kept[key]
+            for value in states.values():
+                value.setflags(write=False)  # callers of `prepare` get these very arrays
             self._kept[key] = states
             self._bytes += _bytes(states)
             while self._bytes > IN_MEMORY and len(self._kept) > 1:
@@ -169,11 +172,13 @@ class PromptEncoder:
 
     def _from_disk(self, ids: np.ndarray) -> States | None:
         states = {}
-        for name in self._names:
+        for name, spec in self._outputs.items():
             data = self._cache.read("states", self._file(ids, name))
             try:
                 states[name] = np.load(io.BytesIO(data or b""), allow_pickle=False)
-            except (EOFError, ValueError):  # not there, or cut short by a power cut
+            except (EOFError, ValueError):  # not there
+                return None
+            if not (spec.fits(states[name]) and len(states[name]) == 1 and np.isfinite(states[name]).all()):
                 return None
         return states
 

@@ -1,11 +1,13 @@
 """The cache keeps bytes in one private folder, and does without where it cannot."""
 
+import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -242,3 +244,60 @@ for _ in range(100):
     running = [subprocess.Popen([sys.executable, "-c", code, letter]) for letter in "xyz"]
     assert [process.wait() for process in running] == [0, 0, 0]
     assert [path for path in (Cache().path / "engines").iterdir() if path.name != "model"] == []
+
+
+def test_what_lies_under_another_name_or_kind_was_not_written(kept: Path) -> None:
+    for kind in ("states", "hashes"):
+        Cache().write(kind, "a", b"bytes")
+    shutil.copy(kept / "states" / "a", kept / "states" / "b")
+    shutil.copy(kept / "states" / "a", kept / "hashes" / "a")
+    assert (Cache().read("states", "b"), Cache().read("hashes", "a"), Cache().read("states", "a")) == (None, None, b"bytes")
+
+
+def test_a_time_in_the_future_keeps_nothing_for_ever(kept: Path) -> None:
+    cache, now = Cache(limit=15), time.time()
+    for name, used in (("future", now + 10**8), ("used", now)):
+        cache.write("states", name, bytes(10))
+        os.utime(kept / "states" / name, (used, used))
+    cache.trim()
+    assert [path.name for path in (kept / "states").iterdir()] == ["used"]
+
+
+def test_a_folder_that_is_being_filled_is_not_trimmed_and_one_that_a_crash_left_is() -> None:
+    cache = Cache(limit=1000)
+    with cache.fill("model", 10) as folder:
+        assert folder is not None
+        (folder / "weights").write_bytes(bytes(2000))
+        os.utime(folder, (1000, 1000))
+        cache.trim()
+        assert (folder / "weights").exists()
+        os.utime(folder / "weights", (1000, 1000))
+        os.utime(folder, (1000, 1000))
+        cache.trim()
+        assert not folder.exists()
+
+
+def test_a_write_does_not_wait_for_the_cache_to_be_trimmed(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, over = threading.Event(), threading.Event()
+    monkeypatch.setattr(Cache, "trim", lambda cache: (begun.set(), over.wait(60)))
+    Cache().write("states", "a", b"bytes")
+    assert not begun.wait(0.1), "a new cache has nothing to remove"
+    os.utime(kept, (1000, 1000))
+    cache = Cache()
+    for name in map(str, range(600)):
+        cache.write("states", name, b"bytes")
+    assert begun.wait(60) and cache.read("states", "599") == b"bytes"
+    over.set()
+
+
+def test_a_small_compiled_file_is_known_by_its_contents() -> None:
+    cache = Cache()
+    path = fill(cache, "model", 1000)
+    data = bytearray((path / "part0").read_bytes())
+    stamps = json.loads((path / "files.json").read_bytes())
+    data[500 - 1] ^= 1
+    (path / "part0").write_bytes(data)
+    status = (path / "part0").stat()
+    stamps["part0"][:3] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]  # as a disk that loses bits leaves them
+    (path / "files.json").write_text(json.dumps(stamps))
+    assert cache.find("model") is None

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from snoopi_rt import image, pipeline
+from snoopi_rt import cache, image, pipeline
 from snoopi_rt.bench import cold_start
 from snoopi_rt.bundle import Bundle
 from snoopi_rt.cache import Cache
@@ -253,6 +253,13 @@ def test_cache_says_what_is_kept_and_clears_it(cache_folder: Path) -> None:
     assert Cache().sizes()["states"] == 0
     assert run("cache", "--clear", "--yes").stdout.startswith("removed 0 kB\n")
     assert "--yes goes with --clear" in run("cache", "--yes", code=2).stderr
+
+
+def test_a_cache_that_cannot_be_cleared_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cache().write("states", "a.npy", bytes(3_000_000))
+    monkeypatch.setattr(cache, "_remove", lambda path: None)  # as on a disk that is read-only
+    told = run("cache", "--clear", "--yes", code=1)
+    assert told.stdout == "removed 0 kB\n" and told.stderr.startswith("error: 3.0 MB could not be removed from ")
 
 
 def test_cache_says_why_it_cannot_be_used(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

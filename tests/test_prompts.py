@@ -1,5 +1,6 @@
 """Prompts are encoded once: what a bundle carries, what is kept, and what may be forgotten."""
 
+import io
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -135,13 +136,14 @@ def test_states_that_the_cache_does_not_take_are_an_error_and_not_a_promise(orig
         pipe.keep("a cat")
 
 
-def test_kept_states_belong_to_one_build_and_one_text_rule(original: Bundle, fakes: Fakes) -> None:
-    """And to no engine: the build has passed its parity on all of those that it names."""
+def test_kept_states_belong_to_one_build_one_text_rule_and_one_engine(original: Bundle, fakes: Fakes) -> None:
+    """Engines differ in the last bits: a picture is not to depend on which one encoded its prompt before."""
 
     def new(bundle: Bundle, engine: str = "cpu") -> bool:
         return Pipeline(bundle, fakes.__getitem__, engine).keep("a cat")
 
     assert new(original)
+    assert new(original, "openvino")
     assert not new(original, "openvino")
     (build,) = original.graphs["text_encoder"]
     other = replace(build, files=(replace(build.files[0], sha256="0" * 64),))
@@ -166,3 +168,38 @@ def test_memory_for_prompts_is_bounded_and_those_let_go_come_from_disk(
     for prompt in asked:
         np.testing.assert_array_equal(*(next(iter(states.values())) for states in (first[prompt], encoder.encode(prompt))))
     assert fakes["text_encoder"].calls == calls
+
+
+def test_kept_states_that_are_not_what_was_written_are_made_again(pipe: Pipeline, original: Bundle, fakes: Fakes) -> None:
+    expected, (file,) = pipe("a red fox", seed=1).images, (Cache().path / "states").iterdir()
+    pipe("a cat", seed=1)
+    (other,) = (path for path in (Cache().path / "states").iterdir() if path != file)
+    whole, random = file.read_bytes(), np.random.RandomState(0)
+    damaged = [b"", whole[:-1], whole + b"?", other.read_bytes()]
+    for _ in range(20):
+        flipped = bytearray(whole)
+        flipped[random.randint(len(whole))] ^= 1 << random.randint(8)
+        damaged.append(bytes(flipped))
+    for data in damaged:
+        file.write_bytes(data)
+        np.testing.assert_array_equal(Pipeline(original, fakes.__getitem__, "cpu")("a red fox", seed=1).images, expected)
+        assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "states",
+    [np.full((1, 4, 4), np.nan, np.float32), np.zeros((1, 4, 5), np.float32), np.zeros((2, 4, 4), np.float32), np.zeros((1, 4, 4))],
+)
+def test_kept_states_that_cannot_be_this_builds_are_made_again(pipe: Pipeline, original: Bundle, fakes: Fakes, states: np.ndarray) -> None:
+    """Whole as they were written, by a version that was wrong."""
+    expected, (file,) = pipe("a red fox", seed=1).images, (Cache().path / "states").iterdir()
+    data = io.BytesIO()
+    np.save(data, states)
+    Cache().write("states", file.name, data.getvalue())
+    np.testing.assert_array_equal(Pipeline(original, fakes.__getitem__, "cpu")("a red fox", seed=1).images, expected)
+
+
+def test_prepared_states_cannot_be_changed(pipe: Pipeline) -> None:
+    for prepared in (pipe.prepare("a cat"), pipe.prepare("a cat")):
+        with pytest.raises(ValueError, match="read-only"):
+            prepared.states["states"][:] = 0
