@@ -23,11 +23,12 @@ from snoopi_rt.export.graphs.builds import Graph, build, check_precision
 from snoopi_rt.export.graphs.parity import FP32_TOLERANCE, LATENT_TOLERANCE, PICTURE_TOLERANCE, Arrays, View, rms
 from snoopi_rt.export.guidance import Guidance, find_guidance
 from snoopi_rt.export.origin import Origin
+from snoopi_rt.export.whole_picture import Extreme, draw_whole, extreme_ids
 from snoopi_rt.files import check_place, hidden, reason
 from snoopi_rt.manifest import text_rule
 from snoopi_rt.prompts import write_prompts
 from snoopi_rt.shell import quote
-from snoopi_rt.tokenizer import Tokenizer
+from snoopi_rt.tokenizer import Tokenizer, highest_id
 
 MEASURED_ON = ("cpu", "openvino")
 MAX_PIXELS = 64 * 128**2
@@ -102,7 +103,8 @@ class Plan:
 def export(origin: Origin, out: Path, wishes: Wishes | None = None, say: Callable[[str], None] = lambda line: None) -> Bundle:
     """Writes a student to the bundle `out` and returns it; `say` is told what was measured.
 
-    Raises InputError (unknown names, weights that do not fit, `out` in use), OutputError where a graph is too far from PyTorch.
+    Raises InputError (unknown names, weights that do not fit, `out` in use), OutputError where a graph is too far from PyTorch or the whole
+    bundle does not draw what it promises.
     Nothing is under the name `out` until all of it is; with `force` an old bundle there is replaced.
     """
     plan = Plan.of(origin, wishes or Wishes())
@@ -115,7 +117,8 @@ def export(origin: Origin, out: Path, wishes: Wishes | None = None, say: Callabl
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        _fill(beside, out.name, plan, student, say).save(beside)
+        bundle, extremes = _fill(beside, out.name, plan, student, say)
+        draw_whole(bundle.save(beside), plan.engines, extremes, say)
         shutil.rmtree(old, ignore_errors=True)
         if out.exists():
             out.replace(old)
@@ -139,14 +142,17 @@ def check_out(out: Path, force: bool) -> None:
         raise OutputError(f"cannot write {quote(out)}: {reason(error)}") from error
 
 
-def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[str], None]) -> Bundle:
-    """All files of a bundle but its bundle.json, which is returned."""
+def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[str], None]) -> tuple[Bundle, list[Extreme]]:
+    """All files of a bundle but its bundle.json, which is returned, with the prompts from which it is to be drawn before it is done."""
     text = student.write_tokenizer(folder / "tokenizer.json")
     tokenizer = Tokenizer(folder / "tokenizer.json", text.max_tokens, text.lowercase, text.pad)
     carried = list(dict.fromkeys(text_rule(prompt, text.lowercase) for prompt in plan.wishes.prompts))
     say(f"encoding {len(cases.TEXTS) + len(carried)} prompts")
     ids = {prompt: torch.from_numpy(tokenizer(prompt, truncate=prompt not in carried)) for prompt in (*cases.TEXTS, *carried)}
-    states = dict(zip(ids, student.encode(list(ids.values())), strict=True))
+    limits = {} if plan.wishes.prompts_only else extreme_ids(tokenizer, highest_id(folder / "tokenizer.json"))
+    encoded = student.encode([*ids.values(), *limits.values()])
+    states = dict(zip(ids, encoded, strict=False))
+    extremes = [Extreme(*limit, values) for limit, values in zip(limits.items(), encoded[len(ids) :], strict=True)]
     graphs = {}
     for graph in _graphs(plan, student, ids, states):
         graphs[graph.name] = build(graph, plan.precision[graph.name], folder, plan.engines, say, plan.wishes.everywhere)
@@ -157,7 +163,7 @@ def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[
         (folder / "tokenizer.json").unlink()
         text = replace(text, tokenizer=None)
     kind = plan.guidance
-    return Bundle(
+    bundle = Bundle(
         name=name,
         backbone=plan.backbone.name,
         licence=plan.origin.licence,
@@ -173,6 +179,7 @@ def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[
         vocabulary=plan.wishes.vocabulary or student.vocabulary,
         examples=plan.wishes.examples or (() if plan.wishes.prompts_only else student.examples),
     )
+    return bundle, extremes
 
 
 def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Mapping[str, dict[str, Tensor]]) -> Iterator[Graph]:

@@ -13,6 +13,7 @@ from snoopi_rt.bundle_files import check_file, read_manifest, remember_folder
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import BundleError, InputError, how_to_install
 from snoopi_rt.files import write_whole
+from snoopi_rt.fit import check_shapes, check_tokens
 from snoopi_rt.json_reader import parse_json
 from snoopi_rt.manifest import (
     GRAPHS,
@@ -104,6 +105,7 @@ class Bundle:
         for text in self.examples:
             known = encoding or text_rule(text, self.text.lowercase) in (self.prompts.texts if self.prompts else ())
             require(bool(text.strip()) and known, f"the example {text!r} is no prompt of this bundle")
+        check_shapes(self)
         seen: dict[str, File] = {}
         for file in self._listed():
             require(seen.setdefault(file.path, file) == file, f"{file.path} is listed twice with different contents")
@@ -209,6 +211,7 @@ class Bundle:
             listed = {file.path for file in build.files}
             for name in external[build.files[0].path]:
                 require(name in listed, f"{self.folder / build.files[0].path} reads {name!r}, which its build does not list")
+        check_tokens(self, cache)
 
 
 def _document(data: bytes) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Which other files an ONNX file reads: its external data, found without the onnx package.
+"""What must be known of an ONNX file without the onnx package: which other files it reads, and how many tokens it has embeddings for.
 
 Walks the protobuf wire format only where tensors can be; tensor contents are skipped, not read.
 """
 
 import mmap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from snoopi_rt.engines.base import BundleError
@@ -22,13 +23,74 @@ INSIDE = {
 }
 
 
+KEEPS_IDS = frozenset({"Cast", "Concat", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze", "Where"})
+"""The operators behind which token ids are still token ids."""
+KEEPS_ROWS = frozenset({"Cast", "DequantizeLinear", "Identity"})
+LOOKS_UP = frozenset({"Gather", "GatherBlockQuantized"})
+
+
 def external_data(path: Path) -> list[str]:
     """The names of the files that the ONNX file's tensors point to. Raises BundleError where it is no ONNX file."""
+    with _opened(path) as data:
+        return sorted(set(_locations(data, "model", 0, len(data))))
+
+
+def embedded_tokens(path: Path, ids: str = "ids") -> int | None:
+    """For how many token ids the graph has embeddings: the rows of the smallest table that it looks its input `ids` up in.
+
+    None where it looks them up in none. Raises BundleError where it is no ONNX file.
+    """
+    with _opened(path) as data:
+        graph = next(((begin, end) for field, begin, end in _fields(data, 0, len(data)) if field == 7), (0, 0))
+        nodes, rows = [], {}
+        for field, begin, end in _fields(data, *graph):
+            if field == 1:
+                nodes.append(_node(data, begin, end))
+            elif field == 5:
+                name, dims = _tensor(data, begin, end)
+                rows[name] = dims[0] if len(dims) > 1 else None
+    known, found = {ids}, []
+    for operator, inputs, outputs in nodes:
+        if operator in LOOKS_UP and inputs[1] in known and (count := rows.get(inputs[0])) is not None:
+            found.append(count)
+        if operator in KEEPS_ROWS and inputs[0] in rows:
+            rows[outputs[0]] = rows[inputs[0]]
+        if operator in KEEPS_IDS and known.intersection(inputs):
+            known.update(outputs)
+    return min(found, default=None)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[mmap.mmap]:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return sorted(set(_locations(data, "model", 0, len(data))))
+            yield data
     except (IndexError, RecursionError, ValueError) as error:
         raise BundleError(f"{path} is not an ONNX file") from error
+
+
+def _node(data: mmap.mmap, start: int, end: int) -> tuple[str, list[str], list[str]]:
+    """The operator, the inputs and the outputs of a node."""
+    texts: dict[int, list[str]] = {1: [], 2: [], 4: []}
+    for field, begin, stop in _fields(data, start, end):
+        if field in texts:
+            texts[field].append(data[begin:stop].decode())
+    return texts[4][0], texts[1], texts[2]
+
+
+def _tensor(data: mmap.mmap, start: int, end: int) -> tuple[str, list[int]]:
+    """The name and the shape of a tensor."""
+    name, dims = "", []
+    for field, wire, begin, stop in _wires(data, start, end):
+        if (field, wire) == (1, 0):
+            dims.append(_varint(data, begin)[0])
+        elif (field, wire) == (1, 2):
+            while begin < stop:
+                value, begin = _varint(data, begin)
+                dims.append(value)
+        elif field == 8:
+            name = data[begin:stop].decode()
+    return name, dims
 
 
 def _locations(data: mmap.mmap, message: str, start: int, end: int) -> Iterator[str]:
@@ -44,23 +106,29 @@ def _locations(data: mmap.mmap, message: str, start: int, end: int) -> Iterator[
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Yields (field number, begin, end) of every length-delimited field of one message."""
+    return ((field, begin, stop) for field, wire, begin, stop in _wires(data, start, end) if wire == 2)
+
+
+def _wires(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yields (field number, wire type, begin, end) of every field of one message."""
     while start < end:
         tag, start = _varint(data, start)
         match tag & 7:
             case 0:
-                _, start = _varint(data, start)
+                _, stop = _varint(data, start)
             case 1:
-                start += 8
+                stop = start + 8
             case 2:
                 length, start = _varint(data, start)
-                if start + length > end:
-                    raise ValueError("a field that is longer than its message")
-                yield tag >> 3, start, start + length
-                start += length
+                stop = start + length
             case 5:
-                start += 4
+                stop = start + 4
             case wire:
                 raise ValueError(f"unknown wire type {wire}")
+        if stop > end:
+            raise ValueError("a field that is longer than its message")
+        yield tag >> 3, tag & 7, start, stop
+        start = stop
 
 
 def _varint(data: mmap.mmap, start: int) -> tuple[int, int]:

@@ -72,7 +72,10 @@ class PromptEncoder:
         text = text_rule(prompt, self._bundle.text.lowercase)
         if text in self._carried:
             return self._remembered(text) or self._remember(text, read_prompt(self._bundle, self._carried[text], self._carried_file))
-        ids = self._ids(text, truncate)
+        return self.encode_ids(self._ids(text, truncate))
+
+    def encode_ids(self, ids: np.ndarray) -> States:
+        """The states of token ids (1, T) int64, to be read only. Raises OutputError where one is NaN."""
         key = ids.tobytes()
         return self._remembered(key) or self._remember(key, self._from_disk(ids) or self._compute(ids))
 

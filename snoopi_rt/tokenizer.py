@@ -1,6 +1,7 @@
 """A prompt to token ids: tokenizer.json and the bundle's text rule. Knows no model."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,16 +26,10 @@ class Tokenizer:
     """The tokenizer.json at `path`, without the padding and truncation that it may have been saved with. Threads may share it."""
 
     def __init__(self, path: Path, max_tokens: int, lowercase: bool, pad: int | None = None) -> None:
-        import tokenizers
-
-        try:
-            with native_code():
-                self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises bare Exception
-            raise BundleError(f"{path} is not a tokenizer: {error}") from error
+        self._tokenizer = _opened(path)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._max_tokens, self._lowercase, self._pad = max_tokens, lowercase, pad
+        self.max_tokens, self._lowercase, self._pad = max_tokens, lowercase, pad
 
     def __call__(self, prompt: str, truncate: bool = False) -> np.ndarray:
         """The ids, int64 (1, T), special tokens included; with `pad` T is the limit, else the prompt's own length.
@@ -47,7 +42,7 @@ class Tokenizer:
                 encoding = self._tokenizer.encode(text_rule(prompt, self._lowercase))
         except (TypeError, UnicodeEncodeError) as error:
             raise InputError(f"prompt is not valid Unicode text: {prompt!a}") from error
-        ids, limit = encoding.ids, self._max_tokens
+        ids, limit = encoding.ids, self.max_tokens
         if len(ids) > limit:
             if not truncate:
                 raise PromptTooLong(len(ids), limit)
@@ -56,3 +51,18 @@ class Tokenizer:
         if self._pad is not None:
             ids += [self._pad] * (limit - len(ids))
         return np.array([ids], dtype=np.int64)
+
+
+def highest_id(path: Path) -> int:
+    """The highest id that the tokenizer.json at `path` can give, added tokens included. Raises BundleError."""
+    return max(_opened(path).get_vocab(with_added_tokens=True).values(), default=0)
+
+
+def _opened(path: Path) -> Any:
+    import tokenizers
+
+    try:
+        with native_code():
+            return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception
+        raise BundleError(f"{path} is not a tokenizer: {error}") from error

@@ -98,7 +98,7 @@ def clip_model(projected: bool = False, **changes: object) -> nn.Module:
 def test_clip_ids_are_those_of_transformers_for_any_prompt(folders: dict[str, Path], tmp_path: Path, pad: str) -> None:
     from transformers import CLIPTokenizer
 
-    rule = clip_rule(folders[pad], tmp_path / "tokenizer.json")
+    rule = clip_rule(folders[pad], tmp_path / "tokenizer.json", 10**6)
     theirs = CLIPTokenizer.from_pretrained(folders[pad])
     assert (rule.max_tokens, rule.lowercase, rule.pad) == (77, False, theirs.pad_token_id)
     ours = tokens(rule, tmp_path)
@@ -114,16 +114,16 @@ def test_a_clip_tokenizer_may_lie_in_one_file_as_transformers_saves_it(folders: 
 
     CLIPTokenizer.from_pretrained(folders["!"]).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "vocab.json").exists()
-    again = clip_rule(tmp_path / "saved", tmp_path / "again.json")
-    rule = clip_rule(folders["!"], tmp_path / "tokenizer.json")
+    again = clip_rule(tmp_path / "saved", tmp_path / "again.json", 10**6)
+    rule = clip_rule(folders["!"], tmp_path / "tokenizer.json", 10**6)
     for prompt in PROMPTS[:-1]:
         assert tokens(again, tmp_path)(prompt).tolist() == tokens(rule, tmp_path)(prompt).tolist()
 
 
-@pytest.mark.parametrize("rule", [clip_rule, lambda folder, out: t5_rule(folder, out, 120)])
-def test_a_folder_without_a_tokenizer_is_one_clear_line(tmp_path: Path, rule: Callable[[Path, Path], Text]) -> None:
+@pytest.mark.parametrize("rule", [clip_rule, lambda folder, out, embedded: t5_rule(folder, out, 120, embedded)])
+def test_a_folder_without_a_tokenizer_is_one_clear_line(tmp_path: Path, rule: Callable[[Path, Path, int], Text]) -> None:
     with pytest.raises(InputError, match=r"tokenizer: it has neither tokenizer\.json nor"):
-        rule(tmp_path, tmp_path / "tokenizer.json")
+        rule(tmp_path, tmp_path / "tokenizer.json", 10**6)
 
 
 @pytest.mark.parametrize("changes", [{}, {"hidden_act": "gelu", "num_hidden_layers": 2}], ids=["sd15", "sd21"])
@@ -136,7 +136,7 @@ def test_clip_states_are_those_of_the_diffusers_pipeline(folders: dict[str, Path
     pipe = StableDiffusionPipeline(
         **parts, tokenizer=CLIPTokenizer.from_pretrained(folders["!"]), text_encoder=model, requires_safety_checker=False
     )
-    tokenizer = tokens(clip_rule(folders["!"], tmp_path / "tokenizer.json"), tmp_path)
+    tokenizer = tokens(clip_rule(folders["!"], tmp_path / "tokenizer.json", 10**6), tmp_path)
     for prompt in PROMPTS:
         wanted, _ = pipe.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
         assert relative(ClipTextEncoder(model)(torch.from_numpy(tokenizer(prompt, truncate=True))), wanted) < 1e-6
@@ -153,7 +153,7 @@ def test_sdxl_states_and_pooled_state_are_those_of_the_diffusers_pipeline(folder
     parts = dict(zip(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), (*models, *tokenizers), strict=True))
     pipe = StableDiffusionXLPipeline(**parts, vae=None, unet=None, scheduler=None, add_watermarker=False)
     encoder = SdxlTextEncoder(*models, eos=515, pads=(515, 0))
-    tokenizer = tokens(clip_rule(folders[EOS], tmp_path / "tokenizer.json"), tmp_path)
+    tokenizer = tokens(clip_rule(folders[EOS], tmp_path / "tokenizer.json", 10**6), tmp_path)
     for prompt in (prompt.replace("!", "") for prompt in PROMPTS):
         wanted, _, wanted_pooled, _ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
         states, pooled = encoder(torch.from_numpy(tokenizer(prompt, truncate=True)))
@@ -237,7 +237,7 @@ def pixart_ids(folder: Path, prompt: str, max_tokens: int) -> list[int]:
 
 @pytest.mark.parametrize("max_tokens", [120, 300])
 def test_t5_ids_are_the_real_tokens_of_pixart_for_any_prompt(t5_tokenizer_folder: Path, tmp_path: Path, max_tokens: int) -> None:
-    rule = t5_rule(t5_tokenizer_folder, tmp_path / "tokenizer.json", max_tokens)
+    rule = t5_rule(t5_tokenizer_folder, tmp_path / "tokenizer.json", max_tokens, 10**6)
     assert (rule.max_tokens, rule.lowercase, rule.pad) == (max_tokens, True, None)
     ours = tokens(rule, tmp_path)
     for prompt in PROMPTS:
@@ -254,7 +254,7 @@ def test_t5_ids_from_a_sentencepiece_model_are_those_of_pixart(tmp_path: Path) -
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(SENTENCES), model_writer=file, vocab_size=60, hard_vocab_limit=False, minloglevel=2, **special
         )
-    ours = tokens(t5_rule(tmp_path, tmp_path / "tokenizer.json", 120), tmp_path)
+    ours = tokens(t5_rule(tmp_path, tmp_path / "tokenizer.json", 120, 10**6), tmp_path)
     (tmp_path / "tokenizer.json").rename(tmp_path / "written.json")
     whole = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
     for prompt in PROMPTS:
@@ -266,7 +266,7 @@ def test_a_sentencepiece_model_without_sentencepiece_is_one_clear_line(tmp_path:
     (tmp_path / "spiece.model").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(EngineMissing, match=r"spiece\.model is read with sentencepiece, which is not installed"):
-        t5_rule(tmp_path, tmp_path / "tokenizer.json", 120)
+        t5_rule(tmp_path, tmp_path / "tokenizer.json", 120, 10**6)
 
 
 def test_t5_at_a_prompts_own_length_equals_the_padded_diffusers_pipeline(
@@ -278,7 +278,7 @@ def test_t5_at_a_prompts_own_length_equals_the_padded_diffusers_pipeline(
     model = t5_model()
     tokenizer = T5Tokenizer.from_pretrained(t5_tokenizer_folder)
     pipe = PixArtAlphaPipeline(tokenizer, model, vae=None, transformer=None, scheduler=None)
-    ours = tokens(t5_rule(t5_tokenizer_folder, tmp_path / "tokenizer.json", 120), tmp_path)
+    ours = tokens(t5_rule(t5_tokenizer_folder, tmp_path / "tokenizer.json", 120, 10**6), tmp_path)
     for prompt in PROMPTS:
         padded, mask, _, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, device="cpu", clean_caption=False)
         assert padded.shape[1] == 120

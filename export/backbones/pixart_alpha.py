@@ -14,7 +14,7 @@ from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.text.rule import t5_rule
-from snoopi_rt.export.text.t5 import T5Weights, reference_states, skeleton
+from snoopi_rt.export.text.t5 import T5Weights, reference_states, skeleton, t5_config
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.lora import NETWORK, Product, merge_loras
 
@@ -53,7 +53,7 @@ def prompt_encoder(folder: Path, max_tokens: int, later: Mapping[str, Sequence[P
     """T5, one layer in memory at a time. `later`: what LoRAs add to its weights."""
 
     def write_tokenizer(path: Path) -> Text:
-        return t5_rule(folder / "tokenizer", path, max_tokens)
+        return t5_rule(folder / "tokenizer", path, max_tokens, t5_config(folder / "text_encoder").vocab_size)
 
     return PromptEncoder(write_tokenizer, lambda ids: reference_states(folder / "text_encoder", ids, later))
 

@@ -1,19 +1,21 @@
 """The backbones `sd15`, `sd21` and `sdxl`: a UNet and one or two CLIP text encoders."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from snoopi_rt.bundle import Text
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet, unet_answer
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.text.clip import ClipTextEncoder, SdxlTextEncoder
-from snoopi_rt.export.text.rule import clip_rule, clip_tokenizer
-from snoopi_rt.export.weights.checkpoint import load_module
+from snoopi_rt.export.text.rule import CLIP_TOKENS, clip_rule, clip_tokenizer
+from snoopi_rt.export.weights.checkpoint import config_path, load_module, read_config, transformers_config
 from snoopi_rt.export.weights.lora import NETWORK, TEXT_ENCODERS, merge_loras
 
 
@@ -32,6 +34,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         time_ids = torch.tensor([preset.time_ids if own else (height, width, 0, 0, height, width)], dtype=torch.float32)
     models = _text_models(weights.folder, conditioned)
     merge_loras(weights.loras, {NETWORK: network, **dict(zip(TEXT_ENCODERS, models, strict=False))})
+    _require_text_fit(weights.folder, network, models)
     encoder, outputs = _text_encoder(weights.folder, models)
 
     @torch.no_grad()
@@ -46,7 +49,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         generator=lambda guidance, empty: FoldedUNet(network, preset.rule, guidance, empty, time_ids),
         reference=lambda guidance, empty: GuidedUNet(network, preset.rule, guidance, empty, time_ids),
         decoder=load_decoder(weights, preset),
-        write_tokenizer=lambda path: clip_rule(weights.folder / "tokenizer", path),
+        write_tokenizer=prompt_encoder(weights.folder, preset.max_tokens).write_tokenizer,
     )
 
 
@@ -58,14 +61,42 @@ def prompt_encoder(folder: Path, max_tokens: int) -> PromptEncoder:
         encoder, _ = _text_encoder(folder, _text_models(folder, False))
         return [encoder(ids) for ids in prompts]
 
-    return PromptEncoder(lambda path: clip_rule(folder / "tokenizer", path), encode)
+    def write_tokenizer(path: Path) -> Text:
+        # Both of SDXL's get the ids of the first one's tokenizer.
+        embedded = min(config.vocab_size for config in _text_configs(folder))
+        return clip_rule(folder / "tokenizer", path, embedded)
+
+    return PromptEncoder(write_tokenizer, encode)
+
+
+def _text_kinds() -> dict[str, Any]:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    return dict(zip(TEXT_ENCODERS, (CLIPTextModel, CLIPTextModelWithProjection), strict=True))
 
 
 def _text_models(folder: Path, two: bool) -> list[nn.Module]:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    return [load_module(folder / part, kind) for part, kind in list(_text_kinds().items())[: 1 + two]]
 
-    kinds = (CLIPTextModel, CLIPTextModelWithProjection)[: 1 + two]
-    return [load_module(folder / part, kind) for part, kind in zip(TEXT_ENCODERS, kinds, strict=False)]
+
+def _text_configs(folder: Path) -> list[Any]:
+    paths = {config_path(folder / part): kind for part, kind in _text_kinds().items()}
+    first, *second = paths
+    return [transformers_config(paths[path], read_config(path, paths[path]), path) for path in (first, *filter(Path.exists, second))]
+
+
+def _require_text_fit(folder: Path, network: nn.Module, models: list[nn.Module]) -> None:
+    """Returns where the text encoders give what the UNet takes, of prompts of 77 tokens; raises InputError."""
+    positions = min(model.config.max_position_embeddings for model in models)
+    if positions < CLIP_TOKENS:
+        raise InputError(f"the text encoder in {folder} has positions for {positions} tokens, prompts have {CLIP_TOKENS}")
+    widths, want = [model.config.hidden_size for model in models], network.config.cross_attention_dim
+    if sum(widths) != want:
+        raise InputError(f"the text encoder in {folder} gives states of {sum(widths)}, the network takes {want}: fetch both from one model")
+    if len(models) > 1:
+        have = models[1].config.projection_dim + 6 * network.config.addition_time_embed_dim
+        if have != (want := network.config.projection_class_embeddings_input_dim):
+            raise InputError(f"the second text encoder in {folder} and the image's size give {have} numbers, the network takes {want}")
 
 
 def _text_encoder(folder: Path, models: list[nn.Module]) -> tuple[nn.Module, tuple[str, ...]]:

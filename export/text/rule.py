@@ -9,6 +9,7 @@ from snoopi_rt.bundle import File, Text
 from snoopi_rt.engines.base import EngineMissing, InputError, how_to_install
 from snoopi_rt.export.weights.text_files import check_file, read_json, read_text
 from snoopi_rt.files import write_whole
+from snoopi_rt.tokenizer import highest_id
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
@@ -19,13 +20,18 @@ SMALL_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special
 _SPECIAL = re.compile(r"<[^ ]+>")
 
 
-def clip_rule(folder: Path, out: Path) -> Text:
+def clip_rule(folder: Path, out: Path, embedded: int) -> Text:
     """The rule of a CLIP tokenizer, which is written to the file `out`: every prompt is filled to 77 tokens with the tokenizer's pad.
 
-    Raises InputError where the folder holds no such tokenizer.
+    Raises InputError where the folder holds no such tokenizer, or one of more tokens than the `embedded` of its text encoder.
     """
     tokenizer = clip_tokenizer(folder)
-    return Text(_written(tokenizer, out), min(tokenizer.model_max_length, CLIP_TOKENS), lowercase=False, pad=tokenizer.pad_token_id)
+    return Text(
+        _written(tokenizer, folder, out, embedded),
+        min(tokenizer.model_max_length, CLIP_TOKENS),
+        lowercase=False,
+        pad=tokenizer.pad_token_id,
+    )
 
 
 def clip_tokenizer(folder: Path) -> "CLIPTokenizer":
@@ -37,11 +43,11 @@ def clip_tokenizer(folder: Path) -> "CLIPTokenizer":
     return _opened(CLIPTokenizer, folder)
 
 
-def t5_rule(folder: Path, out: Path, max_tokens: int) -> Text:
+def t5_rule(folder: Path, out: Path, max_tokens: int, embedded: int) -> Text:
     """The rule of a T5 tokenizer, which is written to the file `out`: lower case, as PixArt's pipelines do it, and no padding.
 
-    PixArt-alpha takes 120 tokens, PixArt-Sigma 300. Raises InputError where the folder holds no such tokenizer, EngineMissing where it
-    can be read with sentencepiece only and that is not installed.
+    PixArt-alpha takes 120 tokens, PixArt-Sigma 300. Raises InputError as clip_rule does, EngineMissing where it can be read with
+    sentencepiece only and that is not installed.
     """
     from transformers import T5Tokenizer
 
@@ -50,7 +56,7 @@ def t5_rule(folder: Path, out: Path, max_tokens: int) -> Text:
             raise InputError(f"{folder} is no T5 tokenizer: it has neither tokenizer.json nor spiece.model")
         if importlib.util.find_spec("sentencepiece") is None:
             raise EngineMissing(f"{folder / 'spiece.model'} is read with sentencepiece, which is not installed: {how_to_install('export')}")
-    return Text(_written(_opened(T5Tokenizer, folder), out), max_tokens, lowercase=True)
+    return Text(_written(_opened(T5Tokenizer, folder), folder, out, embedded), max_tokens, lowercase=True)
 
 
 def _opened(kind: Any, folder: Path) -> Any:
@@ -88,6 +94,11 @@ def _has(folder: Path, *names: str) -> bool:
     return all((folder / name).exists() for name in names)
 
 
-def _written(tokenizer: "PreTrainedTokenizerFast", out: Path) -> File:
+def _written(tokenizer: "PreTrainedTokenizerFast", folder: Path, out: Path, embedded: int) -> File:
     write_whole(out, tokenizer.backend_tokenizer.to_str().encode())
+    if max(highest := highest_id(out), tokenizer.pad_token_id or 0) >= embedded:
+        raise InputError(
+            f"the tokenizer in {folder} has token ids up to {highest}, its text encoder has embeddings for {embedded}: "
+            "fetch both from one model"
+        )
     return File.of(out)

@@ -59,7 +59,7 @@ def skeleton(folder: Path, projection: nn.Module) -> T5TextEncoder:
     """
     from transformers import T5EncoderModel
 
-    config, width = _config(folder), projection.linear_1.in_features
+    config, width = t5_config(folder), projection.linear_1.in_features
     if config.d_model != width:
         raise InputError(
             f"the T5 in {folder} gives states of {config.d_model}, the network takes {width}: choose the one it was trained with"
@@ -111,7 +111,7 @@ def reference_states(folder: Path, prompts: Sequence[Tensor], later: Mapping[str
     """
     from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
-    config, weight_of = _config(folder), T5Weights(folder, later=later)
+    config, weight_of = t5_config(folder), T5Weights(folder, later=later)
 
     def loaded(module: nn.Module, prefix: str) -> nn.Module:
         weights = {name: weight_of(f"{prefix}.{name}").float() for name in module.state_dict()}
@@ -132,7 +132,8 @@ def reference_states(folder: Path, prompts: Sequence[Tensor], later: Mapping[str
     return [norm(each) for each in states]
 
 
-def _config(folder: Path) -> Any:
+def t5_config(folder: Path) -> Any:
+    """The T5Config of a folder. Raises InputError for another or a damaged one."""
     from transformers import T5EncoderModel
 
     path = config_path(folder)

@@ -53,4 +53,4 @@ def _text_embedder(clip: Path, model: nn.Module) -> PromptEncoder:
         device = next(model.parameters()).device
         return [model.text_projection(model.text_model(ids.to(device)).pooler_output)[:, None].cpu() for ids in prompts]
 
-    return PromptEncoder(lambda path: clip_rule(clip, path), encode)
+    return PromptEncoder(lambda path: clip_rule(clip, path, model.text_model.embeddings.token_embedding.num_embeddings), encode)
