@@ -5,11 +5,12 @@ Knows no engine package and no array. `bundle.json` is written last and whole: a
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from snoopi_rt.bundle_files import check_file, read_manifest, remember_folder
+from snoopi_rt.bundle_files import Stamp, check_file, read_manifest, remember_folder, stamp
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import BundleError, InputError, how_to_install
 from snoopi_rt.files import write_whole
@@ -88,6 +89,7 @@ class Bundle:
     examples: tuple[str, ...] = ()
     folder: Path = field(default=Path(), metadata=UNSAVED)
     hash: str = field(default="", metadata=UNSAVED)
+    stamps: dict[str, Stamp | None] = field(default_factory=dict, metadata=UNSAVED, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         encoding = "text_encoder" in self.graphs or self.prompts is None
@@ -112,7 +114,7 @@ class Bundle:
 
     @classmethod
     def load(cls, folder: str | Path, cache: Cache | None = None) -> "Bundle":
-        """The bundle in the folder, its files checked; hashes that the cache knows for (size, mtime, inode) are trusted.
+        """The bundle in the folder, its files checked; hashes that the cache knows for (size, times, inode) are trusted.
 
         Raises BundleError for anything that is not as promised.
         """
@@ -139,6 +141,15 @@ class Bundle:
     def verify(self) -> None:
         """Hashes every file again, whatever the cache knows. Raises BundleError."""
         self._check_files(None)
+
+    def check_again(self, files: Iterable[File]) -> None:
+        """Returns where the files, which are about to be opened or have just been, are still those of the bundle; else BundleError.
+
+        Only those that changed since they were last looked at are hashed.
+        """
+        for file in files:
+            if self.stamps.get(file.path) != stamp(self.folder / file.path):
+                self._check_file(file, None)
 
     def engines(self) -> tuple[str, ...]:
         """The engines that have builds of every graph, as `builds` tells them."""
@@ -206,12 +217,18 @@ class Bundle:
         return [*(file for file in others if file is not None), *models]
 
     def _check_files(self, cache: Cache | None) -> None:
-        external = {file.path: check_file(self.folder, file, cache) for file in dict.fromkeys(self._listed())}
+        external = {file.path: self._check_file(file, cache) for file in dict.fromkeys(self._listed())}
         for build in (build for builds in self.graphs.values() for build in builds):
             listed = {file.path for file in build.files}
             for name in external[build.files[0].path]:
                 require(name in listed, f"{self.folder / build.files[0].path} reads {name!r}, which its build does not list")
         check_tokens(self, cache)
+
+    def _check_file(self, file: File, cache: Cache | None) -> list[str]:
+        before = stamp(self.folder / file.path)
+        external = check_file(self.folder, file, cache)
+        self.stamps[file.path] = before
+        return external
 
 
 def _document(data: bytes) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from snoopi_rt.onnx_links import external_data
 LARGEST_MANIFEST = 2**24
 """Bytes: that of a bundle which carries 100,000 prompts of a hundred characters has 12 million."""
 HASH = re.compile("[0-9a-f]{64}")
+Stamp = tuple[int, ...]
 FOLDERS = 4
 """How many folders of one bundle are remembered: it may have been copied, and the copy removed."""
 
@@ -35,7 +36,7 @@ def read_manifest(folder: Path) -> bytes:
 
 
 def check_file(folder: Path, file: File, cache: Cache | None) -> list[str]:
-    """The external data that the file names; a hash that the cache knows for (size, mtime, inode) is trusted.
+    """The external data that the file names; a hash that the cache knows for the file's stamp is trusted.
 
     Raises BundleError where it is not the file that was promised.
     """
@@ -47,7 +48,7 @@ def check_file(folder: Path, file: File, cache: Cache | None) -> list[str]:
         if status.st_size != file.size:
             require(not is_lfs_pointer(path), f"{path} is a git-lfs pointer and not the file itself: run `git lfs pull` in its clone")
             raise BundleError(f"{path} is damaged: {status.st_size} bytes instead of {file.size}")
-        key = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{file.sha256}.json"
+        key = f"{'-'.join(map(str, _stamp(status)))}-{file.sha256}.json"
         if cache is not None and (record := _record(cache.read("hashes", key))) is not None:
             return record
         require(sha256(path) == file.sha256, f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
@@ -59,6 +60,19 @@ def check_file(folder: Path, file: File, cache: Cache | None) -> list[str]:
     except OSError as error:
         raise BundleError(f"cannot read {path}: {reason(error)}") from error
     return external
+
+
+def stamp(path: Path) -> Stamp | None:
+    """What changes with the file at a path; None where there is none."""
+    try:
+        return _stamp(path.lstat())
+    except OSError:
+        return None
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    # The time of the last change cannot be set, and a new file often gets the inode of one that was removed.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def remember_folder(folder: Path, hash: str, cache: Cache) -> None:

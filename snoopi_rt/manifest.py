@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -239,6 +239,25 @@ class Build:
     def hash(self) -> str:
         """The SHA-256 of everything said about this build, its files' hashes included."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def check_graph(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        """Returns where an opened graph takes and gives what is promised, as far as its engine tells; else raises BundleError."""
+        name = self.files[0].path
+        for what, promised, opened in ("input", self.inputs, inputs), ("output", self.outputs, outputs):
+            specs = {spec.name: spec for spec in opened}
+            known = ", ".join(sorted(spec.name for spec in promised))
+            require(
+                ", ".join(sorted(specs)) == known, f"{name} has the {what}s {', '.join(sorted(specs))}, where {MANIFEST} promises {known}"
+            )
+            for spec in promised:
+                other = specs[spec.name]
+                fits = len(other.shape) == len(spec.shape) and all(
+                    None in sizes or len(set(sizes)) == 1 for sizes in zip(spec.shape, other.shape, strict=True)
+                )
+                require(
+                    fits and other.dtype == spec.dtype,
+                    f"{name}: {what} {spec.name!r} is {other.dtype} {other.shape}, where {MANIFEST} promises {spec.dtype} {spec.shape}",
+                )
 
     def described(self) -> str:
         """What the build is and how far it is from PyTorch, for people."""

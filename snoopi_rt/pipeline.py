@@ -19,9 +19,10 @@ from snoopi_rt.bundle import GRAPHS, TEXT_ENGINE, Build, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.choice import choose
 from snoopi_rt.engines import known_engine, load_engine
-from snoopi_rt.engines.base import Engine, InputError, OutputError, Progress
+from snoopi_rt.engines.base import BundleError, Engine, InputError, OutputError, Progress
 from snoopi_rt.feeds import generator_feeds, in_batches
 from snoopi_rt.limits import Event, Limits
+from snoopi_rt.manifest import require
 from snoopi_rt.precision import format_precision, select_builds
 from snoopi_rt.prompts import Conditioning, PromptEncoder, States
 from snoopi_rt.request import Request, image_size, integer, prompt_text, requests
@@ -267,6 +268,8 @@ class Pipeline:
         with _timed(timings, "generator"):
             inputs = self._generator.open().inputs
             latent: Any = self._generator(**generator_feeds(batch, states, inputs, self.bundle.latent, size, self._longest))["latent"]
+            rows, columns = (side // self.bundle.latent.factor for side in size)
+            self._require_shape("generator", latent, (len(batch), self.bundle.latent.channels, rows, columns))
             if isinstance(latent, np.ndarray):
                 self._refuse_broken(batch, latent)
         limits.check("decoder")
@@ -286,7 +289,10 @@ class Pipeline:
         tile = self.bundle.tile
 
         def decode(part: np.ndarray) -> np.ndarray:
-            return np.asarray(self._decoder(latent=part)["image"])
+            image = np.asarray(self._decoder(latent=part)["image"])
+            rows, columns = (side * self.bundle.latent.factor for side in part.shape[2:])
+            self._require_shape("decoder", image, (len(part), rows, columns, 3))
+            return image
 
         if tile is None and len(latent) <= self._max_decoded:
             return decode(latent)
@@ -297,6 +303,10 @@ class Pipeline:
         else:
             images = [decode_tiled(decode, part, tile.size, tile.overlap, self.bundle.latent.factor) for part in parts]
         return np.concatenate(images)
+
+    def _require_shape(self, graph: str, array: Any, shape: tuple[int, ...]) -> None:
+        """Raises BundleError where a graph gave something else than its bundle promises."""
+        require(tuple(array.shape) == shape, f"{graph} of bundle {self.bundle.name!r} gave {tuple(array.shape)} where {shape} is promised")
 
     def _refuse_broken(self, batch: list[Request], latent: np.ndarray) -> None:
         self._refuse(batch, ~np.isfinite(latent).all(axis=(1, 2, 3)), "generator gave NaN or infinity")
@@ -360,7 +370,15 @@ def open_pipeline(
         build = builds[graph]
         name = _runs_on(build, engine)
         path = bundle.folder / build.files[0].path
-        return load_engine(name, path, build.precision, threads, cache, build.hash, axes(bundle, graph, build), progress, mapped)
+        bundle.check_again(build.files)
+        opened = load_engine(name, path, build.precision, threads, cache, build.hash, axes(bundle, graph, build), progress, mapped)
+        try:
+            bundle.check_again(build.files)  # else what was opened may be another file
+            build.check_graph(opened.inputs, opened.outputs)
+        except BundleError:
+            opened.close()
+            raise
+        return opened
 
     return Pipeline(bundle, open_engine, engine, precision, cache, low_memory)
 

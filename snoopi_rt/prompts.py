@@ -106,6 +106,7 @@ class PromptEncoder:
             path = self._bundle.folder / self._bundle.prompts.file.path
             try:
                 self._carried_file = path.read_bytes()
+                self._bundle.check_again([self._bundle.prompts.file])
             except OSError as error:
                 raise BundleError(f"cannot read {path}: {reason(error)}") from error
         if self._bundle.text.tokenizer is not None:
@@ -141,6 +142,7 @@ class PromptEncoder:
     def _tokenizer(self) -> Tokenizer:
         text = self._bundle.text
         assert text.tokenizer is not None
+        self._bundle.check_again([text.tokenizer])
         return Tokenizer(self._bundle.folder / text.tokenizer.path, text.max_tokens, text.lowercase, text.pad)
 
     def _remembered(self, key: str | bytes) -> States | None:
@@ -165,6 +167,8 @@ class PromptEncoder:
         # Copied: an engine's own memory, such as pinned memory of a GPU, is not to be kept for hours.
         states = {name: np.array(value) for name, value in self._encoder(ids=ids).items()}
         for name, value in states.items():
+            if name in self._outputs and not (self._outputs[name].fits(value) and len(value) == 1):
+                raise BundleError(f"text_encoder gave {name!r} as {value.dtype} {value.shape}, not as its bundle promises")
             if not np.isfinite(value).all():
                 provider = self._encoder.open().provider
                 raise OutputError(f"text_encoder gave NaN or infinity in {name!r}: this build does not work on engine {provider!r}")
@@ -208,6 +212,8 @@ def read_prompt(bundle: Bundle, row: int, data: bytes | None = None) -> States:
     """
     assert bundle.prompts is not None
     path = bundle.folder / bundle.prompts.file.path
+    if data is None:
+        bundle.check_again([bundle.prompts.file])
     try:
         with open(path, "rb") if data is None else io.BytesIO(data) as file, np.load(file, allow_pickle=False) as arrays:
             states = {name.partition(".")[2]: arrays[name] for name in arrays.files if name.partition(".")[0] == str(row)}

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
+from snoopi_rt import bundle_files
 from snoopi_rt.bundle import Build, Bundle, File, Parity, Tile, Vocabulary
 from snoopi_rt.bundle_files import find_folder
 from snoopi_rt.cache import Cache
@@ -198,14 +199,24 @@ def test_a_file_of_another_size_is_refused(folder: Path) -> None:
     refused(folder, f"{folder / 'generator.onnx'} is damaged: ")
 
 
-def test_a_record_of_size_time_and_inode_is_trusted_until_verify(folder: Path) -> None:
+def test_a_record_of_size_times_and_inode_is_trusted_until_verify(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.load(folder)
+    monkeypatch.setattr(bundle_files, "sha256", lambda path: "another")
+    Bundle.load(folder)
+    with pytest.raises(BundleError, match=r"is damaged"):
+        bundle.verify()
+
+
+def test_a_file_that_only_pretends_to_be_as_old_is_hashed(folder: Path) -> None:
     bundle = Bundle.load(folder)
     status = (folder / "decoder.onnx").stat()
     flip_a_byte(folder / "decoder.onnx")
     os.utime(folder / "decoder.onnx", ns=(status.st_atime_ns, status.st_mtime_ns))
-    Bundle.load(folder)
+    refused(folder, "decoder.onnx is damaged")
     with pytest.raises(BundleError, match=r"decoder.onnx is damaged"):
-        bundle.verify()
+        bundle.check_again(bundle.graphs["decoder"][0].files)
+    flip_a_byte(folder / "decoder.onnx")
+    bundle.check_again(bundle.graphs["decoder"][0].files)
 
 
 @pytest.mark.parametrize("record", [b"", b"[", b"{}", b"[1]", b"null", b"\xff"])
