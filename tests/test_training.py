@@ -229,6 +229,21 @@ def test_a_decoder_recipe_that_cannot_be_is_refused(setting):
         decoder.Recipe(**setting)
 
 
+def test_a_network_whose_channels_lie_last_learns_as_any_other():
+    def trained(memory_format: torch.memory_format) -> torch.Tensor:
+        torch.manual_seed(0)
+        network = nn.Conv2d(4, 6, 3)
+        weights = MasterWeights(network)
+        network.to(memory_format=memory_format)
+        for _ in range(3):
+            x = torch.arange(200.0).view(2, 4, 5, 5).sin().contiguous(memory_format=memory_format)
+            (network(x) ** 3).sum().backward()
+            weights.step(1e-2)
+        return network.weight.detach().contiguous()
+
+    torch.testing.assert_close(trained(torch.channels_last), trained(torch.contiguous_format))
+
+
 def test_muon_steps_matrices_of_blocks_and_resumes_exactly():
     class Network(nn.Module):
         def __init__(self) -> None:

@@ -31,7 +31,8 @@ class MasterWeights:
         processes: Processes | None = None,
     ):
         self.names, self.live = zip(*((name, p) for name, p in network.named_parameters() if p.requires_grad), strict=True)
-        self.masters = [p.detach().float().clone() for p in self.live]
+        # In one layout, since fused optimisers take a gradient's memory as it lies: one of channels last would be read in another order.
+        self.masters = [p.detach().float().clone(memory_format=torch.contiguous_format) for p in self.live]
         self.averages = [p.clone() for p in self.masters] if ema else []
         self.ema, self.clip, self.steps, self.processes = ema, clip, 0, processes
         # In parts, so that the gradients of one part at a time are widened to fp32.
@@ -74,7 +75,7 @@ class MasterWeights:
         for part, optimiser in [*self.adams, *self.muons]:
             for i in part:
                 grad = grads[i]
-                self.masters[i].grad = torch.zeros_like(self.masters[i]) if grad is None else grad.float() * shrink
+                self.masters[i].grad = torch.zeros_like(self.masters[i]) if grad is None else (grad.float() * shrink).contiguous()
             optimiser.param_groups[0]["lr"] = lr
             optimiser.step()
             optimiser.zero_grad()
