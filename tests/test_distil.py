@@ -17,11 +17,12 @@ from snoopi_rt.engines.base import InputError, OutputError
 from snoopi_rt.export.backbones import find_backbone
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.distil import Task, train
-from snoopi_rt.export.training.distillation import Distillation
+from snoopi_rt.export.training.distillation import Distillation, nasa_kernel
 from snoopi_rt.export.training.merge import merge
 from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.recipe import RECIPES, Recipe, described, find_recipe, table
 from snoopi_rt.export.training.schedule import Schedule
+from snoopi_rt.export.weights.checkpoint import load_module
 
 TINY = Recipe(steps=3, batch=4, lr=1e-3, lora_rank=2, lora_alpha=4, precision="fp32", warmup=1, kappa_min=1.0, kappa_max=3.0, collapse=0.0)
 PARTS = {"pixart": "transformer", "sd15": "unet", "sd21": "unet"}
@@ -208,6 +209,49 @@ def test_nasa_t_trains_with_negatives(teachers: Path, tmp_path: Path) -> None:
         assert nasa[-1]["vsd"] != plain[-1]["vsd"]
     with pytest.raises(InputError, match="need a nasa_max above 0"):
         distil(teachers, tmp_path / "c", given=negatives)
+
+
+def test_nasa_t_through_the_kernel_of_a_gpu_takes_the_steps_of_the_formula(
+    teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Triton's interpreter, with the masks, shapes and dtypes that training hands over."""
+    kernel = pytest.importorskip("snoopi_rt.kernels.nasa", reason="needs triton").fused_nasa_attention
+    assert nasa_kernel(torch.device("cuda")) is kernel and nasa_kernel(torch.device("cpu")) is None
+    settings = {"given": {"negatives": teachers / "negatives.txt"}, "nasa_max": 1.0, "batch": 1, "steps": 1}
+    plain = distil(teachers, tmp_path / "plain", **settings)
+    calls: list[torch.dtype] = []
+
+    def counted(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append(q.dtype)
+        return kernel(q, *rest)
+
+    monkeypatch.setattr("snoopi_rt.export.training.distillation.nasa_kernel", lambda device: counted)
+    assert_near(plain, distil(teachers, tmp_path / "kernel", **settings))
+    assert calls and set(calls) == {torch.float32}
+    calls.clear()
+    distil(teachers, tmp_path / "half", precision="bf16", **settings)
+    assert calls and set(calls) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("backbone", ["pixart", "sd15"])
+def test_no_tensor_of_a_step_is_left_on_the_cpu(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str) -> None:
+    """On torch's meta device, which computes nothing, and refuses a tensor that lies elsewhere as a GPU does."""
+
+    def network(self: Distillation, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+        return load_module(folder / self.denoiser.part, self.denoiser.kind, dtype=dtype).to_empty(device="meta")
+
+    item = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0 if tensor.is_meta else item(tensor))
+    for module in ("torch.optim.adam", "torch.optim.optimizer"):  # the fused AdamW of a GPU
+        monkeypatch.setattr(sys.modules[module], "_get_fused_kernels_supported_devices", lambda: ["meta"], raising=False)
+    monkeypatch.setattr(Distillation, "_network", network)
+    processes = Processes()
+    monkeypatch.setattr(processes, "device", torch.device("meta"))
+    task = Task(backbone, teachers / backbone, teachers / "prompts.txt", tmp_path / "out", negatives=teachers / "negatives.txt")
+    recipe = replace(TINY, precision="bf16", nasa_max=1.0, micro_batch=2, checkpointing=True)
+    run = Distillation(task, recipe, find_backbone(backbone).denoiser(), Schedule.of(task.teacher), processes, compiled=False)
+    assert run.step(0) and run.step(1)
+    assert {parameter.device.type for parameter in run.student.parameters()} == {"meta"}
 
 
 EDITS = [

@@ -207,6 +207,67 @@ def test_cuda_without_its_provider_is_missing_and_never_the_cpu_in_silence(origi
         load_engine("cuda", original.folder / "generator.onnx")
 
 
+class CudaSession:
+    """ONNX Runtime for CUDA that is not there: a session on the CPU that says it is on the GPU, or that it has fallen back."""
+
+    fallen_back = False
+
+    def __init__(self, path: str, options: Any, providers: list[Any], enable_fallback: int) -> None:
+        from onnxruntime import InferenceSession
+
+        assert enable_fallback == 0 and [name for name, _ in providers] == ["CUDAExecutionProvider"]
+        self._session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def get_providers(self) -> list[str]:
+        return ["CPUExecutionProvider"] if self.fallen_back else ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> type[CudaSession]:
+    from snoopi_rt.engines import ort
+
+    onnxruntime = import_onnxruntime()
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcudnn.so.9"), raising=False)
+    true_session, true_bound = ort._session, ort.BoundSession
+
+    def session(path: Path, options: Any, mapped: bool, **more: Any) -> Any:
+        return CudaSession(str(path), options, **more) if "enable_fallback" in more else true_session(path, options, mapped, **more)
+
+    def bound(open: Callable[[bool], Any], device: str) -> BoundSession:
+        assert device == "cuda"
+        return true_bound(open, "cpu")
+
+    monkeypatch.setattr(ort, "_session", session)
+    monkeypatch.setattr(ort, "BoundSession", bound)
+    monkeypatch.setattr(CudaSession, "fallen_back", False)
+    return CudaSession
+
+
+@pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")
+def test_cuda_runs_bound_and_says_nothing_of_its_own(
+    original: Bundle, cuda: type[CudaSession], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = original.folder / "generator.onnx"
+    engine, plain = load_engine("cuda", path), load_engine("cpu", path)
+    assert engine.provider == "CUDAExecutionProvider"
+    monkeypatch.setattr("snoopi_rt.engines.ort_bound.LANES", 2)
+    for batch in (1, 2, 3, 1):
+        np.testing.assert_array_equal(engine(**feeds(batch=batch))["latent"], plain(**feeds(batch=batch))["latent"])
+    with pytest.raises(EngineError, match=r"^ONNX Runtime failed: "):
+        engine(**{**feeds(negative=3), "negative_mask": np.ones((2, 7), bool)})
+    engine.close()
+    with pytest.raises(EngineError, match="this engine is closed"):
+        engine(**feeds())
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(cuda, "fallen_back", True)
+    with pytest.raises(EngineError, match=r"^engine 'cuda': ONNX Runtime could not start CUDAExecutionProvider and fell back to the CPU"):
+        load_engine("cuda", path)
+
+
 @pytest.mark.skipif("openvino" not in HERE, reason="needs openvino")
 def test_openvino_reports_the_precision_that_it_runs_in(original: Bundle) -> None:
     assert load_engine("openvino", original.folder / "generator.onnx", "fp32").provider == "CPU f32"

@@ -74,7 +74,7 @@ def test_what_is_packed_runs_by_itself(unpacked: Path, environment: dict[str, st
     assert {folder for folder, _, _ in calls[1:]} == {str(unpacked)}
     told = [arguments for _, _, arguments in calls if arguments.startswith(("tools", "-m pytest"))]
     assert told[:2] == [
-        "-m pytest -q -p no:cacheprovider -n8 tests/test_nasa_kernel.py",
+        "-m pytest -q -p no:cacheprovider -W default -n8 tests/test_nasa_kernel.py",
         f"tools/gpu_kernel.py --out {out}/kernel.json",
     ]
     assert [line.split()[0] for line in told[2:]] == ["tools/random_student.py", "tools/training_memory.py"]

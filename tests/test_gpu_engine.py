@@ -14,7 +14,7 @@ from fake_gpu import FakeCuda, FakeRtx, FakeTrt
 
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import gpu, trt, trt_plan
-from snoopi_rt.engines.base import EngineError, Opening
+from snoopi_rt.engines.base import EngineError, EngineMissing, Opening
 from snoopi_rt.engines.gpu import Gpu, GpuArray
 from snoopi_rt.engines.trt import TrtEngine
 
@@ -265,3 +265,15 @@ def test_a_machine_without_a_gpu_or_a_driver_is_told_so(library: FakeTrt, cuda: 
 
 def test_the_gpu_is_opened_once(cuda: FakeCuda) -> None:
     assert Gpu.open("tensorrt") is Gpu.open("cuda")
+
+
+def test_without_cuda_bindings_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setattr(gpu.Gpu, "_one", None)
+    with pytest.raises(EngineMissing, match=r"^engine 'tensorrt' needs cuda-bindings: .+tensorrt"):
+        Gpu.open("tensorrt")
+
+
+def test_what_was_kept_and_is_lost_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cache, "find", lambda self, name: tmp_path)
+    assert trt_plan.Kept(Cache(), "0" * 64).read() == b""

@@ -2,6 +2,7 @@
 torch's meta device, which computes nothing but knows every shape and refuses a tensor that was left on the CPU."""
 
 import json
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -29,6 +30,7 @@ import gpu_kernel  # noqa: E402
 import gpu_students  # noqa: E402
 import gpu_timing  # noqa: E402
 import gpu_training  # noqa: E402
+import training_memory  # noqa: E402
 
 TRUE_NETWORKS = gpu_students.NETWORKS
 SCRIPTS = (gpu_exported, gpu_kernel, gpu_students, gpu_timing, gpu_training)
@@ -252,3 +254,23 @@ def test_each_is_a_command(script: Any, monkeypatch: pytest.MonkeyPatch, capsys:
     with suppress(SystemExit):
         runpy.run_path(script.__file__, run_name="__main__")
     assert script is gpu_timing or "--out" in capsys.readouterr().out
+
+
+def test_memory_of_a_training_step_is_what_torch_holds_on_a_gpu(gpu: FakeTorchGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, forgotten = torch.device("cuda"), []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: forgotten.append(True))
+    training_memory.forget_peak(device)
+    assert forgotten and training_memory.peak(device) == 10**9 and training_memory.device_name(device) == "a rehearsal"
+
+
+def test_the_documented_way_into_a_network_of_diffusers_works() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.+?)```", text, re.S) if "fused_nasa_attention" in block)
+    transformer = tiny_students.pixart_network(num_layers=1)
+    states = transformer.caption_projection(torch.randn(1, 3, 24))
+    names = {"transformer": transformer, "negative_states": states, "negative_mask": torch.ones(1, 3, dtype=torch.bool)}
+    names |= {"latent": torch.randn(1, 4, 8, 8), "scale": torch.ones(1)}
+    empty = {"resolution": None, "aspect_ratio": None}
+    names["conditions"] = {"encoder_hidden_states": torch.randn(1, 5, 24), "timestep": torch.ones(1), "added_cond_kwargs": empty}
+    exec(code, names)
+    assert names["answer"].sample.shape == (1, 8, 8, 8)

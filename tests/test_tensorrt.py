@@ -175,6 +175,63 @@ def test_progress_rises_to_the_whole(model: Path) -> None:
     assert sum(after < before - 1e-9 for before, after in pairwise(shares)) <= len(shares) // 10
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TensorRT for RTX, which is never asked for timings
+def test_the_timings_of_kernels_are_kept_and_damaged_ones_begin_anew(model: Path) -> None:
+    kept_timings = trt_plan.Kept(Cache(), "1" * 64)
+    for before in (b"", b"damaged"):
+        kept_timings.write(before)
+        assert build_plan(trt, model, profiles({"batch": Axis(1, 1, 2)}), lambda what, share: None, timing=kept_timings)
+        assert len(kept_timings.read()) > len(b"damaged")
+
+
+class Refusing:
+    """TensorRT that knows no timings of another GPU, and fails to build; all else is the true one's."""
+
+    def __init__(self, true: Any, **instead: Any) -> None:
+        self.true, self.instead = true, instead
+
+    def __getattr__(self, name: str) -> Any:
+        return self.instead[name] if name in self.instead else getattr(self.true, name)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_build_that_fails_without_a_word_is_one_line_and_timings_of_another_gpu_are_left_out(model: Path) -> None:
+    asked: list[bytes] = []
+
+    class Config(Refusing):
+        def create_timing_cache(self, data: bytes) -> Any:
+            asked.append(data)
+            return self.true.create_timing_cache(b"")
+
+        def set_timing_cache(self, timings: Any, ignore_mismatch: bool) -> bool:
+            return self.true.set_timing_cache(timings, ignore_mismatch=ignore_mismatch) and len(asked) > 1
+
+    class Builder(Refusing):
+        def create_builder_config(self) -> Config:
+            return Config(self.true.create_builder_config())
+
+        def build_serialized_network(self, network: Any, config: Config) -> None:
+            return None
+
+    kept_timings = trt_plan.Kept(Cache(), "1" * 64)
+    kept_timings.write(b"of another GPU")
+    fails = Refusing(trt, Builder=lambda log: Builder(trt.Builder(log)))
+    with pytest.raises(EngineError, match=r"^engine 'tensorrt' cannot build double.onnx: TensorRT does not say why$"):
+        build_plan(fails, model, profiles({"batch": Axis(1, 1, 2)}), lambda what, share: None, timing=kept_timings)
+    assert asked == [b"of another GPU", b""] and kept_timings.read() == b"of another GPU"
+
+
+@pytest.mark.parametrize("lost", [PLAN, DIGEST])
+def test_a_plan_of_which_a_file_is_lost_is_built_again(model: Path, builds: list[Path], lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = kept(model, Cache())
+    first = plan.read()
+    folder = Cache().find(plan.name)
+    assert folder is not None
+    (folder / lost).unlink()
+    monkeypatch.setattr(Cache, "find", lambda self, name, find=Cache.find: folder if folder.exists() else find(self, name))
+    assert len(plan.read()) == len(first) and len(builds) == 2
+
+
 def test_weights_that_do_not_fit_can_be_streamed(model: Path) -> None:
     assert build_plan(trt, model, profiles({"batch": Axis(1, 1, 2)}), lambda what, share: None, streaming=True)
 

@@ -230,7 +230,7 @@ class Distillation:
 
     def _lora_loss(self, i: int, turn: int, samples: range, x0: Tensor) -> Tensor:
         draws = draw_lora(self.recipe, i, turn, samples, self.shape, self.device)
-        rows = [-1 if empty else row for row, empty in zip(self.prompts.of_step(i, samples), draws.empty.tolist(), strict=True)]
+        rows = [-1 if empty else row for row, empty in zip(self.prompts.of_step(i, samples), draws.empty, strict=True)]
         said = self.say(self.teachers.network, self.schedule.noised(x0, draws.eps, draws.t), draws.t, self.prompts.batch(rows))
         alpha, _ = self.schedule.alpha_sigma(draws.t)
         return lora_loss(said, self.schedule.target(x0, draws.eps, draws.t), alpha, self.recipe.lora_weighted)
@@ -281,16 +281,20 @@ class Distillation:
         if not self.recipe.nasa_max:
             self.student.set_attn_processor(PlainAttention(form))
         else:
-            attend = None
-            if self.device.type == "cuda":
-                # Triton comes with torch wherever that has CUDA.
-                from snoopi_rt.kernels.nasa import fused_nasa_attention
-
-                attend = fused_nasa_attention
+            attend = nasa_kernel(self.device)
             self.student.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), form, attend))
 
     def _clip_judge(self, clip: Path) -> ClipJudge:
         return ClipJudge(self.preset, self.task.teacher, clip, self.task.prompts, self.task.states_folder("clip"), self.device)
+
+
+def nasa_kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """What takes the place of NASA's formula on the device: our kernel on a GPU, where torch brings triton along; elsewhere nothing."""
+    if device.type != "cuda":
+        return None
+    from snoopi_rt.kernels.nasa import fused_nasa_attention
+
+    return fused_nasa_attention
 
 
 def own_preset(backbone: str) -> str:

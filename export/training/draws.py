@@ -26,11 +26,11 @@ class Draws:
 
 @dataclass(frozen=True)
 class LoraDraws:
-    """Of one of the LoRA teacher's steps. eps (B, C, h, w); t (B,); empty (B,) bool: whose prompt is left out."""
+    """Of one of the LoRA teacher's steps. eps (B, C, h, w); t (B,); empty (B,): whose prompt is left out."""
 
     eps: Tensor
     t: Tensor
-    empty: Tensor
+    empty: list[bool]
 
 
 def draw(recipe: Recipe, step: int, samples: Iterable[int], shape: tuple[int, ...], negatives: int, device: torch.device) -> Draws:
@@ -61,8 +61,8 @@ def draw_lora(recipe: Recipe, step: int, turn: int, samples: Iterable[int], shap
                 torch.rand((), generator=random) < recipe.empty,
             )
         )
-    eps, t, empty = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
-    return LoraDraws(eps, t, empty)
+    eps, t, empty = (torch.stack(column) for column in zip(*rows, strict=True))
+    return LoraDraws(eps.to(device), t.to(device), empty.tolist())
 
 
 def pair_noise(recipe: Recipe, pairs: Iterable[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
