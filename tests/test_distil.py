@@ -235,22 +235,29 @@ def test_nasa_t_through_the_kernel_of_a_gpu_takes_the_steps_of_the_formula(
 
 @pytest.mark.parametrize("backbone", ["pixart", "sd15"])
 def test_no_tensor_of_a_step_is_left_on_the_cpu(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str) -> None:
-    """On torch's meta device, which computes nothing, and refuses a tensor that lies elsewhere as a GPU does."""
+    """All losses on torch's meta device, which computes nothing, and refuses a tensor that lies elsewhere as a GPU does."""
 
     def network(self: Distillation, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
         return load_module(folder / self.denoiser.part, self.denoiser.kind, dtype=dtype).to_empty(device="meta")
 
-    item = torch.Tensor.item
+    item, cpu = torch.Tensor.item, torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0 if tensor.is_meta else item(tensor))
-    for module in ("torch.optim.adam", "torch.optim.optimizer"):  # the fused AdamW of a GPU
-        monkeypatch.setattr(sys.modules[module], "_get_fused_kernels_supported_devices", lambda: ["meta"], raising=False)
+    monkeypatch.setattr(
+        torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else cpu(tensor)
+    )
+    # The fused AdamW of a GPU.
+    monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
     monkeypatch.setattr(Distillation, "_network", network)
     processes = Processes()
     monkeypatch.setattr(processes, "device", torch.device("meta"))
-    task = Task(backbone, teachers / backbone, teachers / "prompts.txt", tmp_path / "out", negatives=teachers / "negatives.txt")
-    recipe = replace(TINY, precision="bf16", nasa_max=1.0, micro_batch=2, checkpointing=True)
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text("".join(json.dumps(row) + "\n" for row in EDITS))
+    files = {"negatives": teachers / "negatives.txt", "edits": edits}
+    task = Task(backbone, teachers / backbone, teachers / "prompts.txt", tmp_path / "out", **files)
+    losses = {"nasa_max": 1.0, "edit_weight": 1.0, "adversarial_weight": 1.0, "warm_weight": 1.0, "warm_pairs": 4, "warm_calls": 2}
+    recipe = replace(TINY, precision="bf16", micro_batch=2, checkpointing=True, **losses)
     run = Distillation(task, recipe, find_backbone(backbone).denoiser(), Schedule.of(task.teacher), processes, compiled=False)
-    assert run.step(0) and run.step(1)
+    assert {"vsd", "lora", "warm", "heeded", "heads"} <= run.step(0).keys()
     assert {parameter.device.type for parameter in run.student.parameters()} == {"meta"}
 
 

@@ -39,9 +39,17 @@ class Teachers:
         """The frozen teacher, through which gradients flow to what it sees."""
         if self._adapted is None:
             yield self._frozen
-        else:
+            return
+        # Activations that the backward pass computes again would be those with adapters, for which it is too late here.
+        again = torch.is_grad_enabled() and self.network.is_gradient_checkpointing
+        if again:
+            self.network.disable_gradient_checkpointing()
+        try:
             with self._adapted.disable_adapter():
                 yield self.network
+        finally:
+            if again:
+                self.network.enable_gradient_checkpointing()
 
 
 def with_lora(network: nn.Module, targets: tuple[str, ...], rank: int, scale: int) -> nn.Module:
