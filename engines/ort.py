@@ -90,6 +90,8 @@ class OrtEngine:
             if bound is not None:
                 return bound(arrays, self.outputs)
             values = session.run(None, arrays)
+            # Whoever closed the engine meanwhile left it to this thread, which must not free it once the process ends.
+            del session
         return {spec.name: value for spec, value in zip(self.outputs, values, strict=True)}
 
     def close(self) -> None:

@@ -72,7 +72,10 @@ class OvEngine:
             )
             # The request's own buffers are overwritten by its next call: the caller gets copies.
             outputs = {spec.name: values[index].copy() for index, spec in enumerate(self.outputs)}
-            self._idle.append(request)
+            if self._compiled is not None:
+                self._idle.append(request)
+            # Whoever closed the engine meanwhile left them to this thread, which must not free them once the process ends.
+            del values, request, compiled
         return outputs
 
     def close(self) -> None:

@@ -301,7 +301,7 @@ def test_a_result_saves_itself_and_shows_itself(pipe: Pipeline, here: Path) -> N
     [
         ("generate", "--prompts", "prompts.txt", "--out", "file/out"),
         ("export", "--backbone", "small", "--weights", "weights", "--out", "file/out"),
-        ("train", "teacher", "--data", "data", "--autoencoder", "vae", "--out", f"new/{'x' * 256}"),
+        ("train", "teacher", "--data", "data", "--decoder", "vae", "--out", f"new/{'x' * 256}"),
         ("merge", "one", "two", "--out", "/proc/out"),
     ],
 )
