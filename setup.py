@@ -77,6 +77,6 @@ setup(
         "snoopi_rt.export.evaluation": ["*.txt", "*.jsonl"],
     },
     entry_points={"console_scripts": ["snoopi-rt = snoopi_rt.cli:main"]},
-    install_requires=["numpy>=1.26", "tokenizers>=0.20", "pillow>=10", "click>=8.1", "filelock>=3.16"],
+    install_requires=["numpy>=1.26", "tokenizers>=0.20", "pillow>=10", "click>=8.2", "filelock>=3.16"],
     extras_require=EXTRAS,
 )

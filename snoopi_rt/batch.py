@@ -16,7 +16,7 @@ from snoopi_rt.json_reader import parse_json
 from snoopi_rt.pipeline import JOB, Pipeline, columns
 from snoopi_rt.prompt_file import PromptFile
 from snoopi_rt.prompt_formats import LONGEST, Wrong
-from snoopi_rt.request import SEEDS, check_seed, image_size, requests
+from snoopi_rt.request import check_seed, image_size, requests
 from snoopi_rt.shell import quote
 
 INDEX = "index.jsonl"
@@ -167,7 +167,7 @@ class Batch:
             negative = None  # this row has none
         default = pipe.bundle.guidance.scale.default if self.scale is None else self.scale
         scale = job.get("negative_scale", None if negative is None else default)
-        seed = job.get("seed", (self.seed + number - 1) % SEEDS)
+        seed = job["seed"] if "seed" in job else check_seed(self.seed + number - 1)
         return {"prompt": job["prompt"], "negative_prompt": negative, "negative_scale": scale, "seed": seed}
 
     def _path(self, number: int) -> Path:

@@ -44,8 +44,13 @@ class Commands(Group):
         end = args.index("--") if "--" in args else len(args)
         if "--debug" in args[:end]:
             args = ["--debug", *(word for word in args[:end] if word != "--debug"), *args[end:]]
-        with _plain_endings():
-            return super().parse_args(ctx, args)
+        try:
+            with _plain_endings():
+                return super().parse_args(ctx, args)
+        except OSError as error:  # of --help and --version
+            discard(sys.stdout)
+            click.echo(f"error: cannot write to standard output: {reason(error)}", err=True)
+            ctx.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -84,6 +89,8 @@ def _plain_endings() -> Iterator[None]:
     """What click says holds nothing that a terminal obeys; a reader that has seen enough (`| head`) is no error."""
     try:
         yield
+    except click.exceptions.NoArgsIsHelpError:  # its message is the help, in several lines
+        raise
     except click.ClickException as error:
         error.message = visible(error.message)  # type: ignore[misc]
         raise

@@ -113,8 +113,12 @@ def generate(
         from snoopi_rt.batch import Batch
         from snoopi_rt.prompt_file import PromptFile
 
-        if prompts is None or out is None or prompt is not None:
-            raise InputError("give a PROMPT, or --prompts FILE and --out FOLDER")
+        if prompt is not None:
+            raise InputError("give a PROMPT, or --prompts FILE, not both")
+        from snoopi_rt.request import seeds_from
+
+        if prompts is None or out is None:
+            raise InputError("--prompts FILE and --out FOLDER go together; -o is for one PROMPT")
         for option, used in (
             ("-n", count != 1),
             ("-o", output),
@@ -132,6 +136,9 @@ def generate(
             with progress_line("reading prompts"):
                 rows = stack.enter_context(PromptFile(prompts, kind, ignore_columns))
                 count = rows.judge().rows
+            if str(out) == "-":
+                raise InputError("--out is a folder: a batch does not go to standard output")
+            seeds_from(seed or 0, max(count, 1))
             batch = Batch(rows, out, seed or 0, neg, scales[0] if scales else None, size, truncate, format or "png")
             _draw_batch(batch, count, opening, workers_on_ray)
         return
@@ -144,19 +151,18 @@ def generate(
     from snoopi_rt.cli_pictures import Drawing, Files, tell
     from snoopi_rt.cli_pictures import show as show_picture
     from snoopi_rt.pipeline import EMBEDDED, load
-    from snoopi_rt.request import MAX_IMAGES, SEEDS, draw_seed, integer
+    from snoopi_rt.request import MAX_IMAGES, integer, seeds_from
 
     integer("n", count, 1, MAX_IMAGES)
-    first = draw_seed() if seed is None else seed
+    seeds = tuple(seeds_from(seed, count))
     text = read_prompt(prompt)
     if text is None:
-        text = example(Bundle.load(bundle or EMBEDDED), first)
+        text = example(Bundle.load(bundle or EMBEDDED), seeds[0])
         click.echo(f"no prompt, so an example: {quote(text)}", err=True)
     if side_by_side and not (neg or "").strip():
         raise InputError("--side-by-side shows the image without and with the negative prompt: give --neg TEXT")
     if output == "-" and show:
         raise InputError("--open shows a file: -o - writes none")
-    seeds = tuple((first + index) % SEEDS for index in range(count))
     drawing = Drawing(text, neg, scales or (None,), seeds, size, truncate, side_by_side)
     files = Files(output, format, drawing, force)
     with progress_line() as progress, load(**opening, low_memory=True, progress=told(progress)) as pipe:

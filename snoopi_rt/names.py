@@ -8,6 +8,7 @@ from pathlib import Path
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.image import FORMATS
+from snoopi_rt.shell import quote
 
 SLUG = 60
 """Characters of a prompt in a file's name."""
@@ -28,6 +29,8 @@ def image_paths(
     labels = _labels(seeds, scales)
     if output is None or is_folder(output):
         return [Path(output or "") / f"{slug(prompt)}-{label}.{format or 'png'}" for prompt, label in zip(prompts, labels, strict=True)]
+    if os.path.exists(output) and not os.path.isfile(output):
+        raise InputError(f"{quote(str(output))} is a device or a pipe: on the command line, -o - writes to standard output")
     path = _with_ending(Path(output), format)
     return [path] if len(labels) == 1 else [path.with_stem(f"{path.stem}-{label}") for label in labels]
 
@@ -52,7 +55,7 @@ def _labels(seeds: Sequence[int], scales: Sequence[float | None]) -> list[str]:
 def _with_ending(path: Path, format: str | None) -> Path:
     if not path.suffix:
         if not path.name:
-            raise InputError(f"{str(path)!r} is no name of a file")
+            raise InputError(f"{quote(str(path))} is no name of a file")
         return path.with_suffix(f".{format or 'png'}")
     if format is not None and FORMATS.get(path.suffix.lower()) != FORMATS[f".{format}"]:
         raise InputError(f"{path} does not end as {format} does: leave out --format, or the ending")

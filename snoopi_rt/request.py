@@ -34,7 +34,7 @@ class Request:
 
 
 def requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, n: Any, guidance: Guidance) -> list[Request]:
-    """The n requests of each prompt, prompt by prompt, with seeds seed, seed + 1 ... modulo 2**32; raises InputError."""
+    """The n requests of each prompt, prompt by prompt, with seeds seed, seed + 1 and so on; raises InputError."""
     count = integer("n", n, 1, MAX_IMAGES)
     rows = _rows(prompt=prompt, negative_prompt=negative_prompt, negative_scale=negative_scale, seed=seed)
     if count * len(rows) > MAX_IMAGES:
@@ -47,9 +47,8 @@ def requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, 
         scale = guidance.scale.default if row["negative_scale"] is None else _scale(row["negative_scale"], guidance)
         if negative is None and row["negative_scale"] is not None and not shared:
             raise InputError(f"negative scale {shown(row['negative_scale'])} without a negative prompt: give both, or neither")
-        first = draw_seed() if row["seed"] is None else check_seed(row["seed"])
         text = prompt_text(row["prompt"])
-        result += [Request(text, negative, None if negative is None else scale, (first + index) % SEEDS) for index in range(count)]
+        result += [Request(text, negative, None if negative is None else scale, seed) for seed in seeds_from(row["seed"], count)]
     return result
 
 
@@ -94,22 +93,27 @@ def prompt_text(prompt: Any) -> str:
 
 
 def check_length(name: str, text: str) -> None:
-    """Returns for a text that is not too long to be tokenized, else raises InputError."""
+    """Returns for a text that can be tokenized and told again, else raises InputError."""
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"{name} has {len(text)} characters, at most {MAX_CHARACTERS} are read")
+    if "\0" in text:
+        raise InputError(f"{name} holds the character NUL, which no command line can say again")
 
 
 def check_seed(seed: Any) -> int:
-    """The seed as an int, 7.0 being 7; raises InputError outside 0 to 2**32 - 1. (The seeds after the first wrap there.)"""
+    """The seed as an int, 7.0 being 7; raises InputError outside 0 to 2**32 - 1."""
     number = int(float(seed)) if isinstance(seed, Real) and not isinstance(seed, Integral) and float(seed).is_integer() else seed
     if not isinstance(number, Integral) or isinstance(number, bool) or not 0 <= int(number) < SEEDS:
         raise InputError(f"seed must be an integer from 0 to {SEEDS - 1}, got {shown(seed)}")
     return int(number)
 
 
-def draw_seed() -> int:
-    """A seed that nobody chose."""
-    return secrets.randbelow(SEEDS)
+def seeds_from(seed: Any, count: int) -> range:
+    """`count` seeds from this one on, from one that nobody chose for None. Raises InputError where one of them lies outside the range."""
+    first = secrets.randbelow(SEEDS - count + 1) if seed is None else check_seed(seed)
+    if first + count > SEEDS:
+        raise InputError(f"seed {first} and the {count - 1} after it reach beyond {SEEDS - 1}, the last seed")
+    return range(first, first + count)
 
 
 def _rows(**columns: Any) -> list[dict[str, Any]]:

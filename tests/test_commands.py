@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from click.shell_completion import ShellComplete
+from click.testing import CliRunner
 
 from snoopi_rt.bundle import Bundle
 from snoopi_rt.cli import main
@@ -162,3 +163,10 @@ def test_nobody_is_told_to_install_a_name_that_is_not_on_pypi() -> None:
     assert not [path for path, text in texts.items() if re.search(r'pip install (?:-\S+ )*["\']?snoopi-rt', text)]
     hints = [path for path, text in texts.items() if path.endswith(".py") and "pip install" in re.sub(r'"""(?s:.*?)"""', "", text)]
     assert {Path(path).name for path in hints} == {"base.py"}, "one place says how to install"
+
+
+@pytest.mark.parametrize("words", [[], ["data"], ["train"]])
+def test_a_group_alone_shows_its_help_line_by_line(words: list[str]) -> None:
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2 and "$'" not in result.output
+    assert "\nCommands:\n" in result.output

@@ -83,11 +83,11 @@ def test_a_result_says_what_the_engine_really_ran_on(original: Bundle, name: str
 
 
 def test_lists_go_prompt_by_prompt_and_a_batch_changes_no_image(pipe: Pipeline, fakes: dict[str, FakeEngine], functions: Functions) -> None:
-    result = pipe.generate(["a red fox", "a cat"], [None, "blurry"], 0.75, seed=[5, 2**32 - 1], n=3, size=(16, 24))
+    result = pipe.generate(["a red fox", "a cat"], [None, "blurry"], 0.75, seed=[5, 2**32 - 3], n=3, size=(16, 24))
     assert result.prompts == ["a red fox"] * 3 + ["a cat"] * 3
     assert result.negatives == [None] * 3 + ["blurry"] * 3
     assert result.scales == [None] * 3 + [0.75] * 3
-    assert result.seeds == [5, 6, 7, 2**32 - 1, 0, 1]
+    assert result.seeds == [5, 6, 7, 2**32 - 3, 2**32 - 2, 2**32 - 1]
     assert fakes["generator"].calls == 2, "six images are a batch of four and one of two"
     for image, prompt, negative, scale, seed in zip(
         result.images, result.prompts, result.negatives, [0.0] * 3 + [0.75] * 3, result.seeds, strict=True
@@ -286,6 +286,9 @@ def test_nan_inside_the_decoder_is_an_error_and_never_a_black_picture(original: 
         ({"n": True}, "n must be an integer of at least 1, got True"),
         ({"seed": -1}, "seed must be an integer from 0 to 4294967295, got -1"),
         ({"seed": 2**32}, "seed must be an integer from 0 to 4294967295, got 4294967296"),
+        ({"seed": 2**32 - 2, "n": 3}, "seed 4294967294 and the 2 after it reach beyond 4294967295, the last seed"),
+        ({"prompt": "a\0b"}, "prompt holds the character NUL"),
+        ({"negative_prompt": "a\0b"}, "negative prompt holds the character NUL"),
         ({"seed": 1.5}, "seed must be an integer from 0 to 4294967295, got 1.5"),
         ({"seed": float("inf")}, "seed must be an integer from 0 to 4294967295, got inf"),
         ({"seed": False}, "seed must be an integer from 0 to 4294967295, got False"),

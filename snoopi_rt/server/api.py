@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from snoopi_rt import image
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.request import MAX_CHARACTERS, MAX_IMAGES, SEEDS, check_seed, draw_seed, nearest_size, parse_size
+from snoopi_rt.request import MAX_CHARACTERS, MAX_IMAGES, SEEDS, check_seed, nearest_size, parse_size, seeds_from
 from snoopi_rt.result import Result
 
 UNUSED = "Taken and not used: clients send it unasked."
@@ -56,8 +56,7 @@ class Generation(BaseModel):
             raise InputError("negative_scale is an empty list")
         if self.n * len(scales) > most:
             raise InputError(f"{self.n * len(scales)} images in one request, at most {most} are drawn")
-        first = draw_seed() if self.seed is None else self.seed
-        return [(first + i) % SEEDS for i in range(self.n) for _ in scales], list(scales) * self.n
+        return [seed for seed in seeds_from(self.seed, self.n) for _ in scales], list(scales) * self.n
 
     def height_and_width(self, sizes: tuple[tuple[int, int], ...], lenient: bool) -> tuple[int, int]:
         """The size, the first of the model's where none is given; the nearest of them where `lenient`. Raises InputError for no size."""
