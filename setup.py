@@ -76,7 +76,7 @@ setup(
         "snoopi_rt.export.small_model.dataset": ["*.txt"],
         "snoopi_rt.export.evaluation": ["*.txt", "*.jsonl"],
     },
-    entry_points={"console_scripts": ["snoopi-rt = snoopi_rt.cli:main"]},
+    entry_points={"console_scripts": ["snoopi-rt = snoopi_rt.__main__:run"]},
     install_requires=["numpy>=1.26", "tokenizers>=0.20", "pillow>=10", "click>=8.2", "filelock>=3.16"],
     extras_require=EXTRAS,
 )

@@ -66,7 +66,11 @@ class Scales(click.ParamType):
 @click.option("--seed", type=Seed(), metavar="N", help="The first image's seed; the next has N + 1.  [default: drawn, and printed]")
 @click.option("-n", "count", type=int, default=1, metavar="N", help="How many images; more than one are written as NAME-SEED.")
 @click.option("-o", "--output", metavar="FILE|FOLDER/|-", help="The file, a folder, or standard output.  [default: PROMPT-SEED]")
-@click.option("--format", type=click.Choice(["png", "jpg", "jpeg", "webp"]), help="The file's format.  [default: from the name, else png]")
+@click.option(
+    "--format",
+    type=click.Choice(["png", "jpg", "jpeg", "webp"], case_sensitive=False),
+    help="The file's format.  [default: from the name, else png]",
+)
 @click.option("--side-by-side", is_flag=True, help="One file with the image without --neg, then with it.")
 @click.option("--open", "show", is_flag=True, help="Show the image.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per image.")
@@ -200,5 +204,6 @@ def _draw_batch(batch: "Batch", count: int, opening: dict[str, Any], workers: "W
     seconds = time.monotonic() - start
     click.echo(f"{outcome.drawn} drawn ({outcome.drawn / seconds:.1f} images a second), {outcome.kept} there before, in {quote(batch.out)}")
     if outcome.failed:
-        click.echo(f"error: {outcome.failed} rows could not be drawn: see error in {quote(batch.out / 'index.jsonl')}", err=True)
+        rows_failed = "1 row" if outcome.failed == 1 else f"{outcome.failed} rows"
+        click.echo(f"error: {rows_failed} could not be drawn: see error in {quote(batch.out / 'index.jsonl')}", err=True)
         click.get_current_context().exit(2)

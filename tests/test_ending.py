@@ -227,3 +227,15 @@ with interruptible():
     os.kill(os.getpid(), signal.SIGHUP)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ).returncode == 0
+
+
+def test_ctrl_c_while_the_program_is_still_imported_ends_it_without_a_word(tmp_path: Path) -> None:
+    code = (
+        "import builtins, runpy, sys; real = builtins.__import__\n"
+        "def stopped(name, *rest):\n"
+        "    if name == 'click': raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = stopped; runpy.run_module('snoopi_rt', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
+    assert (done.returncode, done.stderr) == (130, "")

@@ -194,7 +194,15 @@ def test_open_shows_every_picture_once_it_is_there(generate: Generate, here: Pat
 
 
 @pytest.mark.parametrize(
-    "words", [("-o", "file/x.png"), ("-o", f"{'x' * 250}.png", "-n", 2), ("-o", "x.png"), ("-o", f"{'n' * 256}/"), ("-o", "/proc/x.png"), ("-o", "/dev/null")]
+    "words",
+    [
+        ("-o", "file/x.png"),
+        ("-o", f"{'x' * 250}.png", "-n", 2),
+        ("-o", "x.png"),
+        ("-o", f"{'n' * 256}/"),
+        ("-o", "/proc/x.png"),
+        ("-o", "/dev/null"),
+    ],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is_loaded(
     generate: Generate, here: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...]

@@ -86,7 +86,7 @@ def test_a_batch_loses_nothing_when_a_worker_is_killed(tmp_path: Path, place: di
     os.kill(wait_for(process, lambda: workers(process.pid, b"Drawer"))[0], signal.SIGKILL)
     printed, said = process.communicate(timeout=240)
     assert process.returncode == 2 and f"{ROWS} drawn".encode() in printed, said.decode()
-    assert b"error: 1 rows could not be drawn" in said
+    assert b"error: 1 row could not be drawn" in said
     assert len(list(out.glob("*.png"))) == ROWS
     with Image.open(out / f"{ROWS:06}.png") as opened, snoopi_rt.load() as pipe:
         expected = pipe.generate("a panda on a blue background", "blurry", seed=ROWS - 1).images[0]

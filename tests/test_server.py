@@ -250,11 +250,12 @@ def test_what_people_type_for_addresses_is_understood_or_refused_at_the_start() 
             "https://a.example/x",
             "https://me@a.example",
             "https://a:b",
+            "http://a\nb",
             "https://[",
             "",
         ),
         addresses.host_name: ("", "*", "a/b", "me@a.example", "[", "a b", "a.example:x"),
-        addresses.path_prefix: ("https://a.example/x", "/a b", "/a?b", "/a%2f"),
+        addresses.path_prefix: ("https://a.example/x", "/a b", "/a?b", "/a%2f", "/../x", "/a/."),
         addresses.listen_host: ("", "127.0.0.1:8000", "localhost:8000", "[::1]:8000", "http://127.0.0.1", "127.0.0.1/x", "["),
         addresses.check_model_name: ("", "a/b", "..", "a\n", "a" * 201),
     }

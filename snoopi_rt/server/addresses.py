@@ -20,7 +20,14 @@ def web_origin(text: str) -> str:
         return text
     wrong = InputError(f"origin {text!r} is not SCHEME://HOST, such as https://page.example")
     parts, port = _split(text.strip(), wrong)
-    if not parts.scheme or parts.username is not None or parts.path not in ("", "/") or parts.query or parts.fragment:
+    if (
+        not text.strip().isprintable()
+        or not parts.scheme
+        or parts.username is not None
+        or parts.path not in ("", "/")
+        or parts.query
+        or parts.fragment
+    ):
         raise wrong
     host = _host(parts.hostname or "", wrong)
     return f"{parts.scheme}://{_bracketed(host)}{f':{port}' if port not in (None, DEFAULT_PORTS.get(parts.scheme)) else ''}"
@@ -65,7 +72,7 @@ def listen_host(text: str) -> str:
 def path_prefix(text: str) -> str:
     """The path below which a proxy shows the server, "" or /NAME. Raises InputError."""
     prefix = "/".join(["", *(part for part in text.strip().split("/") if part)])
-    if prefix and ("://" in text or PATH_PREFIX.fullmatch(prefix) is None):
+    if prefix and ("://" in text or {".", ".."} & set(prefix.split("/")) or PATH_PREFIX.fullmatch(prefix) is None):
         raise InputError(f"root path {text!r} is not a path, such as /images")
     return prefix
 
