@@ -232,9 +232,9 @@ with interruptible():
 def test_ctrl_c_while_the_program_is_still_imported_ends_it_without_a_word(tmp_path: Path) -> None:
     code = (
         "import builtins, runpy, sys; real = builtins.__import__\n"
-        "def stopped(name, *rest):\n"
+        "def stopped(name, *rest, **more):\n"
         "    if name == 'click': raise KeyboardInterrupt\n"
-        "    return real(name, *rest)\n"
+        "    return real(name, *rest, **more)\n"
         "builtins.__import__ = stopped; runpy.run_module('snoopi_rt', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
