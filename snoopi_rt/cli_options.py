@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -177,6 +178,13 @@ def prompt_file_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--prompts-format", "kind", type=kinds, help="The format of the prompts.  [default: from the name; of - by its content]"
     )
     return kind(ignored(command))
+
+
+def named_folder(text: str) -> tuple[str, Path]:
+    """The name and the folder of [NAME=]FOLDER; without a name it is the folder's own. A folder may have an equals sign in its name."""
+    name, equals, path = text.partition("=") if not Path(text).is_dir() else ("", "", text)
+    folder = Path(path if equals else text).resolve()
+    return (name if equals else folder.name), folder
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from snoopi_rt.cli_options import Number, complete_bundle, engine_option, ray_options, ray_workers
+from snoopi_rt.cli_options import Number, complete_bundle, engine_option, named_folder, ray_options, ray_workers
 from snoopi_rt.engines.base import EngineMissing, InputError, how_to_install
 
 
@@ -76,7 +76,7 @@ def serve(
         raise EngineMissing(f"serve needs {error.name}: {how_to_install('serve')}") from error
     from snoopi_rt.pipeline import load
 
-    named: list[tuple[str, str | None]] = [_named(each) for each in bundles] or [("small", None)]
+    named: list[tuple[str, str | None]] = [(name, str(folder)) for name, folder in map(named_folder, bundles)] or [("small", None)]
     if len(dict(named)) < len(named):
         raise InputError("two bundles have one name: --bundle NAME=FOLDER gives them others")
     opening: dict[str, Any] = {"engine": engine, "precision": precision, "threads": threads, "weights": options["weights"]}
@@ -102,8 +102,3 @@ def serve(
         from snoopi_rt.server.on_ray import serve_on_ray
 
         serve_on_ray(settings, scale, options["host"], options["port"], log_json)
-
-
-def _named(text: str) -> tuple[str, str | None]:
-    name, equals, path = text.partition("=") if not Path(text).is_dir() else ("", "", text)
-    return name if equals else Path(text).resolve().name, str(Path(path if equals else text).resolve())

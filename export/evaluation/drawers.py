@@ -1,0 +1,156 @@
+"""Who draws the pictures that are judged: a bundle, the student in torch, or a teacher in many steps, all from the same noise."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor
+from tqdm import tqdm
+
+import snoopi_rt
+from snoopi_rt.bundle import MANIFEST
+from snoopi_rt.engines.base import InputError
+from snoopi_rt.export.attention import GuidedAttention, PlainAttention
+from snoopi_rt.export.backbones import Weights
+from snoopi_rt.export.backbones.network import load_decoder
+from snoopi_rt.export.backbones.pixart import pixart_answer
+from snoopi_rt.export.decoder import Decoder
+from snoopi_rt.export.presets.rows import default_preset
+from snoopi_rt.export.small_model import teacher
+from snoopi_rt.export.text.minilm import encode
+from snoopi_rt.export.weights.checkpoint import load_module
+from snoopi_rt.export.weights.files import fingerprint
+from snoopi_rt.feeds import draw_noise
+
+BATCH = 16  # images of a student
+TEACHER_BATCH = 64
+PRESET = default_preset("small")
+
+Negative = str | Sequence[str | None] | None
+
+
+class Draw(Protocol):
+    """Pictures (N, H, W, 3) uint8 of prompts with their seeds; one negative for all, or one for each; scale: None is the default."""
+
+    def __call__(
+        self, prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None
+    ) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """Something that draws, called as Draw. cell: the pixels of a side of its latents' cells. facts: what it is, for the report.
+
+    bundle: where it is one, its folder.
+    """
+
+    draw: Draw
+    kind: Literal["student", "teacher"]
+    cell: int
+    facts: dict[str, Any] = field(default_factory=dict)
+    bundle: snoopi_rt.Bundle | None = None
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+        return self.draw(prompts, seeds, negative, scale)
+
+
+def open_student(folder: Path | None) -> Drawer:
+    """That of a bundle, None is the embedded one, or of a student's folder in diffusers layout. Raises InputError for another folder."""
+    if folder is None or (folder / MANIFEST).exists():
+        return _bundle(folder)
+    if (folder / "transformer").is_dir():
+        return _torch_student(folder)
+    raise InputError(f"{folder} is neither a bundle (no {MANIFEST}) nor a student (no transformer/)")
+
+
+def open_teacher(folder: Path, decoder: Path | None = None) -> Drawer:
+    """That of a teacher's folder, by DDIM at its usual steps and guidance. decoder: the folder of another than its own vae."""
+    network = load_module(folder / "transformer", PixArtTransformer2DModel, dtype=torch.bfloat16)
+    network.set_attn_processor(PlainAttention())
+    vae = load_decoder(Weights(folder, decoder=decoder), PRESET)
+
+    def latents(prompts: Sequence[str], noise: Tensor, negatives: Sequence[str | None], scale: float | None) -> Tensor:
+        if any(negative is not None for negative in negatives):
+            raise InputError("the teacher is drawn without negatives")
+        return teacher.draw(network, prompts, noise)
+
+    return Drawer(
+        _in_torch(network, vae, latents, TEACHER_BATCH), "teacher", _cell(network, vae), {"weights": weights_hash(folder, decoder)}
+    )
+
+
+def weights_hash(folder: Path, decoder: Path | None = None) -> str:
+    """Of all weights of a folder in diffusers layout, and of a decoder's."""
+    return fingerprint(*sorted(folder.glob("*/*.safetensors")), *([] if decoder is None else sorted(decoder.glob("*.safetensors"))))
+
+
+def _bundle(folder: Path | None) -> Drawer:
+    pipe = snoopi_rt.load(folder)
+    batch = min(BATCH, pipe.max_batch)
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+        negatives, parts = _each(negative, len(prompts)), []
+        for part in _batches(len(prompts), batch):
+            scales = [None if negative is None else scale for negative in negatives[part]]
+            parts.append(pipe.generate(list(prompts[part]), negatives[part], scales, list(seeds[part])).images)
+        return np.concatenate(parts)
+
+    facts = {"bundle": pipe.bundle.name, "hash": pipe.bundle.hash, "guidance": pipe.bundle.guidance.kind, "engine": pipe.engine}
+    return Drawer(draw, "student", pipe.bundle.latent.factor, facts, pipe.bundle)
+
+
+def _torch_student(folder: Path) -> Drawer:
+    """In fp32, with the preset's guidance, as its bundle would draw."""
+    network = load_module(folder / "transformer", PixArtTransformer2DModel)
+    vae, guidance = load_decoder(Weights(folder), PRESET), PRESET.guidance("nasa")
+    network.set_attn_processor(GuidedAttention(guidance, torch.zeros(1, 1, 1)))
+
+    @torch.no_grad()
+    def latents(prompts: Sequence[str], noise: Tensor, negatives: Sequence[str | None], scale: float | None) -> Tensor:
+        states, lengths = encode([*prompts, *(negative or "" for negative in negatives)])
+        mask = torch.arange(states.shape[1]) < lengths[:, None]
+        (positive, unwanted), (positive_mask, unwanted_mask) = states.float().split(len(prompts)), mask.split(len(prompts))
+        strength = guidance.default_scale if scale is None else scale
+        strengths = torch.tensor([0.0 if negative is None else strength for negative in negatives])
+
+        def answer(step: int, x_t: Tensor) -> Tensor:
+            t = torch.full((len(x_t),), PRESET.rule.steps[step].timestep)
+            return pixart_answer(network, x_t, t, positive, positive_mask, (unwanted, unwanted_mask, strengths))
+
+        return PRESET.rule.run(answer, noise)
+
+    facts = {"weights": weights_hash(folder), "guidance": guidance.kind}
+    return Drawer(_in_torch(network, vae, latents, BATCH), "student", _cell(network, vae), facts)
+
+
+def _in_torch(network: PixArtTransformer2DModel, decoder: Decoder, latents: Callable[..., Tensor], batch: int) -> Draw:
+    shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
+
+    @torch.no_grad()
+    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+        negatives, parts = _each(negative, len(prompts)), []
+        for part in _batches(len(prompts), batch):
+            noise = torch.from_numpy(np.stack([draw_noise(seed, shape)[0] for seed in seeds[part]]))
+            parts.append(torch.cat([decoder(few) for few in latents(prompts[part], noise, negatives[part], scale).split(BATCH)]).numpy())
+        return np.concatenate(parts)
+
+    return draw
+
+
+@torch.no_grad()
+def _cell(network: PixArtTransformer2DModel, decoder: Decoder) -> int:
+    """How many pixels the decoder makes of a latent's side."""
+    return decoder.pixels(torch.zeros(1, network.config.in_channels, 4, 4)).shape[-1] // 4
+
+
+def _each(negative: Negative, count: int) -> list[str | None]:
+    return [negative] * count if negative is None or isinstance(negative, str) else list(negative)
+
+
+def _batches(count: int, batch: int) -> Iterator[slice]:
+    for start in tqdm(range(0, count, batch), desc="images", unit="batch", leave=False, disable=count <= 2 * batch):
+        yield slice(start, start + batch)

@@ -1,0 +1,136 @@
+"""`eval small`: everything that is measured of the embedded model, of its teacher and of its rivals, and sheets to look at."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import snoopi_rt
+from snoopi_rt.export.evaluation.attributes import attributes
+from snoopi_rt.export.evaluation.clean import clean
+from snoopi_rt.export.evaluation.cost import cost
+from snoopi_rt.export.evaluation.counters import Counters, spread
+from snoopi_rt.export.evaluation.domain import Domain
+from snoopi_rt.export.evaluation.drawers import Drawer, open_student, open_teacher
+from snoopi_rt.export.evaluation.figures import plot
+from snoopi_rt.export.evaluation.judge import TOP, Judge
+from snoopi_rt.export.evaluation.natural import natural, read_natural
+from snoopi_rt.export.evaluation.recognition import recognition
+from snoopi_rt.export.evaluation.removal import removal
+from snoopi_rt.export.evaluation.report import Goal, Row, write
+from snoopi_rt.export.evaluation.sharpness import FRECHET, sharpness
+from snoopi_rt.export.evaluation.sheets import sheets
+from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE
+from snoopi_rt.export.small_model.dataset.sprites import TRAINED
+from snoopi_rt.export.small_model.dataset.vocabulary import things
+from snoopi_rt.export.weights.files import fingerprint
+from snoopi_rt.files import write_whole
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured. things: all by default; seeds: of each thing, of a natural prompt, of a clean picture; counted: things whose
+    attributes are; samples: pictures whose distances are taken; limiting: see Domain; runs: images that are timed."""
+
+    things: int | None = None
+    seeds: int = 4
+    natural_seeds: int = 2
+    clean_seeds: int = 2
+    counted: int = 80
+    samples: int = 1500
+    limiting: int = 100
+    runs: int | None = None
+
+
+QUICK = Extent(things=6, seeds=1, natural_seeds=1, clean_seeds=1, counted=2, samples=12, limiting=12, runs=1)
+
+
+def evaluate(
+    students: dict[str, Path | None],
+    teacher: Path | None,
+    decoder: Path | None,
+    drawings: Path,
+    out: Path,
+    extent: Extent,
+    say: Callable[[str], None],
+) -> dict[str, list[Row]]:
+    """The rows of each who is judged, by name, written to `out` as small.json, small.md and small.png; sheets of the first student beside.
+
+    students: folders of bundles or of students by name, None is the embedded bundle. decoder: of the teacher's latents, its own vae by
+    default. drawings: where npm packages and the features of their drawings are kept. Raises what load and Pipeline.generate do.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    # A few things in the default set do for a quick run: reading all sets takes as long as the rest of it.
+    few = None if extent.things is None else spread([thing.name for thing in things() if thing.common], extent.things)
+    judge = Judge(drawings, names=few, sets=[drawing for drawing in TRAINED if few is None or drawing.style == DEFAULT_STYLE])
+    domain = Domain(judge, extent.limiting)
+    counters, prompts = Counters(domain, extent.counted), read_natural()
+    ceiling = judge.ceiling()
+    who: dict[str, Any] = {}
+    facts = {
+        "snoopi_rt": snoopi_rt.__version__,
+        "extent": asdict(extent),
+        "judge": {"network": f"efficientnet-{judge.name}", "sha256": judge.hash, "things": len(judge.names), "drawings": judge.sets},
+        "ceiling": {f"top {top}": float((ceiling < top).mean()) for top in (1, TOP)},
+        "who": who,
+    }
+    columns: dict[str, list[Row]] = {}
+    distance, teacher_drawer = None, None
+
+    def measured(drawer: Drawer) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
+        yield "recognition", lambda: recognition(drawer, domain, extent.seeds)
+        yield "natural prompts", lambda: natural(drawer, counters, prompts, extent.natural_seeds)
+        yield "attributes", lambda: attributes(drawer, counters)
+        yield "sharpness", lambda: sharpness(drawer, domain, extent.samples, distance if drawer.kind == "student" else None)
+        if drawer.kind == "student":
+            yield "clean pictures under negatives", lambda: clean(drawer, domain, extent.clean_seeds)
+            yield "negatives of what was asked for", lambda: removal(drawer, counters)
+        if bundle := drawer.bundle:
+            yield "cost", lambda: cost(bundle, extent.runs, say)
+
+    def judged(name: str, drawer: Drawer) -> list[Row]:
+        rows: list[Row] = []
+        with tqdm(list(measured(drawer)), desc=name, unit="measure") as bar:
+            for what, measure in bar:
+                bar.set_postfix_str(what)
+                rows += measure()
+        return rows
+
+    if teacher is not None:
+        teacher_drawer = open_teacher(teacher, decoder)
+        who["teacher"] = teacher_drawer.facts
+        columns["teacher"] = _kept(
+            drawings, [facts["judge"], facts["extent"], teacher_drawer.facts], lambda: judged("teacher", teacher_drawer)
+        )
+        distance = next(row.value for row in columns["teacher"] if row.name == FRECHET)
+    for number, (name, folder) in enumerate(students.items()):
+        drawer = open_student(folder)
+        who[name] = drawer.facts
+        columns[name] = judged(name, drawer)
+        if number == 0:
+            say("sheets")
+            sheets(drawer, teacher_drawer, domain, prompts, out)
+        # The students first: what they are judged by stands beside them.
+        ordered = {who: columns[who] for who in (*students, "teacher") if who in columns}
+        write(out, "small", facts, ordered)
+    plot(ordered, out / "small.png")
+    return ordered
+
+
+def _kept(folder: Path, facts: list[Any], measure: Callable[[], list[Row]]) -> list[Row]:
+    """The rows that an earlier evaluation by the same code made of the same teacher, else new ones: they take many minutes."""
+    code = fingerprint(*sorted(Path(__file__).parent.glob("*.py")))
+    path = folder / f"teacher-{hashlib.sha256(json.dumps([facts, code]).encode()).hexdigest()[:16]}.json"
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            Row(**{**row, "goal": row["goal"] and Goal(**row["goal"]), "interval": row["interval"] and tuple(row["interval"])})
+            for row in stored
+        ]
+    rows = measure()
+    write_whole(path, json.dumps([asdict(row) for row in rows]).encode())
+    return rows
