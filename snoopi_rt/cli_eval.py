@@ -29,7 +29,7 @@ def evaluate() -> None:
     help="A bundle, or a student's weights; several stand beside each other.  [default: the embedded bundle]",
 )
 @click.option(
-    "--teacher", type=folder, metavar="FOLDER", help="Measured alike, in 25 steps; the student's distances are compared with its."
+    "--teacher", type=folder, metavar="FOLDER", help="Drawn in 25 steps and measured alike; distances are compared with the teacher's."
 )
 @click.option("--decoder", type=folder, metavar="FOLDER", help="Of the teacher's latents.  [default: its own vae]")
 @click.option("--drawings", type=folder, metavar="FOLDER", help="Where the emoji drawings are kept.  [default: npm in --out]")

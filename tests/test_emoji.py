@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from snoopi_rt.engines.base import InputError, SnoopiError
 from snoopi_rt.export.training.small import emoji, scorer

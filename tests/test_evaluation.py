@@ -8,13 +8,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 from scipy import linalg, ndimage, spatial, stats
 
 from snoopi_rt.cli import main
@@ -119,8 +120,10 @@ def test_a_share_is_relative_to_its_ceiling_and_so_is_its_interval() -> None:
 
 def test_the_table_has_a_line_per_figure_and_a_column_per_who_is_judged() -> None:
     ours = [share("eyes", "two", np.ones(4, bool), 0.9), Row("cost", "an image", 30.0, Goal(most=25), "ms")]
+    ours.append(mean("eyes", "depth", np.array([1.0, 3.0]), "levels", missing=["left"], of_real=2.5))
     lines = markdown({"ours": ours, "theirs": ours[:1]}).splitlines()
-    assert lines[0] == "| measure | goal | ours | theirs | ceiling | counter's error |" and len(lines) == 4
+    assert lines[0] == "| measure | goal | ours | theirs | ceiling | counter's error |" and len(lines) == 7
+    assert lines[-1] == "- ours, eyes: depth: missing 'left', of_real 2.5"
     assert "| ≥ 0.9 | 1 (4/4) [0.51, 1] met |" in lines[2] and lines[3] == "| cost: an image, ms | ≤ 25 | 30 **missed** |  |  |  |"
 
 
@@ -145,6 +148,24 @@ def test_change_is_that_of_the_things_own_pixels_with_what_they_enclose() -> Non
     after[0, 2, 2] = 0
     after[1] = 250  # an empty picture is all thing
     assert pixel_metrics.change(before, after) == pytest.approx([255 / 400, 5])
+
+
+def test_colours_of_one_luminance_are_blurry_where_they_are_blurred_alone() -> None:
+    for side in (128, 256):
+        y, x = np.mgrid[:side, :side] * 128 / side
+        disc = np.hypot(x - 64, y - 64)[..., None] < 40
+        sharp = Image.fromarray(np.where(disc, (200, 60, 60), (30, 146, 60)).astype(np.uint8))
+        score = pixel_metrics.blurry(np.stack([np.asarray(sharp), np.asarray(sharp.filter(ImageFilter.GaussianBlur(0.025 * side)))]))
+        assert score[0] < 2.5 < 3.2 < score[1]
+
+
+def test_cells_are_seen_where_a_decoder_softens_their_edges() -> None:
+    cells = np.random.default_rng(0).integers(0, 256, (16, 16)).repeat(16, 0).repeat(16, 1)
+    soft, clean = (
+        ndimage.gaussian_filter(picture, 1.0) for picture in (cells.astype(float), np.random.default_rng(1).normal(128, 60, (256, 256)))
+    )
+    scores = pixel_metrics.pixelated(np.stack([cells, soft, clean]).clip(0, 255).astype(np.uint8)[..., None].repeat(3, 3))
+    assert scores[0] > 0.99 and scores[1] > 0.85 and scores[2] < 0.4
 
 
 def test_seams_are_between_cells_and_not_beside_them() -> None:
@@ -402,16 +423,11 @@ def test_a_folder_that_is_neither_bundle_nor_student_is_one_line(tmp_path: Path)
         assert done.exit_code == 2 and message in done.output
 
 
-def test_a_quick_run_writes_figures_and_sheets_and_keeps_what_it_knows_of_the_teacher(
-    domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn = domain.judge.composer
+def test_a_quick_run_writes_figures_and_sheets(domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_module, "load_network", lambda name: FarSighted())
-    monkeypatch.setattr(Judge, "composer", drawn)
+    monkeypatch.setattr(Judge, "composer", domain.judge.composer)
     monkeypatch.setattr(small, "spread", lambda names, count: domain.names[:count])
-    calls = []
-    draw = teacher_stage.draw
-    monkeypatch.setattr(teacher_stage, "draw", lambda *given: calls.append(1) or draw(*given, steps=1))
+    monkeypatch.setattr(teacher_stage, "draw", partial(teacher_stage.draw, steps=1))
     words = ["eval", "small", "--quick", "--teacher", str(WEIGHTS / "teacher"), "--drawings", str(tmp_path), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(main, words, catch_exceptions=False)
     assert done.exit_code == 0 and re.search(r"embedded: \d+ of \d+ goals met", done.output), done.output
@@ -427,10 +443,18 @@ def test_a_quick_run_writes_figures_and_sheets_and_keeps_what_it_knows_of_the_te
         "sharpness",
         "cost",
     } <= sections
+    assert any(row["name"] == "Frechet distance" and row["goal"] for row in document["judged"]["embedded"])
     assert (tmp_path / "out" / "small.md").read_text().startswith("| measure | goal | embedded | teacher |")
     for name in ("small", "natural", "things", "clean", "teacher_student"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
-    before = len(calls)
-    monkeypatch.setattr(small, "cost", lambda *given: [])
-    assert CliRunner().invoke(main, words, catch_exceptions=False).exit_code == 0
-    assert len(calls) == before + 1  # for the sheet alone
+
+
+def test_what_is_known_of_a_teacher_is_measured_once(tmp_path: Path) -> None:
+    rows = [share("eyes", "two", np.ones(4, bool), 0.9, missing=["left"]), Row("cost", "an image", 30.0, unit="ms")]
+    calls = []
+
+    def measure() -> list[Row]:
+        calls.append(1)
+        return rows
+
+    assert [small._kept(tmp_path, [facts], measure) for facts in ("a", "a", "b")] == [rows] * 3 and len(calls) == 2

@@ -29,13 +29,13 @@ def clean(drawer: Drawer, domain: Domain, seeds: int) -> Iterator[Row]:
     blockiness = across.sum() / beside.sum()
     absent = {name: _absent_colour(domain, name) for name in dict.fromkeys(names)}
     negatives: dict[str, Negative] = {flaw: flaw for flaw in FLAWS}
-    negatives |= {GENERIC: GENERIC, UNRELATED: UNRELATED, "an absent colour": [absent[name] for name in names]}
+    negatives |= {"generic list": GENERIC, UNRELATED: UNRELATED, "absent colour": [absent[name] for name in names]}
     for label, negative in negatives.items():
         pictures = drawer(prompts, numbers, negative)
         yield mean(SECTION, f"{label}, change of the thing", pixel_metrics.change(plain, pictures), "levels", Goal(most=3))
         features = domain.judge.features(pictures)
         gained = (domain.judge.ranks(features, names) < TOP).astype(float) - seen
-        yield mean(SECTION, f"{label}, recognised more", 100 * gained, "points", Goal(-1, 1))
+        yield mean(SECTION, f"{label}, recognition gained", 100 * gained, "points", Goal(-1, 1))
         ratio = frechet(features.numpy(), real) / distance
         yield Row(SECTION, f"{label}, Frechet distance", ratio, Goal(most=1.03), "of no negative's", of=len(names))
         across, beside = pixel_metrics.seams(pictures, drawer.cell)

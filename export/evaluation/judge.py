@@ -59,11 +59,11 @@ class Judge:
         return Composer({key: sprite for key, sprite in sprites.items() if key[0] in self.names})
 
     @torch.no_grad()
-    def features(self, pictures: np.ndarray, batch: int = 32) -> Tensor:
+    def features(self, pictures: np.ndarray, batch: int = 8) -> Tensor:
         """(N, 1280) fp32 of pictures (N, H, W, 3) uint8, resized to what the network was trained on."""
         rows = []
         steps = range(0, len(pictures), batch)
-        for start in tqdm(steps, desc=f"features ({self.name})", unit="batch", leave=False, disable=len(steps) < 2):
+        for start in tqdm(steps, desc=f"features ({self.name})", unit="batch", leave=False, disable=len(steps) < 5):
             part = np.stack([self._resized(picture) for picture in pictures[start : start + batch]])
             scaled = torch.from_numpy(part).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
             rows.append(self._network.extract_features(to_network(scaled)).mean((2, 3)))

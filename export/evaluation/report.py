@@ -105,7 +105,7 @@ def write(folder: Path, name: str, facts: Mapping[str, Any], columns: Mapping[st
 def markdown(columns: Mapping[str, Sequence[Row]]) -> str:
     """One table, a line per figure and a column per who is judged: value, how many of how many, interval, and whether the goal is met.
 
-    Ceiling and error are the first one's: they hardly differ.
+    Ceiling and error are the first one's: they hardly differ. Below it stands what else there is to tell.
     """
     cells = {who: {(row.section, row.name): row for row in rows} for who, rows in columns.items()}
     keys = dict.fromkeys(key for rows in cells.values() for key in rows)
@@ -120,7 +120,13 @@ def markdown(columns: Mapping[str, Sequence[Row]]) -> str:
         unit = "" if first.unit == "share" else f", {first.unit}"
         values = " | ".join("" if row is None else _cell(row) for row in rows)
         lines.append(f"| {key[0]}: {key[1]}{unit} | {goal} | {values} | {_number(first.ceiling)} | {_number(first.error)} |")
-    return "\n".join(lines) + "\n"
+    details = [
+        f"- {who}, {row.section}: {row.name}: {', '.join(f'{key} {_said(value)}' for key, value in row.detail.items())}"
+        for who, rows in columns.items()
+        for row in rows
+        if row.detail
+    ]
+    return "\n".join([*lines, "", *details]) + "\n"
 
 
 def unmet(rows: Sequence[Row]) -> list[Row]:
@@ -137,6 +143,12 @@ def _cell(row: Row) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(f"'{item}'" for item in value) or "none"
+    return _number(value) if isinstance(value, int | float) else "not measured" if value is None else str(value)
 
 
 def _as_json(row: Row) -> dict[str, Any]:
