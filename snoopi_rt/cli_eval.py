@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from snoopi_rt.cli_export import building, folder
-from snoopi_rt.cli_options import complete_bundle, named_folder
+from snoopi_rt.cli_options import Group, complete_bundle, named_folder
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.shell import quote, visible
 
@@ -14,7 +14,7 @@ out_option = click.option(
 )
 
 
-@click.group("eval", epilog="Example: snoopi-rt eval small --bundle my-bundle")
+@click.group("eval", cls=Group, epilog="Example: snoopi-rt eval small --bundle my-bundle")
 def evaluate() -> None:
     """Measure what students can do."""
 

@@ -59,7 +59,7 @@ def test_help_says_every_default_once_and_no_summary_is_cut(path: tuple[str, ...
         ("generate --bundle ", ["tiny"]),
         ("bench --bundle t", ["tiny"]),
         ("serve --bundle mine=./t", ["mine=./tiny"]),
-        ("eval --bundle ./", ["./tiny"]),
+        ("eval small --bundle ./", ["./tiny"]),
         ("generate --bundle nowhere", ["nowhere"]),
     ],
 )
