@@ -29,6 +29,8 @@ class Stage:
             return engine(**arrays)
         finally:
             with self._changed:
+                # Whoever closes meanwhile frees it: this thread must not once the process ends.
+                del engine
                 self._running -= 1
                 self._changed.notify_all()
 

@@ -297,8 +297,8 @@ def test_prompts_come_from_standard_input_too(original: Bundle, tmp_path: Path) 
 
 def test_the_command_line_says_what_is_missing(tmp_path: Path) -> None:
     for words, message in (
-        (["generate", "--out", tmp_path], "give a PROMPT, or --prompts FILE and --out FOLDER"),
-        (["generate", "a cat", "--out", tmp_path], "give a PROMPT, or --prompts FILE and --out FOLDER"),
+        (["generate", "--out", tmp_path], "--prompts FILE and --out FOLDER go together"),
+        (["generate", "a cat", "--out", tmp_path], "give a PROMPT, or --prompts FILE, not both"),
         (["generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path, "-n", 2], "-n is for one PROMPT"),
         (["generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path, "--neg-scale", "0,1"], "several scales are for one PROMPT"),
         (["generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path, "--force"], "--force is for one PROMPT"),

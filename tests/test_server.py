@@ -75,7 +75,7 @@ def command(*arguments: str, **streams: Any) -> Iterator[tuple[subprocess.Popen,
     def ready() -> bool:
         try:
             return process.poll() is not None or httpx.get(f"{address}/readyz").status_code == 200
-        except httpx.ConnectError:
+        except httpx.TransportError:  # it does not listen yet, or ends just now
             return False
 
     try:
