@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from snoopi_rt.engines.base import InputError
@@ -25,8 +25,8 @@ from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_diffusers
 
 SIDE = 256  # pixels
 FACTOR = 16
-CROP = 6  # latent cells of a crop that is compared with the picture, each of FACTOR x FACTOR pixels
-MARGIN = 2  # cells around it that are decoded, too, and not compared
+WINDOW = 10  # latent cells that are decoded at once, of FACTOR x FACTOR pixels each
+MARGIN = 2  # cells inside a window's sides that are not compared with the picture, except where a side is the picture's own
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,31 @@ class Recipe(loop.Recipe):
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
+def compared(corners: Tensor, cells: int) -> Tensor:
+    """The pixels of windows that are compared with the picture, (B, 1, WINDOW * FACTOR, WINDOW * FACTOR) bool, for the first row and
+    column (B, 2) of windows of latents of cells x cells: all but a margin that would be decoded otherwise if the window did not end there."""
+    inside = torch.arange(WINDOW)
+    first, last = corners[..., None] == 0, corners[..., None] == cells - WINDOW
+    sides = ((inside >= MARGIN) | first) & ((inside < WINDOW - MARGIN) | last)
+    rows, columns = sides.repeat_interleave(FACTOR, -1).unbind(1)
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
 def loss(
-    decoder: Callable[[Tensor], Tensor], features: Callable[[Tensor], list[Tensor]], latents: Tensor, pictures: Tensor, weight: float
+    decoder: Callable[[Tensor], Tensor],
+    features: Callable[[Tensor], list[Tensor]],
+    latents: Tensor,
+    pictures: Tensor,
+    mask: Tensor,
+    weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """The scalar loss and the L1 distance, for latents (B, 8, h, w) and the pictures (B, 3, H, W) of their inner cells."""
-    edge = MARGIN * FACTOR
-    inner = decoder(latents)[..., edge:-edge, edge:-edge].contiguous(memory_format=torch.channels_last)
-    error = inner.float() - pictures.float()
-    distance = error.abs().mean()
-    early = torch.stack([(a - b).abs().mean() for a, b in zip(features(inner), features(pictures), strict=True)]).sum()
-    return distance + error.square().mean() + weight * early.float(), distance
+    """The scalar loss and the L1 distance, for latents (B, 8, h, w), the pictures (B, 3, H, W) and the pixels that are compared."""
+    drawn = torch.where(mask, decoder(latents), pictures).contiguous(memory_format=torch.channels_last)
+    error = drawn.float() - pictures.float()
+    share = mask.float().mean()
+    distance = error.abs().mean() / share
+    early = torch.stack([(a - b).abs().mean() for a, b in zip(features(drawn), features(pictures), strict=True)]).sum()
+    return distance + error.square().mean() / share + weight * early.float() / share, distance
 
 
 def real_pictures(folder: Path, count: int, cache: Path) -> np.ndarray:
@@ -90,22 +105,20 @@ def train(folder: Path, encoder: Path, out: Path, recipe: Recipe, compiled: bool
     features = EarlyFeatures().bfloat16().to(memory_format=torch.channels_last)
     compute = torch.compile(loss) if compiled else loss
     cells = latents.shape[-1]
-    whole = CROP + 2 * MARGIN
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
         chosen = torch.randint(len(latents), (recipe.batch,), generator=random).tolist()
-        corners = torch.randint(cells - CROP + 1, (recipe.batch, 2), generator=random).tolist()
+        # Windows that would begin outside begin at the edge, so that edges are seen as often as the rest.
+        corners = torch.randint(-MARGIN, cells - WINDOW + MARGIN + 1, (recipe.batch, 2), generator=random).clamp(0, cells - WINDOW)
         parts, targets = [], []
-        for n, (y, x) in zip(chosen, corners, strict=True):
-            # Beyond the picture's own edge the decoder sees zeros, as it does in use; here they are the latent's nearest cells.
-            padded = nn.functional.pad(latents[n].float()[None], (MARGIN,) * 4, mode="replicate")[0]
-            parts.append(padded[:, y : y + whole, x : x + whole])
-            targets.append(pictures[n, y * FACTOR : (y + CROP) * FACTOR, x * FACTOR : (x + CROP) * FACTOR])
+        for n, (y, x) in zip(chosen, corners.tolist(), strict=True):
+            parts.append(latents[n, :, y : y + WINDOW, x : x + WINDOW].float())
+            targets.append(pictures[n, y * FACTOR : (y + WINDOW) * FACTOR, x * FACTOR : (x + WINDOW) * FACTOR])
         noisy = torch.stack(parts)
         noisy += recipe.noise * torch.rand(recipe.batch, 1, 1, 1, generator=random) * torch.randn(noisy.shape, generator=random)
-        wanted = torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-        arrays = [array.bfloat16().contiguous(memory_format=torch.channels_last) for array in (noisy, wanted)]
-        value, distance = compute(model.decoder, features, arrays[0], arrays[1], recipe.features)
+        real = torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        seen, target = (array.bfloat16().contiguous(memory_format=torch.channels_last) for array in (noisy, real))
+        value, distance = compute(model.decoder, features, seen, target, compared(corners, cells), recipe.features)
         value.backward()
         norm = weights.step(learning_rate(recipe.lr, i, recipe.steps, decay_from=0.3))
         return {"loss": value.item(), "l1": distance.item(), "norm": norm}
