@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from snoopi_rt.engines.messages import why
 from snoopi_rt.engines.native import native_code
 
 if TYPE_CHECKING:
@@ -159,5 +160,4 @@ def engine_errors(doing: str) -> Iterator[None]:
     except SnoopiError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise EngineError(f"{doing}: {reason or type(error).__name__}") from error
+        raise EngineError(f"{doing}: {why(error)}") from error

@@ -73,12 +73,12 @@ class OrtEngine:
                 session = self._bound.session
             elif session is None:
                 session = _session(path, _options(threads), opening.mapped, providers=[provider])
+            self.inputs = tuple(_spec(node) for node in session.get_inputs())
+            self.outputs = tuple(_spec(node) for node in session.get_outputs())
         # A provider that cannot start is replaced by the CPU without an error: only the session says what is used.
         self.provider = session.get_providers()[0]
         if self.provider != provider:
             raise EngineError(f"engine {name!r}: ONNX Runtime could not start {provider} and fell back to the CPU{conflict()}")
-        self.inputs = tuple(_spec(node) for node in session.get_inputs())
-        self.outputs = tuple(_spec(node) for node in session.get_outputs())
         self._session: Any = None if self._bound is not None else session
 
     def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
@@ -110,21 +110,26 @@ def import_onnxruntime() -> Any:
 
 def _session(path: Path, options: Any, mapped: bool, **more: Any) -> Any:
     """A session of the model; unless `mapped` nothing of it stays in the model's files."""
-    from onnxruntime import InferenceSession
-
     if not mapped and (weights := {file.name: file.read_bytes() for file in model_files(path)[1:]}):
         options.add_external_initializers_from_files_in_memory(list(weights), list(weights.values()), list(map(len, weights.values())))
-    return InferenceSession(str(path), options, **more)
+    return _opened(path, options, **more)
+
+
+def _opened(path: Path, options: Any, **more: Any) -> Any:
+    """A session. Without `enable_fallback` ONNX Runtime would print what is wrong and go on on the CPU, even if it is the CPU's own."""
+    from onnxruntime import InferenceSession
+
+    return InferenceSession(str(path), options, enable_fallback=0, **more)
 
 
 def _cuda_session(path: Path, threads: int, mapped: bool, graphs: bool) -> Any:
-    """A session on the GPU. Without `enable_fallback` ONNX Runtime would print what is wrong and go on on the CPU."""
+    """A session on the GPU."""
     import onnxruntime
 
     with redirect_stdout(io.StringIO()):  # CUDA and cuDNN out of their packages, where they are there; it prints which are not
         onnxruntime.preload_dlls()
     provider = PROVIDERS["cuda"], {"enable_cuda_graph": "1"} if graphs else {}
-    return _session(path, _options(threads), mapped, providers=[provider], enable_fallback=0)
+    return _session(path, _options(threads), mapped, providers=[provider])
 
 
 def _settings() -> dict[str, str]:
@@ -138,7 +143,7 @@ def _options(threads: int, **settings: str) -> Any:
     options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_ALL
     options.inter_op_num_threads = 1
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised: nothing else is to write them to standard error
     for name, value in {**_settings(), **settings}.items():
         options.add_session_config_entry(name, value)
     return options
@@ -166,14 +171,14 @@ def _kept_session(path: Path, threads: int, cache: CompiledModels, key: str, map
 
 
 def _optimised_session(folder: Path | None, threads: int) -> Any:
-    from onnxruntime import GraphOptimizationLevel, InferenceSession
+    from onnxruntime import GraphOptimizationLevel
 
     if folder is None:
         return None
     options = _options(threads)
     options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
     with suppress(EngineError), engine_errors("the cached model is damaged"):
-        return InferenceSession(str(folder / OPTIMISED), options, providers=[PROVIDERS["cpu"]])
+        return _opened(folder / OPTIMISED, options, providers=[PROVIDERS["cpu"]])
 
 
 def _spec(node: Any) -> TensorSpec:

@@ -67,9 +67,8 @@ class OvEngine:
                 request = self._idle.pop()
             except IndexError:
                 request = compiled.create_infer_request()
-            values = request.infer(
-                {name: np.ascontiguousarray(array) for name, array in arrays.items()}, share_inputs=True, share_outputs=True
-            )
+            feeds: dict[Any, Any] = {index: np.ascontiguousarray(arrays[spec.name]) for index, spec in enumerate(self.inputs)}
+            values = request.infer(feeds, share_inputs=True, share_outputs=True)
             # The request's own buffers are overwritten by its next call: the caller gets copies.
             outputs = {spec.name: values[index].copy() for index, spec in enumerate(self.outputs)}
             if self._compiled is not None:
@@ -119,4 +118,11 @@ def _through(cache: CompiledModels, name: str, path: Path, compile_model: Callab
 
 def _spec(port: Any) -> TensorSpec:
     shape = tuple(size.get_length() if size.is_static else None for size in port.partial_shape)
-    return TensorSpec(port.any_name, shape, np.dtype(port.element_type.to_dtype()).name)
+    return TensorSpec(_name(port), shape, np.dtype(port.element_type.to_dtype()).name)
+
+
+def _name(port: Any) -> str:
+    """The port's own name in the graph: `any_name` may be that of an operator which only passes its tensor on."""
+    own = port.node.friendly_name
+    own = own.rpartition("/sink_port_")[0] or own  # of an output
+    return own if own in port.names else port.any_name

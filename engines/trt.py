@@ -12,7 +12,7 @@ from snoopi_rt.engines import ENGINES
 from snoopi_rt.engines.base import EngineError, Opening, TensorSpec, check_inputs, engine_errors, how_to_install
 from snoopi_rt.engines.compiled import model_files
 from snoopi_rt.engines.gpu import Gpu, GpuArray
-from snoopi_rt.engines.trt_plan import Kept, KeptPlan, first, is_rtx, library, logger
+from snoopi_rt.engines.trt_plan import Kept, KeptPlan, is_rtx, library, logged_reason, logger
 
 NO_RTX = {(8, 0), (9, 0), (10, 0), (10, 3)}
 """Compute capabilities of data-centre GPUs, for which TensorRT for RTX makes no kernels (A100, H100, B200, B300)."""
@@ -64,7 +64,7 @@ class TrtEngine:
                 plan.drop()
                 engine = runtime.deserialize_cuda_engine(plan.read())
             if engine is None:
-                raise EngineError(f"engine {opening.name!r} cannot load {path.name}: {first(self._errors)}")
+                raise EngineError(f"engine {opening.name!r} cannot load {path.name}: {logged_reason(self._errors)}")
             if plan.streaming:
                 # TensorRT's own budget comes to Python in 32 bits.
                 room = gpu.memory()[0] - engine.device_memory_size_v2 - MARGIN
@@ -89,7 +89,7 @@ class TrtEngine:
             try:
                 return self._lane(arrays).run(arrays)
             except Refused:
-                raise EngineError(f"TensorRT failed: {first(self._errors)}") from None
+                raise EngineError(f"TensorRT failed: {logged_reason(self._errors)}") from None
 
     def close(self) -> None:
         with self._lock, engine_errors("TensorRT failed"):

@@ -14,6 +14,7 @@ from typing import Any
 
 from snoopi_rt.engines.base import Axis, EngineError, Opening, Progress, engine_errors
 from snoopi_rt.engines.compiled import CompiledModels, compiled_name
+from snoopi_rt.engines.messages import reason
 
 PLAN, DIGEST = "plan", "plan.sha256"
 Profile = Mapping[str, Axis]
@@ -113,7 +114,7 @@ def build_plan(
         network = builder.create_network(0 if strongly is None else 1 << int(strongly))
         parser = trt.OnnxParser(network, log)
         if not parser.parse_from_file(str(path)):
-            raise EngineError(f"{doing}: {first([parser.get_error(i).desc() for i in range(parser.num_errors)] + errors)}")
+            raise EngineError(f"{doing}: {logged_reason([parser.get_error(i).desc() for i in range(parser.num_errors)] + errors)}")
         for layer in (network.get_layer(i) for i in range(network.num_layers)):
             if layer.type == getattr(trt.LayerType, "ATTENTION_INPUT", None):
                 # Else a build fails where no kernel has both steps of an attention in one. Layers come as their base class.
@@ -132,7 +133,7 @@ def build_plan(
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise EngineError(f"{doing}: {first(errors)}")
+            raise EngineError(f"{doing}: {logged_reason(errors)}")
         if timing is not None:
             with suppress(Exception):  # the plan is what minutes were spent for
                 timing.write(bytes(config.get_timing_cache().serialize()))
@@ -214,7 +215,6 @@ def _monitor(trt: Any, progress: Progress, what: str) -> Any:
     return Monitor()
 
 
-def first(errors: list[str]) -> str:
-    """The first line of the first error."""
-    lines = [line.strip() for error in errors for line in error.splitlines() if line.strip()]
-    return lines[0] if lines else "TensorRT does not say why"
+def logged_reason(errors: list[str]) -> str:
+    """Why TensorRT failed, of what it logged."""
+    return reason(errors) or "TensorRT does not say why"

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from conftest import TABLE, onnx_graph
+from onnx import helper
 
 from snoopi_rt.bundle import Bundle
+from snoopi_rt.cache import Cache
 from snoopi_rt.engines import ENGINES, conflict, installed, load_engine
 from snoopi_rt.engines.base import Engine, EngineError, EngineMissing, InputError, engine_errors
 from snoopi_rt.engines.fake import FakeEngine
@@ -112,11 +116,81 @@ def test_a_closed_engine_says_so(engine: Engine) -> None:
         engine(**feeds())
 
 
+def no_operator(model: onnx.ModelProto) -> bytes:
+    model.graph.node[0].op_type = "NoSuchOperator"
+    return model.SerializeToString()
+
+
+def no_input(model: onnx.ModelProto) -> bytes:
+    model.graph.node[0].input[0] = "nowhere"
+    return model.SerializeToString()
+
+
+def another_size(model: onnx.ModelProto) -> bytes:
+    model.graph.initializer[0].dims[:] = [7, 7]
+    return model.SerializeToString()
+
+
+def another_shape(model: onnx.ModelProto) -> bytes:
+    model.graph.node[0].output[0] = "rows"
+    model.graph.node.append(helper.make_node("MatMul", ["rows", "table"], ["states"]))
+    return model.SerializeToString()
+
+
+DAMAGES: dict[str, tuple[Callable[[onnx.ModelProto], bytes], str]] = {
+    "half a file": (lambda model: model.SerializeToString()[:200], "Protobuf parsing failed|Unable to read the model"),
+    "no operator": (no_operator, "No Op registered for NoSuchOperator|No conversion rule found for operations: NoSuchOperator"),
+    "no input": (no_input, "Node input 'nowhere' is not|Input tensor isn't found for node \"nowhere\""),
+    "another size": (another_size, "'table': raw_data size .160 bytes. does not match|size of the initializer does not match"),
+    "another shape": (another_shape, "Incompatible dimensions for matrix multiplication|Incompatible MatMul matrix dimension"),
+    "a name in Latin-1": (lambda model: model.SerializeToString().replace(b"table", b"t\xe4ble", 1), "t\ufffdble"),
+    "an input's name": (lambda model: model.SerializeToString().replace(b"ids", b"i\xe4s"), "i\ufffds"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", HERE)
-def test_a_file_that_is_no_model_is_an_engine_error(name: str, tmp_path: Path) -> None:
-    (tmp_path / "broken.onnx").write_bytes(b"not a model")
-    with pytest.raises(EngineError, match=f"engine '{name}' cannot load broken.onnx"):
-        load_engine(name, tmp_path / "broken.onnx")
+def test_a_damaged_graph_is_one_line_that_says_why(name: str, damage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    change, why = DAMAGES[damage]
+    (tmp_path / "broken.onnx").write_bytes(change(onnx_graph("text_encoder")))
+    with pytest.raises(EngineError, match=rf"^engine '{name}' cannot load broken\.onnx: .*({why})") as caught:
+        load_engine(name, tmp_path / "broken.onnx", threads=1)
+    assert not re.search(r"\n|\.(cpp|cc|h):\d|\[ONNXRuntimeError\]", str(caught.value)) and len(str(caught.value)) < 400
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err == "" or (name, damage) == (
+        "openvino",
+        "half a file",
+    )  # where it looks for formats of others, which log that it is none
+
+
+@pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")
+def test_a_graph_that_fails_in_a_call_says_why_and_prints_nothing(original: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
+    engine = load_engine("cpu", original.folder / "text_encoder.onnx", threads=1)
+    with pytest.raises(EngineError, match=r"^ONNX Runtime failed: Non-zero .* Gather node.* indices element out of data bounds, idx=99"):
+        engine(ids=np.array([[99]]))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("name", HERE)
+def test_ports_are_found_by_their_own_names_and_not_by_those_of_tensors_that_are_passed_on(
+    name: str, cached: bool, tmp_path: Path, cache_folder: Path
+) -> None:
+    model = onnx_graph("text_encoder")
+    graph, node = model.graph, helper.make_node
+    graph.node[0].input[1], graph.node[0].output[0] = "a", "b"
+    graph.node.insert(0, node("Identity", ["ids"], ["a"]))
+    for output in ("states", "zeros"):
+        graph.node.append(node("Identity", ["b"], [output]))
+    graph.output.append(helper.make_tensor_value_info("zeros", onnx.TensorProto.FLOAT, ["x", "y", 4]))
+    onnx.save(model, tmp_path / "text.onnx")
+    for _ in range(2):
+        engine = load_engine(name, tmp_path / "text.onnx", threads=1, cache=Cache() if cached else None)
+        assert [spec.name for spec in (*engine.inputs, *engine.outputs)] == ["ids", "states", "zeros"]
+        outputs = engine(ids=np.array([[3, 5]]))
+        for output in outputs.values():
+            np.testing.assert_array_equal(output, TABLE[[[3, 5]]])
 
 
 def test_an_unknown_engine_lists_the_known() -> None:
@@ -212,11 +286,8 @@ class CudaSession:
 
     fallen_back = False
 
-    def __init__(self, path: str, options: Any, providers: list[Any], enable_fallback: int) -> None:
-        from onnxruntime import InferenceSession
-
-        assert enable_fallback == 0 and [name for name, _ in providers] == ["CUDAExecutionProvider"]
-        self._session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    def __init__(self, session: Any) -> None:
+        self._session = session
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
@@ -232,16 +303,19 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> type[CudaSession]:
     onnxruntime = import_onnxruntime()
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcudnn.so.9"), raising=False)
-    true_session, true_bound = ort._session, ort.BoundSession
+    true_session, true_bound = onnxruntime.InferenceSession, ort.BoundSession
 
-    def session(path: Path, options: Any, mapped: bool, **more: Any) -> Any:
-        return CudaSession(str(path), options, **more) if "enable_fallback" in more else true_session(path, options, mapped, **more)
+    def session(path: str, options: Any, providers: list[Any], enable_fallback: int) -> Any:
+        assert enable_fallback == 0
+        cuda, opened = isinstance(providers[0], tuple), true_session(path, options, providers=["CPUExecutionProvider"])
+        assert providers[0][0] == "CUDAExecutionProvider" if cuda else providers == ["CPUExecutionProvider"]
+        return CudaSession(opened) if cuda else opened
 
     def bound(open: Callable[[bool], Any], device: str) -> BoundSession:
         assert device == "cuda"
         return true_bound(open, "cpu")
 
-    monkeypatch.setattr(ort, "_session", session)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setattr(ort, "BoundSession", bound)
     monkeypatch.setattr(CudaSession, "fallen_back", False)
     return CudaSession

@@ -18,7 +18,7 @@ from snoopi_rt.bundle import GRAPHS, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import load_engine, trt_plan
 from snoopi_rt.engines.base import Axis, EngineError, Opening
-from snoopi_rt.engines.trt_plan import DIGEST, PLAN, KeptPlan, build_plan, profiles
+from snoopi_rt.engines.trt_plan import DIGEST, PLAN, KeptPlan, build_plan, logged_reason, profiles
 from snoopi_rt.export.origin import find_origin
 from snoopi_rt.export.run import Wishes
 from snoopi_rt.export.run import export as write
@@ -76,6 +76,21 @@ def model(tmp_path: Path) -> Path:
     graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "double", [x], [y])
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "double.onnx")
     return tmp_path / "double.onnx"
+
+
+def test_what_tensorrt_says_of_a_damaged_graph_is_one_line_without_places_in_its_source(model: Path) -> None:
+    graph = model.read_bytes()
+    for damaged, why in (graph.replace(b"Add", b"Odd"), "Plugin not found"), (graph[:30], "Failed to parse the ONNX model"):
+        model.write_bytes(damaged)
+        with pytest.raises(EngineError, match=rf"^engine 'tensorrt' cannot build double\.onnx: [^\n]*{why}[^\n]*$") as caught:
+            build_plan(trt, model, [], lambda what, share: None)
+        assert ".cpp:" not in str(caught.value)
+    logged = [
+        "ModelImporter.cpp:140: While parsing node number 0:",
+        "--- Begin node ---\nNode name: ",
+        "ERROR: Model.cpp:8 In function parse:\nno",
+    ]
+    assert logged_reason(logged) == "no"
 
 
 @pytest.fixture
