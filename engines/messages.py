@@ -18,7 +18,7 @@ _HEADING = re.compile(r"Loading input model|Model wasn't fully converted.*|--- .
 """Lines that only introduce what follows."""
 
 
-def why(error: Exception) -> str:
+def why(error: BaseException) -> str:
     """Why a package failed, in one line."""
     if isinstance(error, UnicodeDecodeError):  # what it says has the damaged name of something in it
         text = error.object.decode(errors="replace")

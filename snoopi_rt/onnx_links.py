@@ -3,12 +3,14 @@
 Walks the protobuf wire format only where tensors can be; tensor contents are skipped, not read.
 """
 
-import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from snoopi_rt.engines.base import BundleError
+from snoopi_rt.files import open_regular, reason
 
 # Message -> field number -> message inside, as in onnx.proto.
 INSIDE = {
@@ -22,7 +24,8 @@ INSIDE = {
     "tensor": {13: "entry"},
 }
 
-
+PAGE, LONGEST_NAME = 2**16, 2**20
+"""Bytes that are read at once, and of the longest name of a file, an operator or a tensor."""
 KEEPS_IDS = frozenset({"Cast", "Concat", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze", "Where"})
 """The operators behind which token ids are still token ids."""
 KEEPS_ROWS = frozenset({"Cast", "DequantizeLinear", "Identity"})
@@ -49,36 +52,66 @@ def embedded_tokens(path: Path, ids: str = "ids") -> int | None:
             elif field == 5:
                 name, dims = _tensor(data, begin, end)
                 rows[name] = dims[0] if len(dims) > 1 else None
-    known, found = {ids}, []
-    for operator, inputs, outputs in nodes:
-        if operator in LOOKS_UP and inputs[1] in known and (count := rows.get(inputs[0])) is not None:
-            found.append(count)
-        if operator in KEEPS_ROWS and inputs[0] in rows:
-            rows[outputs[0]] = rows[inputs[0]]
-        if operator in KEEPS_IDS and known.intersection(inputs):
-            known.update(outputs)
-    return min(found, default=None)
+        known, found = {ids}, []
+        for operator, inputs, outputs in nodes:
+            if operator in LOOKS_UP and inputs[1] in known and (count := rows.get(inputs[0])) is not None:
+                found.append(count)
+            if operator in KEEPS_ROWS and inputs[0] in rows:
+                rows[outputs[0]] = rows[inputs[0]]
+            if operator in KEEPS_IDS and known.intersection(inputs):
+                known.update(outputs)
+        return min(found, default=None)
+
+
+class _Bytes:
+    """A file's bytes by their place. They are read: a mapped file that is cut short meanwhile ends the process (SIGBUS)."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size = file, os.fstat(file.fileno()).st_size
+        self._start, self._page = 0, b""
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, place: int) -> int:
+        at = place - self._start
+        if not 0 <= at < len(self._page):
+            self._file.seek(place)
+            self._start, self._page, at = place, self._file.read(PAGE), 0
+        return self._page[at]
+
+    def text(self, start: int, end: int) -> str:
+        """The text between two places. Raises ValueError where it is longer than any name, or no UTF-8."""
+        if end - start > LONGEST_NAME:
+            raise ValueError("a name that is none")
+        self._file.seek(start)
+        return self._file.read(end - start).decode()
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[mmap.mmap]:
+def _opened(path: Path) -> Iterator[_Bytes]:
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open_regular(path) as file:
+            data = _Bytes(file)
+            if not len(data):
+                raise ValueError("an empty file")
             yield data
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {reason(error)}") from error
     except (IndexError, RecursionError, ValueError) as error:
         raise BundleError(f"{path} is not an ONNX file") from error
 
 
-def _node(data: mmap.mmap, start: int, end: int) -> tuple[str, list[str], list[str]]:
+def _node(data: _Bytes, start: int, end: int) -> tuple[str, list[str], list[str]]:
     """The operator, the inputs and the outputs of a node."""
     texts: dict[int, list[str]] = {1: [], 2: [], 4: []}
     for field, begin, stop in _fields(data, start, end):
         if field in texts:
-            texts[field].append(data[begin:stop].decode())
+            texts[field].append(data.text(begin, stop))
     return texts[4][0], texts[1], texts[2]
 
 
-def _tensor(data: mmap.mmap, start: int, end: int) -> tuple[str, list[int]]:
+def _tensor(data: _Bytes, start: int, end: int) -> tuple[str, list[int]]:
     """The name and the shape of a tensor."""
     name, dims = "", []
     for field, wire, begin, stop in _wires(data, start, end):
@@ -89,27 +122,27 @@ def _tensor(data: mmap.mmap, start: int, end: int) -> tuple[str, list[int]]:
                 value, begin = _varint(data, begin)
                 dims.append(value)
         elif field == 8:
-            name = data[begin:stop].decode()
+            name = data.text(begin, stop)
     return name, dims
 
 
-def _locations(data: mmap.mmap, message: str, start: int, end: int) -> Iterator[str]:
+def _locations(data: _Bytes, message: str, start: int, end: int) -> Iterator[str]:
     for field, first, last in _fields(data, start, end):
         inside = INSIDE[message].get(field)
         if inside == "entry":
-            entry = {number: data[begin:stop].decode() for number, begin, stop in _fields(data, first, last)}
+            entry = {number: data.text(begin, stop) for number, begin, stop in _fields(data, first, last)}
             if entry.get(1) == "location":
                 yield entry.get(2, "")
         elif inside is not None:
             yield from _locations(data, inside, first, last)
 
 
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+def _fields(data: _Bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Yields (field number, begin, end) of every length-delimited field of one message."""
     return ((field, begin, stop) for field, wire, begin, stop in _wires(data, start, end) if wire == 2)
 
 
-def _wires(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+def _wires(data: _Bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Yields (field number, wire type, begin, end) of every field of one message."""
     while start < end:
         tag, start = _varint(data, start)
@@ -131,10 +164,12 @@ def _wires(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, in
         start = stop
 
 
-def _varint(data: mmap.mmap, start: int) -> tuple[int, int]:
-    value = shift = 0
-    while (byte := data[start]) & 0x80:
-        value |= (byte & 0x7F) << shift
-        shift += 7
+def _varint(data: _Bytes, start: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[start]
         start += 1
-    return value | byte << shift, start + 1
+        value |= (byte & 0x7F) << shift
+        if not byte & 0x80:
+            return value, start
+    raise ValueError("a number of more than ten bytes")

@@ -1,13 +1,19 @@
 """A prompt to token ids: tokenizer.json and the bundle's text rule. Knows no model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from snoopi_rt.engines.base import BundleError, InputError
+from snoopi_rt.engines.messages import why
 from snoopi_rt.engines.native import native_code
 from snoopi_rt.manifest import text_rule
+
+SHOWN = 200
+"""Characters of a prompt that an error shows."""
 
 
 class PromptTooLong(InputError):
@@ -26,23 +32,26 @@ class Tokenizer:
     """The tokenizer.json at `path`, without the padding and truncation that it may have been saved with. Threads may share it."""
 
     def __init__(self, path: Path, max_tokens: int, lowercase: bool, pad: int | None = None) -> None:
-        self._tokenizer = _opened(path)
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self._path, self._tokenizer = path, _opened(path)
         self.max_tokens, self._lowercase, self._pad = max_tokens, lowercase, pad
 
     def __call__(self, prompt: str, truncate: bool = False) -> np.ndarray:
         """The ids, int64 (1, T), special tokens included; with `pad` T is the limit, else the prompt's own length.
 
         `truncate` cuts to the limit but keeps a special token at the end.
-        Raises InputError for text that is not Unicode and for a prompt beyond the limit.
+        Raises InputError for text that is not Unicode, without a token, and for a prompt beyond the limit; BundleError where the
+        tokenizer fails.
         """
+        text = text_rule(prompt, self._lowercase)
         try:
-            with native_code():
-                encoding = self._tokenizer.encode(text_rule(prompt, self._lowercase))
-        except (TypeError, UnicodeEncodeError) as error:
+            text.encode()
+        except UnicodeEncodeError as error:
             raise InputError(f"prompt is not valid Unicode text: {prompt!a}") from error
+        with _errors(self._path):
+            encoding = self._tokenizer.encode(text)
         ids, limit = encoding.ids, self.max_tokens
+        if not ids:
+            raise InputError(f"prompt {prompt[:SHOWN]!r} has no token that the bundle knows")
         if len(ids) > limit:
             if not truncate:
                 raise PromptTooLong(len(ids), limit)
@@ -54,15 +63,33 @@ class Tokenizer:
 
 
 def highest_id(path: Path) -> int:
-    """The highest id that the tokenizer.json at `path` can give, added tokens included. Raises BundleError."""
-    return max(_opened(path).get_vocab(with_added_tokens=True).values(), default=0)
+    """The highest id that the tokenizer.json at `path` can give, those of added tokens and around every prompt included.
+
+    Raises BundleError.
+    """
+    tokenizer = _opened(path)
+    with _errors(path):
+        return max(*tokenizer.get_vocab(with_added_tokens=True).values(), *tokenizer.encode("").ids, 0, 0)
 
 
 def _opened(path: Path) -> Any:
     import tokenizers
 
+    with _errors(path):
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """Turns what the package raises, bare exceptions and the panics of its native code, into a BundleError of one line."""
     try:
         with native_code():
-            return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises bare Exception
-        raise BundleError(f"{path} is not a tokenizer: {error}") from error
+            yield
+    except BaseException as error:
+        # A panic is no Exception, and its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BundleError(f"{path} is not a tokenizer: {why(error)}") from error

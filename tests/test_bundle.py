@@ -13,12 +13,12 @@ import onnx
 import pytest
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
-from snoopi_rt import bundle_files
+from snoopi_rt import bundle_files, onnx_links
 from snoopi_rt.bundle import Build, Bundle, File, Parity, Tile, Vocabulary
 from snoopi_rt.bundle_files import find_folder
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import BundleError, InputError
-from snoopi_rt.onnx_links import external_data
+from snoopi_rt.onnx_links import embedded_tokens, external_data
 from snoopi_rt.pipeline import EMBEDDED
 
 
@@ -281,12 +281,29 @@ def test_external_data_that_is_listed_is_loaded(folder: Path) -> None:
     assert len(Bundle.load(folder).build("generator", "cpu").files) == 2
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff" * 40, b"\x3a\xff\xff\x03"])
+# The last one is a number without end, which took time quadratic in its length.
+@pytest.mark.parametrize("data", [b"", b"\xff" * 40, b"\x3a\xff\xff\x03", b"\x80" * 2**22])
 def test_a_file_that_is_no_onnx_is_refused(folder: Path, data: bytes) -> None:
     (folder / "generator.onnx").write_bytes(data)
     entry = File.of(folder / "generator.onnx")
     edit(folder, lambda document: generator(document)["files"][0].update(sha256=entry.sha256, size=entry.size))
     refused(folder, f"{folder / 'generator.onnx'} is not an ONNX file")
+
+
+def test_a_graph_that_looks_nothing_up_is_refused(tmp_path: Path) -> None:
+    node = helper.make_node("Gather", ["table"], ["states"])
+    onnx.save(helper.make_model(helper.make_graph([node], "main", [], [])), tmp_path / "model.onnx")
+    with pytest.raises(BundleError, match=r"model.onnx is not an ONNX file"):
+        embedded_tokens(tmp_path / "model.onnx")
+
+
+def test_a_graph_that_is_cut_short_while_it_is_read_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"\x3a\xff\xff\x03" + bytes(2**16))
+    with pytest.raises(BundleError, match=r"model.onnx is not an ONNX file"), onnx_links._opened(path) as data:
+        assert (len(data), data[0]) == (2**16 + 4, 0x3A)
+        path.write_bytes(b"")
+        _ = data[2**16 + 1]
 
 
 def test_saving_refuses_files_that_are_not_there_and_leaves_no_manifest(original: Bundle, folder: Path) -> None:

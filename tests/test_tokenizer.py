@@ -1,13 +1,16 @@
 """A prompt becomes ids at its real length, or an error that names tokens and limit."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from snoopi_rt.bundle import Bundle
 from snoopi_rt.engines.base import BundleError, InputError
-from snoopi_rt.tokenizer import Tokenizer
+from snoopi_rt.tokenizer import Tokenizer, highest_id
 
 
 @pytest.fixture
@@ -62,7 +65,51 @@ def test_text_that_is_not_unicode_is_an_input_error(tokenizer: Tokenizer) -> Non
         tokenizer("a \udcff fox")
 
 
-def test_a_file_that_is_no_tokenizer_is_a_bundle_error(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(BundleError, match="is not a tokenizer"):
-        Tokenizer(tmp_path / "tokenizer.json", 6, True)
+def no_special_tokens(document: dict[str, Any]) -> None:
+    document["post_processor"]["special_tokens"] = {}
+
+
+def no_charsmap(document: dict[str, Any]) -> None:
+    document["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+
+
+def no_length(document: dict[str, Any]) -> None:
+    document["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+
+
+def no_unknown_token(document: dict[str, Any]) -> None:
+    document["model"]["unk_token"] = "[NOT THERE]"
+
+
+def nothing(document: dict[str, Any]) -> None:
+    document.clear()
+
+
+@pytest.mark.parametrize("damage", [no_special_tokens, no_charsmap, no_length, no_unknown_token, nothing])
+def test_what_the_package_raises_and_its_panics_are_bundle_errors_of_one_line(
+    damage: Callable[[dict[str, Any]], None], original: Bundle, tmp_path: Path
+) -> None:
+    document = json.loads((original.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    damage(document)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(BundleError, match=r"^[^\n]*tokenizer.json is not a tokenizer: [^\n]+$"):
+        Tokenizer(path, 6, True)("a green fox")
+
+
+def test_a_token_around_every_prompt_counts_among_the_highest_ids(original: Bundle, tmp_path: Path) -> None:
+    """An engine would read beyond its table, or fail at every prompt."""
+    document = json.loads((original.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    document["post_processor"]["special_tokens"]["[CLS]"]["ids"] = [99]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    assert (highest_id(original.folder / "tokenizer.json"), highest_id(tmp_path / "tokenizer.json")) == (9, 99)
+
+
+def test_a_prompt_without_a_token_is_an_input_error(original: Bundle, tmp_path: Path) -> None:
+    document = json.loads((original.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    document |= {"post_processor": None, "normalizer": {"type": "Replace", "pattern": {"String": "fox"}, "content": ""}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json", 6, True)
+    assert tokenizer("a fox").tolist() == [[3]]
+    with pytest.raises(InputError, match=r"^prompt 'fox' has no token that the bundle knows$"):
+        tokenizer("fox")
