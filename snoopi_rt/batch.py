@@ -26,21 +26,24 @@ Job = tuple[int, dict[str, Any]]
 
 @dataclass
 class Outcome:
-    """How many rows were drawn now, were there before, and failed."""
+    """How many rows were drawn now, were there before, and failed; how many of those drawn now there are warnings of, and the first."""
 
     drawn: int = 0
     kept: int = 0
     failed: int = 0
+    warned: int = 0
+    warning: str = ""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What became of a row: an image's file and the metadata in it, or an error."""
+    """What became of a row: an image's file and the metadata in it, with a warning where there is one, or an error."""
 
     row: int
     file: bytes = b""
     metadata: dict[str, str] = field(default_factory=dict)
     error: str = ""
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,10 @@ class Batch:
                 else:
                     outcome.drawn += 1
                     image.write(drawn.file, self._path(drawn.row))
-                    index.drawn(drawn.row, len(drawn.file), drawn.metadata)
+                    index.drawn(drawn.row, len(drawn.file), drawn.metadata, drawn.warning)
+                    if drawn.warning:
+                        outcome.warned += 1
+                        outcome.warning = outcome.warning or f"row {drawn.row}: {drawn.warning}"
                 progress(1)
         return outcome
 
@@ -193,10 +199,12 @@ def draw_together(pipe: Pipeline, batch: Batch, jobs: list[Job]) -> list[Drawn]:
     """Draws some jobs in one call; where one of them cannot be drawn, each by itself."""
     try:
         results = pipe.generate(**columns([job for _, job in jobs]), size=batch.size, truncate=batch.truncate).split()
-        found = [(row, result.images[0], result.metadata(0)) for (row, _), result in zip(jobs, results, strict=True)]
-        return [
-            Drawn(row, image.encode(picture, image.FORMATS[f".{batch.format}"], metadata), metadata) for row, picture, metadata in found
-        ]
+        drawn = []
+        for (row, _), result in zip(jobs, results, strict=True):
+            metadata = result.metadata(0)
+            file = image.encode(result.images[0], image.FORMATS[f".{batch.format}"], metadata)
+            drawn.append(Drawn(row, file, metadata, warning="".join(result.warnings)))
+        return drawn
     except (InputError, OutputError) as error:
         if len(jobs) == 1:
             return [Drawn(jobs[0][0], error=str(error))]
@@ -248,11 +256,13 @@ class _Index:
         if written != len(line):
             raise OutputError(f"cannot write {self._path}: the disk is full")
 
-    def drawn(self, number: int, size: int, metadata: dict[str, str]) -> None:
+    def drawn(self, number: int, size: int, metadata: dict[str, str], warning: str = "") -> None:
         """Writes the line of an image of so many bytes, of the metadata that is in it."""
         numbers = {name: kind(metadata[name]) for name, kind in (("negative_scale", float), ("seed", int)) if name in metadata}
         job = {name: metadata[name] for name in JOB if name in metadata}
-        self.add(number, {"file": self._image_path(number).name, "bytes": size, **job, **numbers})
+        self.add(
+            number, {"file": self._image_path(number).name, "bytes": size, **job, **numbers, **({"warning": warning} if warning else {})}
+        )
 
     def _still_right(self) -> Iterator[bytes]:
         """The lines of images that are there and whole. What failed, is damaged or is not there any more is drawn again."""

@@ -33,7 +33,7 @@ from snoopi_rt.cli_serve import serve
 from snoopi_rt.engines.base import EngineError, InputError, OutputError, SnoopiError
 from snoopi_rt.files import reason
 from snoopi_rt.interrupts import interruptible
-from snoopi_rt.shell import quote, visible
+from snoopi_rt.shell import json_line, quote, visible
 
 
 class Commands(Group):
@@ -188,7 +188,9 @@ def build(bundle: str | None, engine: str, precision: str | None, threads: int |
 @main.command(epilog="Example: snoopi-rt info image.png")
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 @click.option("--verify", is_flag=True, help="Hash every file of the bundle again.")
-def info(path: Path | None, verify: bool) -> None:
+@click.option("--vocabulary", is_flag=True, help="List what the bundle's model knows.")
+@click.option("--json", "as_json", is_flag=True, help="With --vocabulary: one line of JSON.")
+def info(path: Path | None, verify: bool, vocabulary: bool, as_json: bool) -> None:
     """Say what a bundle holds, or print the command that made an image. Without PATH: the bundle that came with snoopi-rt."""
     from snoopi_rt import image
     from snoopi_rt.bundle import MANIFEST, Bundle
@@ -197,10 +199,15 @@ def info(path: Path | None, verify: bool) -> None:
     from snoopi_rt.engines import conflict, installed
     from snoopi_rt.files import sha256
     from snoopi_rt.pipeline import EMBEDDED
+    from snoopi_rt.typed_json import to_json
 
+    if as_json and not vocabulary:
+        raise InputError("--json goes with --vocabulary")
     if path is not None and not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder")
     if path is not None and os.path.isfile(path):
+        if vocabulary:
+            raise InputError(f"--vocabulary is of a bundle's folder, and {quote(path)} is a file")
         made, manifest = image.read_metadata(path), EMBEDDED / MANIFEST
         hash = made.get("bundle_hash", "unknown")
         if manifest.is_file() and hash == sha256(manifest):
@@ -215,6 +222,11 @@ def info(path: Path | None, verify: bool) -> None:
     bundle = Bundle.load(EMBEDDED if path is None else path)
     if verify:
         bundle.verify()
+    if vocabulary:
+        known = bundle.vocabulary
+        lines = known.described().splitlines() if known else [f"bundle {bundle.name!r} names no vocabulary"]
+        click.echo(json_line(known and to_json(known)) if as_json else "\n".join(map(visible, lines)))
+        return
     click.echo(bundle.described())
     click.echo(f"engines installed here: {', '.join(installed()) or 'none'}{conflict()}")
 

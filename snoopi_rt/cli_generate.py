@@ -152,7 +152,7 @@ def generate(
         raise InputError("--ray is for --prompts: one PROMPT is drawn sooner here")
     ray_workers(ray, workers, gpus, threads)
     from snoopi_rt.bundle import Bundle
-    from snoopi_rt.cli_pictures import Drawing, Files, tell
+    from snoopi_rt.cli_pictures import Drawing, Files, tell, warn
     from snoopi_rt.cli_pictures import show as show_picture
     from snoopi_rt.pipeline import EMBEDDED, load
     from snoopi_rt.request import MAX_IMAGES, integer, seeds_from
@@ -173,6 +173,8 @@ def generate(
         files.check_format(drawing.check(pipe), drawing)
         progress["doing"], written = "drawing", []
         for index, picture in enumerate(drawing.pictures(pipe)):
+            if index == 0:
+                warn(picture.facts["warnings"], pipe.bundle)
             path = files.save(index, picture)
             tell(picture, path, as_json, scaled=len(drawing.scales) > 1 and not side_by_side)
             written += [] if path is None else [path]
@@ -203,6 +205,11 @@ def _draw_batch(batch: "Batch", count: int, opening: dict[str, Any], workers: "W
         outcome = batch.run(pipe, bar.update, draw)
     seconds = time.monotonic() - start
     click.echo(f"{outcome.drawn} drawn ({outcome.drawn / seconds:.1f} images a second), {outcome.kept} there before, in {quote(batch.out)}")
+    if outcome.warned:
+        from snoopi_rt.cli_pictures import warn
+
+        rows_warned = "1 row" if outcome.warned == 1 else f"{outcome.warned} rows"
+        warn([f"{rows_warned} ask for what the model does not know, listed in index.jsonl; {outcome.warning}"], pipe.bundle)
     if outcome.failed:
         rows_failed = "1 row" if outcome.failed == 1 else f"{outcome.failed} rows"
         click.echo(f"error: {rows_failed} could not be drawn: see error in {quote(batch.out / 'index.jsonl')}", err=True)

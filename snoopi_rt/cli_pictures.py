@@ -1,7 +1,7 @@
 """The pictures of one PROMPT on the command line: which are drawn, how they are put together, where they are written."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,18 @@ import click
 import numpy as np
 
 from snoopi_rt import image
+from snoopi_rt.bundle import Bundle
 from snoopi_rt.cli_options import discard
 from snoopi_rt.engines.base import InputError, OutputError
 from snoopi_rt.names import image_paths, is_folder
-from snoopi_rt.pipeline import Pipeline
+from snoopi_rt.pipeline import EMBEDDED, Pipeline
 from snoopi_rt.request import image_size
-from snoopi_rt.shell import json_line, quote
+from snoopi_rt.shell import join, json_line, quote, visible
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What one file holds. `facts` is its metadata as numbers and text, with what took how long."""
+    """What one file holds. `facts` is its metadata as numbers and text, with what took how long and what is to be warned of."""
 
     image: np.ndarray
     metadata: dict[str, str]
@@ -69,7 +70,12 @@ class Drawing:
                     scale = result.scales[first + 1 : last + 1]
                     metadata |= {"side_by_side": "yes", "negative_scale": ",".join(map(str, scale))}
                 texts = {"prompt": self.prompt, "negative_prompt": None, **metadata}
-                facts = texts | {"negative_scale": scale, "seed": result.seeds[last], "timings": result.timings}
+                facts = texts | {
+                    "negative_scale": scale,
+                    "seed": result.seeds[last],
+                    "timings": result.timings,
+                    "warnings": result.warnings,
+                }
                 yield Picture(image.grid(images[first : last + 1], step), metadata, facts)
 
     @property
@@ -141,6 +147,14 @@ def tell(picture: Picture, path: Path | None, as_json: bool, scaled: bool) -> No
         click.echo(line, err=path is None)
     except BrokenPipeError:  # the files are what was asked for: a reader that has seen enough does not end it
         discard(sys.stderr if path is None else sys.stdout)
+
+
+def warn(lines: Iterable[str], bundle: Bundle) -> None:
+    """Prints what a bundle does not know on standard error, and how to see what it does."""
+    for line in lines:
+        count = len(bundle.vocabulary.objects) if bundle.vocabulary else 0
+        folder = [] if bundle.folder == EMBEDDED else [str(bundle.folder)]
+        click.echo(visible(f"{line}; all {count}: {join(['snoopi-rt', 'info', '--vocabulary', *folder])}"), err=True)
 
 
 def show(path: Path) -> None:

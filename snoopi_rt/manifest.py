@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import fill
 from typing import Literal
 
 from snoopi_rt.engines.base import BundleError, TensorSpec
@@ -168,6 +169,13 @@ class Vocabulary:
         words = (*self.objects, *(word for synonyms in self.objects.values() for word in synonyms))
         for kind in (words, self.colours, self.artifacts, self.styles, self.counts):
             require(all(word == word.strip() != "" for word in kind), "a word of the vocabulary is empty, or has white space around it")
+
+    def described(self) -> str:
+        """All of it as lines for people; synonyms stand in brackets."""
+        objects = [f"{name} ({', '.join(synonyms)})" if synonyms else name for name, synonyms in self.objects.items()]
+        kinds = {"objects": objects, "colours": self.colours, "artifacts": self.artifacts, "styles": self.styles, "counts": self.counts}
+        lines = (f"{kind} ({len(words)}): {', '.join(words)}" for kind, words in kinds.items() if words)
+        return "\n".join(fill(line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for line in lines)
 
 
 @dataclass(frozen=True)

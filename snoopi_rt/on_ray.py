@@ -95,7 +95,7 @@ def draw_on_ray(opening: dict[str, Any], workers: Workers, pipe: Pipeline, batch
     )
     try:
         for row in made.iter_rows():
-            yield Drawn(row["row"], row["file"], json.loads(row["metadata"]), row["error"])
+            yield Drawn(row["row"], row["file"], json.loads(row["metadata"]), row["error"], row["warning"])
     except RayError as error:
         # Ray's page about it ends with the line that says why.
         raise EngineError(f"a process on Ray failed: {str(error).strip().splitlines()[-1]}") from None
@@ -111,5 +111,5 @@ class Drawer:
         """Rows of jobs to rows of Drawn."""
         jobs = [(row, job) for row, job in map(json.loads, rows["job"])]
         drawn = [asdict(each) for each in draw_together(self._pipe, self._batch, jobs)]
-        columns = {name: [each[name] for each in drawn] for name in ("row", "file", "error")}
+        columns = {name: [each[name] for each in drawn] for name in ("row", "file", "error", "warning")}
         return columns | {"metadata": [json.dumps(each["metadata"]) for each in drawn]}

@@ -29,6 +29,7 @@ from snoopi_rt.request import Request, image_size, integer, prompt_text, request
 from snoopi_rt.result import Result
 from snoopi_rt.stage import Stage
 from snoopi_rt.tiles import decode_tiled
+from snoopi_rt.vocabulary import Matcher
 
 EMBEDDED = Path(__file__).parent / "bundles" / "small"
 STAGES = GRAPHS
@@ -76,6 +77,7 @@ class Pipeline:
 
         text, cache = builds.get("text_encoder"), Cache() if cache is None else cache
         self._prompts = PromptEncoder(bundle, text, open_text_encoder, cache, "" if text is None else _runs_on(text, engine))
+        self._matcher = None if bundle.vocabulary is None else Matcher(bundle.vocabulary)
         if not low_memory:
             self._generator.open()
             self._decoder.open()
@@ -128,6 +130,7 @@ class Pipeline:
             bundle=self.bundle.name,
             bundle_hash=self.bundle.hash,
             truncated=truncate,
+            warned={prompt: line for prompt in dict.fromkeys(request.prompt for request in asked) if (line := self.warning(prompt))},
         )
 
     __call__ = generate
@@ -182,6 +185,12 @@ class Pipeline:
             if text not in prepared:
                 self._prompts.check(text, truncate)
         return asked
+
+    def warning(self, prompt: str) -> str | None:
+        """A line about a prompt whose object is not in the bundle's vocabulary, so that its picture will show something else; else None."""
+        if self._matcher is None or (unknown := self._matcher.unknown(prompt)) is None:
+            return None
+        return unknown.told("the embedded model" if self.bundle.folder == EMBEDDED else f"model {self.bundle.name!r}")
 
     def prepare(self, prompt: str, truncate: bool = False) -> Conditioning:
         """The prompt with its states, for any number of calls: nothing of it is computed or looked up again.

@@ -1,7 +1,8 @@
 """What `Pipeline.generate` returns: images, and what is needed to make each of them again."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 class Result:
     """Images (n, H, W, 3) uint8 and, image by image, what made them; `timings` are seconds by stage, and in `total`.
 
-    `provider` is what the engine really ran on, in the words of its package; `precision` is what `load` takes to run the same builds.
+    `provider` is what the engine really ran on, in the words of its package; `precision` is what `load` takes to run the same builds;
+    `warned` has a line for each prompt that asks for what the model does not know.
     """
 
     images: np.ndarray
@@ -32,6 +34,7 @@ class Result:
     bundle: str
     bundle_hash: str
     truncated: bool
+    warned: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         height, width = self.images.shape[1:3]
@@ -39,6 +42,11 @@ class Result:
         prompts = repr(prompt) + (f" and {count - 1} more" if (count := len(dict.fromkeys(self.prompts))) > 1 else "")
         seeds = f"seed {self.seeds[0]}" + (f" to {self.seeds[-1]}" if len(self) > 1 else "")
         return f"<Result: {len(self)} of {width}x{height}, {prompts}, {seeds}, {self.engine}, {self.timings['total']:.3f} s>"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Why these images may not show what was asked for, a line a reason."""
+        return tuple(dict.fromkeys(self.warned[prompt] for prompt in self.prompts if prompt in self.warned))
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows: the image, or all of them in a grid."""

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from snoopi_rt.bundle import File, Text
 from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
-from snoopi_rt.export.backbones.network import load_decoder
+from snoopi_rt.export.backbones.network import load_decoder, read_latent
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer
 from snoopi_rt.export.backbones.pixart_alpha import LORA_TARGETS
 from snoopi_rt.export.presets.preset import Preset
+from snoopi_rt.export.small_model import vocabulary as of_second
 from snoopi_rt.export.text import minilm
-from snoopi_rt.export.training.small.vocabulary import EXAMPLES, VOCABULARY
+from snoopi_rt.export.training.small import vocabulary as of_first
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import require
 from snoopi_rt.export.weights.lora import NETWORK, merge_loras
@@ -49,6 +50,8 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
     def encode(prompts: list[Tensor]) -> list[dict[str, Tensor]]:
         return [{"states": encoder(ids)} for ids in prompts]
 
+    # The two generations have other decoders, and learned other words.
+    known = of_second if read_latent(weights, "transformer").factor == 16 else of_first
     return Student(
         text_encoder=encoder,
         text_outputs=("states",),
@@ -58,8 +61,8 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         reference=lambda guidance, empty: GuidedPixArt(network, preset.rule, guidance, empty, sizes[0]),
         decoder=load_decoder(weights, preset),
         write_tokenizer=prompt_encoder(weights.folder, preset.max_tokens).write_tokenizer,
-        vocabulary=VOCABULARY,
-        examples=EXAMPLES,
+        vocabulary=known.VOCABULARY,
+        examples=known.EXAMPLES,
     )
 
 

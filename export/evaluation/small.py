@@ -24,6 +24,7 @@ from snoopi_rt.export.evaluation.removal import removal
 from snoopi_rt.export.evaluation.report import Goal, Row, write
 from snoopi_rt.export.evaluation.sharpness import FRECHET, sharpness
 from snoopi_rt.export.evaluation.sheets import sheets
+from snoopi_rt.export.evaluation.warnings import warnings
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED
 from snoopi_rt.export.small_model.dataset.vocabulary import things
@@ -89,6 +90,8 @@ def evaluate(
         if drawer.kind == "student":
             yield "clean pictures under negatives", lambda: clean(drawer, domain, extent.clean_seeds)
             yield "negatives of what was asked for", lambda: removal(drawer, counters)
+        if drawer.bundle and (vocabulary := drawer.bundle.vocabulary):
+            yield "warnings", lambda: warnings(vocabulary)
         if bundle := drawer.bundle:
             yield "cost", lambda: cost(bundle, extent.runs, say)
 

@@ -94,6 +94,7 @@ class Images(BaseModel):
     size: str
     model: str
     truncated: bool = Field(description="Whether a prompt was cut.")
+    warnings: list[str] = Field(description="Why the images may not show what was asked for.")
     timings: dict[str, float] = Field(description="Seconds by stage, of the batch that the images were drawn in.")
 
 
@@ -173,6 +174,7 @@ def answer(model: str, result: Result, files: list[bytes], urls: list[str] | Non
         size=size,
         model=model,
         truncated=result.truncated,
+        warnings=list(result.warnings),
         timings=timings,
     )
 
