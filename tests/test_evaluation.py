@@ -441,6 +441,7 @@ def test_a_quick_run_writes_figures_and_sheets(domain: Domain, tmp_path: Path, m
         "clean pictures under negatives",
         "negatives of what was asked for",
         "sharpness",
+        "warnings",
         "cost",
     } <= sections
     assert any(row["name"] == "Frechet distance" and row["goal"] for row in document["judged"]["embedded"])
