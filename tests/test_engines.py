@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import TABLE, onnx_graph
 from onnx import helper
+from tiny_bundle import TABLE, onnx_graph
 
 from snoopi_rt.bundle import Bundle
 from snoopi_rt.cache import Cache

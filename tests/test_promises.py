@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import TABLE
+from tiny_bundle import TABLE
 
 import snoopi_rt
 from snoopi_rt.bundle import Bundle, File

@@ -294,7 +294,8 @@ def test_an_address_gives_the_file_for_a_while(address: str, format: str, kind: 
 @pytest.mark.parametrize(
     ("body", "code", "message"),
     [
-        (b"{", 400, "Invalid JSON"),
+        (b"{", 400, "the body is not a request in JSON: Expecting property name"),
+        (b'{"prompt": "a cat", "prompt": "a fox"}', 400, "the body is not a request in JSON: 'prompt' is there twice"),
         (b"[]", 400, "should be"),
         (b'{"prompt": "a cat", "steps": 4}', 400, "steps: unknown field, known are prompt, model"),
         (b'{"prompt": "a cat", "quality": "hd"}', 400, "quality: Input should be 'auto' or 'standard'"),
@@ -311,8 +312,8 @@ def test_an_address_gives_the_file_for_a_while(address: str, format: str, kind: 
         (b'{"prompt": "a cat", "n": 17}', 400, "17 images in one request, at most 16"),
         (b'{"prompt": "a cat", "seed": -1}', 400, "seed: must be an integer from 0 to 4294967295, got -1"),
         (b'{"prompt": "a cat", "seed": 4294967296}', 400, "seed: must be an integer from 0 to 4294967295, got 4294967296"),
-        (b'{"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": NaN}', 400, "negative"),
-        (b'{"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": 1e999}', 400, "negative"),
+        (b'{"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": NaN}', 400, "NaN is not a number"),
+        (b'{"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": 1e999}', 400, "1e999 is out of range"),
         (b'{"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": []}', 400, "negative_scale is an empty list"),
         (b'{"prompt": "a cat", "negative_prompt": "blurry", "negative_scale": 7}', 400, "negative scale must be a number from 0.0 to 1.0"),
         (b'{"prompt": "a cat", "negative_scale": 0.5}', 400, "without a negative prompt"),

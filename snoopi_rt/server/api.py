@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from snoopi_rt import image
 from snoopi_rt.engines.base import InputError
+from snoopi_rt.json_reader import parse_json
 from snoopi_rt.request import MAX_CHARACTERS, MAX_IMAGES, SEEDS, check_seed, nearest_size, parse_size, seeds_from
 from snoopi_rt.result import Result
 
@@ -138,13 +139,15 @@ class Failure(BaseModel):
 def generation(body: bytes) -> Generation:
     """The request in a body. Raises InputError, in one line that names the field."""
     try:
-        return Generation.model_validate_json(body)
+        return Generation.model_validate(parse_json(body))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("float", "list[")))
         unknown, ours = first["type"] == "extra_forbidden", first["msg"].removeprefix("Value error, ").removeprefix(f"{place} ")
         message = f"unknown field, known are {', '.join(Generation.model_fields)}" if unknown else ours
         raise InputError(f"{' '.join(place.split())[:100]}: {message}" if place else message) from error
+    except ValueError as error:
+        raise InputError(f"the body is not a request in JSON: {error}") from error
 
 
 def encoded(result: Result, index: int, asked: Generation) -> bytes:
