@@ -36,7 +36,10 @@ def evaluate() -> None:
 @click.option("--quick", is_flag=True, help="A few pictures of each kind: to see that it runs.")
 @out_option
 def small(students: tuple[str, ...], teacher: Path | None, decoder: Path | None, drawings: Path | None, quick: bool, out: Path) -> None:
-    """Judge the embedded model, or others of its kind: small.json, small.md, a plot, and sheets of uncurated pictures."""
+    """Judge the embedded model and others of its kind.
+
+    Writes small.json, small.md, a plot, and sheets of uncurated pictures.
+    """
     named: dict[str, Path | None] = dict(map(named_folder, students)) or {"embedded": None}
     if len(named) < len(students) or "teacher" in named:
         raise InputError("each bundle needs a name of its own: --bundle NAME=FOLDER gives it one")
