@@ -25,7 +25,7 @@ from snoopi_rt.export.evaluation import pixel_metrics, small
 from snoopi_rt.export.evaluation.attributes import attributes, pairs
 from snoopi_rt.export.evaluation.clean import UNRELATED, clean
 from snoopi_rt.export.evaluation.counters import Counters, spread
-from snoopi_rt.export.evaluation.domain import Domain
+from snoopi_rt.export.evaluation.domain import Domain, Limits
 from snoopi_rt.export.evaluation.drawers import Drawer, Negative, open_student
 from snoopi_rt.export.evaluation.judge import Judge, ranks
 from snoopi_rt.export.evaluation.natural import NaturalPrompt, natural, read_natural
@@ -399,6 +399,17 @@ def test_limits_tell_flawed_pictures_from_clean_ones_at_every_size(domain: Domai
     for side in (SIDE, 256):
         errors = domain.limits(side).errors
         assert {flaw: error for flaw, error in errors.items() if error > 0.1} == {}
+
+
+def test_a_limit_lies_between_the_kinds_and_not_at_the_edge_of_an_odd_picture() -> None:
+    gray = np.full((40, 32, 32, 3), 128, np.uint8)
+    clean = gray.copy()
+    clean[..., 0] += np.array([1, *range(60, 99)], np.uint8)[:, None, None]  # one clean picture is all but gray
+    noisy = np.random.default_rng(0).integers(0, 255, gray.shape, np.uint8)
+    flaws = [flaw for flaw in (None, "grayscale", "blurry", "pixelated", "grainy") for _ in range(40)]
+    limits = Limits.of(np.concatenate([clean, gray, noisy, noisy, noisy]), flaws)
+    assert -62 < limits.values["grayscale"] < -15 and limits.errors["grayscale"] == pytest.approx(1 / 80)
+    assert limits.shows(gray + np.array([8, 0, 0], np.uint8), "grayscale").all()
 
 
 # The whole road.

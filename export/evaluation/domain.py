@@ -12,10 +12,13 @@ from snoopi_rt.export.evaluation.judge import Judge
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE, Scene, Vocabulary
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, FLAWS, things, without_article
 
+NEARLY = 0.03  # of all pictures, half clean and half flawed
+
 
 @dataclass(frozen=True)
 class Limits:
-    """From which value on each metric says that its flaw is there: where clean and flawed real pictures are told apart best."""
+    """From which value on each metric says that its flaw is there: in the middle of where clean and flawed real pictures are told apart
+    nearly best."""
 
     values: dict[str, float]
     errors: dict[str, float]
@@ -28,11 +31,16 @@ class Limits:
         for flaw, metric in pixel_metrics.FLAWS.items():
             score = metric(pictures)
             flawed, clean = (np.sort(score[[has == kind for has in flaws]]) for kind in (flaw, None))
+
+            def wrong(limit: np.ndarray, flawed: np.ndarray = flawed, clean: np.ndarray = clean) -> np.ndarray:
+                return 0.5 * np.searchsorted(flawed, limit) / len(flawed) + 0.5 * (1 - np.searchsorted(clean, limit) / len(clean))
+
             tried = np.unique(np.concatenate([flawed, clean]))
-            # In the middle between two neighbours, so that neither kind's own edge is the limit.
-            tried = (tried[1:] + tried[:-1]) / 2
-            wrong = 0.5 * np.searchsorted(flawed, tried) / len(flawed) + 0.5 * (1 - np.searchsorted(clean, tried) / len(clean))
-            values[flaw], errors[flaw] = float(tried[wrong.argmin()]), float(wrong.min())
+            tried = np.concatenate([tried, (tried[1:] + tried[:-1]) / 2])
+            nearly_best = tried[wrong(tried) <= wrong(tried).min() + NEARLY]
+            # A clean drawing that is all but gray would else take the limit to its own edge, where no student's gray is gray enough.
+            values[flaw] = float((nearly_best.min() + nearly_best.max()) / 2)
+            errors[flaw] = float(wrong(np.array(values[flaw])))
         return cls(values, errors)
 
     def shows(self, pictures: np.ndarray, flaw: str) -> np.ndarray:

@@ -109,7 +109,7 @@ def ranks(features: Tensor, references: Tensor, own: Sequence[int]) -> np.ndarra
 
 def cosine_distance(a: Tensor, b: Tensor) -> np.ndarray:
     """One minus the cosine of rows (N, D), (N,)."""
-    return (1 - (_unit(a) * _unit(b)).sum(1)).numpy()
+    return (1 - (_unit(a) * _unit(b)).sum(1)).clamp(min=0).numpy()
 
 
 def _unit(rows: Tensor) -> Tensor:
