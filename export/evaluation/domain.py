@@ -13,12 +13,13 @@ from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE, Scene, Voc
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, FLAWS, things, without_article
 
 NEARLY = 0.03  # of all pictures, half clean and half flawed
+SEEN = 1 / 3  # of the way from clean to flawed
 
 
 @dataclass(frozen=True)
 class Limits:
-    """From which value on each metric says that its flaw is there: in the middle of where clean and flawed real pictures are told apart
-    nearly best."""
+    """From which value on each metric says that its flaw is there: between clean and flawed real pictures, where they are told apart
+    nearly best, but nearer to the clean ones. Students' flaws are not as pure as composed ones, and are seen all the same."""
 
     values: dict[str, float]
     errors: dict[str, float]
@@ -26,26 +27,27 @@ class Limits:
 
     @classmethod
     def of(cls, pictures: np.ndarray, flaws: Sequence[str | None]) -> "Limits":
-        """Of real pictures and the flaw that each has. Each flaw and None must be among them."""
+        """Of real pictures and the flaw that each has; each flaw and None must be among them."""
         values, errors = {}, {}
         for flaw, metric in pixel_metrics.FLAWS.items():
             score = metric(pictures)
-            flawed, clean = (np.sort(score[[has == kind for has in flaws]]) for kind in (flaw, None))
-
-            def wrong(limit: np.ndarray, flawed: np.ndarray = flawed, clean: np.ndarray = clean) -> np.ndarray:
-                return 0.5 * np.searchsorted(flawed, limit) / len(flawed) + 0.5 * (1 - np.searchsorted(clean, limit) / len(clean))
-
-            tried = np.unique(np.concatenate([flawed, clean]))
-            tried = np.concatenate([tried, (tried[1:] + tried[:-1]) / 2])
-            nearly_best = tried[wrong(tried) <= wrong(tried).min() + NEARLY]
-            # A clean drawing that is all but gray would else take the limit to its own edge, where no student's gray is gray enough.
-            values[flaw] = float((nearly_best.min() + nearly_best.max()) / 2)
-            errors[flaw] = float(wrong(np.array(values[flaw])))
+            tried = np.unique(score)
+            wrong = _wrong(score, flaws, flaw, (tried[1:] + tried[:-1]) / 2)
+            good = np.flatnonzero(wrong <= wrong.min() + NEARLY)
+            clean, flawed = tried[good[0]], tried[good[-1] + 1]
+            values[flaw] = float(clean + SEEN * (flawed - clean))
+            errors[flaw] = float(_wrong(score, flaws, flaw, np.array([values[flaw]]))[0])
         return cls(values, errors)
 
     def shows(self, pictures: np.ndarray, flaw: str) -> np.ndarray:
         """Whether each picture has the flaw, (N,) bool."""
         return pixel_metrics.FLAWS[flaw](pictures) >= self.values[flaw] if len(pictures) else np.zeros(0, bool)
+
+
+def _wrong(score: np.ndarray, flaws: Sequence[str | None], flaw: str, limits: np.ndarray) -> np.ndarray:
+    """The mean of the shares of flawed and of clean pictures that each limit tells wrong."""
+    flawed, clean = (np.sort(score[[has == kind for has in flaws]]) for kind in (flaw, None))
+    return 0.5 * np.searchsorted(flawed, limits) / len(flawed) + 0.5 * (1 - np.searchsorted(clean, limits) / len(clean))
 
 
 class Domain:
@@ -102,7 +104,9 @@ class Domain:
         """The limits for pictures of that size."""
         if side not in self._limits:
             kinds: list[str | None] = [None, *FLAWS]
-            plain = [Scene((self.names[i % len(self.names)],), background=varied_background(i)) for i in range(self._limiting)]
+            # Vivid things: a panda is gray as it is.
+            names = self.colourable or self.names
+            plain = [Scene((names[i % len(names)],), background=varied_background(i)) for i in range(self._limiting)]
             scenes = [Scene(scene.things, background=scene.background, flaw=flaw) for flaw in kinds for scene in plain]
             self._limits[side] = Limits.of(self.real(scenes, side, seed=7), [scene.flaw for scene in scenes])
         return self._limits[side]
