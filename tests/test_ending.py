@@ -5,10 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +174,14 @@ def stopped(words: list[str], place: Path, when: Callable[[], bool], *signals: i
     return said
 
 
+def running_with(variable: str) -> Iterator[str]:
+    """The processes whose environment has a variable, as NAME=VALUE."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # over, or another user's
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                yield (folder / "cmdline").read_text().replace("\0", " ")
+
+
 @pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")
 def test_a_batch_that_is_stopped_resumes(tmp_path: Path) -> None:
     (tmp_path / "many.txt").write_text("a red fox\n" * 5000)
@@ -181,6 +191,29 @@ def test_a_batch_that_is_stopped_resumes(tmp_path: Path) -> None:
         names = {path.name for path in (tmp_path / "out").iterdir()}
         drawn = sum(name.endswith(".png") for name in names)
         assert len(signals) == 2 or len(names) == drawn + len([".lock", "index.jsonl"])
+
+
+@pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_benchmark_that_is_stopped_remembers_nothing(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SNOOPI_RT_CACHE", str(tmp_path / "cache"))
+    later = time.monotonic() + 3  # it measures by then, most likely, and ends well if it does not
+    stopped(["bench", "--runs", "100000", "--engine", "cpu"], tmp_path, lambda: time.monotonic() > later, number)
+    assert not list(tmp_path.glob("cache/**/measurements/*")) and {path.name for path in tmp_path.iterdir()} <= {"cache"}
+
+
+def test_a_batch_on_ray_that_is_stopped_takes_its_workers_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    with tempfile.TemporaryDirectory() as name:  # its path is short, as those of sockets must be
+        place = Path(name)
+        monkeypatch.setenv("TMPDIR", name)
+        (place / "many.txt").write_text("a red fox\n" * 5000)
+        words = ["generate", "--prompts", "many.txt", "--out", "out", "--engine", "cpu", "--ray"]
+        stopped(words, place, lambda: any(place.glob("out/*.png")), signal.SIGTERM)
+        assert not list(running_with(f"TMPDIR={name}"))
+        names = {path.name for path in (place / "out").iterdir()}
+        assert len(names) == sum(name.endswith(".png") for name in names) + len([".lock", "index.jsonl"])
 
 
 def test_an_export_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:

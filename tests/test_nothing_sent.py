@@ -11,9 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import click
+import numpy as np
 import pytest
 import tiny_students
 
+from snoopi_rt.cli import main
 from snoopi_rt.engines import installed
 
 WATCHED = "connect,sendto,sendmsg,sendmmsg,open,openat,creat,mkdir,mkdirat,rename,renameat,renameat2,link,linkat,symlink,symlinkat"
@@ -114,7 +117,8 @@ def test_drawing_sends_nothing_and_leaves_no_file(watched: Watched, engine: str)
     watched.snoopi("bench", "--runs", "1", "--engine", engine)
     watched.snoopi("build", "--engine", engine)
     watched.snoopi("info", "panda.png")
-    watched.snoopi("cache")
+    watched.snoopi("presets")
+    watched.snoopi("cache", "--clear", "--yes")
 
 
 def test_serving_sends_nothing_and_leaves_no_file(watched: Watched) -> None:
@@ -146,7 +150,35 @@ def test_training_and_export_send_nothing_and_leave_no_file(watched: Watched) ->
     tiny_students.stable_diffusion(watched.here / "teacher", "sd21", tiny_vae=True)
     steps = ["--set", "steps=1", "--set", "batch=2", "--set", "collapse=0"]
     watched.snoopi("train", "student", "--backbone", "sd21", "--teacher", "teacher", "--prompts", "prompts.txt", "--out", "student", *steps)
-    watched.snoopi("export", "--preset", "pgsb-sd21", "--set", "size=64", "--weights", "student", "--precision", "fp32", "--out", "bundle")
+    watched.snoopi("train", "recipes")
+    watched.snoopi("merge", "student", "student", "--backbone", "sd21", "--out", "merged")
+    watched.snoopi("export", "--preset", "pgsb-sd21", "--set", "size=64", "--weights", "merged", "--precision", "fp32", "--out", "bundle")
+
+
+def write_drawings(folder: Path) -> None:
+    """What stands in for the drawings that npm would fetch: a disc in a colour of its own for every thing and set."""
+    from snoopi_rt.export.small_model.dataset.sprites import SIDE, TRAINED, UNSEEN, stored
+    from snoopi_rt.export.small_model.dataset.vocabulary import things
+
+    folder.mkdir(parents=True)
+    names = [thing.name for thing in things()]
+    y, x = np.ogrid[:SIDE, :SIDE]
+    inside = (x - SIDE / 2) ** 2 + (y - SIDE / 2) ** 2 < (SIDE / 2) ** 2
+    for start, drawing in enumerate((*TRAINED, *UNSEEN)):
+        colours = np.random.default_rng(start).integers(0, 256, (len(names), 4), np.uint8) | np.uint8([0, 0, 0, 255])
+        discs = {f"s{number}": inside[..., None] * colour for number, colour in enumerate(colours)}
+        np.savez_compressed(stored(folder, drawing), allow_pickle=False, names=np.array(names), **discs)
+
+
+def test_the_small_model_s_road_sends_nothing_and_leaves_no_file(watched: Watched) -> None:
+    """The drawings are there already: fetching them with npm is what its command is for."""
+    write_drawings(watched.here / "pictures" / "npm")
+    encoder = Path(__file__).parents[1] / "weights" / "small" / "teacher" / "vae"
+    once = ["--set", "steps=1", "--set", "batch=2"]
+    watched.snoopi("data", "emoji", "--encoder", str(encoder), "--out", "pictures", "--count", "4")
+    watched.snoopi("train", "decoder", "--data", "pictures", "--encoder", str(encoder), "--out", "decoder", *once)
+    watched.snoopi("train", "teacher", "--data", "pictures", "--decoder", "decoder", "--out", "teacher", *once, "--set", "layers=1")
+    watched.snoopi("eval", "small", "--quick", "--drawings", "pictures/npm", "--out", "evaluation")
 
 
 def test_on_ray_nothing_is_left() -> None:
@@ -158,3 +190,11 @@ def test_on_ray_nothing_is_left() -> None:
         watched.environment["RAY_ADDRESS"] = ""
         watched.run(sys.executable, "-m", "snoopi_rt", "generate", "--prompts", "prompts.txt", "--out", "pictures", "--ray")
         assert [problem for problem in watched.problems() if not _sends(problem)] == []
+
+
+def test_every_command_is_watched() -> None:
+    groups = [command for command in main.commands.values() if isinstance(command, click.Group)]
+    names = [(group.name, name) for group in groups for name in group.commands]
+    names += [(name,) for name, command in main.commands.items() if not isinstance(command, click.Group)]
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert [name for name in names if not re.search(rf"""(snoopi\(|"snoopi_rt", )"{'", "'.join(name)}\"""", source)] == []

@@ -52,7 +52,7 @@ class Recipe(loop.Recipe):
 
 def compared(corners: Tensor, cells: int) -> Tensor:
     """The pixels of windows that are compared with the picture, (B, 1, WINDOW * FACTOR, WINDOW * FACTOR) bool, for the first row and
-    column (B, 2) of windows of latents of cells x cells: all but a margin that would be decoded otherwise if the window did not end there."""
+    column (B, 2) of windows of latents of cells x cells: all but a margin that would be decoded otherwise if the window went on there."""
     inside = torch.arange(WINDOW)
     first, last = corners[..., None] == 0, corners[..., None] == cells - WINDOW
     sides = ((inside >= MARGIN) | first) & ((inside < WINDOW - MARGIN) | last)

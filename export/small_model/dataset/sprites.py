@@ -63,18 +63,23 @@ def load_sprites(folder: Path, drawings: Iterable[DrawingSet] = TRAINED) -> dict
     return sprites
 
 
+def stored(folder: Path, drawing: DrawingSet) -> Path:
+    """Where the drawings of a set are kept: `names` of all things, and `s0`, `s1`, ... (SIDE, SIDE, 4) uint8 of those that it has."""
+    return folder / f"{_folder_name(drawing)}-{SIDE}.npz"
+
+
 def _drawn(drawing: DrawingSet, folder: Path) -> dict[str, np.ndarray]:
-    stored = folder / f"{_folder_name(drawing)}-{SIDE}.npz"
+    path = stored(folder, drawing)
     names = [thing.name for thing in things()]
-    if stored.exists():
-        with np.load(stored) as kept:
+    if path.exists():
+        with np.load(path) as kept:
             if list(kept["names"]) == names:
                 return {name: kept[f"s{i}"] for i, name in enumerate(names) if f"s{i}" in kept}
     read = dict(_read(drawing, folder))
     buffer = io.BytesIO()
     arrays = {"names": np.array(names), **{f"s{i}": read[name] for i, name in enumerate(names) if name in read}}
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    write_whole(stored, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
     return read
 
 
