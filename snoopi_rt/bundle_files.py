@@ -27,7 +27,7 @@ def read_manifest(folder: Path) -> bytes:
     """The bytes of the folder's bundle.json. Raises BundleError where there is none."""
     path = folder / MANIFEST
     try:
-        require(folder.is_dir(), f"no bundle at {folder}: no such folder")
+        require(folder.is_dir(), f"no bundle at {folder}: {'it is not a folder' if folder.exists() else 'no such folder'}")
         require(path.exists(), f"no bundle at {folder}: it has no {MANIFEST}")
         require(not path.is_symlink(), f"{path} is a symbolic link")
         return read_bounded(path, LARGEST_MANIFEST)

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -69,7 +70,14 @@ def _line(error: SnoopiError | OSError) -> str:
     """A known error's own words; of another that the system raised, the file and the reason."""
     if isinstance(error, SnoopiError):
         return str(error)
-    return reason(error) if error.filename is None else f"{quote(str(error.filename))}: {reason(error)}"
+    if error.filename is not None:
+        return f"{quote(str(error.filename))}: {reason(error)}"
+    return f"cannot write to standard output: {reason(error)}" if _printing(error) else reason(error)
+
+
+def _printing(error: OSError) -> bool:
+    """Whether it was raised where something was printed."""
+    return any(frame.name == "echo" for frame in traceback.extract_tb(error.__traceback__))
 
 
 @contextmanager
@@ -84,6 +92,14 @@ def _signalled(ctx: click.Context) -> Iterator[None]:
             ctx.exit(signals[0].code if signals else 130)
 
 
+def _one_line(error: click.ClickException) -> str:
+    """What was typed wrongly and where to read more, instead of click's four lines."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    more = f" (see {context.command_path} --help)" if context else ""
+    return f"{message[:1].lower()}{message[1:]}{more}"
+
+
 @contextmanager
 def _plain_endings() -> Iterator[None]:
     """What click says holds nothing that a terminal obeys; a reader that has seen enough (`| head`) is no error."""
@@ -92,8 +108,8 @@ def _plain_endings() -> Iterator[None]:
     except click.exceptions.NoArgsIsHelpError:  # its message is the help, in several lines
         raise
     except click.ClickException as error:
-        error.message = visible(error.message)  # type: ignore[misc]
-        raise
+        click.echo(f"error: {visible(_one_line(error))}", err=True)
+        raise click.exceptions.Exit(error.exit_code) from None
     except BrokenPipeError:
         discard(sys.stdout, sys.stderr)
         raise click.exceptions.Exit(0) from None
@@ -110,8 +126,8 @@ for command in (generate, data, train, merge, evaluate, export, presets, serve):
     main.add_command(command)
 
 
-@main.command(epilog="Example: snoopi-rt prompts --bundle my-bundle --file presets.txt")
-@click.option("--file", type=click.Path(path_type=Path), required=True, help="The prompts, as for generate --prompts; - is standard input.")
+@main.command(epilog="Example: snoopi-rt prompts presets.txt --bundle my-bundle")
+@click.argument("file", type=click.Path(path_type=Path))
 @prompt_file_options
 @bundle_option
 @engine_option
@@ -126,7 +142,10 @@ def prompts(
     precision: str | None,
     threads: int | None,
 ) -> None:
-    """Encode the prompts and negative prompts of a file once, so that no later run needs the text encoder for them."""
+    """Encode the prompts and negative prompts of a file once, so that no later run needs the text encoder for them.
+
+    FILE is as for generate --prompts; - is standard input.
+    """
     from snoopi_rt.pipeline import load
     from snoopi_rt.prompt_file import PromptFile, texts_of
 
@@ -262,6 +281,7 @@ def _ask(question: str, unanswered: str) -> None:
     try:
         agreed = click.confirm(question, err=True)
     except click.Abort:
+        click.echo(err=True)  # the question's line ends here
         if sys.stdin.isatty():
             raise
         raise InputError(unanswered) from None

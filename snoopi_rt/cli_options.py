@@ -88,6 +88,12 @@ class Seed(click.ParamType):
         return check_seed(value if number is None else number)
 
 
+class Integer(click.IntRange):
+    """An integer, by the name that people know."""
+
+    name = "integer"
+
+
 class Number(click.FloatRange):
     """A number that is one: click's own take NaN and infinity."""
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
-from snoopi_rt.cli_options import Number, complete_bundle, engine_option, named_folder, ray_options, ray_workers
+from snoopi_rt.cli_options import Integer, Number, complete_bundle, engine_option, named_folder, ray_options, ray_workers
+from snoopi_rt.engines import known_engine
 from snoopi_rt.engines.base import EngineMissing, InputError, how_to_install
 
 
 @click.command(epilog="Example: snoopi-rt serve --port 8000, then POST http://127.0.0.1:8000/v1/images/generations")
 @click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Any address other than loopback needs an API key.")
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, metavar="N")
+@click.option("--port", type=Integer(1, 65535), default=8000, metavar="N")
 @click.option(
     "--bundle",
     "bundles",
@@ -29,10 +30,10 @@ from snoopi_rt.engines.base import EngineMissing, InputError, how_to_install
 @click.option(
     "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="What clients must send.  [default: $SNOOPI_RT_API_KEY]"
 )
-@click.option("--max-batch", type=click.IntRange(1), default=16, metavar="N", help="Images of waiting requests drawn in one call; 1: none.")
+@click.option("--max-batch", type=Integer(1), default=16, metavar="N", help="Images of waiting requests drawn in one call; 1: none.")
 @click.option("--batch-wait", type=Number(0, 1000), default=0.0, metavar="MS", help="How long a batch waits for more requests.")
-@click.option("--queue", type=click.IntRange(1), default=256, metavar="N", help="Images that may wait; then 429.")
-@click.option("--max-images", type=click.IntRange(1), default=16, metavar="N", help="Images of one request.")
+@click.option("--queue", type=Integer(1), default=256, metavar="N", help="Images that may wait; then 429.")
+@click.option("--max-images", type=Integer(1), default=16, metavar="N", help="Images of one request.")
 @click.option("--timeout", type=Number(0, 10**9, min_open=True), default=60.0, metavar="S", help="Seconds of one request.")
 @click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="A web page's origin that may call.  [default: none]")
 @click.option(
@@ -76,6 +77,8 @@ def serve(
         raise EngineMissing(f"serve needs {error.name}: {how_to_install('serve')}") from error
     from snoopi_rt.pipeline import load
 
+    if engine != "auto":
+        known_engine(engine)
     named: list[tuple[str, str | None]] = [(name, str(folder)) for name, folder in map(named_folder, bundles)] or [("small", None)]
     if len(dict(named)) < len(named):
         raise InputError("two bundles have one name: --bundle NAME=FOLDER gives them others")

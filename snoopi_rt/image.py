@@ -168,12 +168,12 @@ def read_metadata(path: Path) -> dict[str, str]:
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size > LARGEST:
                 raise OSError(f"it has more than {LARGEST} bytes")
-            found = _texts(file)
+            texts = _texts(file)
     except OSError as error:
-        raise InputError(f"{quote(path)} is not an image: {reason(error)}") from error
-    if MARK not in found:
+        raise InputError(f"{quote(path)} cannot be read: {reason(error)}") from error
+    if MARK not in texts:
         raise InputError(f"{quote(path)} does not say how it was made: it is not from snoopi-rt, or its metadata was removed")
-    return found
+    return texts
 
 
 def _texts(file: BinaryIO) -> dict[str, str]:
@@ -185,24 +185,26 @@ def _texts(file: BinaryIO) -> dict[str, str]:
         try:
             with Image.open(file, formats=READ) as picture:
                 if picture.format == "PNG":
-                    found: Any = picture.info
+                    texts: Any = picture.info
                 else:
-                    found = parse_json(picture.getexif().get(DESCRIPTION, "{}"))
+                    texts = parse_json(picture.getexif().get(DESCRIPTION, "{}"))
         except UnidentifiedImageError:
-            raise OSError("unknown format") from None
+            raise OSError("it is no PNG, JPEG or WebP image") from None
         except OSError:
             raise
         except Exception:  # Pillow raises whatever goes wrong in an odd file; and a description of somebody else is no JSON
             return {}
-    return {key: str(value) for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
+    return {key: str(value) for key, value in texts.items() if isinstance(value, str)} if isinstance(texts, dict) else {}
 
 
 def command(metadata: Mapping[str, str], bundle: str | Path | None) -> str:
     """The shell command that makes the image again with the bundle in that folder, None: the embedded one."""
-    words = ["snoopi-rt", "generate"]
+    words = []
     for option, value in [*((option, metadata.get(key)) for key, option in OPTIONS.items()), ("--bundle", bundle)]:
         if value is not None:
             words += [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
     words += [option for key, option in SWITCHES.items() if key in metadata]
     prompt = metadata.get("prompt", "")
-    return join([*words, "--", " -" if prompt == "-" else prompt])  # - alone is standard input, and outer white space changes nothing
+    if prompt == "-":  # alone it is standard input, and outer white space changes nothing
+        prompt = " -"
+    return join(["snoopi-rt", "generate", *([*words, "--", prompt] if prompt.startswith("-") else [prompt, *words])])

@@ -55,7 +55,7 @@ def _labels(seeds: Sequence[int], scales: Sequence[float | None]) -> list[str]:
 def _with_ending(path: Path, format: str | None) -> Path:
     if not path.suffix:
         if not path.name:
-            raise InputError(f"{quote(str(path))} is no name of a file")
+            raise InputError("-o is an empty name")
         return path.with_suffix(f".{format or 'png'}")
     if format is not None and FORMATS.get(path.suffix.lower()) != FORMATS[f".{format}"]:
         raise InputError(f"{path} does not end as {format} does: leave out --format, or the ending")

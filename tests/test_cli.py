@@ -1,6 +1,7 @@
 """The command line: what it writes, what it says, and how it ends."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ needs_engine = pytest.mark.skipif(not HERE, reason="needs an engine")
 
 
 def run(*words: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(main, [str(word) for word in words])
+    result = CliRunner().invoke(main, [str(word) for word in words], prog_name="snoopi-rt")
     assert result.exit_code == code, result.output
     return result
 
@@ -145,7 +146,7 @@ def test_a_known_error_is_one_line_and_a_code(original: Bundle, here: Path, word
 @needs_engine
 def test_prompts_of_a_file_are_encoded_once(original: Bundle, here: Path) -> None:
     (here / "presets.txt").write_bytes("\ufeff# animals\r\na red fox\r\n\r\n  A cat \n#a dog\na cat".encode())
-    words = ("prompts", "--bundle", original.folder, "--file", "presets.txt", "--engine", HERE[0])
+    words = ("prompts", "--bundle", original.folder, "presets.txt", "--engine", HERE[0])
     assert run(*words).stdout == "2 new, 1 kept before\n"
     assert run(*words).stdout == "0 new, 3 kept before\n"
     encoder = original.folder / "text_encoder.onnx"
@@ -160,7 +161,7 @@ def test_prompts_of_a_file_are_encoded_once(original: Bundle, here: Path) -> Non
 @needs_engine
 def test_a_bad_line_of_a_file_is_named_and_costs_the_others_nothing(original: Bundle, here: Path) -> None:
     (here / "presets.txt").write_bytes(b"a cat\n\na a a a a\na red fox\n\xff\nblurry\n")
-    words = ("prompts", "--bundle", original.folder, "--file", "presets.txt", "--engine", HERE[0])
+    words = ("prompts", "--bundle", original.folder, "presets.txt", "--engine", HERE[0])
     result = run(*words, code=2)
     assert result.stdout == "3 new, 0 kept before\n"
     long, foreign = result.stderr.splitlines()
@@ -173,7 +174,7 @@ def test_a_bad_line_of_a_file_is_named_and_costs_the_others_nothing(original: Bu
 def test_a_file_without_prompts_is_one_line(original: Bundle, here: Path, data: bytes | None, message: str) -> None:
     if data is not None:
         (here / "presets.txt").write_bytes(data)
-    result = run("prompts", "--bundle", original.folder, "--file", "presets.txt", code=2)
+    result = run("prompts", "--bundle", original.folder, "presets.txt", code=2)
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
@@ -183,7 +184,7 @@ def test_prompts_that_cannot_be_kept_are_an_error(original: Bundle, here: Path, 
     (here / "file").write_bytes(b"")
     (here / "presets.txt").write_text("a cat")
     monkeypatch.setenv("SNOOPI_RT_CACHE", "file")
-    words = ("prompts", "--bundle", original.folder, "--file", "presets.txt", "--engine", HERE[0])
+    words = ("prompts", "--bundle", original.folder, "presets.txt", "--engine", HERE[0])
     assert "prompt states cannot be kept in file/snoopi-rt-cache: it cannot be made: Not a directory" in run(*words, code=1).stderr
 
 
@@ -212,6 +213,33 @@ def test_debug_before_or_behind_the_command_shows_the_traceback(here: Path) -> N
         result = CliRunner().invoke(main, [*words[:index], "--debug", *words[index:]])
         assert type(result.exception).__name__ == "BundleError"
     assert run("generate", "--bundle", here, "--", "--debug", code=1).stderr.startswith("error: no bundle at ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["serve", "--port", "0x1f"], "invalid value for '--port': '0x1f' is not a valid integer (see snoopi-rt serve --help)"),
+        (["generate", "a cat", "--qqq", "7"], "no such option '--qqq' (see snoopi-rt generate --help)"),
+        (["prompts"], "missing argument 'FILE' (see snoopi-rt prompts --help)"),
+        (["generate", "a cat", "a dog"], "got unexpected extra argument (a dog) (see snoopi-rt generate --help)"),
+        (["draw"], "no such command 'draw' (see snoopi-rt --help)"),
+        (["train", "qqq"], "no such command 'qqq' (see snoopi-rt train --help)"),
+        (["serve", "--engine", "gpu"], "unknown engine 'gpu', choose from cpu, openvino, cuda, tensorrt"),
+        (["generate", "a cat", "-o", ""], "-o is an empty name"),
+    ],
+)
+def test_what_is_typed_wrongly_is_one_line_that_says_where_to_read_on(here: Path, words: list[str], message: str) -> None:
+    assert run(*words, code=2).stderr == f"error: {message}\n"
+    assert list(here.iterdir()) == []
+
+
+def test_what_is_no_image_and_no_bundle_is_called_so(here: Path) -> None:
+    os.mkfifo("pipe")
+    Path("file").write_bytes(b"GIF89a")
+    assert run("info", "file", code=2).stderr == "error: file cannot be read: it is no PNG, JPEG or WebP image\n"
+    for name in ("pipe", "/dev/null"):
+        assert run("info", name, code=1).stderr == f"error: no bundle at {name}: it is not a folder\n"
+    assert run("generate", "a cat", "--bundle", "file", code=1).stderr == "error: no bundle at file: it is not a folder\n"
 
 
 def test_info_of_nothing_says_that_there_is_nothing(here: Path) -> None:

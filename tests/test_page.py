@@ -93,7 +93,7 @@ def test_an_image_can_be_downloaded_and_copied_as_the_command_that_draws_it(brow
     page.click(".copy")
     sync_api.expect(page.locator(".copy")).to_have_text("Copied")
     command = page.evaluate("navigator.clipboard.readText()")
-    assert command == """snoopi-rt generate --neg blurry --neg-scale 1 --seed 7 --size 128x128 -- 'it'"'"'s a fox on a blue background'"""
+    assert command == """snoopi-rt generate 'it'"'"'s a fox on a blue background' --neg blurry --neg-scale 1 --seed 7 --size 128x128"""
     with page.expect_download() as download:
         page.click(".download")
     assert download.value.suggested_filename == "snoopi-7-1.png"
@@ -116,7 +116,7 @@ def test_the_command_of_another_bundle_says_that_its_folder_is_missing(browser: 
         sync_api.expect(page.locator(".copy")).to_have_text("Copied")
         assert page.inner_text("#status") == "put the folder of bundle other in the place of FOLDER"
         command = page.evaluate("navigator.clipboard.readText()")
-    assert command == r"snoopi-rt generate $'--neg=-\011a dog' --neg-scale 1 --seed 7 --size 128x128 --bundle FOLDER -- ' -'"
+    assert command == r"snoopi-rt generate ' -' $'--neg=-\011a dog' --neg-scale 1 --seed 7 --size 128x128 --bundle FOLDER"
 
 
 def test_the_history_outlives_the_page_and_draws_again(browser: Any, address: str) -> None:

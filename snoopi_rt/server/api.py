@@ -61,9 +61,9 @@ class Generation(BaseModel):
 
     def height_and_width(self, sizes: tuple[tuple[int, int], ...], lenient: bool) -> tuple[int, int]:
         """The size, the first of the model's where none is given; the nearest of them where `lenient`. Raises InputError for no size."""
-        if self.size in (None, "auto"):
+        if self.size is None or self.size.lower() == "auto":
             return sizes[0]
-        size = parse_size(self.size or "")
+        size = parse_size(self.size)
         return nearest_size(size, sizes) if lenient else size
 
     def formats(self) -> tuple[bool, bool]:

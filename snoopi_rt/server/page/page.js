@@ -134,7 +134,8 @@ async function copy(button, row) {
   // Where a server's bundle lies is not known to whoever reads its page.
   const bundle = models.find((each) => each.id === asked.model)?.embedded ? [] : ["--bundle", "FOLDER"];
   const prompt = asked.prompt === "-" ? " -" : asked.prompt; // - alone is standard input
-  const words = ["snoopi-rt", "generate", ...negative, "--seed", String(row.seed), "--size", asked.size, ...bundle, "--", prompt];
+  const options = [...negative, "--seed", String(row.seed), "--size", asked.size, ...bundle];
+  const words = ["snoopi-rt", "generate", ...(prompt.startsWith("-") ? [...options, "--", prompt] : [prompt, ...options])];
   const command = words.map(quoted).join(" ");
   const missing = bundle.length ? `put the folder of bundle ${asked.model} in the place of FOLDER` : "";
   if (missing) say(missing);
