@@ -25,8 +25,21 @@ if TYPE_CHECKING:
     from snoopi_rt.engines.compiled import CompiledModels
 
 
+LONGEST_LINE = 1000
+"""Characters of an error."""
+
+
+def one_line(text: str) -> str:
+    """The text in one line, without its middle where that is long: names out of anybody's files and requests stand in errors."""
+    line = " ".join(part for part in map(str.strip, text.splitlines()) if part)
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE * 2 // 3]} ... {line[-LONGEST_LINE // 4 :]}"
+
+
 class SnoopiError(Exception):
     """A known error: one line that says what was asked, what is wrong and what to do."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class EngineError(SnoopiError):

@@ -31,7 +31,7 @@ from snoopi_rt.cli_options import (
     told,
 )
 from snoopi_rt.cli_serve import serve
-from snoopi_rt.engines.base import EngineError, InputError, OutputError, SnoopiError
+from snoopi_rt.engines.base import EngineError, InputError, OutputError, SnoopiError, one_line
 from snoopi_rt.files import reason
 from snoopi_rt.interrupts import interruptible
 from snoopi_rt.shell import json_line, quote, visible
@@ -92,9 +92,9 @@ def _signalled(ctx: click.Context) -> Iterator[None]:
             ctx.exit(signals[0].code if signals else 130)
 
 
-def _one_line(error: click.ClickException) -> str:
+def _usage_line(error: click.ClickException) -> str:
     """What was typed wrongly and where to read more, instead of click's four lines."""
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = one_line(" ".join(error.format_message().split())).rstrip(".")
     context = getattr(error, "ctx", None)
     more = f" (see {context.command_path} --help)" if context else ""
     return f"{message[:1].lower()}{message[1:]}{more}"
@@ -108,7 +108,7 @@ def _plain_endings() -> Iterator[None]:
     except click.exceptions.NoArgsIsHelpError:  # its message is the help, in several lines
         raise
     except click.ClickException as error:
-        click.echo(f"error: {visible(_one_line(error))}", err=True)
+        click.echo(f"error: {visible(_usage_line(error))}", err=True)
         raise click.exceptions.Exit(error.exit_code) from None
     except BrokenPipeError:
         discard(sys.stdout, sys.stderr)

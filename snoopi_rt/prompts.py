@@ -16,9 +16,10 @@ import numpy as np
 
 from snoopi_rt.bundle import Build, Bundle, File, Prompts
 from snoopi_rt.cache import Cache
-from snoopi_rt.engines.base import BundleError, Engine, InputError, OutputError
+from snoopi_rt.engines.base import BundleError, Engine, InputError, OutputError, TensorSpec
+from snoopi_rt.engines.messages import why
 from snoopi_rt.files import reason
-from snoopi_rt.manifest import text_rule
+from snoopi_rt.manifest import require, text_rule
 from snoopi_rt.stage import Stage
 from snoopi_rt.tokenizer import Tokenizer
 
@@ -182,10 +183,10 @@ class PromptEncoder:
         for name, spec in self._outputs.items():
             data = self._cache.read("states", self._file(ids, name))
             try:
-                states[name] = np.load(io.BytesIO(data or b""), allow_pickle=False)
-            except (EOFError, ValueError):  # not there
+                states[name] = _array(data or b"")
+            except ValueError:  # not there
                 return None
-            if not (spec.fits(states[name]) and len(states[name]) == 1 and np.isfinite(states[name]).all()):
+            if not _fits(states[name], spec):
                 return None
         return states
 
@@ -214,11 +215,41 @@ def read_prompt(bundle: Bundle, row: int, data: bytes | None = None) -> States:
     path = bundle.folder / bundle.prompts.file.path
     if data is None:
         bundle.check_again([bundle.prompts.file])
+    inputs = {spec.name: spec for spec in bundle.graphs["generator"][0].inputs}
+    specs = {name: inputs[taken] for name, taken in _TAKEN.items() if taken in inputs}
     try:
-        with open(path, "rb") if data is None else io.BytesIO(data) as file, np.load(file, allow_pickle=False) as arrays:
-            states = {name.partition(".")[2]: arrays[name] for name in arrays.files if name.partition(".")[0] == str(row)}
-    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise BundleError(f"cannot read {path}: {error}") from error
-    if not states:
-        raise BundleError(f"{path} does not hold the prompt {bundle.prompts.texts[row]!r}")
+        with open(path, "rb") if data is None else io.BytesIO(data) as file, zipfile.ZipFile(file) as arrays:
+            states = {name: _array(_unpacked(arrays, f"{row}.{name}.npy")) for name in specs}
+    except KeyError:
+        raise BundleError(f"{path} does not hold the prompt {bundle.prompts.texts[row]!r}") from None
+    except Exception as error:  # of zipfile and zlib: a damaged file ends in many of them
+        raise BundleError(f"cannot read {path}: {why(error)}") from error
+    fit = all(_fits(states[name], spec) for name, spec in specs.items()) and states["states"].shape[1] <= bundle.text.max_tokens
+    require(fit, f"{path} does not hold the prompt {bundle.prompts.texts[row]!r} as the generator takes it")
     return states
+
+
+_TAKEN = {"states": "prompt_states", "pooled": "prompt_pooled"}
+"""What a text encoder gives, and the input of the generator that it is."""
+_LARGEST = 2**28
+"""Bytes of the states of one prompt: those of the longest that any model takes have some millions."""
+
+
+def _unpacked(file: zipfile.ZipFile, name: str) -> bytes:
+    """One file of an archive. Raises ValueError where it is far too large, however small the archive is."""
+    if file.getinfo(name).file_size > _LARGEST:
+        raise ValueError(f"{name} has more than {_LARGEST} bytes")
+    return file.read(name)
+
+
+def _array(data: bytes) -> np.ndarray:
+    """The array in the bytes of an .npy file. Raises ValueError."""
+    try:
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # of numpy, whose errors on damaged files are of any kind
+        raise ValueError(why(error)) from error
+
+
+def _fits(value: np.ndarray, spec: TensorSpec) -> bool:
+    """Whether it is one prompt's, of the shape and dtype that are promised, and can be used."""
+    return spec.fits(value) and len(value) == 1 and 0 not in value.shape and bool(np.isfinite(value).all())

@@ -19,7 +19,7 @@ from tiny_bundle import TABLE, onnx_graph
 from snoopi_rt.bundle import Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import ENGINES, conflict, installed, load_engine
-from snoopi_rt.engines.base import Engine, EngineError, EngineMissing, InputError, engine_errors
+from snoopi_rt.engines.base import BundleError, Engine, EngineError, EngineMissing, InputError, engine_errors
 from snoopi_rt.engines.fake import FakeEngine
 from snoopi_rt.engines.ort import import_onnxruntime
 from snoopi_rt.engines.ort_bound import BoundSession
@@ -114,6 +114,13 @@ def test_a_closed_engine_says_so(engine: Engine) -> None:
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         engine(**feeds())
+
+
+def test_an_error_is_one_line_that_ends_however_long_the_names_in_it_are() -> None:
+    for error in (InputError, BundleError, EngineError, EngineMissing):
+        line = str(error("column 'a\n\u2028b" + "x" * 10**6 + "':\r\nknown are prompt, seed"))
+        assert len(line) < 1000 and len(line.splitlines()) == 1
+        assert line.startswith("column 'a bxx") and line.endswith("xx': known are prompt, seed")
 
 
 def no_operator(model: onnx.ModelProto) -> bytes:

@@ -11,7 +11,7 @@ import pytest
 
 from snoopi_rt.bundle import Bundle, File
 from snoopi_rt.cache import Cache
-from snoopi_rt.engines.base import BundleError, InputError, OutputError
+from snoopi_rt.engines.base import BundleError, InputError, OutputError, TensorSpec
 from snoopi_rt.engines.fake import FakeEngine
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.prompts import PromptEncoder, write_prompts
@@ -78,7 +78,10 @@ def test_carried_prompts_come_before_the_text_encoder_and_others_still_reach_it(
 
 def test_every_output_of_the_text_encoder_is_carried(prompts_only: Bundle) -> None:
     states = {"a cat": {"states": np.full((1, 2, 4), 3, np.float32), "pooled": np.full((1, 5), 7, np.float32)}}
-    bundle = replace(prompts_only, prompts=write_prompts(prompts_only.folder, states)).save(prompts_only.folder)
+    build = prompts_only.build("generator", "cpu")
+    pooled = replace(build, inputs=(*build.inputs, TensorSpec("prompt_pooled", (None, 5), "float32")))
+    graphs, prompts = {**prompts_only.graphs, "generator": (pooled,)}, write_prompts(prompts_only.folder, states)
+    bundle = replace(prompts_only, prompts=prompts, graphs=graphs).save(prompts_only.folder)
     found = PromptEncoder(bundle, None, lambda: refuse("text_encoder"), Cache()).encode("a cat")
     assert found.keys() == {"states", "pooled"}
     for name, value in states["a cat"].items():
@@ -107,6 +110,33 @@ def test_a_prompts_file_that_lacks_a_prompt_says_which(prompts_only: Bundle) -> 
     bundle = replace(prompts_only, prompts=replace(prompts, texts=("a cat", "a dog"))).save(prompts_only.folder)
     with pytest.raises(BundleError, match=r"prompts.npz does not hold the prompt 'a dog'"):
         PromptEncoder(bundle, None, lambda: refuse("text_encoder"), Cache()).encode("a dog")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.zeros((1, 2, 5), np.float32),
+        np.zeros((1, 0, 4), np.float32),
+        np.zeros((1, 7, 4), np.float32),
+        np.zeros((2, 4), np.float32),
+        np.zeros((1, 2, 4)),
+        np.full((1, 2, 4), np.nan, np.float32),
+        np.float32(3),
+    ],
+)
+def test_carried_states_of_another_shape_than_the_generator_takes_are_a_bundle_error(prompts_only: Bundle, value: np.ndarray) -> None:
+    prompts = write_prompts(prompts_only.folder, {"a cat": {"states": value}})
+    bundle = replace(prompts_only, prompts=prompts).save(prompts_only.folder)
+    with pytest.raises(BundleError, match=r"prompts.npz does not hold the prompt 'a cat' as the generator takes it$"):
+        PromptEncoder(bundle, None, lambda: refuse("text_encoder"), Cache()).encode("a cat")
+
+
+def test_carried_states_that_unpack_to_far_more_than_any_prompt_has_are_a_bundle_error(
+    prompts_only: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snoopi_rt.prompts._LARGEST", 100)
+    with pytest.raises(BundleError, match=r"cannot read .*prompts.npz: 1.states.npy has more than 100 bytes$"):
+        PromptEncoder(prompts_only, None, lambda: refuse("text_encoder"), Cache()).encode("a cat")
 
 
 def test_kept_prompts_need_no_text_encoder_in_a_later_process(pipe: Pipeline, original: Bundle, fakes: Fakes) -> None:
