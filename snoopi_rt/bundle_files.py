@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -12,12 +11,11 @@ from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import BundleError
 from snoopi_rt.files import is_lfs_pointer, read_bounded, reason, sha256
 from snoopi_rt.json_reader import parse_json
-from snoopi_rt.manifest import MANIFEST, File, require
+from snoopi_rt.manifest import HASH, MANIFEST, File, require
 from snoopi_rt.onnx_links import external_data
 
 LARGEST_MANIFEST = 2**24
 """Bytes: that of a bundle which carries 100,000 prompts of a hundred characters has 12 million."""
-HASH = re.compile("[0-9a-f]{64}")
 Stamp = tuple[int, ...]
 FOLDERS = 4
 """How many folders of one bundle are remembered: it may have been copied, and the copy removed."""

@@ -48,7 +48,8 @@ def check_shapes(bundle: "Bundle") -> None:
                 _require_fit(build, name, shapes[name], expected[name])
             for name in shapes.keys() & _TEXT.keys():  # what a text encoder gives, generators take
                 kind, axes = _TEXT[name]
-                _require_fit(build, name, shapes[name], (*[None] * axes, widths.setdefault(kind, shapes[name][-1])))
+                width = shapes[name][-1] if shapes[name] else None
+                _require_fit(build, name, shapes[name], (*[None] * axes, widths.setdefault(kind, width)))
 
 
 def check_tokens(bundle: "Bundle", cache: Cache | None) -> None:

@@ -18,6 +18,7 @@ GRAPHS = ("text_encoder", "generator", "decoder")
 LARGEST_SIDE, MOST_IMAGES, MOST_TOKENS = 2**15, 2**12, 2**17
 """Of an image in pixels, of a batch, of a prompt."""
 INT32, INT64 = 2**31 - 1, 2**63 - 1
+HASH = re.compile("[0-9a-f]{64}")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -73,6 +74,8 @@ class File:
     def __post_init__(self) -> None:
         plain = PLAIN_NAME.fullmatch(self.path) is not None and self.path != MANIFEST
         require(plain, f"{self.path!r} is not a plain file name inside the bundle")
+        # A part of the names of what the cache notes about the file.
+        require(HASH.fullmatch(self.sha256) is not None, f"{self.path}: {self.sha256!r} is not a SHA-256 in hexadecimal")
         require_range(f"the size of {self.path}", self.size, 0, INT64)
 
     @classmethod

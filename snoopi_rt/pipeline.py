@@ -37,6 +37,8 @@ CLOSING = 60.0
 """Seconds that closing a pipeline waits for stages that run."""
 Prompt = str | Conditioning
 Weights = Literal["auto", "memory", "mapped"]
+MOST_THREADS = 1024
+"""More than cores that share memory: with tens of thousands an engine starts for minutes, and takes no signal meanwhile."""
 LITTLE = 2 * 2**30
 """Bytes of weights that are read where "auto" is to decide."""
 JOB = ("prompt", "negative_prompt", "negative_scale", "seed")
@@ -368,7 +370,7 @@ def open_pipeline(
     """The pipeline of a bundle on an engine by its own name, with its files in the cache. Raises as `load` does."""
     known_engine(engine)
     if threads is not None:
-        integer("threads", threads, 1)
+        integer("threads", threads, 1, MOST_THREADS)
     if weights not in get_args(Weights):
         raise InputError(f"unknown weights {weights!r}, choose from {', '.join(get_args(Weights))}")
     builds = select_builds(bundle, engine, precision)

@@ -126,6 +126,7 @@ def test_an_unknown_format_is_refused(folder: Path, number: Any) -> None:
         ),
         (lambda d: d.update(tile={"size": 8, "overlap": 8}), "tiles of 8 latent pixels cannot share 8"),
         (lambda d: d.update(tile={"size": 8}), "key tile.overlap is missing"),
+        (lambda d: generator(d)["files"][0].update(sha256="../../a\0"), "generator.onnx: '../../a\\x00' is not a SHA-256 in hexadecimal"),
         (lambda d: generator(d).update(max_batch=0), "generator.onnx: max_batch must be positive"),
         (lambda d: d["guidance"].update(kind="magic"), "key guidance.kind must be one of nasa, nag, vsf, projected, none"),
         (lambda d: d["guidance"]["scale"].update(max=float("nan")), "NaN is not a number"),

@@ -136,6 +136,7 @@ def spec(graph: str, name: str, axis: int, size: int) -> Callable[[dict[str, Any
         spec("decoder", "image", 1, 512),
         spec("decoder", "image", 3, 4),
         spec("text_encoder", "states", 2, 7),
+        lambda document: document["graphs"]["generator"][0]["inputs"][1].update(shape=[]),
         lambda document: (
             document.update(latent={"channels": 4, "factor": 4}, sizes=[[16, 16]]) or spec("decoder", "image", 1, 32)(document)
         ),

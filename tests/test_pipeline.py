@@ -381,6 +381,8 @@ def test_auto_without_any_engine_says_which_command_installs_one(original: Bundl
 def test_load_refuses_threads_below_one_and_unknown_engines(original: Bundle) -> None:
     with pytest.raises(InputError, match="threads must be an integer of at least 1, got 0"):
         snoopi_rt.load(original, threads=0)
+    with pytest.raises(InputError, match="threads must be an integer of at most 1024, got 32768"):
+        snoopi_rt.load(original, threads=2**15)
     with pytest.raises(InputError, match="unknown engine 'gpu', choose from cpu"):
         snoopi_rt.load(original, "gpu")
 
