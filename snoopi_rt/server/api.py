@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from snoopi_rt import image
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.json_reader import parse_json
+from snoopi_rt.manifest import Vocabulary
 from snoopi_rt.request import MAX_CHARACTERS, MAX_IMAGES, SEEDS, check_seed, nearest_size, parse_size, seeds_from
 from snoopi_rt.result import Result
 
@@ -111,6 +112,9 @@ class Model(BaseModel):
     negative_scale: dict[str, float]
     engine: str
     max_images: int = Field(description="Of one request.")
+    seconds_per_image: float | None = Field(description="Of late; null where it was not measured.")
+    vocabulary: Vocabulary | None = Field(description="What a narrow model knows; null: anything.")
+    examples: tuple[str, ...] = Field(description="Prompts that show the model well.")
     embedded: bool = Field(description="Whether it is the bundle that comes with snoopi-rt.")
 
 

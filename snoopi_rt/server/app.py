@@ -34,10 +34,14 @@ KEPT_BYTES, KEPT_SECONDS = 256 * 2**20, 3600.0
 """Images that are given as addresses stay in memory until others need the room, or so long."""
 LONGEST = 86_400.0
 """Seconds: a longer timeout is no timeout."""
+SLOW = 1.0
+"""Seconds that an image may take which is drawn only to be timed."""
 LONGEST_KEY = 2**16
 """Bytes of a file with a key."""
 FOLDER = Path(__file__).parent / "page"
-PAGE = {"index.html": "text/html; charset=utf-8", "page.css": "text/css", "page.js": "text/javascript"}
+PAGE = {"index.html": "text/html; charset=utf-8", "page.css": "text/css"} | dict.fromkeys(
+    ("page.js", "pictures.js", "ideas.js", "history.js", "words.js"), "text/javascript"
+)
 SAFE = {
     "content-security-policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
     "x-content-type-options": "nosniff",
@@ -98,8 +102,8 @@ class State:
 
 async def here(name: str, settings: Settings, observe: Callable[[int], None]) -> Drawing:
     """A model that draws in this process. Raises what `load` does."""
-    pipe = await asyncio.to_thread(_opened, settings.models[name])
-    return Batcher(name, pipe, settings.batch_wait, settings.together, settings.queue, observe)
+    pipe, pace = await asyncio.to_thread(_opened, settings.models[name])
+    return Batcher(name, pipe, settings.batch_wait, settings.together, settings.queue, observe, pace)
 
 
 def log_opened(models: list[str], broken: dict[str, str], address: str | None = None) -> None:
@@ -235,7 +239,7 @@ def application(
 
     @app.get("/{name}", include_in_schema=False)
     async def page(name: str) -> Response:
-        """The web page's three files; the page itself is at /."""
+        """The web page's files; the page itself is at /."""
         if name not in PAGE:
             raise Refused(404, f"nothing is at /{name[:200]}", "not_found_error")
         return Response((FOLDER / name).read_bytes(), media_type=PAGE[name], headers=SAFE)
@@ -270,7 +274,8 @@ def application(
         raise Refused(404, f"unknown model {name[:200]!r}, choose from {', '.join(settings.models)}", "not_found_error")
 
     def described(name: str) -> api.Model:
-        pipe = state.drawing[name].pipe
+        drawing = state.drawing[name]
+        pipe = drawing.pipe
         scale = pipe.bundle.guidance.scale
         return api.Model(
             id=name,
@@ -280,6 +285,9 @@ def application(
             negative_scale={"min": scale.min, "max": scale.max, "default": scale.default},
             engine=pipe.engine,
             max_images=settings.most,
+            seconds_per_image=drawing.pace,
+            vocabulary=pipe.bundle.vocabulary,
+            examples=pipe.bundle.examples,
             embedded=pipe.bundle.folder == EMBEDDED,
         )
 
@@ -328,8 +336,16 @@ def application(
     return app
 
 
-def _opened(open_pipeline: Callable[[], Pipeline]) -> Pipeline:
-    return open_pipeline().open().warmup()
+def _opened(open_pipeline: Callable[[], Pipeline]) -> tuple[Pipeline, float]:
+    """The pipeline, warm, and its seconds per image: of a second image where that costs next to nothing."""
+    pipe, seconds = open_pipeline().open(), 0.0
+    for _ in range(2):
+        start = time.monotonic()
+        pipe.warmup()
+        seconds = time.monotonic() - start
+        if seconds > SLOW:
+            break
+    return pipe, seconds
 
 
 async def unless_gone(request: Request, work: Awaitable[Any], timeout: float) -> Any:

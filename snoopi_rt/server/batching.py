@@ -54,13 +54,19 @@ class _NobodyWaits:
 
 
 class Drawing(Protocol):
-    """What draws the images of a model: `name` is what clients call it, `pipe` tells what can be asked, `waiting` images wait."""
+    """What draws the images of a model: `name` is what clients call it, `pipe` tells what can be asked, `waiting` images wait.
+
+    `pace`: seconds per image, of late; None where that is not known.
+    """
 
     name: str
     pipe: Pipeline
 
     @property
     def waiting(self) -> int: ...
+
+    @property
+    def pace(self) -> float | None: ...
 
     async def draw(self, images: list[Request], size: tuple[int, int], timeout: float, truncate: bool) -> Result:
         """The images, their prompts cut where they may be. When the task is cancelled they are not drawn, unless that has begun.
@@ -79,17 +85,19 @@ class Batcher:
 
     wait: seconds that a batch which is not full waits for more; without it, only what came while the last one was drawn is together.
     together: the most images of one call, where the bundle takes as many; 1 turns batching off. limit: the most images that wait.
-    observe(images): told of every batch.
+    observe(images): told of every batch. pace: seconds per image before any were drawn.
     """
 
-    def __init__(self, name: str, pipe: Pipeline, wait: float, together: int, limit: int, observe: Any = lambda images: None) -> None:
+    def __init__(
+        self, name: str, pipe: Pipeline, wait: float, together: int, limit: int, observe: Any = lambda images: None, pace: float = 0.1
+    ) -> None:
         self.name, self.pipe = name, pipe
         self._wait, self._together, self._limit, self._observe = wait, min(together, pipe.max_batch), limit, observe
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Waiting] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._pace = 0.1  # seconds an image, of late
+        self.pace = pace
         self._thread = threading.Thread(target=self._work, daemon=True, name=f"draws {name}")
         self._thread.start()
 
@@ -107,7 +115,7 @@ class Batcher:
             self._let_go()
             waiting = self.waiting
             if waiting and waiting + len(images) > self._limit:
-                raise QueueFull(max(1.0, waiting * self._pace))
+                raise QueueFull(max(1.0, waiting * self.pace))
             self._queue.append(item)
             self._changed.notify()
         return await item.future
@@ -184,7 +192,7 @@ class Batcher:
             self._answer(batch[0], error)
             return
         self._observe(len(images))
-        self._pace += 0.2 * ((time.monotonic() - start) / len(images) - self._pace)
+        self.pace += 0.2 * ((time.monotonic() - start) / len(images) - self.pace)
         first = 0
         for item in batch:
             self._answer(item, result.part(first, len(item.images)))

@@ -72,6 +72,7 @@ class Remote:
     def __init__(self, name: str, pipe: Pipeline, handle: DeploymentHandle, observe: Callable[[int], None]) -> None:
         self.name, self.pipe, self._handle, self._observe = name, pipe, handle, observe
         self.waiting = 0
+        self.pace = None  # other processes draw
 
     async def draw(self, images: list[Request], size: tuple[int, int], timeout: float, truncate: bool) -> Result:
         """See Drawing. What a process that dies was drawing another draws: the seed makes it the same image."""

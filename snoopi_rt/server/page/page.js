@@ -1,11 +1,19 @@
-// One call draws every image once for each negative scale, from the same seed; the slider then only chooses what is shown.
+// What is asked and when. One call draws every image once for each negative scale, from the same seed.
+
+import { forget, list, remember } from "./history.js";
+import { mark, offer } from "./ideas.js";
+import { looked, seedShown, show } from "./pictures.js";
+import { surprise, withThing } from "./words.js";
 
 const STEPS = 8; // scales beside 0
-const KEPT = 48; // entries of the history
+const FAST = 2; // seconds that all scales of one seed may take for pictures to be drawn unasked
+const PAUSE = 400; // milliseconds without a key after which somebody has typed
 const at = (id) => document.getElementById(id);
 let models = [];
-let shown = null; // {asked, scales, rows: [{seed, sources}]}
-let busy = true; // loading or drawing
+let drawing = null; // what is being drawn
+let next = null; // what was asked for meanwhile: the last wins
+let unkept = []; // what was drawn while somebody typed, and is not in the history
+let typing = null; // a timer
 
 const key = () => sessionStorage.getItem("key");
 
@@ -23,12 +31,12 @@ function say(text, wrong = false) {
   at("status").classList.toggle("wrong", wrong);
 }
 
-function rest(resting) {
-  busy = !resting;
-  at("draw").setAttribute("aria-disabled", String(busy)); // not disabled: that would take the focus away
-}
+// Not disabled: that would take the focus away.
+const block = (blocked) => at("draw").setAttribute("aria-disabled", String(blocked));
 
 const model = () => models.find((each) => each.id === at("model").value) ?? models[0];
+const isFast = () => model().seconds_per_image !== null && model().seconds_per_image * (scales().length + 1) <= FAST;
+const texts = () => ({ prompt: at("prompt").value, negative: at("negative").value.trim(), isKnown: !at("warning").childNodes.length });
 
 async function start() {
   for (models = []; !models.length; ) {
@@ -40,52 +48,49 @@ async function start() {
     await new Promise((done) => setTimeout(done, 1000));
   }
   at("model").replaceChildren(...models.map((each) => new Option(each.id)));
+  at("model").parentElement.hidden = models.length < 2;
+  if (!model().vocabulary && model().examples.length) at("prompt").value = model().examples[0];
   choose();
   say("");
-  rest(true);
+  block(false);
+  if (isFast()) draw({ kept: false });
 }
 
 function choose() {
   at("size").replaceChildren(...model().sizes.map((size) => new Option(size)));
   at("negative").disabled = !model().negative_prompts;
+  at("surprise").hidden = !surprise(model());
+  offer(model().vocabulary, texts, (chosen) => change(chosen, { sameSeed: true }));
+  summarise();
+}
+
+function summarise() {
+  const count = at("count").value || "1";
+  at("settings").querySelector("summary").textContent = `seed ${at("seed").value || "any"}, ${at("size").value}, ${count} image${count === "1" ? "" : "s"}`;
 }
 
 function scales() {
   const { max, default: usual } = model().negative_scale;
   const steps = Math.min(STEPS, model().max_images - 2);
-  const even = steps < 1 ? [] : Array.from({ length: steps + 1 }, (_, i) => +((max * i) / steps).toFixed(3));
-  return [...new Set([...even, usual])].sort((a, b) => a - b);
+  const even = Array.from({ length: Math.max(steps, 0) + 1 }, (_, i) => +((max * i) / Math.max(steps, 1)).toFixed(3));
+  const all = [...new Set([...even, usual])].sort((a, b) => a - b);
+  return all.length <= model().max_images ? all : [usual];
 }
 
-async function draw() {
-  if (busy) return;
-  const negative = model().negative_prompts ? at("negative").value.trim() : "";
-  const asked = { model: model().id, prompt: at("prompt").value, size: at("size").value, n: 1 };
-  if (negative) Object.assign(asked, { negative_prompt: negative, negative_scale: scales() });
+// sameSeed: that of the picture that is shown, unless another is given. kept: in the history. live: somebody types, and waits for nothing.
+function draw({ sameSeed = false, kept = true, live = false } = {}) {
+  const { prompt, negative } = texts();
+  if (!models.length || !prompt.trim()) return;
+  const asked = { model: model().id, prompt, size: at("size").value, n: 1 };
+  if (negative && model().negative_prompts) Object.assign(asked, { negative_prompt: negative, negative_scale: scales() });
   const count = Math.min(4, Math.max(1, Number(at("count").value) || 1));
-  const first = at("seed").value === "" ? Math.floor(Math.random() * 2 ** 32) : Number(at("seed").value);
-  const begun = performance.now();
-  rest(false);
-  say("drawing ...");
-  try {
-    const rows = [];
-    for (let i = 0; i < count; i++) {
-      const seed = (first + i) % 2 ** 32;
-      const { data } = await call("v1/images/generations", { ...asked, seed });
-      rows.push({ seed, sources: data.map((each) => `data:image/png;base64,${each.b64_json}`) });
-      show({ asked, scales: asked.negative_scale ?? [0], rows: [...rows] }, i === 0);
-    }
-    const drawn = count * shown.scales.length;
-    say(`${drawn} image${drawn > 1 ? "s" : ""} in ${((performance.now() - begun) / 1000).toFixed(2)} s`);
-    const place = Number(at("scale").value);
-    for (const row of rows) remember({ asked, seed: row.seed, source: row.sources[place] ?? row.sources[0] });
-  } catch (error) {
-    say(error.message, true);
-  } finally {
-    rest(true);
-  }
+  const wanted = { asked, model: model(), count, seed: at("seed").value, sameSeed, kept, live };
+  if (!drawing) work(wanted);
+  else if (JSON.stringify([asked, count, wanted.seed]) !== JSON.stringify([drawing.asked, drawing.count, drawing.seed])) next = wanted;
+  else drawing.kept ||= kept; // it is being drawn already
 }
 
+<<<<<<< HEAD
 function show(what, fresh) {
   shown = what;
   const { scales } = shown;
@@ -161,51 +166,96 @@ function history() {
 function remember(entry) {
   let all = [entry, ...history()].slice(0, KEPT);
   for (; all.length; all = all.slice(0, -1)) {
+=======
+async function work(wanted) {
+  for (drawing = wanted; drawing; [drawing, next] = [next, null]) {
+    block(!drawing.live);
+>>>>>>> db1fab7 (The page draws at once and while one types, has things, colours and flaws to click, a wipe, prompts in the history, and says what a model does not know)
     try {
-      localStorage.setItem(STORED, JSON.stringify(all));
-      break;
-    } catch {
-      // full: the oldest goes
+      await drawAll(drawing);
+    } catch (error) {
+      say(error.message, true);
     }
   }
-  list();
+  block(false);
 }
 
-function list() {
-  const entries = history();
-  at("history").replaceChildren(
-    ...entries.map((entry) => {
-      const button = document.createElement("button");
-      const image = document.createElement("img");
-      Object.assign(image, { src: entry.source, alt: "" });
-      Object.assign(button, { type: "button", title: `${entry.asked.prompt}, seed ${entry.seed}` });
-      button.setAttribute("aria-label", `Draw again: ${button.title}`);
-      button.append(image);
-      button.addEventListener("click", () => again(entry));
-      const item = document.createElement("li");
-      item.append(button);
-      return item;
-    }),
-  );
-  at("forget").hidden = entries.length === 0;
+async function drawAll(wanted) {
+  const { asked, count } = wanted;
+  const first = wanted.seed !== "" ? Number(wanted.seed) : ((wanted.sameSeed || wanted.live) && seedShown()) || Math.floor(Math.random() * 2 ** 32);
+  const begun = performance.now();
+  at("status").setAttribute("aria-live", wanted.live ? "off" : "polite");
+  if (!wanted.live) say("drawing ...");
+  const rows = [];
+  const drawn = { asked, model: wanted.model, scales: asked.negative_scale ?? [0], rows };
+  for (let i = 0; i < count && !(i && next); i++) {
+    const seed = (first + i) % 2 ** 32;
+    const { data, warnings } = await call("v1/images/generations", { ...asked, seed });
+    rows.push({ seed, sources: data.map((each) => `data:image/png;base64,${each.b64_json}`) });
+    show(drawn, say);
+    warn(warnings);
+  }
+  const images = rows.length * drawn.scales.length;
+  say(`${images} image${images > 1 ? "s" : ""} in ${((performance.now() - begun) / 1000).toFixed(2)} s`);
+  unkept = rows.map((row) => ({ asked, seed: row.seed, source: looked(row) }));
+  if (wanted.kept) keep();
+}
+
+function drawTyped(kept) {
+  stopTyping();
+  draw({ live: true, kept });
+}
+
+function stopTyping() {
+  clearTimeout(typing);
+  typing = null;
+}
+
+function keep() {
+  if (unkept.length) remember(unkept, again);
+  unkept = [];
+}
+
+// The nearest that the model knows are buttons.
+function warn(warnings) {
+  const vocabulary = model().vocabulary;
+  const parts = warnings.flatMap((line) => {
+    const [what, nearest] = line.split("; nearest: ");
+    const buttons = (nearest?.split(", ") ?? []).map((thing) => {
+      const button = Object.assign(document.createElement("button"), { type: "button", textContent: thing });
+      button.addEventListener("click", () => change({ prompt: withThing(texts().prompt, thing, vocabulary, false) }, { sameSeed: true }));
+      return button;
+    });
+    const sentence = `${what[0].toUpperCase()}${what.slice(1)}.`;
+    return [buttons.length ? `${sentence} Nearest:` : sentence, ...buttons];
+  });
+  at("warning").replaceChildren(...parts.flatMap((part) => [part, " "]));
+}
+
+function change({ prompt, negative }, how) {
+  at("prompt").value = prompt;
+  if (negative !== undefined) at("negative").value = negative;
+  mark(model().vocabulary, prompt);
+  stopTyping();
+  draw(how);
 }
 
 function again({ asked, seed }) {
-  if (busy) return;
+  if (!models.length) return;
   if (models.some((each) => each.id === asked.model)) at("model").value = asked.model;
   choose();
-  Object.assign(at("prompt"), { value: asked.prompt });
-  at("negative").value = asked.negative_prompt ?? "";
-  at("seed").value = seed;
+  Object.assign(at("seed"), { value: seed });
   at("count").value = 1;
   if (model().sizes.includes(asked.size)) at("size").value = asked.size;
-  at("prompt").focus();
+  summarise();
+  change({ prompt: asked.prompt, negative: asked.negative_prompt ?? "" }, { kept: false });
+  at("prompt").focus({ preventScroll: true });
   scrollTo({ top: 0 });
-  draw();
 }
 
 at("form").addEventListener("submit", (event) => {
   event.preventDefault();
+  stopTyping();
   draw();
 });
 at("prompt").addEventListener("keydown", (event) => {
@@ -214,17 +264,34 @@ at("prompt").addEventListener("keydown", (event) => {
     at("form").requestSubmit();
   }
 });
-at("scale").addEventListener("input", slide);
-at("model").addEventListener("change", choose);
+for (const id of ["prompt", "negative"]) {
+  at(id).addEventListener("input", (event) => {
+    stopTyping();
+    if (!models.length || event.isComposing) return;
+    unkept = [];
+    mark(model().vocabulary, at("prompt").value);
+    if (isFast()) typing = setTimeout(() => drawTyped(false), PAUSE);
+  });
+  at(id).addEventListener("change", () => {
+    if (typing) drawTyped(true);
+    else if (drawing) drawing.kept = true;
+    else keep();
+  });
+}
+at("surprise").addEventListener("click", () => change(surprise(model())));
+at("settings").addEventListener("input", summarise);
+at("model").addEventListener("change", () => {
+  choose();
+  if (isFast()) draw({ sameSeed: true, kept: false });
+});
 at("key").addEventListener("change", () => {
   sessionStorage.setItem("key", at("key").value);
   start().catch((error) => say(error.message, true));
 });
 at("forget").addEventListener("click", () => {
-  localStorage.removeItem(STORED);
-  list();
+  forget(again);
   at("prompt").focus();
 });
-list();
+list(again);
 say("loading ...");
 start().catch((error) => say(error.message, true));
