@@ -15,6 +15,7 @@ from snoopi_rt.pipeline import EMBEDDED, load
 from snoopi_rt.server.app import Settings
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+sync_api.expect.set_options(timeout=30_000)  # milliseconds: machines are busy at times
 CHROMIUM = shutil.which("chromium")
 SHOTS = Path(os.environ["SNOOPI_RT_SCREENSHOTS"]) if "SNOOPI_RT_SCREENSHOTS" in os.environ else None
 """Where screenshots are kept for people to look at."""

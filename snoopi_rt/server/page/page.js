@@ -90,87 +90,9 @@ function draw({ sameSeed = false, kept = true, live = false } = {}) {
   else drawing.kept ||= kept; // it is being drawn already
 }
 
-<<<<<<< HEAD
-function show(what, fresh) {
-  shown = what;
-  const { scales } = shown;
-  at("slider").hidden = scales.length < 2;
-  at("scale").max = scales.length - 1;
-  if (fresh) at("scale").value = Math.max(0, scales.indexOf(model().negative_scale.default));
-  at("images").replaceChildren(...shown.rows.map(card));
-  slide();
-}
-
-function card(row) {
-  const made = at("image").content.cloneNode(true).firstElementChild;
-  made.row = row;
-  made.querySelector(".copy").addEventListener("click", (event) => copy(event.target, row));
-  return made;
-}
-
-function slide() {
-  const place = Number(at("scale").value);
-  const scale = shown.scales[place];
-  at("scale-value").textContent = scale;
-  at("scale").setAttribute("aria-valuetext", String(scale));
-  for (const made of at("images").children) {
-    const source = made.row.sources[place] ?? made.row.sources[0];
-    made.querySelector("img").src = source;
-    made.querySelector("img").alt = shown.asked.prompt;
-    made.querySelector(".said").textContent = `seed ${made.row.seed}${shown.asked.negative_prompt ? `, scale ${scale}` : ""}`;
-    Object.assign(made.querySelector(".download"), { href: source, download: `snoopi-${made.row.seed}-${scale}.png` });
-  }
-}
-
-// One word that bash, zsh and ksh read back as the same text, and that holds nothing a terminal obeys: as snoopi_rt/shell.py.
-function quoted(text) {
-  if (/^[\w@%+:,./-][\w@%+=:,./-]*$/.test(text)) return text;
-  if (!/[\p{C}\p{Zl}\p{Zp}]/u.test(text)) return `'${text.replaceAll("'", `'"'"'`)}'`;
-  const octal = (char) => [...new TextEncoder().encode(char)].map((byte) => `\\${byte.toString(8).padStart(3, "0")}`).join("");
-  return `$'${text.replace(/[\\']/g, "\\$&").replace(/[!\p{C}\p{Zl}\p{Zp}]/gu, octal)}'`;
-}
-
-async function copy(button, row) {
-  const { asked, scales } = shown;
-  const option = (name, value) => (value.startsWith("-") ? [`${name}=${value}`] : [name, value]);
-  const negative = asked.negative_prompt
-    ? [...option("--neg", asked.negative_prompt), "--neg-scale", String(scales[Number(at("scale").value)])]
-    : [];
-  // Where a server's bundle lies is not known to whoever reads its page.
-  const bundle = models.find((each) => each.id === asked.model)?.embedded ? [] : ["--bundle", "FOLDER"];
-  const prompt = asked.prompt === "-" ? " -" : asked.prompt; // - alone is standard input
-  const options = [...negative, "--seed", String(row.seed), "--size", asked.size, ...bundle];
-  const words = ["snoopi-rt", "generate", ...(prompt.startsWith("-") ? [...options, "--", prompt] : [prompt, ...options])];
-  const command = words.map(quoted).join(" ");
-  const missing = bundle.length ? `put the folder of bundle ${asked.model} in the place of FOLDER` : "";
-  if (missing) say(missing);
-  try {
-    await navigator.clipboard.writeText(command);
-    button.textContent = "Copied";
-    setTimeout(() => (button.textContent = "Copy as command"), 1500);
-  } catch {
-    say([command, missing].filter(Boolean).join(" - ")); // without https a browser may not copy: then it can be marked by hand
-  }
-}
-
-const STORED = "snoopi-rt.history";
-
-function history() {
-  try {
-    return JSON.parse(localStorage.getItem(STORED) ?? "[]").filter((entry) => entry.asked?.prompt && entry.source);
-  } catch {
-    return []; // another program's, or storage is forbidden
-  }
-}
-
-function remember(entry) {
-  let all = [entry, ...history()].slice(0, KEPT);
-  for (; all.length; all = all.slice(0, -1)) {
-=======
 async function work(wanted) {
   for (drawing = wanted; drawing; [drawing, next] = [next, null]) {
     block(!drawing.live);
->>>>>>> db1fab7 (The page draws at once and while one types, has things, colours and flaws to click, a wipe, prompts in the history, and says what a model does not know)
     try {
       await drawAll(drawing);
     } catch (error) {

@@ -97,5 +97,7 @@ export function command(asked, seed, scale, bundle) {
   const option = (name, value) => (value.startsWith("-") ? [`${name}=${value}`] : [name, value]);
   const negative = asked.negative_prompt ? [...option("--neg", asked.negative_prompt), "--neg-scale", String(scale)] : [];
   const prompt = asked.prompt === "-" ? " -" : asked.prompt; // - alone is standard input
-  return ["snoopi-rt", "generate", ...negative, "--seed", String(seed), "--size", asked.size, ...bundle, "--", prompt].map(quoted).join(" ");
+  const options = [...negative, "--seed", String(seed), "--size", asked.size, ...bundle];
+  const words = prompt.startsWith("-") ? [...options, "--", prompt] : [prompt, ...options];
+  return ["snoopi-rt", "generate", ...words].map(quoted).join(" ");
 }
