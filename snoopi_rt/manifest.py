@@ -159,16 +159,22 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a narrow model knows, in the words of its prompts: objects with their synonyms, colours, artifacts, styles, counts ("two")."""
+    """What a narrow model knows, in the words of its prompts: objects with their synonyms, colours, artifacts, styles, counts ("two").
+
+    related: words with spaces between them that it does not know, by the object that means most nearly the same.
+    """
 
     objects: dict[str, tuple[str, ...]]
     colours: tuple[str, ...] = ()
     artifacts: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
+    related: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         require(bool(self.objects), "a vocabulary needs objects")
+        for name in self.related or ():
+            require(name in self.objects, f"words are related to {name!r}, which is no object of the vocabulary")
         words = (*self.objects, *(word for synonyms in self.objects.values() for word in synonyms))
         for kind in (words, self.colours, self.artifacts, self.styles, self.counts):
             require(all(word == word.strip() != "" for word in kind), "a word of the vocabulary is empty, or has white space around it")

@@ -65,6 +65,10 @@ class Matcher:
         for said, name in names:  # first the names themselves: another object's synonym does not hide them
             for form in _forms(_words(said)):
                 self._objects.setdefault(form, name)
+        self._related: dict[str, list[str]] = {}
+        for name, related in (vocabulary.related or {}).items():
+            for word in related.split():
+                self._related.setdefault(word, []).append(name)
         self._names = [(_words(said), name) for said, name in names]
         self._phrases = [_words(phrase) for phrase in (*vocabulary.artifacts, *vocabulary.styles, *PHRASES)]
         self._no_objects = NO_OBJECTS.union(*([word] for kind in (vocabulary.colours, vocabulary.counts) for word in map(str.lower, kind)))
@@ -147,12 +151,13 @@ class Matcher:
         return [word for word in words if word.object and word.text not in self._no_objects]
 
     def _nearest(self, part: _Part) -> list[str]:
-        """Objects that share a word with the noun; without any, those that are spelled nearly so."""
+        """Objects that share a word with the noun or mean nearly the same; without any, those that are spelled nearly so."""
         noun = part.words[-1].text
         shared = [str(word.object) for word in self._modifiers(part.words)]
         shared += [name for words, name in self._names if noun in words and len(noun) > 2]
         alike = (name for form, name in self._objects.items() if _may_be_meant(noun, form))
-        return list(dict.fromkeys(shared or alike))[:NEAREST]
+        related = self._related.get(noun) or self._related.get(noun.removesuffix("s"), [])
+        return list(dict.fromkeys([*shared, *related] or alike))[:NEAREST]
 
 
 def _plain(text: str) -> str:

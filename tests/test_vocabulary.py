@@ -124,6 +124,12 @@ def test_what_strangers_type_for_known_things_is_known(matcher: Matcher) -> None
     assert {name: unknown for name in names if (unknown := matcher.unknown(f"TWO {name.upper()}!"))} == {}
 
 
+def test_the_related_words_are_of_things_that_it_knows_and_are_no_names_of_any(matcher: Matcher) -> None:
+    assert second.read_related() == second.VOCABULARY.related, "run tools/related_words.py"
+    words = {word for related in second.read_related().values() for word in related.split()}
+    assert len(words) > 4000 and all(map(matcher.unknown, words))
+
+
 def test_captions_of_the_training_are_known(matcher: Matcher) -> None:
     scenes, rng = Scenes(list(second.VOCABULARY.objects)), np.random.default_rng(1)
     captions = [caption(scenes.draw_scene(rng), rng) for _ in range(1000)]
@@ -145,9 +151,11 @@ def test_of_other_prompts_the_noun_is_named_and_no_adjective_colour_or_number(ma
         ("a ball", ("soccer ball", "tennis ball")),
         ("cup", None),
         ("xyz", ()),
+        ("a submarine", ("dolphin", "sailboat")),
+        ("a saxophones", ("violin", "trumpet")),
     ],
 )
-def test_nearest_are_objects_that_share_a_word_or_are_spelled_nearly_so(
+def test_nearest_are_objects_that_share_a_word_or_mean_or_are_spelled_nearly_the_same(
     matcher: Matcher, prompt: str, nearest: tuple[str, ...] | None
 ) -> None:
     unknown = matcher.unknown(prompt)
@@ -173,7 +181,9 @@ def test_the_embedded_bundle_knows_its_examples_and_names_what_it_does_not_know(
 @pytest.fixture
 def narrow(original: Bundle, folder: Path) -> Bundle:
     """The tiny bundle, which says that it knows cats and foxes."""
-    return replace(original, vocabulary=Vocabulary({"cat": ("kitten",), "fox": ()}, colours=("red",)), examples=("a cat",)).save(folder)
+    return replace(
+        original, vocabulary=Vocabulary({"cat": ("kitten",), "fox": ()}, ("red",), related={"cat": "lynx"}), examples=("a cat",)
+    ).save(folder)
 
 
 @pytest.fixture
@@ -188,6 +198,7 @@ def test_a_result_has_the_warnings_of_its_own_prompts_and_its_images_all_the_sam
     assert result.warnings == ("model 'tiny' does not know 'cow'",) and len(result) == 4
     assert [len(part.warnings) for part in result.split()] == [0, 1, 1, 0]
     np.testing.assert_array_equal(result.images, pipe.generate(["a kitten", "a red cow", "a red cow", "a cats"], seed=[1, 2, 3, 4]).images)
+    assert narrow_pipe.generate("two lynx").warnings == ("model 'tiny' does not know 'lynx'; nearest: cat",)
     assert narrow_pipe.generate("a fxo").warnings == ("model 'tiny' does not know 'fxo'",)
     assert narrow_pipe.generate("a kittne").warnings == ("model 'tiny' does not know 'kittne'; nearest: cat",)
     assert narrow_pipe.generate("a cat", "a submarine").warnings == () == pipe.generate("a submarine").warnings
@@ -220,7 +231,9 @@ def test_a_batch_lists_its_warnings_and_counts_them(narrow_pipe: Pipeline, tmp_p
 def test_an_answer_over_http_has_its_own_warnings(narrow_pipe: Pipeline) -> None:
     with served(Settings({"tiny": lambda: narrow_pipe})) as address:
         answers = [httpx.post(f"{address}/v1/images/generations", json={"prompt": prompt}).json() for prompt in ("a cow", "a cat")]
+        known = httpx.get(f"{address}/v1/models/tiny").json()["vocabulary"]
     assert [answer["warnings"] for answer in answers] == [["model 'tiny' does not know 'cow'"], []]
+    assert known["objects"] == {"cat": ["kitten"], "fox": []} and known["related"] is None  # which nobody needs there
 
 
 def test_info_lists_what_a_bundle_knows(narrow: Bundle, original: Bundle, tmp_path: Path) -> None:
@@ -229,7 +242,14 @@ def test_info_lists_what_a_bundle_knows(narrow: Bundle, original: Bundle, tmp_pa
         return result.exit_code, result.output
 
     assert info(str(narrow.folder), "--vocabulary") == (0, "objects (2): cat (kitten), fox\ncolours (1): red\n")
-    known = {"objects": {"cat": ["kitten"], "fox": []}, "colours": ["red"], "artifacts": [], "styles": [], "counts": []}
+    known = {
+        "objects": {"cat": ["kitten"], "fox": []},
+        "colours": ["red"],
+        "artifacts": [],
+        "styles": [],
+        "counts": [],
+        "related": {"cat": "lynx"},
+    }
     code, line = info(str(narrow.folder), "--vocabulary", "--json")
     assert (code, json.loads(line), line.count("\n")) == (0, known, 1)
     assert info(str(original.folder), "--vocabulary") == (0, "bundle 'tiny' names no vocabulary\n")

@@ -1,17 +1,30 @@
 """What the embedded model knows, as its bundle.json says it, and prompts that show it well."""
 
+from importlib.resources import files
+
 from snoopi_rt.bundle import Vocabulary
+from snoopi_rt.export.small_model import dataset
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, COUNTS, FLAWS, things
 
-_ORDERED = sorted(things(), key=lambda thing: not thing.common)
+_ORDERED = sorted(things(), key=lambda thing: not thing.common)  # those first that people ask for first
+_NAMES = [thing.name for thing in _ORDERED]
+
+
+def read_related() -> dict[str, str]:
+    """The words of related.txt by the thing that means most nearly the same."""
+    lines = files(dataset).joinpath("related.txt").read_text(encoding="utf-8").splitlines()
+    return {thing: words for thing, _, words in (line.partition(": ") for line in lines)}
+
+
 VOCABULARY = Vocabulary(
     objects={thing.name: thing.synonyms for thing in _ORDERED},
     colours=tuple(COLOURS),
     artifacts=tuple(FLAWS),
     styles=("cartoon", "3d render", "flat drawing"),
     counts=tuple(COUNTS.values()),
+    # After a change of vocabulary.txt related.txt may lag behind: tools/related_words.py needs this to make it anew.
+    related={thing: words for thing, words in read_related().items() if thing in _NAMES},
 )
-"""Those things come first that people ask for first."""
 EXAMPLES = (
     "a panda on an orange background",
     "a fox",

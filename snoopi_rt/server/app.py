@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -286,7 +286,7 @@ def application(
             engine=pipe.engine,
             max_images=settings.most,
             seconds_per_image=drawing.pace,
-            vocabulary=pipe.bundle.vocabulary,
+            vocabulary=pipe.bundle.vocabulary and replace(pipe.bundle.vocabulary, related=None),
             examples=pipe.bundle.examples,
             embedded=pipe.bundle.folder == EMBEDDED,
         )
