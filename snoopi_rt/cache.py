@@ -143,19 +143,23 @@ class Cache:
         return {kind: sum(size for _, size, _ in self._entries(kind)) for kind in KINDS}
 
     def trim(self) -> None:
-        """Removes the files and folders that were not used for the longest time until the rest is within the limit.
+        """Removes the files and folders that were not used for the longest time until the rest is within the limit, and all that whoever
+        began it cannot finish any more.
 
-        A folder that is being filled stays. A time in the future is that of no use that anybody knows.
+        A folder that is being filled stays: it is one in which something was written lately, since nothing is written for so long only by
+        a process that was killed. That needs no lock, which would have to outlive a kill too. A time in the future is that of no use that
+        anybody knows.
         """
         now = time.time()
         with contextlib.suppress(OSError):
             os.utime(self.path)  # whose time tells others
-        entries = sorted(
-            (used if used <= now + LATELY else 0.0, size, path)
-            for kind in KINDS
-            for used, size, path in self._entries(kind)
-            if not (path.name.startswith(".") and used > now - LATELY)
-        )
+        entries = []
+        for used, size, path in (entry for kind in KINDS for entry in self._entries(kind)):
+            if not path.name.startswith("."):
+                entries.append((used if used <= now + LATELY else 0.0, size, path))
+            elif abs(used - now) > LATELY:
+                _remove(path)
+        entries.sort()
         excess = sum(size for _, size, _ in entries) - self.limit
         for _, size, path in entries:
             if excess <= 0:

@@ -263,8 +263,8 @@ def test_a_time_in_the_future_keeps_nothing_for_ever(kept: Path) -> None:
     assert [path.name for path in (kept / "states").iterdir()] == ["used"]
 
 
-def test_a_folder_that_is_being_filled_is_not_trimmed_and_one_that_a_crash_left_is() -> None:
-    cache = Cache(limit=1000)
+def test_a_folder_that_is_being_filled_is_not_trimmed_and_one_that_a_crash_left_is_even_where_there_is_room() -> None:
+    cache = Cache()
     with cache.fill("model", 10) as folder:
         assert folder is not None
         (folder / "weights").write_bytes(bytes(2000))

@@ -1,0 +1,178 @@
+"""A soak of `snoopi-rt serve`: clients with ever new prompts while the served bundle's folder is replaced by rename, twice a minute.
+
+    python tools/soak.py --minutes 10 --clients 64 --out docs/soak.json
+
+The server keeps the bundle that it opened: every answer is a picture of that one, or 429. One picture in twenty is drawn again here and may
+differ by one level; the server's memory after the first minute is compared with that at the end. The exit code is 1 where any of it fails.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import aiohttp
+import click
+import numpy as np
+from PIL import Image
+
+WORDS = ("panda", "fox", "rocket", "apple", "owl", "red", "blue", "green", "small", "blurry", "background", "on", "a", "the", "two", "cat")
+CHECKED = 20
+"""One picture of so many is drawn again."""
+GROWTH = 1.1
+"""How many times the memory after the first minute the last one may be."""
+
+
+class Server:
+    """`snoopi-rt serve` of a copy of the embedded bundle, which `replace` exchanges for another copy."""
+
+    def __init__(self, folder: Path) -> None:
+        from snoopi_rt.pipeline import EMBEDDED
+
+        self.bundle, self._other, self._log = folder / "bundle", folder / "other", open(folder / "log", "wb")  # noqa: SIM115
+        shutil.copytree(EMBEDDED, self.bundle)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        words = [sys.executable, "-m", "snoopi_rt", "serve", "--port", str(self.port), "--bundle", str(self.bundle), "--engine", "cpu"]
+        self._process = subprocess.Popen(words, stderr=self._log)
+        self.replaced = 0
+
+    def replace(self) -> None:
+        """Puts a bundle with other files, and another name, in the place of the served one: by two renames, as documented."""
+        shutil.copytree(self.bundle, self._other)
+        manifest = self._other / "bundle.json"
+        document = json.loads(manifest.read_text(encoding="utf-8"))
+        self.replaced += 1
+        manifest.write_text(json.dumps(document | {"name": f"small-{self.replaced}"}), encoding="utf-8")
+        old = self.bundle.with_name("old")
+        self.bundle.rename(old)
+        self._other.rename(self.bundle)
+        shutil.rmtree(old)
+
+    def megabytes(self) -> float:
+        """Its resident memory."""
+        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text(encoding="utf-8").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    def tracebacks(self) -> int:
+        """How many the log has."""
+        return Path(self._log.name).read_text(encoding="utf-8", errors="replace").count("Traceback")
+
+    def close(self) -> int:
+        """Ends it as a service manager does; its exit code."""
+        self._process.terminate()
+        code = self._process.wait()
+        self._log.close()
+        return code
+
+
+async def soak(server: Server, clients: int, seconds: float, seed: int) -> dict[str, Any]:
+    """What the clients got, and what is wrong with it."""
+    import snoopi_rt
+
+    address, answers, wrong = f"http://127.0.0.1:{server.port}", Counter[str](), []
+    memory: list[float] = []
+    pipe, begun = snoopi_rt.load(engine="cpu"), time.monotonic()
+    end = begun + seconds
+
+    async def client(number: int, http: aiohttp.ClientSession) -> None:
+        random, turn = Random(f"{seed} {number}"), 0
+        while time.monotonic() < end:
+            turn += 1
+            body: dict[str, Any] = {"prompt": " ".join(random.choices(WORDS, k=random.randint(1, 12))), "seed": random.randrange(2**32)}
+            if random.random() < 0.5:
+                body |= {"negative_prompt": random.choice(WORDS), "negative_scale": random.choice((0.25, 0.5, 1.0))}
+            try:
+                async with http.post(f"{address}/v1/images/generations", json=body) as response:
+                    answer = await response.json()
+            except (aiohttp.ClientError, TimeoutError) as error:
+                answers["no answer"] += 1
+                wrong.append(f"{type(error).__name__}: {error}")
+                continue
+            answers[str(response.status)] += 1
+            if response.status == 429:
+                await asyncio.sleep(random.random())
+            elif response.status != 200:
+                wrong.append(f"{response.status}: {answer}")
+            elif turn % CHECKED == 0:
+                answers["drawn again"] += 1
+                again = await asyncio.to_thread(
+                    pipe.generate, body["prompt"], body.get("negative_prompt"), body.get("negative_scale"), body["seed"]
+                )
+                with Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))) as opened:
+                    difference = np.abs(np.asarray(opened).astype(int) - again.images[0]).max()
+                if difference > 1:
+                    wrong.append(f"a picture that is {difference} levels off: {body}")
+
+    async def every(pause: float, act: Any) -> None:
+        while True:
+            await asyncio.sleep(pause)
+            await asyncio.to_thread(act)
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        while True:
+            try:
+                async with http.get(f"{address}/readyz") as response:
+                    if response.status == 200:
+                        break
+            except aiohttp.ClientError:
+                await asyncio.sleep(0.1)
+        begun = time.monotonic()
+        end = begun + seconds
+        tasks = [
+            asyncio.create_task(every(30.0, server.replace)),
+            asyncio.create_task(every(10.0, lambda: memory.append(server.megabytes()))),
+        ]
+        await asyncio.gather(*(client(number, http) for number in range(clients)))
+        for task in tasks:
+            task.cancel()
+    memory.append(server.megabytes())
+    pipe.close()
+    return {"answers": dict(answers), "wrong": wrong[:20], "megabytes every 10 s": [round(value, 1) for value in memory]}
+
+
+@click.command()
+@click.option("--minutes", default=10.0)
+@click.option("--clients", default=64)
+@click.option("--seed", default=0)
+@click.option("--out", type=click.Path(path_type=Path))
+def main(minutes: float, clients: int, seed: int, out: Path | None) -> None:
+    """Print and write what the clients got."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SNOOPI_RT_CACHE"] = folder  # the prompts are nobody's
+        server = Server(Path(folder))
+        try:
+            row = asyncio.run(soak(server, clients, 60 * minutes, seed))
+        finally:
+            code = server.close()
+        memory = row["megabytes every 10 s"]
+        flat = memory[-1] <= GROWTH * memory[min(5, len(memory) - 1)]
+        facts = {
+            "minutes": minutes,
+            "clients": clients,
+            "bundles replaced": server.replaced,
+            "tracebacks": server.tracebacks(),
+            "flat": flat,
+        }
+    document = {**facts, **row}
+    click.echo(json.dumps(document))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    sys.exit(0 if flat and not row["wrong"] and not facts["tracebacks"] and code in (0, -15, 143) else 1)
+
+
+if __name__ == "__main__":
+    main()
