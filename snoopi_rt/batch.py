@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from snoopi_rt import image
 from snoopi_rt.engines.base import InputError, OutputError
-from snoopi_rt.files import check_place, open_regular, reason
+from snoopi_rt.files import check_place, open_regular, reason, remove_remains
 from snoopi_rt.json_reader import parse_json
 from snoopi_rt.pipeline import JOB, Pipeline, columns
 from snoopi_rt.prompt_file import PromptFile
@@ -110,7 +110,7 @@ class Batch:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Raises InputError where another process draws into the folder."""
+        """Raises InputError where another process draws into the folder; what one that was killed left there is removed."""
         from filelock import FileLock, Timeout
 
         lock = self.out / ".lock"
@@ -124,6 +124,7 @@ class Batch:
         except OSError as error:
             raise OutputError(f"cannot write into {self.out}: {reason(error)}") from error
         try:
+            remove_remains(self.out)
             yield
         finally:
             held.release()

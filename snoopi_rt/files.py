@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import secrets
 import stat
 from contextlib import suppress
@@ -37,6 +38,15 @@ def write_whole(path: Path, data: bytes, durable: bool = False, new: bool = Fals
         temporary.unlink(missing_ok=True)
 
 
+def remove_remains(folder: Path) -> None:
+    """Removes what `write_whole` left in a folder when its process was killed. Nobody else may be writing into it."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _TEMPORARY.fullmatch(entry.name):
+                with suppress(OSError):
+                    os.unlink(entry.path)
+
+
 def check_place(path: Path) -> None:
     """Returns where a file can be written to the path, its folder made if need be, so that nobody waits for one that cannot.
 
@@ -68,6 +78,9 @@ def hidden(path: Path, ending: str) -> Path:
 def _temporary(path: Path) -> Path:
     """A new name beside the path; not made of the path's own, which may be of the longest legal length."""
     return path.with_name(f".{secrets.token_hex(8)}.tmp")
+
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 
 def _rename_new(source: Path, path: Path) -> None:

@@ -70,6 +70,15 @@ def test_an_index_that_a_kill_cut_short_is_made_whole(pipe: Pipeline, prompts: P
     assert index(tmp_path / "out") == whole
 
 
+def test_what_a_killed_run_left_half_written_goes_and_hidden_files_of_others_stay(pipe: Pipeline, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".0123456789abcdef.tmp", ".mine.tmp"):
+        (out / name).write_bytes(b"half")
+    Batch(prompts, out).run(pipe)
+    assert [path.name for path in out.glob(".*.tmp")] == [".mine.tmp"]
+
+
 def test_an_image_of_something_else_is_neither_taken_nor_lost(pipe: Pipeline, prompts: Path, tmp_path: Path) -> None:
     """The index is gone and a prompt was changed: the old picture is not the new row's."""
     out = tmp_path / "out"

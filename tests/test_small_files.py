@@ -122,6 +122,9 @@ def test_a_damaged_small_file_is_one_line_with_its_name(file: str, students: Pat
         ("sd15/tokenizer/vocab.json", {"a": "0"}),
         ("sd15/scheduler/scheduler_config.json", {"num_train_timesteps": -1}),
         ("pixart/text_encoder/config.json", {"num_heads": "three"}),
+        ("pixart/text_encoder/config.json", {"num_heads": 2**50}),
+        ("sd15/text_encoder/config.json", {"vocab_size": 2**45}),
+        ("sd15/unet/config.json", {"block_out_channels": [10**30]}),
         ("lora/adapter_config.json", {"alpha_pattern": 3}),
     ],
 )

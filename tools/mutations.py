@@ -96,7 +96,7 @@ def _change(random: Random, document: Any) -> None:
             if isinstance(value, bool | None):
                 holder[key] = not value
             elif isinstance(value, int | float):
-                holder[key] = value + random.choice((-1, 1, 0.5))
+                holder[key] = value + random.choice((-1, 1) if isinstance(value, int) else (-1, 0.5))
             elif isinstance(value, str):
                 at = random.randrange(len(value) + 1)
                 holder[key] = value[:at] + random.choice(TEXTS[:-2]) + value[at + random.randint(0, 1) :]

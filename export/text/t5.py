@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from snoopi_rt.engines.base import InputError
+from snoopi_rt.engines.messages import why
 from snoopi_rt.export.weights.checkpoint import config_path, read_config, read_weights, transformers_config
 from snoopi_rt.export.weights.lora import Product
 from snoopi_rt.export.weights.source import weight_files
@@ -115,7 +116,10 @@ def reference_states(folder: Path, prompts: Sequence[Tensor], later: Mapping[str
 
     def loaded(module: nn.Module, prefix: str) -> nn.Module:
         weights = {name: weight_of(f"{prefix}.{name}").float() for name in module.state_dict()}
-        module.load_state_dict(weights, assign=True)
+        try:
+            module.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            raise InputError(f"{folder} holds weights of other shapes than its config describes: {why(error)}") from error
         return module.eval()
 
     used = torch.cat([ids.flatten() for ids in prompts]).unique()

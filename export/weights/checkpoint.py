@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snoopi_rt.engines.base import InputError
+from snoopi_rt.engines.messages import why
 from snoopi_rt.export.weights.files import CONFIG
 from snoopi_rt.export.weights.source import weight_files
 from snoopi_rt.export.weights.text_files import check_file, read_json
@@ -113,10 +114,11 @@ def _load_diffusers(kind: Any, config: dict[str, Any], path: Path, loaded: Mappi
 
 
 def _load_transformers(kind: Any, config: dict[str, Any], path: Path, loaded: Mapping, weights: Path, dtype: torch.dtype) -> nn.Module:
-    with _quiet():
+    described = transformers_config(kind, config, path)
+    with _quiet(), _describing(kind, path):
         module, found = kind.from_pretrained(
             None,
-            config=transformers_config(kind, config, path),
+            config=described,
             state_dict=next(_state_dicts(loaded), {}),
             dtype=dtype,
             output_loading_info=True,
@@ -142,11 +144,7 @@ def _describing(kind: type, path: Path) -> Iterator[None]:
         yield
     # What a constructor makes of a value that it does not know differs by class.
     except Exception as error:
-        raise InputError(f"{path} does not describe a {kind.__name__}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise InputError(f"{path} does not describe a {kind.__name__}: {why(error)}") from error
 
 
 def _require_fit(kind: type, weights: Path, missing: Collection[str], unexpected: Collection[str], reshaped: Iterable[tuple]) -> None:
