@@ -261,9 +261,8 @@ class _Index:
         """Writes the line of an image of so many bytes, of the metadata that is in it."""
         numbers = {name: kind(metadata[name]) for name, kind in (("negative_scale", float), ("seed", int)) if name in metadata}
         job = {name: metadata[name] for name in JOB if name in metadata}
-        self.add(
-            number, {"file": self._image_path(number).name, "bytes": size, **job, **numbers, **({"warning": warning} if warning else {})}
-        )
+        warned = {"warning": warning} if warning else {}
+        self.add(number, {"file": self._image_path(number).name, "bytes": size, **job, **numbers, **warned})
 
     def _still_right(self) -> Iterator[bytes]:
         """The lines of images that are there and whole. What failed, is damaged or is not there any more is drawn again."""

@@ -192,7 +192,7 @@ class Pipeline:
         """A line about a prompt whose object is not in the bundle's vocabulary, so that its picture will show something else; else None."""
         if self._matcher is None or (unknown := self._matcher.unknown(prompt)) is None:
             return None
-        return unknown.told("the embedded model" if self.bundle.folder == EMBEDDED else f"model {self.bundle.name!r}")
+        return unknown.message("the embedded model" if self.bundle.folder == EMBEDDED else f"model {self.bundle.name!r}")
 
     def prepare(self, prompt: str, truncate: bool = False) -> Conditioning:
         """The prompt with its states, for any number of calls: nothing of it is computed or looked up again.

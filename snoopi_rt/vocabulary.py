@@ -29,7 +29,7 @@ class Unknown:
     object: str | None
     nearest: tuple[str, ...] = ()
 
-    def told(self, model: str) -> str:
+    def message(self, model: str) -> str:
         """One line for people."""
         if self.object is None:
             return f"the prompt names no object that {model} knows"
@@ -62,14 +62,14 @@ class Matcher:
         self._objects: dict[str, str] = {}
         names = [(name, name) for name in vocabulary.objects]
         names += [(synonym, name) for name, synonyms in vocabulary.objects.items() for synonym in synonyms]
-        for said, name in names:  # first the names themselves: another object's synonym does not hide them
-            for form in _forms(_words(said)):
+        for spelling, name in names:  # first the names themselves: another object's synonym does not hide them
+            for form in _forms(_words(spelling)):
                 self._objects.setdefault(form, name)
         self._related: dict[str, list[str]] = {}
         for name, related in (vocabulary.related or {}).items():
             for word in related.split():
                 self._related.setdefault(word, []).append(name)
-        self._names = [(_words(said), name) for said, name in names]
+        self._names = [(_words(spelling), name) for spelling, name in names]
         self._phrases = [_words(phrase) for phrase in (*vocabulary.artifacts, *vocabulary.styles, *PHRASES)]
         self._no_objects = NO_OBJECTS.union(*([word] for kind in (vocabulary.colours, vocabulary.counts) for word in map(str.lower, kind)))
 

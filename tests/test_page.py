@@ -11,8 +11,10 @@ import pytest
 from test_server import served
 
 from snoopi_rt.engines.base import BundleError
+from snoopi_rt.export.small_model import vocabulary as second
 from snoopi_rt.pipeline import EMBEDDED, load
 from snoopi_rt.server.app import Settings
+from snoopi_rt.vocabulary import Matcher
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 sync_api.expect.set_options(timeout=30_000)  # milliseconds: machines are busy at times
@@ -322,6 +324,8 @@ def test_a_slow_bundle_draws_when_it_is_told_to_alone(browser: Any) -> None:
 
 def test_clicks_change_the_thing_the_background_and_the_flaw_of_the_prompt(browser: Any, address: str) -> None:
     page = page_of(browser, address)
+    draw(page, seed="0")
+    page.fill("#seed", "")
 
     def click(row: str, word: str) -> tuple[str, str]:
         page.click(f"#{row} [data-word='{word}']")
@@ -334,6 +338,8 @@ def test_clicks_change_the_thing_the_background_and_the_flaw_of_the_prompt(brows
     assert page.locator("#ideas [aria-pressed=true]").all_inner_texts() == ["owl", "purple", "grainy"]
     assert click("colours", "purple") == ("a grainy owl", "grainy")
     assert click("objects", "grapes") == ("a grainy grapes", "grainy")
+    sync_api.expect(page.locator(".shown")).to_have_attribute("alt", "a grainy grapes, without grainy")
+    assert page.inner_text(".facts").startswith("seed 0,")
     for _ in range(5):
         page.click("#surprise")
         assert len(page.locator("#ideas [aria-pressed=true]").all()) == 3 and not page.inner_text("#warning")
@@ -371,3 +377,20 @@ def test_the_wipe_compares_with_no_negative_and_the_slider_says_what_it_does(bro
     assert source(page) == sources[".plain"]
     draw(page, negative="")
     assert not page.is_visible(".place") and not page.is_visible("#slider")
+
+
+def test_every_thing_can_be_put_into_a_prompt_and_found_in_it_again(browser: Any, address: str) -> None:
+    page = page_of(browser, address)
+    script = """async ([things, vocabulary]) => {
+        const { thingIn, withThing } = await import("./words.js");
+        return things.map((thing) => withThing("a blurry panda on an orange background", thing, vocabulary))
+            .map((prompt) => [prompt, thingIn(prompt, vocabulary)]);
+    }"""
+    vocabulary = second.VOCABULARY
+    things = list(vocabulary.objects)
+    found = page.evaluate(
+        script, [things, {"objects": vocabulary.objects, "colours": vocabulary.colours, "artifacts": vocabulary.artifacts}]
+    )
+    assert [thing for _, thing in found] == things
+    matcher = Matcher(vocabulary)
+    assert not [prompt for prompt, _ in found if matcher.unknown(prompt)]

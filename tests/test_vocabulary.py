@@ -167,7 +167,7 @@ def test_nearest_are_objects_that_share_a_word_or_mean_or_are_spelled_nearly_the
 )
 def test_whatever_a_prompt_holds_it_is_judged_at_once_and_shown_short(matcher: Matcher, prompt: str) -> None:
     unknown = matcher.unknown(prompt)
-    assert unknown is not None and len(unknown.told("it")) < 120 and unknown.told("it").isprintable()
+    assert unknown is not None and len(unknown.message("it")) < 120 and unknown.message("it").isprintable()
 
 
 def test_the_embedded_bundle_knows_its_examples_and_names_what_it_does_not_know() -> None:

@@ -84,14 +84,14 @@ function draw({ sameSeed = false, kept = true, live = false } = {}) {
   const asked = { model: model().id, prompt, size: at("size").value, n: 1 };
   if (negative && model().negative_prompts) Object.assign(asked, { negative_prompt: negative, negative_scale: scales() });
   const count = Math.min(4, Math.max(1, Number(at("count").value) || 1));
-  const wanted = { asked, model: model(), count, seed: at("seed").value, sameSeed, kept, live };
-  if (!drawing) work(wanted);
-  else if (JSON.stringify([asked, count, wanted.seed]) !== JSON.stringify([drawing.asked, drawing.count, drawing.seed])) next = wanted;
+  const job = { asked, model: model(), count, seed: at("seed").value, sameSeed, kept, live };
+  if (!drawing) work(job);
+  else if (JSON.stringify([asked, count, job.seed]) !== JSON.stringify([drawing.asked, drawing.count, drawing.seed])) next = job;
   else drawing.kept ||= kept; // it is being drawn already
 }
 
-async function work(wanted) {
-  for (drawing = wanted; drawing; [drawing, next] = [next, null]) {
+async function work(job) {
+  for (drawing = job; drawing; [drawing, next] = [next, null]) {
     block(!drawing.live);
     try {
       await drawAll(drawing);
@@ -102,25 +102,26 @@ async function work(wanted) {
   block(false);
 }
 
-async function drawAll(wanted) {
-  const { asked, count } = wanted;
-  const first = wanted.seed !== "" ? Number(wanted.seed) : ((wanted.sameSeed || wanted.live) && seedShown()) || Math.floor(Math.random() * 2 ** 32);
+async function drawAll(job) {
+  const { asked, count } = job;
+  const shownSeed = job.sameSeed || job.live ? seedShown() : undefined;
+  const first = job.seed !== "" ? Number(job.seed) : (shownSeed ?? Math.floor(Math.random() * 2 ** 32));
   const begun = performance.now();
-  at("status").setAttribute("aria-live", wanted.live ? "off" : "polite");
-  if (!wanted.live) say("drawing ...");
+  at("status").setAttribute("aria-live", job.live ? "off" : "polite");
+  if (!job.live) say("drawing ...");
   const rows = [];
-  const drawn = { asked, model: wanted.model, scales: asked.negative_scale ?? [0], rows };
+  const drawn = { asked, model: job.model, scales: asked.negative_scale ?? [0], rows };
   for (let i = 0; i < count && !(i && next); i++) {
     const seed = (first + i) % 2 ** 32;
     const { data, warnings } = await call("v1/images/generations", { ...asked, seed });
-    rows.push({ seed, sources: data.map((each) => `data:image/png;base64,${each.b64_json}`) });
+    rows.push({ seed: data[0].seed, sources: data.map((each) => `data:image/png;base64,${each.b64_json}`) });
     show(drawn, say);
     warn(warnings);
   }
   const images = rows.length * drawn.scales.length;
   say(`${images} image${images > 1 ? "s" : ""} in ${((performance.now() - begun) / 1000).toFixed(2)} s`);
   unkept = rows.map((row) => ({ asked, seed: row.seed, source: looked(row) }));
-  if (wanted.kept) keep();
+  if (job.kept) keep();
 }
 
 function drawTyped(kept) {

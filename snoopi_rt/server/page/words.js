@@ -16,8 +16,8 @@ const object = (vocabulary) => new RegExp(`(?:\\b(an?) )?(?<![\\w-])(${either(na
 
 // The known thing that a prompt names: its usual name, or undefined.
 export function thingIn(prompt, vocabulary) {
-  const said = object(vocabulary).exec(prompt)?.[2].toLowerCase();
-  return said && Object.entries(vocabulary.objects).find(([name, synonyms]) => name === said || synonyms.includes(said))?.[0];
+  const spelling = object(vocabulary).exec(prompt)?.[2].toLowerCase();
+  return spelling && Object.entries(vocabulary.objects).find(([name, synonyms]) => name === spelling || synonyms.includes(spelling))?.[0];
 }
 
 // With this thing in the place of the one that it names; isKnown: whether that is what it is about. Else flaw and background alone stay.
