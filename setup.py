@@ -66,6 +66,8 @@ EXTRAS = {
     "parquet": ["pyarrow>=20"],
     "serve": SERVE,
     "ray": RAY,
+    # Without bounds: nobody's own torch is replaced.
+    "diffusers": ["diffusers", "transformers", "torch"],
     "export": EXPORT,
     "train": TRAIN,
     "dev": [*EXPORT, *TRAIN, *TRITON, *RTX, *GPU, *SERVE, *RAY, *CLIENTS, *CHECKS],

@@ -116,14 +116,20 @@ class OneProductAttention(nn.Module):
 
 def queries(attn: Attention, hidden: Tensor) -> Tensor:
     """(B, H, N, d), normalised where the network normalises its queries."""
-    q = split_heads(attn.to_q(hidden), attn.heads)
-    return q if attn.norm_q is None else attn.norm_q(q)
+    return _normalised(attn.to_q(hidden), attn.norm_q, attn.heads)
 
 
 def keys_values(attn: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
     """(B, H, T, d) each. Keys are normalised where the network does so: a negative's keys as much as a prompt's."""
-    k, v = split_heads(attn.to_k(states), attn.heads), split_heads(attn.to_v(states), attn.heads)
-    return k if attn.norm_k is None else attn.norm_k(k), v
+    return _normalised(attn.to_k(states), attn.norm_k, attn.heads), split_heads(attn.to_v(states), attn.heads)
+
+
+def _normalised(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
+    """(B, T, H * d) to (B, H, T, d), by a norm of each head or, as in Sana, of all heads together."""
+    if norm is None:
+        return split_heads(x, heads)
+    size = getattr(norm, "normalized_shape", None) or norm.dim  # of torch's norms, of diffusers'
+    return split_heads(norm(x), heads) if size[-1] == x.shape[-1] else norm(split_heads(x, heads))
 
 
 def text_mask(bias: Tensor | None) -> Tensor | None:

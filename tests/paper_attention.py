@@ -14,10 +14,12 @@ class PaperAttention:
     """A processor for self- and cross-attention; the latter sees a negative prompt too.
 
     negative (B, U, D), scale (B,), empty (1, T0, D): the states of the negative prompts and of the empty one. keep (B, U)
-    bool: which of the negative's tokens count. kind "none" is diffusers' AttnProcessor.
+    bool: which of the negative's tokens count. kind "none" is diffusers' AttnProcessor. across_heads: queries and keys are normalised
+    before they are split into heads.
     """
 
-    def __init__(self, kind: str, negative: Tensor, scale: Tensor, empty: Tensor, keep: Tensor | None = None):
+    def __init__(self, kind: str, negative: Tensor, scale: Tensor, empty: Tensor, keep: Tensor | None = None, across_heads: bool = False):
+        self.across_heads = across_heads
         self.kind, self.negative, self.scale, self.empty = kind, negative, scale[:, None, None], empty
         self.keep = torch.ones(negative.shape[:2], dtype=torch.bool) if keep is None else keep
 
@@ -29,14 +31,16 @@ class PaperAttention:
         attention_mask: Tensor | None = None,
         **_: object,
     ) -> Tensor:
-        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
+        def heads(x: Tensor, norm: Any = None) -> Tensor:
+            if norm is None:
+                return attn.head_to_batch_dim(x)
+            return attn.head_to_batch_dim(norm(x)) if self.across_heads else norm(attn.head_to_batch_dim(x))
+
+        query = heads(attn.to_q(hidden_states), attn.norm_q)
 
         def keys_values(states: Tensor) -> tuple[Tensor, Tensor]:
             states = states.expand(len(hidden_states), -1, -1)
-            key, value = (attn.head_to_batch_dim(projection(states)) for projection in (attn.to_k, attn.to_v))
-            return key if attn.norm_k is None else attn.norm_k(key), value
+            return heads(attn.to_k(states), attn.norm_k), heads(attn.to_v(states))
 
         def attend(key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
             if mask is not None:

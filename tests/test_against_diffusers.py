@@ -1,4 +1,7 @@
-"""Bundles in fp32 draw what diffusers' own pipelines draw when those are called at the student's timesteps from the same noise."""
+"""Bundles in fp32 draw what diffusers' own pipelines draw when those are called at the student's timesteps from the same noise.
+
+With a negative prompt, too, where the pipelines got one by `with_negative`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +17,7 @@ from diffusers.schedulers import scheduling_lcm
 
 import snoopi_rt
 from snoopi_rt.bundle import GRAPHS
+from snoopi_rt.diffusers import with_negative
 from snoopi_rt.export.origin import find_origin
 from snoopi_rt.export.run import Wishes, export
 from snoopi_rt.feeds import draw_noise
@@ -21,7 +25,7 @@ from snoopi_rt.feeds import draw_noise
 # Euler's sigmas (numpy), and a cast in SDXL's.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-PROMPT = "A red cat on a mat, it's naive"
+PROMPT, NEGATIVE = "A red cat on a mat, it's naive", "a blue dog in the fog"
 SEED = 11
 ROUNDING = 0.5
 BEFORE_UINT8 = 1e-3
@@ -47,7 +51,7 @@ class Case:
 
 PIXART = {"use_resolution_binning": False, "clean_caption": False, "guidance_scale": 1.0}
 SD = {"guidance_scale": 0.0}
-CARRIED = {"prompts": (PROMPT,), "prompts_only": True}  # saves the time to export a text encoder of each kind twice
+CARRIED = {"prompts": (PROMPT, NEGATIVE), "prompts_only": True}  # saves the time to export a text encoder of each kind twice
 CASES = {
     "PixArt-alpha 512, three sizes": Case(
         lambda path: tiny_students.pixart(path),
@@ -142,7 +146,12 @@ def test_a_bundle_draws_what_the_diffusers_pipeline_draws(name: str, tmp_path: P
 
     with snoopi_rt.load(bundle, engine="cpu") as ours:
         for size in case.sizes:
-            wanted, found = theirs(size), ours.generate(PROMPT, seed=SEED, size=size).images.astype(np.float64)
-            assert wanted.std() > 8 and np.mean((wanted == 0) | (wanted == 255)) < 0.2
-            assert np.abs(found - wanted).max() <= ROUNDING + 255 * BEFORE_UINT8
-        assert np.abs(found - theirs(size, **case.other)).max() > 1
+            image, reference = ours.generate(PROMPT, seed=SEED, size=size).images.astype(np.float64), theirs(size)
+            assert reference.std() > 8 and np.mean((reference == 0) | (reference == 255)) < 0.2
+            assert np.abs(image - reference).max() <= ROUNDING + 255 * BEFORE_UINT8
+        assert np.abs(image - theirs(size, **case.other)).max() > 1
+        with_negative(pipeline)
+        guided = ours.generate(PROMPT, NEGATIVE, 0.7, seed=SEED, size=size).images.astype(np.float64)
+        assert np.abs(guided - image).max() > 1
+        reference = theirs(size, negative_prompt=NEGATIVE, negative_scale=0.7)
+        assert np.abs(guided - reference).max() <= ROUNDING + 255 * BEFORE_UINT8

@@ -102,6 +102,49 @@ def stable_diffusion(
     return folder
 
 
+def sana_sprint(folder: Path) -> Path:
+    """SANA-Sprint with a decoder of factor 32 and a Gemma of two layers, whose tokenizer knows the words of SENTENCES."""
+    from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    words = sorted({word for sentence in SENTENCES for word in sentence.split()} | {"blurry"})
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $0", special_tokens=[("<bos>", vocabulary["<bos>"])])
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    text = {"vocab_size": len(vocabulary), "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
+    network = SanaTransformer2DModel(
+        in_channels=8, out_channels=8, num_attention_heads=3, attention_head_dim=8, num_layers=2, num_cross_attention_heads=2,
+        cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=24, mlp_ratio=2.0, sample_size=2, patch_size=1,
+        qk_norm="rms_norm_across_heads", guidance_embeds=True,
+    )  # fmt: skip
+    for name, weight in network.named_parameters():
+        if "norm_" in name or "scale_shift" in name:
+            nn.init.normal_(weight, 1.0, 0.3)
+    blocks = {"block_out_channels": (8,) * 6, "layers_per_block": (1,) * 6, "qkv_multiscales": ((),) * 6}
+    decoder = AutoencoderDC(
+        latent_channels=8, attention_head_dim=4,
+        encoder_block_types="ResBlock", decoder_block_types="ResBlock",
+        encoder_block_out_channels=blocks["block_out_channels"], decoder_block_out_channels=blocks["block_out_channels"],
+        encoder_layers_per_block=blocks["layers_per_block"], decoder_layers_per_block=blocks["layers_per_block"],
+        encoder_qkv_multiscales=blocks["qkv_multiscales"], decoder_qkv_multiscales=blocks["qkv_multiscales"],
+        scaling_factor=0.41407,
+    )  # fmt: skip
+    pipe = SanaSprintPipeline(
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special),
+        text_encoder=Gemma2Model(Gemma2Config(**text, **heads)).eval(),
+        vae=decoder.eval(),
+        transformer=network.eval(),
+        scheduler=SCMScheduler(prediction_type="trigflow", sigma_data=0.5),
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
 def unet(kind: str, levels: int = 2, **config: Any) -> Any:
     """A UNet2DConditionModel of `kind` sd15, sd21 or sdxl, in evaluation mode; with one level, all of it has cross-attention."""
     from diffusers import UNet2DConditionModel
