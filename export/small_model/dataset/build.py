@@ -88,7 +88,7 @@ def _write_shard(
         drawn = [compose(composer, vocabulary, seed, i, SIDE) for i in numbers[first - numbers.start :][:TOGETHER]]
         pictures = np.stack([picture for _, picture in drawn])
         samples += [sample for sample, _ in drawn]
-        latents.append(_encoded(network, pictures))
+        latents.append(encoded(network, pictures))
         if first == 0:
             contact_sheet(pictures, [sample.caption for sample in samples]).save(out / "contact_sheet.png")
         bar.update(len(drawn))
@@ -134,7 +134,8 @@ def read_seed(folder: Path) -> int:
 
 
 @torch.no_grad()
-def _encoded(network: torch.nn.Module, pictures: np.ndarray) -> Tensor:
+def encoded(network: torch.nn.Module, pictures: np.ndarray) -> Tensor:
+    """Latents (N, 8, 16, 16) fp16 of pictures (N, 128, 128, 3) uint8, by an encoder in bf16."""
     scaled = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     return network(scaled.bfloat16().contiguous(memory_format=torch.channels_last)).to(torch.float16).contiguous()
 

@@ -1,0 +1,59 @@
+"""What latents keep: real drawings seen through the encoder and a decoder, judged as the model's pictures are.
+
+    python tools/latent_ceiling.py --decoder runs/decoder --drawings runs/emoji/npm --out out/latent_ceiling.json
+
+A picture of the model cannot be recognised more often than these, and these not more often than the drawings themselves.
+"""
+
+import json
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+
+from snoopi_rt.export.evaluation.judge import TOP, Judge
+from snoopi_rt.export.small_model.dataset.build import SIDE, encoded
+from snoopi_rt.export.small_model.dataset.scene import Scene
+from snoopi_rt.export.small_model.dataset.vocabulary import things
+from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, to_pictures
+from snoopi_rt.export.training.sheet import contact_sheet
+from snoopi_rt.files import write_whole
+
+ENCODER = Path("weights/small/teacher/vae")
+SHOWN = 64
+
+
+@click.command()
+@click.option("--decoder", type=click.Path(path_type=Path), required=True)
+@click.option("--encoder", type=click.Path(path_type=Path), default=ENCODER)
+@click.option("--drawings", type=click.Path(path_type=Path), required=True, help="Where the emoji drawings are kept.")
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(decoder: Path, encoder: Path, drawings: Path, out: Path) -> None:
+    """Print the shares that are recognised, write them as JSON, and 64 pictures beside it."""
+    judge = Judge(drawings)
+    pictures = np.stack([judge.composer.draw(Scene((name,)), None, SIDE) for name in judge.names])
+    latents = torch.cat(
+        [encoded(AutoencoderTiny.from_pretrained(encoder).encoder.bfloat16(), part) for part in np.array_split(pictures, 16)]
+    )
+    decoded = to_pictures(PixelShuffleDecoder.from_pretrained(decoder).eval(), latents)
+    ranks = {"drawings": judge.ceiling(), "decoded": judge.ranks(judge.features(decoded), judge.names)}
+    common = np.array([thing.common for thing in things()])
+    document = {
+        f"{what}, top {top}, {group}": float((rank[members] < top).mean())
+        for what, rank in ranks.items()
+        for group, members in (("common", common), ("all", np.ones_like(common)))
+        for top in (1, TOP)
+    }
+    for name, value in document.items():
+        click.echo(f"{name:32}{value:7.1%}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, (json.dumps(document, indent=1) + "\n").encode())
+    contact_sheet(decoded[common][:SHOWN], [name for name, shown in zip(judge.names, common, strict=True) if shown][:SHOWN]).save(
+        out.with_suffix(".png")
+    )
+
+
+if __name__ == "__main__":
+    main()
