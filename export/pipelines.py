@@ -24,12 +24,7 @@ _OF_THE_PROMPT = ("prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds
 
 
 def with_negative(pipe: DiffusionPipeline, kind: str = "nasa") -> DiffusionPipeline:
-    """The pipeline itself, which from now on heeds `negative_prompt` at `guidance_scale=0`, in one call of its network a step.
-
-    Its call also takes `negative_scale`, a number or one for each prompt; by default the kind's. kind: nasa, nag, vsf or projected. Without
-    a negative prompt, or at a scale of 0, it draws what it drew before, bit for bit. Raises InputError for another kind, and for a pipeline
-    that has no cross-attention to a text.
-    """
+    """See snoopi_rt.diffusers."""
     if kind not in KINDS:
         raise InputError(f"unknown kind {kind!r}, choose from {', '.join(KINDS)}")
     without_negative(pipe)
@@ -47,7 +42,7 @@ def with_negative(pipe: DiffusionPipeline, kind: str = "nasa") -> DiffusionPipel
 
 
 def without_negative(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline as it was before `with_negative`; one that never was is left alone."""
+    """See snoopi_rt.diffusers."""
     if isinstance(pipe, _Negative):
         for attn in _cross_attentions(pipe):
             if isinstance(attn.processor, _NegativeProcessor):

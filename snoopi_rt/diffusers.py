@@ -1,5 +1,30 @@
-"""Negative prompts for one-step pipelines of diffusers: `pipe = snoopi_rt.diffusers.with_negative(pipe)`. Needs the extra diffusers."""
+"""Negative prompts for few-step pipelines of diffusers: `pipe = with_negative(pipe)`. Needs the extra diffusers."""
 
-from snoopi_rt.export.pipelines import with_negative, without_negative
+from typing import Any, TypeVar
 
-__all__ = ["with_negative", "without_negative"]
+from snoopi_rt.engines.base import EngineMissing, how_to_install
+
+Pipeline = TypeVar("Pipeline")
+
+
+def with_negative(pipe: Pipeline, kind: str = "nasa") -> Pipeline:
+    """The pipeline itself, which from now on heeds `negative_prompt` without classifier-free guidance: one call of its network a step.
+
+    Its call also takes `negative_scale`, a number or one for each prompt; by default the kind's. kind: nasa, nag, vsf or projected. Without
+    a negative prompt, or at a scale of 0, it draws what it drew before, bit for bit. Raises InputError for another kind, and for a pipeline
+    without cross-attention to a text; EngineMissing without torch and diffusers.
+    """
+    return _code().with_negative(pipe, kind)
+
+
+def without_negative(pipe: Pipeline) -> Pipeline:
+    """The pipeline as it was before `with_negative`; one that never was is left alone."""
+    return _code().without_negative(pipe)
+
+
+def _code() -> Any:
+    try:
+        from snoopi_rt.export import pipelines
+    except ImportError as error:
+        raise EngineMissing(f"negative prompts in diffusers need {error.name}: {how_to_install('diffusers')}") from error
+    return pipelines
