@@ -16,6 +16,7 @@ import numpy as np
 from snoopi_rt.bundle import Build, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.choice import Measured, choose, measurements, remember
+from snoopi_rt.engines import check_engine
 from snoopi_rt.engines.base import BundleError, EngineError, EngineMissing
 from snoopi_rt.manifest import legend
 from snoopi_rt.pipeline import STAGES, Pipeline, open_pipeline
@@ -55,9 +56,12 @@ def bench(
     """
     if runs is not None:
         integer("runs", runs, 1)
-    results: dict[str, dict[str, Any]] = {}
     for engine in engines:
-        fixed = select_builds(bundle, engine, precision)
+        check_engine(engine)
+    # Before the first is measured: that takes a while.
+    selected = {engine: select_builds(bundle, engine, precision) for engine in engines}
+    results: dict[str, dict[str, Any]] = {}
+    for engine, fixed in selected.items():
         builds = {graph: [fixed[graph]] if precision else list(bundle.builds(graph, engine)) for graph in fixed}
         found = measure_engine(bundle, engine, builds, threads, runs, say)
         say(f"{engine}: two cold starts")

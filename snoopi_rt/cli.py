@@ -95,6 +95,8 @@ def _signalled(ctx: click.Context) -> Iterator[None]:
 def _usage_line(error: click.ClickException) -> str:
     """What was typed wrongly and where to read more, instead of click's four lines."""
     message = one_line(" ".join(error.format_message().split())).rstrip(".")
+    if "unexpected extra argument" in message:
+        message += ": words that belong together stand in quotes"
     context = getattr(error, "ctx", None)
     more = f" (see {context.command_path} --help)" if context else ""
     return f"{message[:1].lower()}{message[1:]}{more}"
@@ -193,7 +195,7 @@ def build(bundle: str | None, engine: str, precision: str | None, threads: int |
             nonlocal bar
             if bar is None or bar.label != what:
                 bars.close()
-                bar = bars.enter_context(click.progressbar(length=1000, label=what, file=sys.stderr))
+                bar = bars.enter_context(click.progressbar(length=1000, label=what, file=sys.stderr, hidden=not sys.stderr.isatty()))
             bar.update(max(0, round(1000 * share) - bar.pos))
 
         with load(bundle, engine, precision, threads, progress=progress) as pipe:
@@ -273,7 +275,7 @@ def cache(clear: bool, yes: bool) -> None:
     if problem := kept.problem():
         click.echo(f"nothing is kept: {problem}")
     for kind, size in kept.sizes().items():
-        click.echo(f"{kind:14}{size / 1e6:10.1f} MB")
+        click.echo(f"{kind:14}{_size(size):>12}")
 
 
 def _ask(question: str, unanswered: str) -> None:

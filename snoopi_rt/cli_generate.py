@@ -42,7 +42,7 @@ class Scales(click.ParamType):
         try:
             return tuple(dict.fromkeys(float(part) + 0.0 for part in value.split(",")))  # + 0.0: -0 is 0
         except ValueError:
-            raise InputError(f"negative scale {value!r} is no number, and no numbers with commas such as 0,0.5,1") from None
+            raise InputError(f"negative scale {value!r}: give a number, or several such as 0,0.5,1") from None
 
 
 @click.command(epilog='Example: snoopi-rt generate "a red apple on a blue background" --neg blurry --seed 7 -o apple.png')
@@ -118,7 +118,9 @@ def generate(
         from snoopi_rt.prompt_file import PromptFile
 
         if prompt is not None:
-            raise InputError("give a PROMPT, or --prompts FILE, not both")
+            raise InputError(
+                "--out goes with --prompts: one PROMPT has -o" if prompts is None else "give a PROMPT, or --prompts FILE, not both"
+            )
         from snoopi_rt.request import seeds_from
 
         if prompts is None or out is None:
@@ -201,10 +203,11 @@ def _draw_batch(batch: "Batch", count: int, opening: dict[str, Any], workers: "W
             there = {"bundle": str(Path(opening["bundle"]).resolve()) if opening["bundle"] else None, "threads": opening["threads"] or 1}
             draw = partial(draw_on_ray, opening | there, workers)
     start = time.monotonic()
-    with pipe, click.progressbar(length=count, label="images", show_pos=True, file=sys.stderr) as bar:
+    with pipe, click.progressbar(length=count, label="images", show_pos=True, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         outcome = batch.run(pipe, bar.update, draw)
     seconds = time.monotonic() - start
-    click.echo(f"{outcome.drawn} drawn ({outcome.drawn / seconds:.1f} images a second), {outcome.kept} there before, in {quote(batch.out)}")
+    pace = f" ({outcome.drawn / seconds:.1f} images a second)" if outcome.drawn else ""
+    click.echo(f"{outcome.drawn} drawn{pace}, {outcome.kept} there before, in {quote(batch.out)}")
     if outcome.warned:
         from snoopi_rt.cli_pictures import warn
 

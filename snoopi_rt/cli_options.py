@@ -104,9 +104,17 @@ class Number(click.FloatRange):
         return number
 
 
+def _not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """An empty value is a variable of a shell that was not set: nobody means the default by it."""
+    if value == "":
+        raise InputError(f"{param.opts[0]} names no folder")
+    return value
+
+
 bundle_option = click.option(
     "--bundle",
     metavar="FOLDER",
+    callback=_not_empty,
     shell_complete=complete_bundle,
     help="The bundle's folder.  [default: the one that came with snoopi-rt]",
 )
@@ -187,7 +195,12 @@ def prompt_file_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def named_folder(text: str) -> tuple[str, Path]:
-    """The name and the folder of [NAME=]FOLDER; without a name it is the folder's own. A folder may have an equals sign in its name."""
+    """The name and the folder of [NAME=]FOLDER; without a name it is the folder's own. A folder may have an equals sign in its name.
+
+    Raises InputError for an empty one.
+    """
+    if not text or text.endswith("="):
+        raise InputError("--bundle names no folder")
     name, equals, path = text.partition("=") if not Path(text).is_dir() else ("", "", text)
     folder = Path(path if equals else text).resolve()
     return (name if equals else folder.name), folder

@@ -1,5 +1,6 @@
 """The pictures of one PROMPT on the command line: which are drawn, how they are put together, where they are written."""
 
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from snoopi_rt.names import image_paths, is_folder
 from snoopi_rt.pipeline import EMBEDDED, Pipeline
 from snoopi_rt.request import image_size
 from snoopi_rt.shell import join, json_line, quote, visible
+
+TOGETHER = 16
+"""Images of one call at most: as fast as more, and what is stopped meanwhile is little."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Drawing:
 
     def pictures(self, pipe: Pipeline) -> Iterator[Picture]:
         """The pictures, seed by seed, as many at once as the bundle takes. Raises what `generate` raises."""
-        together = max(1, pipe.max_batch // len(self._kinds))
+        together = max(1, min(pipe.max_batch, TOGETHER) // len(self._kinds))
         for start in range(0, len(self.seeds), together):
             seeds = self.seeds[start : start + together]
             result = pipe.generate(**self._jobs(seeds), size=self.size, truncate=self.truncate)
@@ -159,5 +163,8 @@ def warn(lines: Iterable[str], bundle: Bundle) -> None:
 
 def show(path: Path) -> None:
     """Opens the picture in the program that the desktop has for it. Raises OutputError where there is none."""
-    if click.launch(str(path.absolute())) != 0:
-        raise OutputError(f"{quote(path)} is written, but nothing here can show it")
+    opener = {"darwin": "open", "win32": "explorer"}.get(sys.platform, "xdg-open")
+    try:
+        subprocess.run([opener, path.absolute()], check=sys.platform != "win32", capture_output=True)  # explorer always ends with 1
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise OutputError(f"{quote(path)} is written, but nothing here can show it") from error

@@ -189,7 +189,7 @@ def _texts(file: BinaryIO) -> dict[str, str]:
                 else:
                     texts = parse_json(picture.getexif().get(DESCRIPTION, "{}"))
         except UnidentifiedImageError:
-            raise OSError("it is no PNG, JPEG or WebP image") from None
+            raise OSError("it is no whole PNG, JPEG or WebP image") from None
         except OSError:
             raise
         except Exception:  # Pillow raises whatever goes wrong in an odd file; and a description of somebody else is no JSON

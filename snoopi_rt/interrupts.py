@@ -114,6 +114,6 @@ def _watch(reader: int) -> None:
                 end_now(signals[0])
             first = signals[0]
             if not select.select([reader], [], [], PATIENCE)[0]:
-                print("stopping: what is begun is finished first; once more ends it now", file=sys.stderr, flush=True)
+                print("stopping: the call that runs ends first; once more ends it now", file=sys.stderr, flush=True)
     finally:
         os.close(reader)

@@ -68,6 +68,11 @@ class PromptFile:
             raise
 
     @property
+    def name(self) -> str:
+        """What the file is called in errors."""
+        return "standard input" if self.path == STANDARD_INPUT else str(self.path)
+
+    @property
     def word(self) -> str:
         """What a record's place is called."""
         return "row" if self.kind in ("json", "parquet") else "line"
@@ -81,20 +86,23 @@ class PromptFile:
             return self._contents
         with self._errors():
             seen, count, negative = dict.fromkeys(columns(self._file, self.kind)), 0, False
-        for _, record in self.records():
+        wrong: list[str] = []
+        for place, record in self.records():
             count += 1
             if isinstance(record, dict):
                 seen.update(dict.fromkeys(record))
                 negative = negative or _is_text(record.get("negative_prompt"))
-        if not count:
-            raise InputError(f"{self.path} holds no prompt")
+            elif not wrong:
+                wrong = [f"{self.word} {place}: {record}"]
+        if not seen:
+            raise InputError(": ".join([f"{self.name} holds no prompt", *wrong]))
         # The order of the columns is that of their first appearance: only the very first may go without a name.
         unknown = [name for place, name in enumerate(seen) if name not in self._names and not _is_index(place, name)]
         known = ", ".join(self._names)
-        if seen and "prompt" not in seen:
-            raise InputError(f"{self.path} has no column 'prompt' but {', '.join(map(repr, list(seen)[:10]))}: known are {known}")
+        if "prompt" not in seen:
+            raise InputError(f"{self.name} has no column 'prompt' but {', '.join(map(repr, list(seen)[:10]))}: known are {known}")
         if unknown and not self._ignore_columns:
-            raise InputError(f"{self.path} has the unknown column {unknown[0]!r}: known are {known}; --ignore-columns skips others")
+            raise InputError(f"{self.name} has the unknown column {unknown[0]!r}: known are {known}; --ignore-columns skips others")
         self._contents = Contents(count, negative)
         return self._contents
 
@@ -151,12 +159,12 @@ class PromptFile:
         try:
             yield
         except EngineMissing as error:
-            raise EngineMissing(f"{self.path}: {error}") from error
+            raise EngineMissing(f"{self.name}: {error}") from error
         except InputError as error:
-            raise InputError(f"cannot read {self.path}: {error}") from error
+            raise InputError(f"cannot read {self.name}: {error}") from error
         except OSError as error:
             hint = f" (what comes through a pipe is read from standard input: - < {self.path})" if self._is_pipe() else ""
-            raise InputError(f"cannot read {self.path}: {reason(error)}{hint}") from error
+            raise InputError(f"cannot read {self.name}: {reason(error)}{hint}") from error
 
     def _is_pipe(self) -> bool:
         try:

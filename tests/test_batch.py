@@ -196,7 +196,7 @@ def test_two_at_once_do_not_share_a_folder(pipe: Pipeline, prompts: Path, tmp_pa
     batch = Batch(prompts, tmp_path / "out")
 
     def second(rows: int) -> None:
-        with pytest.raises(InputError, match=r"^another process draws into .*out$"):
+        with pytest.raises(OutputError, match=r"^another process draws into .*out$"):
             Batch(prompts, tmp_path / "out").run(pipe)
         told.append(rows)
 
@@ -298,7 +298,9 @@ def test_prompts_come_from_standard_input_too(original: Bundle, tmp_path: Path) 
     assert "1 drawn" in run("-", "--ignore-columns") and "1 there before" in run("-", "--ignore-columns")
     assert index(tmp_path / "out")[0]["seed"] == 3
     assert "holds another batch" in run("-", "--ignore-columns", code=2, text="prompt\na fox")
-    assert "- holds no prompt" in run("-", code=2, text="")
+    assert "error: standard input holds no prompt" in run("-", code=2, text="")
+    (tmp_path / "latin.txt").write_bytes("ein Bär\n".encode("latin-1"))
+    assert f"error: {tmp_path}/latin.txt holds no prompt: line 1: not UTF-8 text\n" == run(tmp_path / "latin.txt", code=2)
     (tmp_path / "rows").write_text('"a cat"\n')
     assert "--prompts-format says which" in run(tmp_path / "rows", code=2)
     assert "holds another batch" in run(tmp_path / "rows", "--prompts-format", "jsonl", code=2)
@@ -307,7 +309,7 @@ def test_prompts_come_from_standard_input_too(original: Bundle, tmp_path: Path) 
 def test_the_command_line_says_what_is_missing(tmp_path: Path) -> None:
     for words, message in (
         (["generate", "--out", tmp_path], "--prompts FILE and --out FOLDER go together"),
-        (["generate", "a cat", "--out", tmp_path], "give a PROMPT, or --prompts FILE, not both"),
+        (["generate", "a cat", "--out", tmp_path], "--out goes with --prompts"),
         (["generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path, "-n", 2], "-n is for one PROMPT"),
         (["generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path, "--neg-scale", "0,1"], "several scales are for one PROMPT"),
         (["generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path, "--force"], "--force is for one PROMPT"),

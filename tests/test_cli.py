@@ -126,10 +126,12 @@ def test_an_existing_file_is_not_overwritten_without_force(original: Bundle, her
         (["a cat", "-o", "cat.gif"], 2, "error: cat.gif must end in .png, .jpg, .jpeg, .webp"),
         (["a cat", "-o", "cat.png", "--format", "webp"], 2, "error: cat.png does not end as webp does"),
         (["a cat", "--neg", "blurry", "--neg-scale", "0,5"], 2, "error: negative scale must be a number from 0.0 to 1.0, got 5.0"),
-        (["a cat", "--neg", "blurry", "--neg-scale", "0;1"], 2, "error: negative scale '0;1' is no number, and no numbers with commas"),
+        (["a cat", "--neg", "blurry", "--neg-scale", "0;1"], 2, "error: negative scale '0;1': give a number, or several such as 0,0.5,1"),
         (["a cat", "--side-by-side"], 2, "error: --side-by-side shows the image without and with the negative prompt: give --neg TEXT"),
         (["a cat", "-n", "2", "-o", "-"], 2, "error: -o - is for one picture, not 2: give a folder"),
         (["a cat", "-o", "-", "--open"], 2, "error: --open shows a file: -o - writes none"),
+        (["a cat", "--out", "folder"], 2, "error: --out goes with --prompts: one PROMPT has -o"),
+        (["a cat", "--bundle", ""], 2, "error: --bundle names no folder"),
         (["a cat", "--bundle", "x\x1b[31m"], 1, "error: no bundle at x$'\\033'[31m: no such folder"),
     ],
 )
@@ -221,7 +223,10 @@ def test_debug_before_or_behind_the_command_shows_the_traceback(here: Path) -> N
         (["serve", "--port", "0x1f"], "invalid value for '--port': '0x1f' is not a valid integer (see snoopi-rt serve --help)"),
         (["generate", "a cat", "--qqq", "7"], "no such option '--qqq' (see snoopi-rt generate --help)"),
         (["prompts"], "missing argument 'FILE' (see snoopi-rt prompts --help)"),
-        (["generate", "a cat", "a dog"], "got unexpected extra argument (a dog) (see snoopi-rt generate --help)"),
+        (
+            ["generate", "a cat", "a dog"],
+            "got unexpected extra argument (a dog): words that belong together stand in quotes (see snoopi-rt generate --help)",
+        ),
         (["draw"], "no such command 'draw' (see snoopi-rt --help)"),
         (["train", "qqq"], "no such command 'qqq' (see snoopi-rt train --help)"),
         (["serve", "--engine", "gpu"], "unknown engine 'gpu', choose from cpu, openvino, cuda, tensorrt"),
@@ -233,10 +238,18 @@ def test_what_is_typed_wrongly_is_one_line_that_says_where_to_read_on(here: Path
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.parametrize(("name", "code"), [("gpu", 2), ("tensorrt", 1)])
+def test_bench_knows_before_it_measures_that_an_engine_cannot_be_measured(
+    original: Bundle, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    monkeypatch.setattr("snoopi_rt.bench.measure_engine", lambda *_: pytest.fail("measured"))
+    assert len(run("bench", "--bundle", original.folder, "--engine", HERE[0], "--engine", name, code=code).stderr.splitlines()) == 1
+
+
 def test_what_is_no_image_and_no_bundle_is_called_so(here: Path) -> None:
     os.mkfifo("pipe")
     Path("file").write_bytes(b"GIF89a")
-    assert run("info", "file", code=2).stderr == "error: file cannot be read: it is no PNG, JPEG or WebP image\n"
+    assert run("info", "file", code=2).stderr == "error: file cannot be read: it is no whole PNG, JPEG or WebP image\n"
     for name in ("pipe", "/dev/null"):
         assert run("info", name, code=1).stderr == f"error: no bundle at {name}: it is not a folder\n"
     assert run("generate", "a cat", "--bundle", "file", code=1).stderr == "error: no bundle at file: it is not a folder\n"

@@ -23,6 +23,7 @@ from snoopi_rt.cache import Cache
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import EngineError
 from snoopi_rt.engines.fake import FakeEngine
+from snoopi_rt.image import condition
 from snoopi_rt.pipeline import Pipeline
 
 HERE = [name for name in ("cpu", "openvino") if name in installed()]
@@ -191,6 +192,13 @@ def test_a_batch_that_is_stopped_resumes(tmp_path: Path) -> None:
         names = {path.name for path in (tmp_path / "out").iterdir()}
         drawn = sum(name.endswith(".png") for name in names)
         assert len(signals) == 2 or len(names) == drawn + len([".lock", "index.jsonl"])
+
+
+@pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")
+def test_of_many_images_those_that_were_drawn_before_a_signal_are_there(tmp_path: Path) -> None:
+    words = ["generate", "a red fox", "-n", "5000", "--seed", "1", "-o", "out/", "--engine", "cpu"]
+    stopped(words, tmp_path, lambda: any(tmp_path.glob("out/*.png")), signal.SIGINT)
+    assert all(condition(path) == "whole" for path in (tmp_path / "out").iterdir())
 
 
 @pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")

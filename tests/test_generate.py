@@ -186,10 +186,12 @@ def test_json_is_one_line_per_picture(generate: Generate) -> None:
 @needs_engine
 def test_open_shows_every_picture_once_it_is_there(generate: Generate, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
-    monkeypatch.setattr("click.launch", lambda path: shown.append(path) or 0)
+    monkeypatch.setattr("snoopi_rt.cli_pictures.subprocess.run", lambda command, **_: shown.append(str(command[1])))
     generate("a cat", "-n", 2, "--seed", 1, "--open")
     assert shown == [str(here / f"a-cat-{seed}.png") for seed in (1, 2)]
-    monkeypatch.setattr("click.launch", lambda path: 1)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PATH", "")
     assert generate("a cat", "-o", "x.png", "--open", code=1).stderr == "error: x.png is written, but nothing here can show it\n"
 
 

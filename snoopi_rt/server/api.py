@@ -2,7 +2,7 @@
 
 import base64
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -27,7 +27,7 @@ class Generation(BaseModel):
     size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT, one of the model's; auto is its first.")
     response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json by default; both for DALL-E's clients.")
     output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: int = Field(95, ge=0, le=100, description="The quality of jpeg and webp.")
+    output_compression: int | None = Field(None, ge=0, le=100, description="The quality of jpeg and webp, by default 95.")
     user: str | None = Field(None, max_length=256, description=UNUSED)
     safety_identifier: str | None = Field(None, max_length=256, description=UNUSED)
     seed: Annotated[int, Field(ge=0, lt=SEEDS), BeforeValidator(check_seed)] | None = Field(
@@ -50,6 +50,12 @@ class Generation(BaseModel):
     def _not_given(cls, body: Any) -> Any:
         """OpenAI's clients say null for what they do not say."""
         return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.output_format == "png" and self.output_compression not in (None, 100):
+            raise ValueError("output_compression is for jpeg and webp: png keeps every pixel")
+        return self
 
     def seeds_and_scales(self, most: int) -> tuple[list[int], list[float | None]]:
         """One of each for every image, seed by seed. Raises InputError for more than `most` images."""
@@ -147,8 +153,13 @@ def generation(body: bytes) -> Generation:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("float", "list[")))
-        unknown, ours = first["type"] == "extra_forbidden", first["msg"].removeprefix("Value error, ").removeprefix(f"{place} ")
-        message = f"unknown field, known are {', '.join(Generation.model_fields)}" if unknown else ours
+        message = first["msg"].removeprefix("Value error, ").removeprefix(f"{place} ").replace("Input should", "it must")
+        if first["type"] == "extra_forbidden":
+            message = f"unknown field, known are {', '.join(Generation.model_fields)}"
+        elif first["type"] == "model_type":
+            message = "the body must be a JSON object"
+        elif first["type"] == "literal_error":
+            message = message.replace("False", "false")  # in JSON's words
         raise InputError(f"{' '.join(place.split())[:100]}: {message}" if place else message) from error
     except ValueError as error:
         raise InputError(f"the body is not a request in JSON: {error}") from error
@@ -156,7 +167,12 @@ def generation(body: bytes) -> Generation:
 
 def encoded(result: Result, index: int, asked: Generation) -> bytes:
     """The file of one image, with what draws it again inside."""
-    return image.encode(result.images[index], asked.output_format, result.metadata(index), asked.output_compression)
+    return image.encode(
+        result.images[index],
+        asked.output_format,
+        result.metadata(index),
+        95 if asked.output_compression is None else asked.output_compression,
+    )
 
 
 def answer(model: str, result: Result, files: list[bytes], urls: list[str] | None, asked: Generation) -> Images:
