@@ -41,7 +41,8 @@ def find_origin(
 
     weights: a folder or hub id; none: the preset's own. Without a preset, the scheduler of
     weights corrects the backbone's own one. decoder: "full" (the folder's vae), "tiny" (the backbone's TAESD), or the folder or
-    hub id of one. Raises InputError for what is unknown, contradicts itself, cannot be fetched or needs its licence accepted.
+    hub id of one. Raises InputError for what is unknown, contradicts itself or needs its licence accepted, and whatever
+    find_source raises.
     """
     row = find_row(backbone, preset)
     chosen, merged = override(row, settings), tuple(parse_lora(lora) for lora in loras)

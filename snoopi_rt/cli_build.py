@@ -139,14 +139,14 @@ def student(
     with building("train student", "train", out):
         from snoopi_rt.export.training.distil import Task
         from snoopi_rt.export.training.distil import train as distil
-        from snoopi_rt.export.training.recipe import DEFAULT, described, find_recipe
+        from snoopi_rt.export.training.recipe import DEFAULT, find_recipe
 
         if backbone not in DEFAULT:
             raise InputError(f"backbone {backbone!r} cannot be trained here, choose from {', '.join(DEFAULT)}")
         base = find_recipe(recipe or DEFAULT[backbone])
         chosen = _recipe(type(base), settings, base)
-        click.echo(described(chosen), err=True)
-        preset = distil(Task(backbone, teacher, prompts, out, start, negatives, edits, clip, states), chosen, compiled)
+        task = Task(backbone, teacher, prompts, out, start, negatives, edits, clip, states)
+        preset = distil(task, chosen, compiled, say=lambda text: click.echo(text, err=True))
     click.echo(f"the student is in {quote(out)}: snoopi-rt export --preset {preset} --weights {quote(out)} --out BUNDLE")
 
 

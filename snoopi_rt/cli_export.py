@@ -1,5 +1,7 @@
 """The commands that make a bundle of a student: export and presets. The PyTorch side is imported inside them."""
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -9,7 +11,7 @@ import click
 
 from snoopi_rt.cli_options import Number, completed_by, prompt_file_options
 from snoopi_rt.engines.base import EngineMissing, InputError, OutputError, SnoopiError, how_to_install
-from snoopi_rt.files import check_place, reason
+from snoopi_rt.files import check_place, hidden, reason
 from snoopi_rt.shell import quote, visible
 
 ROWS = "snoopi_rt.export.presets.rows"
@@ -163,14 +165,34 @@ def _texts(path: Path | None, kind: str | None, ignore_columns: bool) -> tuple[s
 
 @contextmanager
 def building(command: str, extra: str, out: Path) -> Iterator[None]:
-    """Say which extra a command needs where a package is missing, and why a folder cannot be written: before the work begins."""
+    """Say which extra a command needs where a package is missing, which file cannot be read, and, before the work begins, why `out`
+    cannot be written."""
     try:
         if out != Path():
             check_place(out / "config.json")
+    except OSError as error:
+        raise OutputError(f"cannot write {quote(out)}: {reason(error)}") from error
+    try:
         yield
     except (SnoopiError, BrokenPipeError):
         raise
     except ImportError as error:
         raise EngineMissing(f"{command} needs {error.name}: {how_to_install(extra)}") from error
     except OSError as error:
-        raise OutputError(f"cannot write {quote(out)}: {reason(error)}") from error
+        raise _file_error(error, command, out) from error
+
+
+_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+"""What the system says only to those who write."""
+
+
+def _file_error(error: OSError, command: str, out: Path) -> SnoopiError:
+    """The error of a command that writes into `out`, and beside it while the work is not done, and reads all other files."""
+    writing = error.errno in _WRITING
+    if error.filename is None:
+        return OutputError(f"cannot write {quote(out)}: {reason(error)}") if writing else SnoopiError(f"{command}: {reason(error)}")
+    file, whole = (Path(os.path.abspath(path)) for path in (os.fsdecode(error.filename), out))
+    if any(file.is_relative_to(place) for place in (whole, hidden(whole, ".part"), hidden(whole, ".old"))):
+        return OutputError(f"cannot write {quote(out)}: {reason(error)}")
+    path = quote(os.fsdecode(error.filename))
+    return OutputError(f"cannot write {path}: {reason(error)}") if writing else InputError(f"cannot read {path}: {reason(error)}")

@@ -33,6 +33,11 @@ def require_range(name: str, value: int, least: int, most: int) -> None:
     require(least <= value <= most, f"{name} must be {'positive and at most' if least == 1 else f'from {least} to'} {most}, got {value}")
 
 
+def digits_apart(one: float, other: float) -> int:
+    """How many digits, at least two, two figures need to look different: an error of 0.0501 is beyond 0.05."""
+    return next((digits for digits in range(2, 9) if f"{one:.{digits}g}" != f"{other:.{digits}g}"), 2)
+
+
 def text_rule(prompt: str, lowercase: bool) -> str:
     """The text that is tokenized and looked up: without outer white space, in lower case where the bundle says so.
 
@@ -210,10 +215,10 @@ class Parity:
             return self.latent_error
         return self.relative_l2 if self.psnr is None else 10 ** (-self.psnr / 20)
 
-    def judged(self) -> str:
+    def judged(self, digits: int = 2) -> str:
         """That figure and what it is."""
         kind = "relative L2" if self.psnr is None else "rms of full white"
-        return f"{self.error:.2g} ({'latent error' if self.latent_error is not None else kind})"
+        return f"{self.error:.{digits}g} ({'latent error' if self.latent_error is not None else kind})"
 
 
 @dataclass(frozen=True)
@@ -249,8 +254,8 @@ class Build:
             require(
                 all(size is None or 0 < size <= INT32 for size in spec.shape), f"{main}: {spec.name} has an impossible shape {spec.shape}"
             )
-        within = self.parity.error <= self.tolerance
-        require(within, f"{main} is {self.parity.judged()} off PyTorch, beyond its tolerance {self.tolerance}")
+        within, digits = self.parity.error <= self.tolerance, digits_apart(self.parity.error, self.tolerance)
+        require(within, f"{main} is {self.parity.judged(digits)} off PyTorch, beyond its tolerance {self.tolerance:.{digits}g}")
 
     @cached_property
     def hash(self) -> str:
@@ -279,13 +284,13 @@ class Build:
     def described(self) -> str:
         """What the build is and how far it is from PyTorch, for people."""
         size = sum(file.size for file in self.files) / 1e6
-        parity, limit = self.parity, f"{self.tolerance:.0e}"
+        parity = self.parity
         figures = [f"relative L2 to PyTorch {parity.relative_l2:.1e}"]
         if parity.latent_error is not None:
             figures.insert(0, f"latent error {parity.latent_error:.1e}")
         if parity.psnr is not None:
             figures.append(f"PSNR {parity.psnr:.1f} dB")
-        figures.append(f"judged {parity.judged()} of at most {limit}")
+        figures.append(f"judged {parity.judged()} of at most {self.tolerance:.2g}")
         if self.max_batch is not None:
             figures.append(f"batch up to {self.max_batch}")
         return f"{self.format} for {', '.join(self.engines)}, {size:.1f} MB, precision {self.precision}, {', '.join(figures)}"

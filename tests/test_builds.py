@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from snoopi_rt.bundle import Parity
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import InputError, OutputError
-from snoopi_rt.export.graphs.builds import GPU_ENGINES, PRECISIONS, Graph, build, check_precision
+from snoopi_rt.export.graphs.builds import GPU_ENGINES, PRECISIONS, SIMULATED, Graph, _within, build, check_precision
 from snoopi_rt.export.graphs.parity import View
 
 openvino = pytest.importorskip("openvino", reason="needs both engines")
@@ -112,7 +113,16 @@ def test_layers_that_int8_spoils_are_kept_where_they_are_few(tmp_path: Path) -> 
 def test_auto_goes_on_to_the_next_where_too_many_layers_are_spoilt(tmp_path: Path) -> None:
     precisions, said = made(graph(10, 0.015), ["auto"], tmp_path)
     assert precisions == ["bf16", "fp16"]
-    assert said[0].startswith("generator: int8 is not taken: graph generator in int8 is 0.") and "(simulated, 3 layers kept)" in said[0]
+    figures = re.search(r" is (\S+) off PyTorch \(simulated, 3 layers kept\), allowed is (\S+), 70% of the tolerance (\S+): ", said[0])
+    assert figures is not None, said[0]
+    off, allowed, tolerance = map(float, figures.groups())
+    assert off > allowed == pytest.approx(SIMULATED * tolerance, rel=0.1) and tolerance == 0.015
+
+
+def test_an_error_that_is_barely_too_large_does_not_look_like_the_limit() -> None:
+    parity = Parity(0.0, 0.0, latent_error=0.0501)
+    with pytest.raises(OutputError, match=r"is 0\.0501 \(latent error\) off PyTorch on cpu, allowed is 0\.05$"):
+        _within(graph(0, 0.05), "int8", parity, "cpu")
 
 
 @pytest.mark.parametrize(("tolerance", "left"), [(1e-3, "fp16"), (2e-5, "fp32")])
@@ -194,7 +204,10 @@ def test_builds_lie_in_the_order_in_which_they_were_asked_for_and_share_weights(
 
 @pytest.mark.parametrize("precision", ["int8", pytest.param("bf16", marks=needs_bf16), "fp16"])
 def test_a_precision_asked_for_by_name_and_too_far_is_one_clear_line(precision: str, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=rf"^graph generator in {precision} is [^\n]* off PyTorch[^\n]*, allowed is 1e-07$"):
+    with pytest.raises(
+        OutputError,
+        match=rf"^graph generator in {precision} is [^\n]* off PyTorch[^\n]*, allowed is (1e-07$|7e-08, 70% of the tolerance 1e-07: )",
+    ):
         made(graph(0, 1e-7), [precision], tmp_path)
 
 

@@ -421,7 +421,7 @@ def test_everything_measured_is_described(original: Bundle) -> None:
         decoder=(replace(original.build("decoder", "cpu"), parity=Parity(1e-5, 1.0, psnr=48.25), tolerance=0.01),),
     )
     said = bundle.described()
-    assert "precision int8, latent error 4.1e-02, relative L2 to PyTorch 2.0e-02, judged 0.041 (latent error) of at most 5e-02" in said
+    assert "precision int8, latent error 4.1e-02, relative L2 to PyTorch 2.0e-02, judged 0.041 (latent error) of at most 0.05" in said
     assert "batch up to 1" in said
     assert "precision fp32, relative L2 to PyTorch 1.0e-05, PSNR 48.2 dB" in said
     assert "decoded in tiles of 16x16 that share 4 pixels" in said

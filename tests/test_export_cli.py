@@ -200,7 +200,7 @@ def test_a_command_as_short_as_it_can_be_writes_beside_the_reader_or_says_why_no
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    told = run("export", "--backbone", "pixart", code=2).stderr.splitlines()
+    told = run("export", "--backbone", "pixart", code=1).stderr.splitlines()
     assert len(told) == 2 and told[0].startswith("preset pixart-dmd: PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512, licence OpenRAIL")
     assert told[1].startswith("error: hub model PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512 is not (whole) in the download cache and")
     (tmp_path / "pixart-dmd").mkdir()
@@ -212,7 +212,7 @@ def test_a_hub_id_without_network_is_one_clear_line(tmp_path: Path, monkeypatch:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "some/student" in wrong(["--backbone", "sd21", "--weights", "some/student"], tmp_path)
+    assert "some/student" in wrong(["--backbone", "sd21", "--weights", "some/student"], tmp_path, code=1)
 
 
 def test_a_licence_against_commercial_use_must_be_accepted_before_anything_is_fetched(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_a_file_goes_on_where_its_connection_broke(hub: Hub, tmp_path: Path) -> 
 
 def test_a_second_call_fetches_only_what_the_first_one_lacks(hub: Hub, tmp_path: Path) -> None:
     hub.broken = "unet/diffusion_pytorch_model.safetensors"
-    assert "InputError: hub model some/tiny cannot be fetched: " in (line := fetch(tmp_path, hub.url, "some/tiny"))
+    assert "SnoopiError: hub model some/tiny cannot be fetched: " in (line := fetch(tmp_path, hub.url, "some/tiny"))
     assert "\n" not in line and "500" in line and line.endswith("run again to go on from there")
     whole = {name for name, _, _ in hub.sent}
     assert len(whole) > 2
@@ -245,6 +245,10 @@ def test_everything_that_can_be_wrong_with_a_hub_model_is_one_clear_line(hub: Hu
     hub.files = {"README.md": b"# a data set", "data.csv": b"1"}
     for arguments, told in [
         (("some/absent",), "no folder and no hub model 'some/absent': check the name; a private model needs `hf auth login`"),
+        (
+            ("some--tiny/x",),
+            "hub model some--tiny/x cannot be fetched: Cannot have -- or .. in repo_id: 'some--tiny/x'.",
+        ),
         (("some/gated",), f"hub model some/gated is gated: accept its terms on {hub.url}/some/gated, then run `hf auth login`"),
         (("some/tiny@v9",), f"hub model some/tiny has no revision 'v9': its branches and commits are on {hub.url}/some/tiny"),
         (
@@ -259,7 +263,7 @@ def test_everything_that_can_be_wrong_with_a_hub_model_is_one_clear_line(hub: Hu
 def test_a_hub_id_without_network_is_one_clear_line(environment: dict[str, str], tmp_path: Path) -> None:
     line = fetch(tmp_path, "http://127.0.0.1:9", "some/tiny", **environment)
     assert line == (
-        "InputError: hub model some/tiny is not (whole) in the download cache and http://127.0.0.1:9 cannot be reached: "
+        "SnoopiError: hub model some/tiny is not (whole) in the download cache and http://127.0.0.1:9 cannot be reached: "
         "run again with a network, or give a folder"
     )
 
@@ -267,7 +271,7 @@ def test_a_hub_id_without_network_is_one_clear_line(environment: dict[str, str],
 def test_a_half_fetched_model_without_network_is_one_clear_line(hub: Hub, tmp_path: Path) -> None:
     fetch(tmp_path, hub.url, "some/tiny", ("tokenizer", "model_index.json"))
     line = fetch(tmp_path, hub.url, "some/tiny", HF_HUB_OFFLINE="1")
-    assert line.startswith("InputError: hub model some/tiny is not (whole) in the download cache") and "\n" not in line
+    assert line.startswith("SnoopiError: hub model some/tiny is not (whole) in the download cache") and "\n" not in line
 
 
 def test_a_cache_that_cannot_be_written_is_one_clear_line(hub: Hub, tmp_path: Path) -> None:

@@ -7,12 +7,20 @@ import torch
 
 from snoopi_rt.bundle import Latent
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.export.backbones import Weights
+from snoopi_rt.export.backbones import Denoiser, Weights
 from snoopi_rt.export.decoder import Decoder
 from snoopi_rt.export.presets.preset import Preset
-from snoopi_rt.export.weights.checkpoint import config_path, load_module, without_weights
+from snoopi_rt.export.weights.checkpoint import config_path, load_module, read_config, without_weights
 from snoopi_rt.export.weights.files import CONFIG
-from snoopi_rt.export.weights.text_files import read_json
+from snoopi_rt.export.weights.text_files import check_folder, read_json
+from snoopi_rt.shell import quote
+
+
+def check_network(folder: Path, backbone: str, denoiser: Denoiser) -> None:
+    """Returns for a diffusers folder with a network of that backbone, by its config; else raises InputError."""
+    if not (check_folder(folder) / denoiser.part).is_dir():
+        raise InputError(f"{quote(folder)} has no {denoiser.part}: it is not a model of backbone {backbone}")
+    read_config(folder / denoiser.part / CONFIG, denoiser.kind)
 
 
 def load_decoder(weights: Weights, preset: Preset) -> Decoder:

@@ -24,6 +24,7 @@ from snoopi_rt.export.small_model import teacher
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import fingerprint
+from snoopi_rt.export.weights.text_files import check_folder
 from snoopi_rt.feeds import draw_noise
 
 BATCH = 16  # images of a student
@@ -62,14 +63,16 @@ def open_student(folder: Path | None) -> Drawer:
     """That of a bundle, None is the embedded one, or of a student's folder in diffusers layout. Raises InputError for another folder."""
     if folder is None or (folder / MANIFEST).exists():
         return _bundle(folder)
-    if (folder / "transformer").is_dir():
+    if (check_folder(folder) / "transformer").is_dir():
         return _torch_student(folder)
     raise InputError(f"{folder} is neither a bundle (no {MANIFEST}) nor a student (no transformer/)")
 
 
 def open_teacher(folder: Path, decoder: Path | None = None) -> Drawer:
     """That of a teacher's folder, by DDIM at its usual steps and guidance. decoder: the folder of another than its own vae."""
-    network = load_module(folder / "transformer", PixArtTransformer2DModel, dtype=torch.bfloat16)
+    if decoder is not None:
+        check_folder(decoder)
+    network = load_module(check_folder(folder) / "transformer", PixArtTransformer2DModel, dtype=torch.bfloat16)
     network.set_attn_processor(PlainAttention())
     vae = load_decoder(Weights(folder, decoder=decoder), PRESET)
 

@@ -64,6 +64,8 @@ def evaluate(
     students: folders of bundles or of students by name, None is the embedded bundle. decoder: of the teacher's latents, its own vae by
     default. drawings: where npm packages and the features of their drawings are kept. Raises what load and Pipeline.generate do.
     """
+    teacher_drawer = None if teacher is None else open_teacher(teacher, decoder)
+    drawers = {name: open_student(folder) for name, folder in students.items()}
     out.mkdir(parents=True, exist_ok=True)
     # A few things in the default set do for a quick run: reading all sets takes as long as the rest of it.
     few = None if extent.things is None else spread([thing.name for thing in things() if thing.common], extent.things)
@@ -80,7 +82,7 @@ def evaluate(
         "who": who,
     }
     columns: dict[str, list[Row]] = {}
-    distance, teacher_drawer = None, None
+    distance = None
 
     def measured(drawer: Drawer) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
         yield "recognition", lambda: recognition(drawer, domain, extent.seeds)
@@ -103,15 +105,13 @@ def evaluate(
                 rows += measure()
         return rows
 
-    if teacher is not None:
-        teacher_drawer = open_teacher(teacher, decoder)
+    if teacher_drawer is not None:
         who["teacher"] = teacher_drawer.facts
         columns["teacher"] = _kept(
             drawings, [facts["judge"], facts["extent"], teacher_drawer.facts], lambda: judged("teacher", teacher_drawer)
         )
         distance = next(row.value for row in columns["teacher"] if row.name == FRECHET)
-    for number, (name, folder) in enumerate(students.items()):
-        drawer = open_student(folder)
+    for number, (name, drawer) in enumerate(drawers.items()):
         who[name] = drawer.facts
         columns[name] = judged(name, drawer)
         if number == 0:

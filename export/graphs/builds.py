@@ -17,6 +17,7 @@ from snoopi_rt.export.graphs.parity import Arrays, View, measure
 from snoopi_rt.export.graphs.quantise import calibrate, layers, quantise
 from snoopi_rt.export.graphs.storage import Storage
 from snoopi_rt.export.graphs.write import write_graph
+from snoopi_rt.manifest import digits_apart
 
 Cases = Sequence[Mapping[str, Tensor]]
 
@@ -60,6 +61,8 @@ LARGE_ENGINES = ("cpu",)
 """Those for a graph larger than the memory: OpenVINO holds packed weights two to three times (T5-XXL: 14.9 GB) and takes twice as long."""
 INT8_CONVOLUTIONS = ("openvino",)
 """Those that have them between wider tensors; ONNX Runtime's give int8, which is rounded once more."""
+SIMULATED = 0.7
+"""The share of its tolerance that int8 may take while it is simulated in fp32: between the products activations are in bf16 later."""
 KEPT = (0.0, 0.05, 0.15, 0.35)
 """Shares of the layers, worst first, that int8 leaves as they are where all of them would be too many."""
 
@@ -207,7 +210,8 @@ def _measured(graph: Graph, name: str, path: Path, written: Path, engines: Seque
             raise OutputError(f"graph {graph.name} in bf16 cannot be measured here{NO_BF16}")
         say(f"{graph.name}: {name} was measured with fp32 between its products{NO_BF16}: where there is, the error is larger")
     if name == "fp32" and not parity.relative_l2 <= graph.fp32_tolerance:
-        far = f"{parity.relative_l2:.2g} (relative L2) off PyTorch on {on}, allowed is {graph.fp32_tolerance:.2g}"
+        digits = digits_apart(parity.relative_l2, graph.fp32_tolerance)
+        far = f"{parity.relative_l2:.{digits}g} (relative L2) off PyTorch on {on}, allowed is {graph.fp32_tolerance:.{digits}g}"
         raise OutputError(f"graph {graph.name} in fp32 is {far}")
     _within(graph, name, parity, on)
     limit = 1 if graph.alone or (path != written and "openvino" in engines) else None
@@ -217,7 +221,9 @@ def _measured(graph: Graph, name: str, path: Path, written: Path, engines: Seque
 def _within(graph: Graph, name: str, parity: Parity, on: str) -> None:
     """Raises OutputError where a build is beyond its tolerance."""
     if not parity.error <= graph.tolerance:
-        raise OutputError(f"graph {graph.name} in {name} is {parity.judged()} off PyTorch on {on}, allowed is {graph.tolerance:.2g}")
+        digits = digits_apart(parity.error, graph.tolerance)
+        off, allowed = parity.judged(digits), f"{graph.tolerance:.{digits}g}"
+        raise OutputError(f"graph {graph.name} in {name} is {off} off PyTorch on {on}, allowed is {allowed}")
 
 
 def _files(path: Path, written: Path) -> tuple[File, ...]:
@@ -237,6 +243,7 @@ def _quantised(graph: Graph, say: Callable[[str], None]) -> nn.Module:
     shared = {id(tensor): tensor for tensor in (*graph.module.parameters(), *graph.module.buffers())}
     seen = calibrate(graph.module, graph.calibration)
     keep: list[str] = []
+    limit = SIMULATED * graph.tolerance
     worst_first: list[str] = []
     for share in KEPT:
         keep = worst_first[: int(share * len(worst_first))]
@@ -244,14 +251,15 @@ def _quantised(graph: Graph, say: Callable[[str], None]) -> nn.Module:
         errors = quantise(module, seen, keep)
         worst_first = worst_first or sorted(errors, key=lambda name: -errors[name])
         error = max(graph.error(i, _arrays(module(**case), graph.outputs)) for i, case in enumerate(graph.scored[:2]))
-        # Activations between the products are in bf16 later, which takes its share of the tolerance.
-        if error <= 0.7 * graph.tolerance:
+        if error <= limit:
             say(f"{graph.name}: {len(errors)} of {len(layers(graph.module))} layers in int8, simulated error {error:.2g}")
             return module
         if error > 10 * graph.tolerance:
             break
+    digits = digits_apart(error, limit)
     raise OutputError(
-        f"graph {graph.name} in int8 is {error:.2g} off PyTorch (simulated, {len(keep)} layers kept), allowed is {graph.tolerance:.2g}"
+        f"graph {graph.name} in int8 is {error:.{digits}g} off PyTorch (simulated, {len(keep)} layers kept), allowed is "
+        f"{limit:.{digits}g}, {SIMULATED:.0%} of the tolerance {graph.tolerance:.2g}: bf16 between the products may take the rest"
     )
 
 

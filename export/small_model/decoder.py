@@ -21,7 +21,9 @@ from snoopi_rt.export.small_model.features import EarlyFeatures
 from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, decoder_of, to_pictures
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
+from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_diffusers
+from snoopi_rt.export.weights.text_files import check_folder
 
 SIDE = 256  # pixels
 FACTOR = 16
@@ -96,10 +98,14 @@ def real_pictures(folder: Path, count: int, cache: Path) -> np.ndarray:
 def train(folder: Path, encoder: Path, out: Path, recipe: Recipe, compiled: bool = False) -> None:
     """Trains the decoder on a set's latents and pictures and writes it to `out`, fp16; its first stages are those of the autoencoder
     `encoder`, through which the set was seen."""
+    autoencoder = load_module(check_folder(encoder), AutoencoderTiny)
     latents = TrainingSet(folder).latents[: recipe.pictures]
+    inputs = {"data": fingerprint(folder / "dataset.json"), "encoder": fingerprint(encoder / WEIGHTS)}
+    stage = loop.Stage("decoder", out, recipe, inputs, sample_every=500)
+    loop.first_step(stage)
     pictures = real_pictures(folder, len(latents), out)
     torch.manual_seed(recipe.seed)
-    model = decoder_of(AutoencoderTiny.from_pretrained(encoder))
+    model = decoder_of(autoencoder)
     weights = MasterWeights(model, ema=0.998)
     model.bfloat16().to(memory_format=torch.channels_last)
     features = EarlyFeatures().bfloat16().to(memory_format=torch.channels_last)
@@ -133,6 +139,5 @@ def train(folder: Path, encoder: Path, out: Path, recipe: Recipe, compiled: bool
         rows = [np.concatenate(list(row), 1) for row in (pictures[:8], drawn)]
         Image.fromarray(np.concatenate(rows, 0)).save(path)
 
-    inputs = {"data": fingerprint(folder / "dataset.json"), "encoder": fingerprint(encoder / WEIGHTS)}
-    loop.run(loop.Stage("decoder", out, recipe, inputs, sample_every=500), {"decoder": weights}, step, sample)
+    loop.run(stage, {"decoder": weights}, step, sample)
     save_diffusers(averaged(), out)

@@ -17,6 +17,7 @@ from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.sheet import contact_sheet
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, require, save_diffusers
+from snoopi_rt.export.weights.text_files import check_folder
 
 SAMPLE_PROMPTS = (
     "a cat",
@@ -96,14 +97,16 @@ def train(pictures: Path, decoder: Path, out: Path, recipe: Recipe, compiled: bo
 
     `start`: a teacher that is trained on, deepened to the recipe's layers, instead of a new network.
     """
-    require(decoder, "train decoder")
+    shown = load_module(require(decoder, "train decoder"), PixelShuffleDecoder)
+    if start is not None:
+        require(check_folder(start) / "transformer", "train teacher")
     data = TrainingSet(pictures)
     torch.manual_seed(recipe.seed)
     inputs = {"data": fingerprint(pictures / "dataset.json"), "decoder": fingerprint(decoder / WEIGHTS)}
     if start is None:
         model = transformer(recipe.layers)
     else:
-        before = require(start / "transformer", "train teacher")
+        before = start / "transformer"
         model = deepened(load_module(before, PixArtTransformer2DModel), recipe.layers).requires_grad_(True)
         inputs["start"] = fingerprint(before / WEIGHTS)
     model.set_attn_processor(PlainAttention())
@@ -111,7 +114,6 @@ def train(pictures: Path, decoder: Path, out: Path, recipe: Recipe, compiled: bo
     model.bfloat16()
     scheduler = schedule()
     compute = torch.compile(loss) if compiled else loss
-    shown = PixelShuffleDecoder.from_pretrained(decoder).eval()
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
         chosen = torch.randint(len(data), (recipe.batch,), generator=random)

@@ -3,39 +3,65 @@
 import math
 import os
 import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import CLIPModel
 
 from snoopi_rt.engines.base import InputError
-from snoopi_rt.export.backbones import Denoiser, find_backbone
+from snoopi_rt.export.backbones import Denoiser, Weights, find_backbone
+from snoopi_rt.export.backbones.network import check_network, read_latent
 from snoopi_rt.export.presets.preset import written
 from snoopi_rt.export.presets.rows import PRESETS
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.distillation import Distillation, own_preset
+from snoopi_rt.export.training.edits import check_edits
 from snoopi_rt.export.training.processes import Processes
-from snoopi_rt.export.training.recipe import Recipe
+from snoopi_rt.export.training.prompt_files import check_prompts
+from snoopi_rt.export.training.recipe import Recipe, described
 from snoopi_rt.export.training.schedule import Schedule
 from snoopi_rt.export.training.task import Task
-from snoopi_rt.export.weights.files import fingerprint, save_diffusers
+from snoopi_rt.export.training.text_states import check_states, states_key
+from snoopi_rt.export.weights.checkpoint import read_config
+from snoopi_rt.export.weights.files import CONFIG, fingerprint, nothing_if_refused, save_diffusers
+from snoopi_rt.export.weights.text_files import check_folder
 from snoopi_rt.files import sha256
 
 __all__ = ["Task", "train", "write_beside"]
 
 
-def train(task: Task, recipe: Recipe, compiled: bool = False, sample_every: int = 250) -> str:
+def train(
+    task: Task,
+    recipe: Recipe,
+    compiled: bool = False,
+    sample_every: int = 250,
+    say: Callable[[str], object] = lambda text: None,
+) -> str:
     """Distils and writes the student to `task.out` in diffusers layout: what export reads; text encoder and decoder are the teacher's.
 
-    Gives the name of the preset that reads it, with its settings, as on the command line of export. Raises InputError for folders and
-    recipes that do not fit, OutputError as loop.run does.
+    Gives the name of the preset that reads it, with its settings, as on the command line of export; `say` is told the settings once all
+    is checked. Raises InputError for folders and recipes that do not fit, of which nothing is left behind, OutputError as loop.run does.
     """
     processes = Processes()
     if recipe.batch % processes.count:
         raise InputError(f"a batch of {recipe.batch} cannot be shared among {processes.count} processes")
-    denoiser, schedule = find_backbone(task.backbone).denoiser(), Schedule.of(task.teacher)
-    distillation = Distillation(task, recipe, denoiser, schedule, processes, compiled)
-    stage = loop.Stage("student", task.out, recipe, _inputs(task, denoiser), sample_every, wrong=distillation.wrong)
+    denoiser = find_backbone(task.backbone).denoiser()
+    schedule = _check(task, recipe, denoiser)
+    stage = loop.Stage("student", task.out, recipe, _inputs(task, denoiser), sample_every)
+    loop.first_step(stage)
+
+    def ready() -> None:
+        if processes.main:
+            say(described(recipe))
+
+    with nothing_if_refused(task.states or task.out / "states", task.out / "pictures") if processes.main else nullcontext():
+        distillation = Distillation(task, recipe, denoiser, schedule, processes, compiled, ready)
+    stage = replace(stage, wrong=distillation.wrong)
     parts = {"student": distillation.weights, "lora": distillation.lora_weights}
     if distillation.discriminator is not None:
         parts["heads"] = distillation.head_weights
@@ -43,6 +69,28 @@ def train(task: Task, recipe: Recipe, compiled: bool = False, sample_every: int 
     if processes.main:
         write_beside(task.teacher, denoiser.part, distillation.finished(), task.out)
     return _preset(distillation)
+
+
+def _check(task: Task, recipe: Recipe, denoiser: Denoiser) -> Schedule:
+    """The teacher's schedule. Raises InputError for all that can be wrong and is seen before weights are loaded or anything is written."""
+    check_network(task.teacher, task.backbone, denoiser)
+    if task.student is not None:
+        check_network(task.student, task.backbone, denoiser)
+    if task.clip is not None:
+        read_config(check_folder(task.clip) / CONFIG, CLIPModel)
+    schedule = Schedule.of(task.teacher)
+    read_latent(Weights(task.teacher), denoiser.part)
+    task.check(recipe)
+    texts = {"prompts": task.prompts, "negatives": task.negatives, "edits-prompt": task.edits}
+    for name, file in texts.items():
+        if file is not None:
+            check = check_edits if file is task.edits else check_prompts
+            check(file)
+            check_states(task.states_folder(name), states_key(file, task.teacher / "text_encoder"))
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = denoiser.prompt_encoder(task.teacher, PRESETS[own_preset(task.backbone)].max_tokens)
+        encoder.write_tokenizer(Path(folder) / "tokenizer.json")
+    return schedule
 
 
 def _preset(distillation: Distillation) -> str:

@@ -46,14 +46,21 @@ SAMPLES = 16
 class Distillation:
     """A student, its two teachers and a step of all of them."""
 
-    def __init__(self, task: Task, recipe: Recipe, denoiser: Denoiser, schedule: Schedule, processes: Processes, compiled: bool):
+    def __init__(
+        self,
+        task: Task,
+        recipe: Recipe,
+        denoiser: Denoiser,
+        schedule: Schedule,
+        processes: Processes,
+        compiled: bool,
+        ready: Callable[[], None] = lambda: None,
+    ):
+        """Calls `ready` when the networks are loaded, before anything is written. Raises InputError for what does not fit."""
         self.task, self.recipe, self.denoiser, self.schedule, self.processes = task, recipe, denoiser, schedule, processes
         self.preset = _with_own_vae(PRESETS[own_preset(task.backbone)], task.teacher)
         self.device, self.dtype = processes.device, {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe.precision]
         task.check(recipe)
-        with processes.first():
-            self.prompts = Prompts(task, recipe, denoiser, self.preset.max_tokens, self.device, self.dtype)
-            self.judge = None if task.clip is None else self._clip_judge(task.clip)
         torch.manual_seed(recipe.seed)  # of the adapters' first values
         # The masters are made of what the files hold, before it is rounded.
         self.student, teacher = self._network(task.student or task.teacher, torch.float32), self._network(task.teacher, self.dtype)
@@ -66,25 +73,30 @@ class Distillation:
             self.student.requires_grad_(True)
         self.teachers = Teachers(teacher, denoiser.lora_targets, recipe.lora_rank, recipe.lora_alpha)
         self.rule = schedule.rule(denoiser.timestep if recipe.timestep < 0 else recipe.timestep)
-        self.pictures = self._teacher_pictures() if recipe.warm_steps or recipe.warm_weight else None
         self._set_attention()
         if recipe.checkpointing:
             for network in (self.student, self.teachers.network):
                 network.enable_gradient_checkpointing()
         optimiser: dict[str, Any] = {"betas": (recipe.beta1, recipe.beta2), "clip": recipe.clip, "processes": processes}
         self.weights = MasterWeights(self.student, weight_decay=recipe.weight_decay, ema=recipe.ema, **optimiser)
-        self.student.to(self.dtype)
+        nn.Module.to(self.student, self.dtype)  # diffusers' own warns of layers that some models keep in fp32
         self.lora_weights = MasterWeights(self.teachers.network, weight_decay=0.0, ema=0.0, **optimiser)
         self._answer = denoiser.answer
         if compiled:
             # Student and teachers, with gradients and without, batches and sheets: each is a graph of its own.
             torch._dynamo.config.recompile_limit = 64
             self._answer = torch.compile(denoiser.answer)
+        self.decoder = load_decoder(Weights(task.teacher), self.preset) if processes.main else None
+        ready()
+        # What is drawn of the seed later must not depend on whether the states are there already.
+        with processes.first(), torch.random.fork_rng(devices=[]):
+            self.judge = None if task.clip is None else self._clip_judge(task.clip)
+            self.prompts = Prompts(task, recipe, denoiser, self.preset.max_tokens, self.device, self.dtype)
+        self.pictures = self._teacher_pictures() if recipe.warm_steps or recipe.warm_weight else None
         self.edits = None if task.edits is None else Edits(self, [edit.changes for edit in read_edits(task.edits)])
         self.discriminator = Discriminator(self) if recipe.adversarial_weight else None
         if self.discriminator is not None:
             self.head_weights = MasterWeights(self.discriminator.heads, weight_decay=0.0, ema=0.0, **optimiser | {"betas": (0.5, 0.99)})
-        self.decoder = load_decoder(Weights(task.teacher), self.preset) if processes.main else None
 
     def step(self, i: int) -> dict[str, float]:
         """One step of the student and its LoRA teacher's; named scalars, means over all processes."""

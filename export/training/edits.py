@@ -52,6 +52,12 @@ def read_edits(path: Path) -> Iterator[Edit]:
             yield Edit(*map(str, texts))
 
 
+def check_edits(path: Path) -> None:
+    """Returns for a file of edits that can be read to its end and holds one; else raises InputError."""
+    if not sum(1 for _ in read_edits(path)):
+        raise InputError(f"there is no edit in {path}")
+
+
 class Edits:
     """The loss of one run's edits. Rows that change the picture are heeded at the largest scale, the others must hold at every scale."""
 

@@ -8,10 +8,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -158,29 +159,42 @@ def _identity(stage: Stage) -> dict[str, object]:
     return {**asdict(stage.recipe), **stage.inputs}
 
 
-def _resume(stage: Stage, parts: Mapping[str, Resumable]) -> int:
-    """The first step that is to do; `parts` are as the newest checkpoint has them."""
+def first_step(stage: Stage) -> int:
+    """The first step that is not yet done. Raises InputError where the newest checkpoint is damaged or was made by another recipe."""
     if not stage.checkpoints:
         return 0
-    path = stage.checkpoints[-1]
-    try:
-        with safe_open(path, framework="pt") as stored:
-            metadata = stored.metadata()
-            before, now = json.loads(metadata["recipe"]), json.loads(json.dumps(_identity(stage)))
-            # A run may be told to go on for longer: from there its learning rate is that of the longer run.
-            if before["steps"] < now["steps"]:
-                before["steps"] = now["steps"]
-            if before != now:
-                changed = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in sorted({*before, *now}) if before.get(k) != now.get(k))
-                raise InputError(
-                    f"{stage.folder} holds a {stage.name} of another recipe ({changed}); use the same settings or another folder"
-                )
+    with _newest(stage) as stored:
+        metadata = stored.metadata()
+        before, now = json.loads(metadata["recipe"]), json.loads(json.dumps(_identity(stage)))
+    # A run may be told to go on for longer: from there its learning rate is that of the longer run.
+    if before["steps"] < now["steps"]:
+        before["steps"] = now["steps"]
+    if before != now:
+        changed = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in sorted({*before, *now}) if before.get(k) != now.get(k))
+        raise InputError(f"{stage.folder} holds a {stage.name} of another recipe ({changed}); use the same settings or another folder")
+    return int(metadata["step"])
+
+
+def _resume(stage: Stage, parts: Mapping[str, Resumable]) -> int:
+    """The first step that is to do; `parts` are as the newest checkpoint has them."""
+    start = first_step(stage)
+    if stage.checkpoints:
+        with _newest(stage) as stored:
             for name, part in parts.items():
                 names = [key for key in stored.keys() if key.startswith(f"{name}/")]  # noqa: SIM118 - safe_open is not a dict
                 part.restore({key.removeprefix(f"{name}/"): stored.get_tensor(key) for key in names})
+    return start
+
+
+@contextmanager
+def _newest(stage: Stage) -> Iterator[Any]:
+    """The newest checkpoint, opened. Raises InputError where it is damaged."""
+    path = stage.checkpoints[-1]
+    try:
+        with safe_open(path, framework="pt") as stored:
+            yield stored
     except (SafetensorError, KeyError) as error:
         raise InputError(f"{path} is damaged ({error}): remove it to go on from the checkpoint before it") from error
-    return int(metadata["step"])
 
 
 def _cut_log(path: Path, step: int) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from snoopi_rt.engines.base import InputError
 from snoopi_rt.export.backbones import find_backbone
+from snoopi_rt.export.backbones.network import check_network
 from snoopi_rt.export.training.distil import write_beside
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import CONFIG
@@ -20,6 +21,8 @@ def merge(backbone: str, first: Path, second: Path, weight: float, out: Path) ->
     if out.exists():
         raise InputError(f"{out} exists: choose another folder")
     denoiser = find_backbone(backbone).denoiser()
+    for folder in (first, second):
+        check_network(folder, backbone, denoiser)
     network, other = (load_module(folder / denoiser.part, denoiser.kind) for folder in (first, second))
     theirs = other.state_dict()
     for name, value in network.state_dict().items():

@@ -11,6 +11,12 @@ KEYS = ("prompt", "caption", "text")
 """Where a row has its prompt: the first of these that is there. Other columns are ignored."""
 
 
+def check_prompts(path: Path) -> None:
+    """Returns for a file of prompts that can be read to its end and holds one; else raises InputError."""
+    if not sum(1 for _ in read_prompts(path)):
+        raise InputError(f"there is no prompt in {path}")
+
+
 def read_prompts(path: Path) -> Iterator[str]:
     """The prompts of a file of any format that `PromptFile` reads, without empty ones.
 

@@ -25,6 +25,7 @@ from snoopi_rt.export.weights.text_files import read_json
 from snoopi_rt.files import sha256, write_whole
 from snoopi_rt.tokenizer import Tokenizer
 
+INDEX = "index.json"
 SHARD = 4096
 """Prompts a shard: T5 is read from disk once a shard."""
 TOGETHER = 64
@@ -61,7 +62,7 @@ class TextStates:
     """
 
     def __init__(self, folder: Path, masked: bool):
-        index = read_json(folder / "index.json")
+        index = read_json(folder / INDEX)
         self.folder, self.masked, self.first = folder, masked, index["first"]
         self._count, self._shard_size, self._longest = index["count"], index["shard"], index["longest"]
         self._opened = lru_cache(OPEN)(self._open)
@@ -87,6 +88,15 @@ class TextStates:
         return stored.get_slice("states"), stored.get_tensor("ends")
 
 
+def check_states(folder: Path, key: str) -> bool:
+    """Whether the folder holds the states of that key, all of them. Raises InputError where it holds others."""
+    if not (folder / INDEX).exists():
+        return False
+    if read_json(folder / INDEX).get("key") != key:
+        raise InputError(f"{folder} holds the states of other prompts or of another text encoder: remove it, or take another folder")
+    return True
+
+
 def encode_prompts(
     prompts: Callable[[], Iterable[str]], key: str, encoder: PromptEncoder, masked: bool, folder: Path, shard: int = SHARD
 ) -> TextStates:
@@ -95,10 +105,7 @@ def encode_prompts(
     prompts() gives them in order; key tells one set of prompts and text encoder from another. Prompts beyond the limit of tokens are cut,
     with a warning. Raises InputError where the folder holds other states, and where there is no prompt.
     """
-    index = folder / "index.json"
-    if index.exists():
-        if read_json(index).get("key") != key:
-            raise InputError(f"{folder} holds the states of other prompts or of another text encoder: remove it, or take another folder")
+    if check_states(folder, key):
         return TextStates(folder, masked)
     folder.mkdir(parents=True, exist_ok=True)
     _forget_others(folder, key)
@@ -124,7 +131,7 @@ def encode_prompts(
     if cut:
         warnings.warn(f"{cut} of {count - 1} prompts are longer than {rule.max_tokens} tokens and were cut", stacklevel=2)
     index_of = {"key": key, "count": count - 1, "shard": shard, "longest": longest, "first": first[1:]}
-    write_whole(index, json.dumps(index_of).encode())
+    write_whole(folder / INDEX, json.dumps(index_of).encode())
     return TextStates(folder, masked)
 
 

@@ -1,10 +1,13 @@
 """Folders of weights in diffusers layout, and tensors on disk: written beside and renamed, so that a file that is there is whole."""
 
+import errno
 import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.engines.base import EngineMissing, InputError
+from snoopi_rt.export.weights.text_files import check_folder
 from snoopi_rt.files import write_whole
 
 CONFIG = "config.json"
@@ -31,7 +35,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             os.fsync(written.fileno())
         beside.replace(path)
     except SafetensorError as error:  # which wraps the system's own errors
-        raise OSError(f"{path}: {error}") from error
+        raise OSError(errno.EIO, str(error), str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -48,10 +52,24 @@ def save_diffusers(model: nn.Module, folder: Path) -> None:
 
 def require(folder: Path, made_by: str) -> Path:
     """The folder, when it holds whole weights. Raises InputError, saying which command makes them."""
+    check_folder(folder)
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).exists():
             raise InputError(f"no {file} in {folder}: it is written by a finished {made_by}")
     return folder
+
+
+@contextmanager
+def nothing_if_refused(*folders: Path) -> Iterator[None]:
+    """Where the block is refused, for what was asked or for a package that is missing, removes those of the folders that it made, and
+    the folders that it made for them: an empty shell would block the name for other commands."""
+    made = [next(path for path in (*reversed(folder.parents), folder) if not path.exists()) for folder in folders if not folder.exists()]
+    try:
+        yield
+    except (InputError, EngineMissing):
+        for folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def fingerprint(*files: Path) -> str:

@@ -32,7 +32,7 @@ def find_source(weights: str, parts: Sequence[str] = PARTS) -> Source:
     They are fetched where missing. A part is a folder of the model, one of its files, or "." for a model whose files lie at its root; parts
     that it does not have are left out. Of each part one set of weights is taken: full precision before variants, safetensors before .bin.
     A file whose connection breaks goes on where it stopped; after a failure, files that were whole are not fetched again.
-    Raises InputError where there is no such model or it cannot be reached, OutputError where it cannot be written.
+    Raises InputError where there is no such model, OutputError where it cannot be written, SnoopiError where the hub cannot be reached.
     """
     folder, commit, name = Path(os.path.expanduser(weights)), None, weights
     if folder.is_dir():
@@ -105,15 +105,20 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     except errors.RevisionNotFoundError as error:
         raise InputError(f"hub model {name} has no revision {revision!r}: its branches and commits are on {page}") from error
     except errors.LocalEntryNotFoundError as error:
-        raise InputError(
+        raise SnoopiError(
             f"hub model {name} is not (whole) in the download cache and {constants.ENDPOINT} cannot be reached: "
             "run again with a network, or give a folder"
         ) from error
+    except (errors.EntryNotFoundError, errors.HFValidationError) as error:
+        raise InputError(f"hub model {name} cannot be fetched: {_first_line(error)}") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
             raise OutputError(f"hub model {name} cannot be written to {constants.HF_HUB_CACHE}: {error.strerror}") from error
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise InputError(f"hub model {name} cannot be fetched: {reason}; run again to go on from there") from error
+        raise SnoopiError(f"hub model {name} cannot be fetched: {_first_line(error)}; run again to go on from there") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def _licence(readme: Path) -> str | None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +27,13 @@ from snoopi_rt.export.small_model.dataset.sprites import TRAINED, load_sprites
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training.edits import KEYS
 from snoopi_rt.export.training.sheet import contact_sheet
+from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_tensors
+from snoopi_rt.export.weights.text_files import check_folder, read_json
 from snoopi_rt.files import write_whole
 from snoopi_rt.request import check_seed, integer
 
+RECIPE = "recipe.json"
 SHARD = 4096  # pictures
 SIDE = 128  # pixels that the encoder sees; its latents are decoded to twice as many
 TOGETHER = 64
@@ -50,20 +54,27 @@ def build(out: Path, encoder: Path, count: int, seed: int) -> None:
     Raises InputError where `out` already holds another set, SnoopiError where npm is missing or fails.
     """
     integer("count", count, 1)
-    write_set(out, load_sprites(out / "npm"), encoder, count, check_seed(seed))
+    _facts(out, encoder, check_seed(seed))  # before anything is fetched
+    write_set(out, load_sprites(out / "npm"), encoder, count, seed)
+
+
+def _facts(out: Path, encoder: Path, seed: int) -> dict[str, Any]:
+    """What a set is known by. Raises InputError for an encoder that is none, and where `out` holds another set."""
+    load_module(check_folder(encoder), AutoencoderTiny)
+    facts = {"kind": "emoji scenes", "seed": seed, "encoder": fingerprint(encoder / WEIGHTS)}
+    if (out / RECIPE).exists() and read_json(out / RECIPE) != facts:
+        raise InputError(f"{out} holds another set; choose another folder")
+    return facts
 
 
 def write_set(out: Path, sprites: Mapping[tuple[str, str], Image.Image], encoder: Path, count: int, seed: int) -> None:
     """What `build` does once it has the sprites, by (thing, style)."""
-    facts = {"kind": "emoji scenes", "seed": seed, "encoder": fingerprint(encoder / WEIGHTS)}
-    recipe = out / "recipe.json"
-    if recipe.exists() and json.loads(recipe.read_text(encoding="utf-8")) != facts:
-        raise InputError(f"{out} holds another set; choose another folder")
+    facts = _facts(out, encoder, seed)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(recipe, json.dumps(facts).encode())
+    write_whole(out / RECIPE, json.dumps(facts).encode())
     composer = Composer(sprites)
     vocabulary = Vocabulary(composer.colourable())
-    network = AutoencoderTiny.from_pretrained(encoder).encoder.bfloat16().eval().to(memory_format=torch.channels_last)
+    network = load_module(encoder, AutoencoderTiny).encoder.bfloat16().to(memory_format=torch.channels_last)
     with tqdm(total=count, desc="pictures", unit="picture", mininterval=1.0) as bar:
         for number, start in enumerate(range(0, count, SHARD)):
             numbers = range(start, min(start + SHARD, count))
