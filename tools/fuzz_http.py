@@ -89,8 +89,8 @@ class Http(Kind):
                 message = json.loads(body)["error"]["message"]
                 if not message.strip() or len(message.splitlines()) > 1 or len(message) > LONGEST:
                     raise Finding(f"no clear line: {message[:200]!r}")
-            elif kind.startswith("application/json") and b'"b64_json"' in body:
-                self._judge_pictures(json.loads(body))
+            elif kind.startswith("application/json") and body and {"data", "timings"} <= (answer := json.loads(body)).keys():
+                self._judge_pictures(answer)
                 outcome = PICTURE
         return outcome
 
