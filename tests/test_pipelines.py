@@ -146,6 +146,32 @@ def test_it_is_compiled_and_saved_like_any_other(opened: Any, tmp_path: Path) ->
     assert type(DiffusionPipeline.from_pretrained(tmp_path)).__name__ == "StableDiffusionPipeline"
 
 
+def test_loras_offloading_and_callbacks_stay(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerate, peft = pytest.importorskip("accelerate"), pytest.importorskip("peft")
+    asked = {"negative_prompt": "blue fog", "negative_scale": 0.7}
+    pipe = with_negative(opened("sd15"))
+    plain = drawn(pipe, **asked)
+    seen = []
+
+    def callback(pipe: DiffusionPipeline, step: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(tensors["prompt_embeds"].shape[1])
+        return tensors
+
+    called = drawn(pipe, **asked, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    np.testing.assert_array_equal(called, plain)
+    assert seen == [2 * pipe.tokenizer.model_max_length]
+    torch.manual_seed(1)
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    adapted = drawn(pipe, **asked)
+    assert not np.allclose(adapted, plain, atol=1e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipelines._NegativeProcessor, "__call__", paper)
+        np.testing.assert_allclose(adapted, drawn(pipe, **asked), atol=2e-5)
+    accelerate.cpu_offload(pipe.unet, execution_device="cpu")
+    assert next(pipe.unet.parameters()).is_meta
+    np.testing.assert_allclose(drawn(pipe, **asked), adapted, atol=1e-6)
+
+
 @pytest.fixture
 def asking(opened: Any) -> Iterator[DiffusionPipeline]:
     pipe = with_negative(opened("sd15"))
