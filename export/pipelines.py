@@ -31,6 +31,8 @@ def with_negative(pipe: DiffusionPipeline, kind: str = "nasa") -> DiffusionPipel
     attentions = _cross_attentions(pipe)
     if not attentions or not hasattr(pipe, "encode_prompt"):
         raise InputError(f"{type(pipe).__name__} has no cross-attention to a text: negatives in joint attention are not supported")
+    if any("IPAdapter" in type(attn.processor).__name__ for attn in attentions):
+        raise InputError("an IP-Adapter stands in the cross-attentions: unload it, negatives beside one are not supported")
     call = _Call(find_guidance(kind))
     for attn in attentions:
         attn.set_processor(_NegativeProcessor(attn.processor, call))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_students
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from paper_attention import CONSTANTS, KINDS, PaperAttention
 
@@ -170,6 +170,30 @@ def test_loras_offloading_and_callbacks_stay(opened: Any, monkeypatch: pytest.Mo
     accelerate.cpu_offload(pipe.unet, execution_device="cpu")
     assert next(pipe.unet.parameters()).is_meta
     np.testing.assert_allclose(drawn(pipe, **asked), adapted, atol=1e-6)
+
+
+def test_processors_that_were_set_since_and_other_forms_of_a_pipeline(opened: Any) -> None:
+    asked = {"negative_prompt": "blue fog", "negative_scale": 0.7}
+    pipe = with_negative(opened("sdxl"))
+    guided = drawn(pipe, **asked)
+    pipe.fuse_qkv_projections(vae=False)
+    with pytest.raises(InputError, match="call it again"):
+        drawn(pipe, **asked)
+    np.testing.assert_allclose(drawn(with_negative(pipe), **asked), guided, atol=1e-5)
+    from_image = StableDiffusionImg2ImgPipeline(**opened("sd15").components, requires_safety_checker=False)
+    options = {"image": torch.zeros(1, 3, 64, 64), "strength": 1.0}
+    before = drawn(from_image, **options)
+    with_negative(from_image)
+    np.testing.assert_array_equal(drawn(from_image, **options), before)
+    assert not np.allclose(drawn(from_image, **options, **asked), before, atol=1e-4)
+
+
+def test_an_ip_adapter_is_refused(opened: Any) -> None:
+    pipe = opened("sd15")
+    attn = next(module for name, module in pipe.unet.named_modules() if name.endswith("attn2"))
+    attn.set_processor(type("IPAdapterAttnProcessor2_0", (AttnProcessor2_0,), {})())
+    with pytest.raises(InputError, match="an IP-Adapter"):
+        with_negative(pipe)
 
 
 @pytest.fixture
