@@ -8,9 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from snoopi_rt.engines.base import Axis, Engine, EngineMissing, InputError, Opening, Progress, how_to_install
-from snoopi_rt.engines.compiled import CompiledModels
+from snoopi_rt.engines.base import Axis, Engine, Opening, Progress
+from snoopi_rt.engines.compiled_cache import CompiledModels
 from snoopi_rt.engines.threads import available_threads
+from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 
 
 class Kind(NamedTuple):
@@ -34,9 +35,9 @@ class Kind(NamedTuple):
 
 ENGINES = {
     "cpu": Kind("snoopi_rt.engines.ort:OrtEngine", ("onnxruntime",), "ONNX Runtime"),
-    "openvino": Kind("snoopi_rt.engines.ov:OvEngine", ("openvino",), "OpenVINO"),
+    "openvino": Kind("snoopi_rt.engines.openvino:OvEngine", ("openvino",), "OpenVINO"),
     "cuda": Kind("snoopi_rt.engines.ort:OrtEngine", ("onnxruntime",), "ONNX Runtime for CUDA", "onnxruntime-gpu", repeats=True),
-    "tensorrt": Kind("snoopi_rt.engines.trt:TrtEngine", ("tensorrt", "tensorrt_rtx"), "TensorRT", repeats=True),
+    "tensorrt": Kind("snoopi_rt.engines.tensorrt:TrtEngine", ("tensorrt", "tensorrt_rtx"), "TensorRT", repeats=True),
 }
 
 

@@ -1,15 +1,4 @@
-"""What every engine is: named arrays in, named arrays out. Knows no prompt, latent or seed.
-
-The errors of the whole project, drawn:
-
-    SnoopiError
-    ├── EngineError         an engine cannot load or run a model
-    │   └── EngineMissing   ... because its package is not installed (also ImportError)
-    ├── BundleError         a bundle is not what its bundle.json promises
-    ├── InputError          the caller asked for something that cannot be (also ValueError)
-    ├── Cancelled           the caller's time is over, or the caller waits no more
-    └── OutputError         what came out cannot be used (NaN) or cannot be written
-"""
+"""What every engine is: named arrays in, named arrays out. Knows no prompt, latent or seed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,58 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from snoopi_rt.engines.messages import why
 from snoopi_rt.engines.native import native_code
+from snoopi_rt.errors import EngineError, SnoopiError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from snoopi_rt.engines.compiled import CompiledModels
-
-
-LONGEST_LINE = 1000
-"""Characters of an error."""
-
-
-def one_line(text: str) -> str:
-    """The text in one line, without its middle where that is long: names out of anybody's files and requests stand in errors."""
-    line = " ".join(part for part in map(str.strip, text.splitlines()) if part)
-    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE * 2 // 3]} ... {line[-LONGEST_LINE // 4 :]}"
-
-
-class SnoopiError(Exception):
-    """A known error: one line that says what was asked, what is wrong and what to do."""
-
-    def __str__(self) -> str:
-        return one_line(super().__str__())
-
-
-class EngineError(SnoopiError):
-    """An engine cannot load or run a model."""
-
-
-class EngineMissing(EngineError, ImportError):
-    """The package of an engine is not installed."""
-
-
-class BundleError(SnoopiError):
-    """A bundle is not what its bundle.json promises."""
-
-
-class InputError(SnoopiError, ValueError):
-    """The caller asked for something that cannot be."""
-
-
-class Cancelled(SnoopiError):
-    """The caller's time is over, or the caller waits no more."""
-
-
-class OutputError(SnoopiError):
-    """What came out cannot be used or cannot be written."""
-
-
-def how_to_install(extra: str = "") -> str:
-    """The command that installs snoopi-rt with an extra, for errors: from a clone, as long as the name is not on PyPI."""
-    package = f'".[{extra}]"' if extra else "."
-    return f"pip install {package} in the clone of snoopi-rt"
+    from snoopi_rt.engines.compiled_cache import CompiledModels
 
 
 @dataclass(frozen=True)

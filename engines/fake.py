@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from snoopi_rt.engines.base import EngineError, TensorSpec, check_inputs, engine_errors
+from snoopi_rt.engines.base import TensorSpec, check_inputs, engine_errors
+from snoopi_rt.errors import EngineError
 
 
 class FakeEngine:

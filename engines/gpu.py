@@ -8,7 +8,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from snoopi_rt.engines.base import EngineError, EngineMissing, engine_errors, how_to_install
+from snoopi_rt.engines.base import engine_errors
+from snoopi_rt.errors import EngineError, EngineMissing, how_to_install
 
 POOL = 256 * 2**20
 """Bytes that the driver keeps for the next array instead of giving them back at every wait, which is its default."""

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from snoopi_rt.engines import conflict
-from snoopi_rt.engines.base import EngineError, EngineMissing, Opening, TensorSpec, check_inputs, engine_errors, how_to_install
-from snoopi_rt.engines.compiled import CompiledModels, compiled_name, model_files, processor
-from snoopi_rt.engines.ort_bound import BoundSession
+from snoopi_rt.engines.base import Opening, TensorSpec, check_inputs, engine_errors
+from snoopi_rt.engines.compiled_cache import CompiledModels, compiled_name, model_files, processor
+from snoopi_rt.engines.ort_binding import BoundSession
+from snoopi_rt.errors import EngineError, EngineMissing, how_to_install
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DTYPES = {

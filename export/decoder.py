@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 
 
 class Decoder(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,26 +4,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from snoopi_rt.bundle import Bundle
-    from snoopi_rt.engines.base import BundleError, Cancelled, EngineError, EngineMissing, InputError, OutputError, SnoopiError
+    from snoopi_rt.bundle.bundle import Bundle
+    from snoopi_rt.errors import BundleError, Cancelled, EngineError, EngineMissing, InputError, OutputError, SnoopiError
     from snoopi_rt.pipeline import Pipeline, Result, load
-    from snoopi_rt.prompts import Conditioning
+    from snoopi_rt.prompt_encoder import Conditioning
 
 __version__ = "0.1.0"
 
 # Found when first asked for, so that `import snoopi_rt` and `snoopi-rt --help` do not wait for numpy.
 _HOMES = {
-    "Bundle": "snoopi_rt.bundle",
-    "BundleError": "snoopi_rt.engines.base",
-    "Cancelled": "snoopi_rt.engines.base",
-    "Conditioning": "snoopi_rt.prompts",
-    "EngineError": "snoopi_rt.engines.base",
-    "EngineMissing": "snoopi_rt.engines.base",
-    "InputError": "snoopi_rt.engines.base",
-    "OutputError": "snoopi_rt.engines.base",
+    "Bundle": "snoopi_rt.bundle.bundle",
+    "BundleError": "snoopi_rt.errors",
+    "Cancelled": "snoopi_rt.errors",
+    "Conditioning": "snoopi_rt.prompt_encoder",
+    "EngineError": "snoopi_rt.errors",
+    "EngineMissing": "snoopi_rt.errors",
+    "InputError": "snoopi_rt.errors",
+    "OutputError": "snoopi_rt.errors",
     "Pipeline": "snoopi_rt.pipeline",
     "Result": "snoopi_rt.pipeline",
-    "SnoopiError": "snoopi_rt.engines.base",
+    "SnoopiError": "snoopi_rt.errors",
     "load": "snoopi_rt.pipeline",
 }
 

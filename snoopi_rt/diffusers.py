@@ -2,7 +2,7 @@
 
 from typing import Any, TypeVar
 
-from snoopi_rt.engines.base import EngineMissing, how_to_install
+from snoopi_rt.errors import EngineMissing, how_to_install
 
 Pipeline = TypeVar("Pipeline")
 
@@ -24,7 +24,7 @@ def without_negative(pipe: Pipeline) -> Pipeline:
 
 def _code() -> Any:
     try:
-        from snoopi_rt.export import pipelines
+        from snoopi_rt.export import diffusers_pipelines
     except ImportError as error:
         raise EngineMissing(f"negative prompts in diffusers need {error.name}: {how_to_install('diffusers')}") from error
-    return pipelines
+    return diffusers_pipelines

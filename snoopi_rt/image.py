@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.errors import InputError, OutputError
 from snoopi_rt.files import check_place, open_regular, reason, write_whole
 from snoopi_rt.json_reader import parse_json
 from snoopi_rt.shell import join, quote

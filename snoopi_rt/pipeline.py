@@ -14,22 +14,23 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
-from snoopi_rt.axes import axes
-from snoopi_rt.bundle import GRAPHS, TEXT_ENGINE, Build, Bundle
+from snoopi_rt.bundle.bundle import GRAPHS, TEXT_ENGINE, Build, Bundle
+from snoopi_rt.bundle.manifest import require
 from snoopi_rt.cache import Cache
-from snoopi_rt.choice import choose
 from snoopi_rt.engines import known_engine, load_engine
-from snoopi_rt.engines.base import BundleError, Engine, InputError, OutputError, Progress
-from snoopi_rt.feeds import generator_feeds, in_batches
-from snoopi_rt.limits import Event, Limits
-from snoopi_rt.manifest import require
-from snoopi_rt.precision import format_precision, select_builds
-from snoopi_rt.prompts import Conditioning, PromptEncoder, States
+from snoopi_rt.engines.base import Engine, Progress
+from snoopi_rt.errors import BundleError, InputError, OutputError
+from snoopi_rt.prompt_encoder import Conditioning, PromptEncoder, States
 from snoopi_rt.request import Request, image_size, integer, prompt_text, requests
 from snoopi_rt.result import Result
-from snoopi_rt.stage import Stage
-from snoopi_rt.tiles import decode_tiled
-from snoopi_rt.vocabulary import Matcher
+from snoopi_rt.runtime.auto_engine import choose
+from snoopi_rt.runtime.deadline import Event, Limits
+from snoopi_rt.runtime.inputs import generator_feeds, in_batches
+from snoopi_rt.runtime.lazy_engine import Stage
+from snoopi_rt.runtime.precision import format_precision, select_builds
+from snoopi_rt.runtime.shape_ranges import axes
+from snoopi_rt.runtime.tiling import decode_tiled
+from snoopi_rt.runtime.vocabulary import Matcher
 
 EMBEDDED = Path(__file__).parent / "bundles" / "small"
 STAGES = GRAPHS

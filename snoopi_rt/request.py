@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from snoopi_rt.bundle import Guidance
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.bundle.bundle import Guidance
+from snoopi_rt.errors import InputError
 
 SEEDS = 2**32
 MAX_CHARACTERS = 32_000

@@ -61,7 +61,7 @@ class Result:
         prompt and seed, and replace nothing. Raises InputError for an ending that is no image's, OutputError for what cannot be written.
         """
         from snoopi_rt import image
-        from snoopi_rt.names import image_paths, is_folder
+        from snoopi_rt.image_names import image_paths, is_folder
 
         paths = image_paths(path, None, self.prompts, self.seeds, self.scales)
         taken: image.Taken = "count" if is_folder(path) else "replace"

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from snoopi_rt.engines.base import BundleError, InputError
+from snoopi_rt.bundle.manifest import text_rule
 from snoopi_rt.engines.messages import why
 from snoopi_rt.engines.native import native_code
-from snoopi_rt.manifest import text_rule
+from snoopi_rt.errors import BundleError, InputError
 
 SHOWN = 200
 """Characters of a prompt that an error shows."""

@@ -21,10 +21,10 @@ except ModuleNotFoundError as error:
 
 from tiny_bundle import FUNCTIONS, SPECS, encode, write_bundle
 
-from snoopi_rt.bundle import Bundle, Prompts
+from snoopi_rt.bundle.bundle import Bundle, Prompts
 from snoopi_rt.cache import Cache
 from snoopi_rt.pipeline import Pipeline
-from snoopi_rt.prompts import write_prompts
+from snoopi_rt.prompt_encoder import write_prompts
 from snoopi_rt.tokenizer import Tokenizer
 
 # Read when triton is imported: without a GPU its kernels run on the CPU, slowly.

@@ -50,14 +50,14 @@ def test_the_error_tree_has_one_root() -> None:
 
 def test_importing_takes_nothing_heavy(tmp_path: Path) -> None:
     heavy = {"numpy", "onnxruntime", "openvino", "PIL", "tokenizers", "torch"}
-    run(f"import sys, snoopi_rt, snoopi_rt.cli; assert not {heavy} & set(sys.modules)", tmp_path)
+    run(f"import sys, snoopi_rt, snoopi_rt.cli.main; assert not {heavy} & set(sys.modules)", tmp_path)
 
 
 @pytest.mark.skipif(not installed(), reason="needs an engine")
 def test_everything_works_in_a_process_where_torch_cannot_be_imported(original: snoopi_rt.Bundle, tmp_path: Path) -> None:
     run(
         "import sys; sys.modules['torch'] = None\n"
-        "import snoopi_rt, snoopi_rt.cli, snoopi_rt.engines, snoopi_rt.bench\n"
+        "import snoopi_rt, snoopi_rt.cli.main, snoopi_rt.engines, snoopi_rt.runtime.bench\n"
         f"with snoopi_rt.load({str(original.folder)!r}) as pipe: assert pipe('a cat').images.shape == (1, 16, 16, 3)",
         tmp_path,
     )

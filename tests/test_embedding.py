@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from snoopi_rt import Cancelled, Conditioning, InputError
-from snoopi_rt.bundle import Bundle
+from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.fake import FakeEngine
 from snoopi_rt.pipeline import Pipeline

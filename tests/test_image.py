@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from snoopi_rt import image
-from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.errors import InputError, OutputError
 from snoopi_rt.pipeline import Pipeline
 
 PICTURE = np.random.RandomState(0).randint(0, 256, (16, 24, 3)).astype(np.uint8)

@@ -60,7 +60,7 @@ def test_imports_go_only_where_the_arrows_do(part: str) -> None:
 @pytest.mark.parametrize(
     ("part", "source"),
     [
-        ("engines", "from snoopi_rt.bundle import Bundle"),
+        ("engines", "from snoopi_rt.bundle.bundle import Bundle"),
         ("engines", "from snoopi_rt import bundle"),
         ("engines", "import torch"),
         ("snoopi_rt", "try:\n    from torch.nn import Module\nexcept ImportError:\n    pass"),

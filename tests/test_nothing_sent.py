@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny_students
 
-from snoopi_rt.cli import main
+from snoopi_rt.cli.main import main
 from snoopi_rt.engines import installed
 
 WATCHED = "connect,sendto,sendmsg,sendmmsg,open,openat,creat,mkdir,mkdirat,rename,renameat,renameat2,link,linkat,symlink,symlinkat"

@@ -17,14 +17,15 @@ import pytest
 
 import snoopi_rt
 from snoopi_rt import pipeline
-from snoopi_rt.bundle import GRAPHS, Bundle, Tile
+from snoopi_rt.bundle.bundle import GRAPHS, Bundle, Tile
 from snoopi_rt.cache import Cache
-from snoopi_rt.choice import Measured, remember
 from snoopi_rt.engines import installed
-from snoopi_rt.engines.base import BundleError, EngineError, EngineMissing, InputError, OutputError, TensorSpec
+from snoopi_rt.engines.base import TensorSpec
 from snoopi_rt.engines.fake import FakeEngine
-from snoopi_rt.feeds import draw_noise
+from snoopi_rt.errors import BundleError, EngineError, EngineMissing, InputError, OutputError
 from snoopi_rt.pipeline import Pipeline
+from snoopi_rt.runtime.auto_engine import Measured, remember
+from snoopi_rt.runtime.inputs import draw_noise
 
 HERE = [name for name in installed() if name in ("cpu", "openvino")]
 Functions = dict[str, Callable[..., dict[str, np.ndarray]]]
@@ -372,7 +373,7 @@ def test_auto_runs_the_builds_that_were_measured_here_unless_others_are_asked_fo
 
 
 def test_auto_without_any_engine_says_which_command_installs_one(original: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("snoopi_rt.choice.installed", lambda: ())
+    monkeypatch.setattr("snoopi_rt.runtime.auto_engine.installed", lambda: ())
     monkeypatch.setattr("snoopi_rt.engines.find_spec", lambda name: None)
     with pytest.raises(EngineMissing, match=re.escape('pip install ".[cpu]"')):
         snoopi_rt.load(original)

@@ -11,9 +11,9 @@ import pytest
 from tiny_bundle import TABLE
 
 import snoopi_rt
-from snoopi_rt.bundle import Bundle, File
+from snoopi_rt.bundle.bundle import Bundle, File
 from snoopi_rt.engines import installed
-from snoopi_rt.engines.base import BundleError
+from snoopi_rt.errors import BundleError
 
 ENGINES = [name for name in ("cpu", "openvino") if name in installed()]
 

@@ -101,8 +101,8 @@ def test_a_bundle_that_the_workers_do_not_have_is_one_line(tmp_path: Path, place
 import sys
 from pathlib import Path
 import snoopi_rt
-from snoopi_rt.batch import Batch
-from snoopi_rt.on_ray import Workers, draw_on_ray, start_ray
+from snoopi_rt.batch.runner import Batch
+from snoopi_rt.batch.ray import Workers, draw_on_ray, start_ray
 start_ray()
 batch = Batch(Path("rows.txt"), Path("out"))
 try:

@@ -12,7 +12,7 @@ import tiny_students
 import torch
 from safetensors.torch import save_file
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import Weights
 from snoopi_rt.export.backbones.network import read_latent
 from snoopi_rt.export.presets.scheduler_check import open_scheduler

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from snoopi_rt.bundle import Bundle
-from snoopi_rt.engines.base import BundleError, InputError
+from snoopi_rt.bundle.bundle import Bundle
+from snoopi_rt.errors import BundleError, InputError
 from snoopi_rt.tokenizer import Tokenizer, highest_id
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from snoopi_rt.bundle import Build, Bundle, File, Guidance, Latent, Parity, Scale, Text
+from snoopi_rt.bundle.bundle import Build, Bundle, File, Guidance, Latent, Parity, Scale, Text
 from snoopi_rt.engines.base import TensorSpec
 
 WORDS = ["[CLS]", "[SEP]", "[UNK]", "a", "red", "blue", "fox", "cat", "blurry", "warm"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from snoopi_rt.engines import load_engine
 from snoopi_rt.export.attention import merge_heads, split_heads
-from snoopi_rt.export.graphs.write import write_graph
+from snoopi_rt.export.onnx_graphs.write import write_graph
 from snoopi_rt.kernels import attention, fused_attention, nasa_attention, turned_attention
 
 FORMS = {"written out": attention, "fused": fused_attention, "turned": turned_attention}

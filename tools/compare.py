@@ -27,18 +27,18 @@ import numpy as np
 import torch
 
 import snoopi_rt
-from snoopi_rt.bundle import Build, Bundle
+from snoopi_rt.bundle.bundle import Build, Bundle
 from snoopi_rt.cache import Cache
-from snoopi_rt.choice import ORDER
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.engines.base import Engine
+from snoopi_rt.engines.openvino import import_openvino
 from snoopi_rt.engines.ort import import_onnxruntime
-from snoopi_rt.engines.ov import import_openvino
 from snoopi_rt.export.backbones.pixart import size_condition
 from snoopi_rt.export.presets.preset import Preset, override
 from snoopi_rt.export.presets.rows import find_preset
 from snoopi_rt.export.weights.checkpoint import load_module
-from snoopi_rt.feeds import draw_noise
+from snoopi_rt.runtime.auto_engine import ORDER
+from snoopi_rt.runtime.inputs import draw_noise
 from snoopi_rt.tokenizer import Tokenizer
 
 warnings.filterwarnings("ignore")

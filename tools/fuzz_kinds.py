@@ -22,13 +22,13 @@ import tiny_bundle
 from mutations import ODD, TEXTS, damaged_bytes, damaged_graph, damaged_json, damaged_png
 
 from snoopi_rt import image
-from snoopi_rt.batch import Batch
-from snoopi_rt.bundle import MANIFEST, Bundle, File
+from snoopi_rt.batch.runner import Batch
+from snoopi_rt.bundle.bundle import MANIFEST, Bundle, File
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import installed
-from snoopi_rt.engines.base import InputError, SnoopiError
+from snoopi_rt.errors import InputError, SnoopiError
 from snoopi_rt.pipeline import Pipeline, load
-from snoopi_rt.prompts import write_prompts
+from snoopi_rt.prompt_encoder import write_prompts
 from snoopi_rt.tokenizer import Tokenizer
 
 ASKED: dict[str, Any] = {"prompt": "a red fox", "negative_prompt": "blurry", "negative_scale": 0.5, "seed": 7, "size": (16, 16)}
@@ -426,7 +426,7 @@ class Options(Kind):
     def judge(self, random: Random) -> str:
         from click.testing import CliRunner
 
-        from snoopi_rt.cli import main
+        from snoopi_rt.cli.main import main
 
         words = self._words(random)
         result = CliRunner().invoke(main, ["generate", "--bundle", str(self.bundle.folder), *words])

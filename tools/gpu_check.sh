@@ -13,7 +13,7 @@
 set -uo pipefail
 # The part, its limit in seconds, and what it runs.
 PARTS=(
-    "kernel-tests 150 python3 -m pytest -q -p no:cacheprovider -W default @PARALLEL tests/test_nasa_kernel.py"
+    "kernel-tests 150 python3 -m pytest -q -p no:cacheprovider -W default @PARALLEL tests/kernels/test_nasa_kernel.py"
     "kernel 120 python3 tools/gpu_kernel.py --out @OUT/kernel.json"
     "pixart 120 python3 tools/gpu_students.py --student pixart --out @OUT/pixart.json"
     "sd 180 python3 tools/gpu_students.py --student sd15 --student sd21 --out @OUT/sd.json"

@@ -21,11 +21,12 @@ from gpu_timing import gpu_name, interleaved, reason
 from torch import Tensor
 
 from snoopi_rt.engines import installed, load_engine
-from snoopi_rt.engines.base import Axis, Engine, EngineError, InputError
+from snoopi_rt.engines.base import Axis, Engine
+from snoopi_rt.errors import EngineError, InputError
 from snoopi_rt.export.decoder import Decoder
-from snoopi_rt.export.graphs.half import half_arithmetic
-from snoopi_rt.export.graphs.write import write_graph
 from snoopi_rt.export.guidance import find_guidance
+from snoopi_rt.export.onnx_graphs.mixed_precision import half_arithmetic
+from snoopi_rt.export.onnx_graphs.write import write_graph
 
 ENGINES = ("tensorrt", "cuda")
 TIMES = 20

@@ -1,6 +1,6 @@
 """Time and memory of work on a GPU: the one place where the scripts of gpu_check.sh talk to torch.cuda.
 
-tests/test_gpu_scripts.py puts a device that is not there in the place of DEVICE and of what is called here, and runs every line.
+tests/gpu/test_gpu_scripts.py puts a device that is not there in the place of DEVICE and of what is called here, and runs every line.
 """
 
 import statistics

@@ -39,7 +39,7 @@ class Exports:
         self._weights = tiny_students.stable_diffusion(folder / "sd15", "sd15", levels=1, mid_block_type=None, tiny_vae=True)
         self._out = folder / "bundle"
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["snoopi_rt.export.run", "diffusers", "transformers", "onnxscript"])
+        self._context.set_forkserver_preload(["snoopi_rt.export.exporter", "diffusers", "transformers", "onnxscript"])
 
     def start(self) -> Any:
         process = self._context.Process(target=export_tiny, args=(self._weights, self._out))
@@ -52,7 +52,7 @@ class Exports:
 
     def check(self) -> dict[str, int]:
         """What is left beside the bundle, in files and bytes. Raises an error where the bundle is not whole."""
-        from snoopi_rt.bundle import Bundle
+        from snoopi_rt.bundle.bundle import Bundle
 
         if self._out.exists():
             Bundle.load(self._out).verify()
@@ -70,12 +70,12 @@ class Exports:
 
 def export_tiny(weights: Path, out: Path) -> None:
     """Exports, where graphs that were traced before are copied: it is in what is written that a kill can leave something."""
-    from snoopi_rt.bundle import GRAPHS
-    from snoopi_rt.export import run
-    from snoopi_rt.export.graphs import builds
-    from snoopi_rt.export.origin import find_origin
+    from snoopi_rt.bundle.bundle import GRAPHS
+    from snoopi_rt.export import exporter
+    from snoopi_rt.export.onnx_graphs import variants
+    from snoopi_rt.export.source import find_origin
 
-    traced, write_graph = out.parent / "traced", builds.write_graph
+    traced, write_graph = out.parent / "traced", variants.write_graph
 
     def write(module: Any, inputs: Any, outputs: Any, dynamic: Any, path: Path, *options: Any) -> list[Path]:
         kept = sorted(traced.glob(f"{path.name}*"))
@@ -87,9 +87,9 @@ def export_tiny(weights: Path, out: Path) -> None:
             shutil.copyfile(file, traced / file.name)
         return written
 
-    builds.write_graph = write
-    wishes = run.Wishes(precision={graph: ["fp32"] for graph in GRAPHS}, sizes=((64, 64),), force=True)
-    run.export(find_origin("sd15", str(weights), "pgsb-sd15"), out, wishes)
+    variants.write_graph = write
+    wishes = exporter.Wishes(precision={graph: ["fp32"] for graph in GRAPHS}, sizes=((64, 64),), force=True)
+    exporter.export(find_origin("sd15", str(weights), "pgsb-sd15"), out, wishes)
 
 
 class CacheWrites:

@@ -18,7 +18,7 @@ from snoopi_rt.export.small_model.dataset.build import SIDE, encoded
 from snoopi_rt.export.small_model.dataset.scene import Scene
 from snoopi_rt.export.small_model.dataset.vocabulary import things
 from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, to_pictures
-from snoopi_rt.export.training.sheet import contact_sheet
+from snoopi_rt.export.training.image_grid import contact_sheet
 from snoopi_rt.files import write_whole
 
 ENCODER = Path("weights/small/teacher/vae")

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from snoopi_rt.bundle import Build, Bundle
+from snoopi_rt.bundle.bundle import Build, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import load_engine
 from snoopi_rt.engines.base import Engine

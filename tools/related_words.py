@@ -9,7 +9,7 @@ from torch import Tensor
 
 from snoopi_rt.export.small_model.vocabulary import VOCABULARY
 from snoopi_rt.export.text import minilm
-from snoopi_rt.vocabulary import Matcher
+from snoopi_rt.runtime.vocabulary import Matcher
 
 ALIKE = 0.5
 """The least cosine of two words that are related. Below it are more accidents than relations."""

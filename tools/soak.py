@@ -83,7 +83,7 @@ class Server:
 async def soak(server: Server, clients: int, seconds: float, seed: int) -> dict[str, Any]:
     """What the clients got, and what is wrong with it."""
     import snoopi_rt
-    from snoopi_rt.prompts import IN_MEMORY
+    from snoopi_rt.prompt_encoder import IN_MEMORY
 
     address, answers, wrong = f"http://127.0.0.1:{server.port}", Counter[str](), []
     memory: list[float] = []

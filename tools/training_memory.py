@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from snoopi_rt.export.backbones import find_backbone
-from snoopi_rt.export.training.distil import Task
 from snoopi_rt.export.training.distillation import Distillation
 from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.recipe import DEFAULT, RECIPES
 from snoopi_rt.export.training.schedule import Schedule
+from snoopi_rt.export.training.trainer import Task
 
 GIB = 2**30
 PROMPT = "a red fox on a mossy stone in the morning fog, seen from below"

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from snoopi_rt.bundle import Text, Vocabulary
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.bundle.bundle import Text, Vocabulary
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.presets.preset import Preset
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from snoopi_rt.bundle import Latent
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.bundle.bundle import Latent
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import Denoiser, Weights
 from snoopi_rt.export.decoder import Decoder
 from snoopi_rt.export.presets.preset import Preset

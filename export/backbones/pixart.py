@@ -1,7 +1,7 @@
 """PixArt with its timesteps folded away and guidance in every cross-attention: the network that is exported.
 
 At one timestep every modulation is a constant: scale and shift become LayerNorm's own weight and bias, and each gate goes into the output
-projection behind it. What is left has no timestep at all. `tests/test_pixart.py` holds it against diffusers' own network.
+projection behind it. What is left has no timestep at all. `tests/export/test_pixart.py` holds it against diffusers' own network.
 """
 
 from collections.abc import Callable

@@ -7,8 +7,8 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
-from snoopi_rt.bundle import Text
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.bundle.bundle import Text
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer

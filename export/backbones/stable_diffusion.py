@@ -7,8 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from snoopi_rt.bundle import Text
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.bundle.bundle import Text
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet, unet_answer

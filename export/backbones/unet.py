@@ -2,7 +2,7 @@
 
 At a known timestep the time embedding of a ResNet block is a constant: it becomes the bias of the convolution before it. A student of
 several steps has one such bias a step and shares all weights. SDXL's embedding also depends on the prompt's pooled states; what it adds
-to every block is computed once a call, in one product. `tests/test_unet.py` holds all of it against diffusers' own pipelines.
+to every block is computed once a call, in one product. `tests/export/test_unet.py` holds all of it against diffusers' own pipelines.
 """
 
 import copy
@@ -17,7 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.attention import GuidedAttention, OneProductAttention, SelfAttention
 from snoopi_rt.export.fold import linear, stacked
 from snoopi_rt.export.guidance import Guidance

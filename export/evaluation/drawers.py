@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import snoopi_rt
-from snoopi_rt.bundle import MANIFEST
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.bundle.bundle import MANIFEST
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.attention import GuidedAttention, PlainAttention
 from snoopi_rt.export.backbones import Weights
 from snoopi_rt.export.backbones.network import load_decoder
@@ -25,7 +25,7 @@ from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import fingerprint
 from snoopi_rt.export.weights.text_files import check_folder
-from snoopi_rt.feeds import draw_noise
+from snoopi_rt.runtime.inputs import draw_noise
 
 BATCH = 16  # images of a student
 TEACHER_BATCH = 64

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation import pixel_metrics
 from snoopi_rt.export.evaluation.counters import Counters
 from snoopi_rt.export.evaluation.drawers import Drawer

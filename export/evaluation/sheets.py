@@ -12,7 +12,7 @@ from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.drawers import Drawer
 from snoopi_rt.export.evaluation.natural import NaturalPrompt
 from snoopi_rt.export.small_model.dataset.scene import Scene, plain_caption
-from snoopi_rt.export.training.sheet import contact_sheet
+from snoopi_rt.export.training.image_grid import contact_sheet
 
 NATURAL, COLUMNS = 64, 8
 THUMBNAIL = 128  # pixels of a side on the sheet of all things

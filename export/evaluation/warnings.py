@@ -1,16 +1,16 @@
 """Whether a bundle's vocabulary tells prompts that its model can draw from those that it cannot.
 
-Both lists were written by someone who saw the names of the things alone, and are held out: the words of snoopi_rt/english.py are not
-tuned on them.
+Both lists were written by someone who saw only the names of the objects, and are held out: snoopi_rt/runtime/english.py is not tuned on
+them.
 """
 
 from collections.abc import Iterator
 from importlib.resources import files
 
-from snoopi_rt.bundle import Vocabulary
+from snoopi_rt.bundle.bundle import Vocabulary
 from snoopi_rt.export.evaluation.report import Goal, Row
 from snoopi_rt.export.evaluation.statistics import share_interval
-from snoopi_rt.vocabulary import Matcher
+from snoopi_rt.runtime.vocabulary import Matcher
 
 
 def warnings(vocabulary: Vocabulary) -> Iterator[Row]:

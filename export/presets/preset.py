@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.guidance import Guidance, find_guidance
 from snoopi_rt.export.one_step import SCHEDULES, OneStepRule, Prediction
 

@@ -6,7 +6,7 @@ What a row says was read from the sources that it names; where a number was not 
 import math
 from typing import Any
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.one_step import SCHEDULES
 from snoopi_rt.export.presets.preset import Preset, override, written
 from snoopi_rt.export.presets.scheduler_check import check_scheduler

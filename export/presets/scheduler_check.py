@@ -8,7 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.one_step import Prediction
 from snoopi_rt.export.presets.preset import Preset, written
 from snoopi_rt.export.weights.text_files import read_json

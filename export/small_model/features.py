@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from snoopi_rt.engines.base import EngineMissing
+from snoopi_rt.errors import EngineMissing
 
 Network = Literal["lite0", "lite1", "lite2"]
 

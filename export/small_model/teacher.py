@@ -13,8 +13,8 @@ from snoopi_rt.export.small_model.dataset.build import TrainingSet
 from snoopi_rt.export.small_model.networks import LAYERS, PixelShuffleDecoder, deepened, schedule, to_pictures, transformer
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training import loop
+from snoopi_rt.export.training.image_grid import contact_sheet
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
-from snoopi_rt.export.training.sheet import contact_sheet
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, require, save_diffusers
 from snoopi_rt.export.weights.text_files import check_folder

@@ -2,7 +2,7 @@
 
 from importlib.resources import files
 
-from snoopi_rt.bundle import Vocabulary
+from snoopi_rt.bundle.bundle import Vocabulary
 from snoopi_rt.export.small_model import dataset
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, COUNTS, FLAWS, things
 

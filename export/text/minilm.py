@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from snoopi_rt.engines.base import EngineMissing, how_to_install
+from snoopi_rt.errors import EngineMissing, how_to_install
 from snoopi_rt.tokenizer import Tokenizer
 
 MAX_TOKENS = 32

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snoopi_rt.bundle import File, Text
-from snoopi_rt.engines.base import EngineMissing, InputError, how_to_install
+from snoopi_rt.bundle.bundle import File, Text
+from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 from snoopi_rt.export.weights.text_files import check_file, read_json, read_text
 from snoopi_rt.files import write_whole
 from snoopi_rt.tokenizer import highest_id

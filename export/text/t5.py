@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from snoopi_rt.engines.base import InputError
 from snoopi_rt.engines.messages import why
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.weights.checkpoint import config_path, read_config, read_weights, transformers_config
+from snoopi_rt.export.weights.hub import weight_files
 from snoopi_rt.export.weights.lora import Product
-from snoopi_rt.export.weights.source import weight_files
 
 
 class T5TextEncoder(nn.Module):

@@ -18,8 +18,9 @@ from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.presets.rows import PRESETS
 from snoopi_rt.export.training.adversarial import Discriminator
 from snoopi_rt.export.training.clip_loss import ClipJudge
-from snoopi_rt.export.training.draws import Draws, draw, draw_lora, pair_noise
 from snoopi_rt.export.training.edits import Edits, read_edits
+from snoopi_rt.export.training.image_grid import contact_sheet
+from snoopi_rt.export.training.noise import Draws, draw, draw_lora, pair_noise
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.pgsb import guided, kappas, lora_loss, vsd_gradient, vsd_loss
 from snoopi_rt.export.training.processes import Processes
@@ -27,7 +28,6 @@ from snoopi_rt.export.training.prompts import Prompts
 from snoopi_rt.export.training.recipe import Recipe
 from snoopi_rt.export.training.sampling import ddim
 from snoopi_rt.export.training.schedule import Schedule
-from snoopi_rt.export.training.sheet import contact_sheet
 from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.training.teacher_pictures import TeacherPictures
 from snoopi_rt.export.training.teachers import Teachers, with_lora, without_adapters

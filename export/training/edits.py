@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.batch.prompt_file import PromptFile
+from snoopi_rt.batch.prompt_formats import Wrong
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.training.loop import generator
 from snoopi_rt.export.training.text_states import shuffled
-from snoopi_rt.prompt_file import PromptFile
-from snoopi_rt.prompt_formats import Wrong
 
 if TYPE_CHECKING:
     from snoopi_rt.export.training.distillation import Distillation

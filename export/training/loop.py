@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from snoopi_rt.engines.base import InputError, OutputError
+from snoopi_rt.errors import InputError, OutputError
 from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.stage_recipe import Recipe
 from snoopi_rt.export.weights.files import save_tensors

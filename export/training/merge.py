@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import find_backbone
 from snoopi_rt.export.backbones.network import check_network
-from snoopi_rt.export.training.distil import write_beside
+from snoopi_rt.export.training.trainer import write_beside
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import CONFIG
 

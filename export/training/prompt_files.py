@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from snoopi_rt.engines.base import InputError
-from snoopi_rt.prompt_file import STANDARD_INPUT, PromptFile
-from snoopi_rt.prompt_formats import Wrong
+from snoopi_rt.batch.prompt_file import STANDARD_INPUT, PromptFile
+from snoopi_rt.batch.prompt_formats import Wrong
+from snoopi_rt.errors import InputError
 
 KEYS = ("prompt", "caption", "text")
 """Where a row has its prompt: the first of these that is there. Other columns are ignored."""

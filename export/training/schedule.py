@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.one_step import OneStepRule, Prediction
 from snoopi_rt.export.presets.scheduler_check import DIFFUSERS_PREDICTION, open_scheduler
 

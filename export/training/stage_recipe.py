@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 from snoopi_rt.request import integer
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import PromptEncoder
 from snoopi_rt.export.weights.files import save_tensors
 from snoopi_rt.export.weights.text_files import read_json

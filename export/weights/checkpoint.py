@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from snoopi_rt.engines.base import InputError
 from snoopi_rt.engines.messages import why
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.weights.files import CONFIG
-from snoopi_rt.export.weights.source import weight_files
+from snoopi_rt.export.weights.hub import weight_files
 from snoopi_rt.export.weights.text_files import check_file, read_json
 
 # The first PixArt checkpoints name the class that diffusers then had, and hold a tensor that only training used.

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from snoopi_rt.engines.base import EngineMissing, InputError
+from snoopi_rt.errors import EngineMissing, InputError
 from snoopi_rt.export.weights.text_files import check_folder
 from snoopi_rt.files import write_whole
 

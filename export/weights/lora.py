@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.weights.checkpoint import first_few, read_weights
 from snoopi_rt.export.weights.text_files import parse_json, read_json
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from snoopi_rt import json_reader
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 from snoopi_rt.files import is_lfs_pointer, read_bounded, reason
 from snoopi_rt.shell import quote
 

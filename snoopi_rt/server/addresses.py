@@ -5,7 +5,7 @@ import re
 from contextlib import suppress
 from urllib.parse import SplitResult, urlsplit
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")

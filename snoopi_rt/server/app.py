@@ -18,16 +18,16 @@ from fastapi.openapi.utils import get_openapi
 from starlette.requests import ClientDisconnect
 
 from snoopi_rt import __version__
-from snoopi_rt.engines.base import BundleError, Cancelled, InputError, SnoopiError
+from snoopi_rt.errors import BundleError, Cancelled, InputError, SnoopiError
 from snoopi_rt.files import read_bounded, reason
 from snoopi_rt.pipeline import EMBEDDED, Pipeline
-from snoopi_rt.server import api
+from snoopi_rt.server import schema
 from snoopi_rt.server.addresses import check_model_name, host_name, path_prefix, web_origin
-from snoopi_rt.server.around import Around
-from snoopi_rt.server.batching import Batcher, Drawing, QueueFull
+from snoopi_rt.server.batcher import Batcher, Drawing, QueueFull
+from snoopi_rt.server.http_errors import CODES, Refused
 from snoopi_rt.server.logs import tell
 from snoopi_rt.server.metrics import Metrics
-from snoopi_rt.server.refusals import CODES, Refused
+from snoopi_rt.server.middleware import Around
 from snoopi_rt.tokenizer import PromptTooLong
 
 KEPT_BYTES, KEPT_SECONDS = 256 * 2**20, 3600.0
@@ -159,12 +159,12 @@ def application(
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"])
 
-    @app.post("/v1/images/generations", openapi_extra={"requestBody": {"required": True, "content": api.schema(api.Generation)}})
+    @app.post("/v1/images/generations", openapi_extra={"requestBody": {"required": True, "content": schema.schema(schema.Generation)}})
     async def generations(request: Request) -> Response:
         """Draw images."""
         body = await read(request)
         try:
-            asked = api.generation(body)
+            asked = schema.generation(body)
             drawing, facts = find(asked.model), request.state.facts
             seeds, scales = asked.seeds_and_scales(settings.most)
             count, size = len(seeds), asked.height_and_width(drawing.pipe.bundle.sizes, settings.lenient)
@@ -196,20 +196,20 @@ def application(
         for stage, seconds in result.timings.items():
             metrics.stages.labels(drawing.name, stage).observe(seconds)
         try:
-            files = await asyncio.gather(*(asyncio.to_thread(api.encoded, result, i, asked) for i in range(count)))
+            files = await asyncio.gather(*(asyncio.to_thread(schema.encoded, result, i, asked) for i in range(count)))
         except SnoopiError as error:
             raise Refused(400, str(error)) from error
         urls = [keep(request, asked.output_format, file) for file in files] if asked.formats()[1] else None
         return Response(
-            api.answer(drawing.name, result, files, urls, asked).model_dump_json(exclude_none=True), media_type="application/json"
+            schema.answer(drawing.name, result, files, urls, asked).model_dump_json(exclude_none=True), media_type="application/json"
         )
 
-    @app.get("/v1/models", response_model=api.Models)
+    @app.get("/v1/models", response_model=schema.Models)
     async def models() -> Any:
         """The bundles that are served; the first is the default."""
-        return api.Models(data=[described(name) for name in state.drawing])
+        return schema.Models(data=[described(name) for name in state.drawing])
 
-    @app.get("/v1/models/{name}", response_model=api.Model)
+    @app.get("/v1/models/{name}", response_model=schema.Model)
     async def model(name: str) -> Any:
         """One bundle."""
         return described(find(name).name)
@@ -273,11 +273,11 @@ def application(
             raise Refused(503, f"model {name!r} is still loading", "server_error", {"retry-after": "2"})
         raise Refused(404, f"unknown model {name[:200]!r}, choose from {', '.join(settings.models)}", "not_found_error")
 
-    def described(name: str) -> api.Model:
+    def described(name: str) -> schema.Model:
         drawing = state.drawing[name]
         pipe = drawing.pipe
         scale = pipe.bundle.guidance.scale
-        return api.Model(
+        return schema.Model(
             id=name,
             created=int(state.started),
             sizes=[f"{width}x{height}" for height, width in pipe.bundle.sizes],
@@ -320,14 +320,14 @@ def application(
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            described = api.Generation.model_json_schema(ref_template="#/components/schemas/{model}")
+            described = schema.Generation.model_json_schema(ref_template="#/components/schemas/{model}")
             document["components"]["schemas"] |= {"Generation": described} | {
                 kind.__name__: kind.model_json_schema(ref_template="#/components/schemas/{model}")
-                for kind in (api.Images, api.Drawn, api.Failure, api.Problem)
+                for kind in (schema.Images, schema.Drawn, schema.Failure, schema.Problem)
             }
             post = document["paths"]["/v1/images/generations"]["post"]
-            post["responses"] = {"200": {"description": "The images.", "content": api.schema(api.Images)}} | {
-                str(code): {"description": what, "content": api.schema(api.Failure)} for code, what in CODES.items()
+            post["responses"] = {"200": {"description": "The images.", "content": schema.schema(schema.Images)}} | {
+                str(code): {"description": what, "content": schema.schema(schema.Failure)} for code, what in CODES.items()
             }
             app.openapi_schema = document
         return app.openapi_schema

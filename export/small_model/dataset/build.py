@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.small_model.dataset.compose import Composer
 from snoopi_rt.export.small_model.dataset.edits import draw_edit
 from snoopi_rt.export.small_model.dataset.scene import Scene, Vocabulary, caption
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED, load_sprites
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training.edits import KEYS
-from snoopi_rt.export.training.sheet import contact_sheet
+from snoopi_rt.export.training.image_grid import contact_sheet
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_tensors
 from snoopi_rt.export.weights.text_files import check_folder, read_json

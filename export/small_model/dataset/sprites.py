@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from snoopi_rt.engines.base import SnoopiError
+from snoopi_rt.errors import SnoopiError
 from snoopi_rt.export.small_model.dataset.vocabulary import Thing, things
 from snoopi_rt.files import write_whole
 

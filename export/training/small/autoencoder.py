@@ -11,7 +11,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 from torch import Tensor, nn
 
-from snoopi_rt.engines.base import InputError
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.small.emoji import open_pictures, read_rows

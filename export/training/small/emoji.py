@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from snoopi_rt.engines.base import InputError, SnoopiError
-from snoopi_rt.export.training.sheet import contact_sheet
+from snoopi_rt.errors import InputError, SnoopiError
+from snoopi_rt.export.training.image_grid import contact_sheet
 from snoopi_rt.export.training.small.concepts import CONCEPTS, Concept, with_article
 from snoopi_rt.files import sha256, write_whole
 from snoopi_rt.request import integer

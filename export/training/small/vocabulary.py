@@ -1,6 +1,6 @@
 """What the small model has learned, as its bundle.json says it: the words of its captions, and prompts that show it well."""
 
-from snoopi_rt.bundle import Vocabulary
+from snoopi_rt.bundle.bundle import Vocabulary
 from snoopi_rt.export.training.small.concepts import CONCEPTS
 from snoopi_rt.export.training.small.emoji import BACKGROUNDS, DRAWINGS, QUALITIES
 

@@ -1,0 +1,177 @@
+"""Negative prompts for pipelines of diffusers, in one call of the network: `pipe = with_negative(pipe)`.
+
+The pipeline encodes the negative prompt as it does its prompt, the states stand behind the prompt's, and every cross-attention takes them
+apart again. So all that a pipeline can do stays as it is: offloading, LoRAs, callbacks, batches, torch.compile.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from snoopi_rt.errors import InputError
+from snoopi_rt.export.attention import keys_values, merge_heads, queries, text_mask
+from snoopi_rt.export.guidance import GUIDANCE, Guidance, find_guidance
+from snoopi_rt.kernels import fused_attention
+
+KINDS = [kind for kind, guidance in GUIDANCE.items() if guidance.formula is not None]
+_OF_THE_PROMPT = ("prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
+
+
+def with_negative(pipe: DiffusionPipeline, kind: str = "nasa") -> DiffusionPipeline:
+    """See snoopi_rt.diffusers."""
+    if kind not in KINDS:
+        raise InputError(f"unknown kind {kind!r}, choose from {', '.join(KINDS)}")
+    without_negative(pipe)
+    attentions = _cross_attentions(pipe)
+    if not attentions or not hasattr(pipe, "encode_prompt"):
+        raise InputError(f"{type(pipe).__name__} has no cross-attention to a text: negatives in joint attention are not supported")
+    if any("IPAdapter" in type(attn.processor).__name__ for attn in attentions):
+        raise InputError("an IP-Adapter stands in the cross-attentions: unload it, negatives beside one are not supported")
+    call = _Call(find_guidance(kind))
+    for attn in attentions:
+        attn.set_processor(_NegativeProcessor(attn.processor, call))
+    plain = type(pipe)
+    # Of the same name: pipelines write it into what they save.
+    pipe.__class__ = type(plain.__name__, (_Negative, plain), {"__module__": plain.__module__, "_plain": plain})
+    pipe._negative_call = call
+    return pipe
+
+
+def without_negative(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """See snoopi_rt.diffusers."""
+    if isinstance(pipe, _Negative):
+        for attn in _cross_attentions(pipe):
+            if isinstance(attn.processor, _NegativeProcessor):
+                attn.set_processor(attn.processor.plain)
+        del pipe._negative_call
+        pipe.__class__ = pipe._plain
+    return pipe
+
+
+@dataclass
+class _Call:
+    """What one call of a pipeline tells its cross-attentions. lengths: tokens of prompt, negative, and the empty prompt where it is needed;
+    none without a negative. scale: (B,)."""
+
+    guidance: Guidance
+    negatives: Sequence[str] = ()
+    scales: Sequence[float] = ()
+    lengths: list[int] = field(default_factory=list)
+    scale: Tensor | None = None
+
+    def end(self) -> None:
+        self.negatives, self.scales, self.lengths, self.scale = (), (), [], None
+
+
+class _Negative(DiffusionPipeline):
+    """Stands before a pipeline's own class."""
+
+    _negative_call: _Call
+    _plain: type[DiffusionPipeline]
+
+    def __call__(
+        self,
+        *args: Any,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_scale: float | Sequence[float] | None = None,
+        **options: Any,
+    ) -> Any:
+        call = self._negative_call
+        scale = call.guidance.default_scale if negative_scale is None else negative_scale
+        call.scales = [float(scale)] if isinstance(scale, int | float) else [float(each) for each in scale]
+        if negative_prompt is not None and any(call.scales):
+            if not all(isinstance(attn.processor, _NegativeProcessor) for attn in _cross_attentions(self)):
+                raise InputError("the attention processors were set since with_negative: call it again")
+            call.negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+        try:
+            return super().__call__(*args, **options)
+        finally:
+            call.end()
+
+    def encode_prompt(self, *args: Any, **options: Any) -> Any:
+        """The states of prompts, with those of their negatives behind them."""
+        call = self._negative_call
+        encoded = super().encode_prompt(*args, **options)
+        if not call.negatives or call.lengths:
+            return encoded
+        signature = inspect.signature(super().encode_prompt)
+        asked = signature.bind(*args, **options).arguments
+        if asked.get("do_classifier_free_guidance", "do_classifier_free_guidance" in signature.parameters):
+            raise InputError("guidance_scale draws each step twice: with a negative prompt in the attention, give guidance_scale=0")
+        prompts = len(encoded[0]) // asked.get("num_images_per_prompt", 1)
+        texts = [_one_each(call.negatives, prompts, "negative_prompt")]
+        if call.guidance.measures_from_empty:
+            texts.append([""] * prompts)
+        states, masks = [encoded[0]], [encoded[1]]
+        for text in texts:
+            rest = {name: value for name, value in asked.items() if name not in _OF_THE_PROMPT}
+            more = super().encode_prompt(**rest | {"prompt": text})
+            states.append(more[0].to(encoded[0]))
+            masks.append(more[1])
+        call.lengths = [part.shape[1] for part in states]
+        scale = torch.tensor(_one_each(call.scales, prompts, "negative_scale"), dtype=encoded[0].dtype, device=encoded[0].device)
+        call.scale = scale.repeat_interleave(len(encoded[0]) // prompts)
+        masked = "prompt_attention_mask" in signature.parameters
+        return (torch.cat(states, 1), torch.cat(masks, 1) if masked else encoded[1], *encoded[2:])
+
+
+class _NegativeProcessor:
+    """A cross-attention's own processor, and in a call with negatives the guidance's formula."""
+
+    def __init__(self, plain: Any, call: _Call):
+        self.plain, self._call = plain, call
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        call = self._call
+        if not call.lengths or encoder_hidden_states is None:
+            return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, **options)
+        k, v = keys_values(attn, encoder_hidden_states)
+        (k_pos, k_neg, *k_empty), (v_pos, v_neg, *v_empty) = k.split(call.lengths, 2), v.split(call.lengths, 2)
+        mask = text_mask(attention_mask)
+        mask_pos, mask_neg, *mask_empty = [None] * len(call.lengths) if mask is None else mask.split(call.lengths, 1)
+        if k_empty:  # one prompt's for all, of its tokens alone
+            tokens = slice(None) if mask_empty[0] is None else mask_empty[0][0]
+            k_empty, v_empty = ([part[0][:1, :, tokens]] for part in (k_empty, v_empty))
+        q = queries(attn, hidden_states)
+        z = _attend(call.guidance, q)(q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, call.scale, *k_empty, *v_empty)
+        return attn.to_out[0](merge_heads(z)) / attn.rescale_output_factor
+
+
+def _attend(guidance: Guidance, q: Tensor) -> Any:
+    """The guidance's formula, by the Triton kernel where there is one for it."""
+    if q.is_cuda and guidance.kind == "nasa":
+        try:
+            from snoopi_rt.kernels.nasa import LARGEST_HEAD, fused_nasa_attention
+        except ImportError:  # no triton
+            pass
+        else:
+            if q.shape[-1] <= LARGEST_HEAD:
+                return fused_nasa_attention
+    attend = guidance.attend
+    return lambda *tensors: attend(*tensors, attention=fused_attention)  # type: ignore[misc]
+
+
+def _cross_attentions(pipe: DiffusionPipeline) -> list[Attention]:
+    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    modules = network.named_modules() if isinstance(network, nn.Module) else ()
+    return [module for name, module in modules if isinstance(module, Attention) and name.rpartition(".")[2] == "attn2"]
+
+
+def _one_each(values: Sequence[Any], count: int, what: str) -> list[Any]:
+    """As many as there are prompts; one counts for all. Raises InputError for another number."""
+    if len(values) not in (1, count):
+        raise InputError(f"{what} has {len(values)} entries for {count} prompts")
+    return list(values) * (count // len(values))

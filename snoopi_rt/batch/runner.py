@@ -1,0 +1,310 @@
+"""Many prompts of a file to images in a folder: in constant memory, resumed after a kill, with an index of what became of each row."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+from snoopi_rt import image
+from snoopi_rt.batch.prompt_file import PromptFile
+from snoopi_rt.batch.prompt_formats import LONGEST, Wrong
+from snoopi_rt.errors import InputError, OutputError
+from snoopi_rt.files import check_place, open_regular, reason, remove_remains
+from snoopi_rt.json_reader import parse_json
+from snoopi_rt.pipeline import JOB, Pipeline, columns
+from snoopi_rt.request import check_seed, image_size, requests
+from snoopi_rt.shell import quote
+
+INDEX = "index.jsonl"
+Job = tuple[int, dict[str, Any]]
+"""A row's number and what `Pipeline.generate` takes."""
+
+
+@dataclass
+class Outcome:
+    """How many rows were drawn now, were there before, and failed; how many of those drawn now there are warnings of, and the first."""
+
+    drawn: int = 0
+    kept: int = 0
+    failed: int = 0
+    warned: int = 0
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What became of a row: an image's file and the metadata in it, with a warning where there is one, or an error."""
+
+    row: int
+    file: bytes = b""
+    metadata: dict[str, str] = field(default_factory=dict)
+    error: str = ""
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is drawn from a file: row i with seed + i - 1 unless it has its own; negative and scale where a row has none."""
+
+    prompts: Path | PromptFile
+    out: Path
+    seed: int = 0
+    negative: str | None = None
+    scale: float | None = None
+    size: tuple[int, int] | None = None
+    truncate: bool = False
+    format: str = "png"
+
+    def run(self, pipe: Pipeline, progress: Callable[[int], None] = lambda rows: None, draw: "Draw | None" = None) -> Outcome:
+        """Draws what is not there yet; progress(rows) after each few. `draw`: how; by default here, in this process.
+
+        Raises InputError for a file that cannot be read, settings that no row can have and a folder that holds another batch, OutputError
+        where a picture cannot be written. A row that cannot be drawn is listed in the index with its reason, and the rest is done.
+        """
+        if isinstance(self.prompts, Path):
+            with PromptFile(self.prompts) as prompts:
+                return replace(self, prompts=prompts).run(pipe, progress, draw)
+        self._check(pipe, self.prompts)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write into {self.out}: {reason(error)}") from error
+        outcome = Outcome()
+        with self._alone(), _Index(self.out / INDEX, self._identity(pipe, self.prompts), self._path) as index:
+            for drawn in (draw or draw_here)(pipe, self, self._to_draw(pipe, self.prompts, index, outcome, progress)):
+                if drawn.error:
+                    outcome.failed += 1
+                    index.add(drawn.row, {"error": drawn.error})
+                else:
+                    outcome.drawn += 1
+                    image.write(drawn.file, self._path(drawn.row))
+                    index.drawn(drawn.row, len(drawn.file), drawn.metadata, drawn.warning)
+                    if drawn.warning:
+                        outcome.warned += 1
+                        outcome.warning = outcome.warning or f"row {drawn.row}: {drawn.warning}"
+                progress(1)
+        return outcome
+
+    def check_folder(self) -> None:
+        """Returns where images can be written, before anything is loaded. Raises OutputError."""
+        try:
+            check_place(self._path(1))
+        except OSError as error:
+            raise OutputError(f"cannot write into {quote(self.out)}: {reason(error)}") from error
+
+    def _check(self, pipe: Pipeline, prompts: PromptFile) -> None:
+        """Raises InputError once for what would be wrong in every row, and for a scale that no row would use."""
+        check_seed(self.seed)
+        scale, negative = self.scale, (self.negative or "").strip()
+        if not prompts.judge().negative and scale is not None and not negative:
+            raise InputError(f"negative scale {scale} without a negative prompt: neither a row nor --neg gives one")
+        # Where rows have negative prompts, the scale is judged beside one of them.
+        requests("prompt", negative or (None if scale is None else "negative"), scale, self.seed, 1, pipe.bundle.guidance)
+        image_size(self.size, pipe.bundle.sizes)
+        if negative:
+            pipe.check(negative, truncate=self.truncate)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Raises OutputError where another process draws into the folder; what one that was killed left there is removed."""
+        from filelock import FileLock, Timeout
+
+        lock = self.out / ".lock"
+        if lock.is_symlink():  # which some versions of filelock follow, and empty the file behind it
+            raise InputError(f"{lock} is a symbolic link: remove it")
+        held = FileLock(lock, timeout=0)
+        try:
+            held.acquire()
+        except Timeout as error:
+            raise OutputError(f"another process draws into {self.out}") from error
+        except OSError as error:
+            raise OutputError(f"cannot write into {self.out}: {reason(error)}") from error
+        try:
+            remove_remains(self.out)
+            yield
+        finally:
+            held.release()
+
+    def _to_draw(
+        self, pipe: Pipeline, prompts: PromptFile, index: "_Index", outcome: Outcome, progress: Callable[[int], None]
+    ) -> Iterator[Job]:
+        """The jobs that are still to be drawn; of the other rows it is noted what became of them."""
+        for number, _, row in prompts.rows():
+            job = row if isinstance(row, Wrong) else self._job(number, row, pipe)
+            state = job if isinstance(job, Wrong) else self._state(number, job, pipe, index)
+            if state == "draw":
+                assert not isinstance(job, Wrong)
+                yield number, job
+                continue
+            if state == "kept":
+                outcome.kept += 1
+            else:
+                outcome.failed += 1
+                index.add(number, {"error": state})
+            progress(1)
+
+    def _state(self, number: int, job: dict[str, Any], pipe: Pipeline, index: "_Index") -> str:
+        """ "kept" for a row whose image is there, "draw" for one that is to be drawn, else why it cannot be.
+
+        An image that is not in the index is noted there: a kill came between the two, or it is of something else.
+        """
+        if index.holds(number, job):
+            return "kept"
+        path, metadata = self._path(number), {}
+        condition = image.condition(path)
+        if condition == "missing" or (condition == "damaged" and number in index.damaged):
+            return "draw"
+        with suppress(InputError):
+            metadata = image.read_metadata(path)
+        ours = condition != "foreign" and _fits(metadata, job, pipe.bundle.hash)
+        if not ours:
+            return f"{path.name} is there and is not this row's image: remove it"
+        if condition == "damaged":
+            return "draw"
+        index.drawn(number, path.stat().st_size, metadata)
+        return "kept"
+
+    def _job(self, number: int, job: dict[str, Any], pipe: Pipeline) -> dict[str, Any]:
+        negative = job.get("negative_prompt", self.negative)
+        if isinstance(negative, str) and not negative.strip():
+            negative = None  # this row has none
+        default = pipe.bundle.guidance.scale.default if self.scale is None else self.scale
+        scale = job.get("negative_scale", None if negative is None else default)
+        seed = job["seed"] if "seed" in job else check_seed(self.seed + number - 1)
+        return {"prompt": job["prompt"], "negative_prompt": negative, "negative_scale": scale, "seed": seed}
+
+    def _path(self, number: int) -> Path:
+        return self.out / f"{number:06}.{self.format}"
+
+    def _identity(self, pipe: Pipeline, prompts: PromptFile) -> dict[str, Any]:
+        settings = [self.seed, self.negative, self.scale, self.size, self.truncate, self.format]
+        return {"batch": 1, "bundle_hash": pipe.bundle.hash, "prompts": prompts.sha256, "settings": settings}
+
+
+Draw = Callable[[Pipeline, Batch, Iterable[Job]], Iterable[Drawn]]
+"""draw(pipe, batch, jobs), in any order; jobs are read as they are needed."""
+
+
+def draw_here(pipe: Pipeline, batch: Batch, jobs: Iterable[Job]) -> Iterator[Drawn]:
+    """Draws jobs in this process, as many at once as the bundle takes."""
+    waiting = iter(jobs)
+    while together := list(islice(waiting, pipe.max_batch)):
+        yield from draw_together(pipe, batch, together)
+
+
+def draw_together(pipe: Pipeline, batch: Batch, jobs: list[Job]) -> list[Drawn]:
+    """Draws some jobs in one call; where one of them cannot be drawn, each by itself."""
+    try:
+        results = pipe.generate(**columns([job for _, job in jobs]), size=batch.size, truncate=batch.truncate).split()
+        drawn = []
+        for (row, _), result in zip(jobs, results, strict=True):
+            metadata = result.metadata(0)
+            file = image.encode(result.images[0], image.FORMATS[f".{batch.format}"], metadata)
+            drawn.append(Drawn(row, file, metadata, warning="".join(result.warnings)))
+        return drawn
+    except (InputError, OutputError) as error:
+        if len(jobs) == 1:
+            return [Drawn(jobs[0][0], error=str(error))]
+        return [each for job in jobs for each in draw_together(pipe, batch, [job])]
+
+
+class _Index:
+    """One line of JSON per row; the first says what batch it is. A line that a kill cut short is written again.
+
+    damaged: the rows whose images were listed and are not whole.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], image_path: Callable[[int], Path]) -> None:
+        self._path, self._identity, self._image_path = path, identity, image_path
+        self._known: set[int] = set()
+        self.damaged: set[int] = set()
+
+    def __enter__(self) -> Self:
+        beside = self._path.with_name(f".{self._path.name}.part")
+        try:
+            beside.unlink(missing_ok=True)  # of a run that was killed
+            with open(beside, "xb") as file:
+                file.write(json.dumps(self._identity).encode() + b"\n")
+                for line in self._still_right():
+                    file.write(line)
+            os.replace(beside, self._path)
+            self._file = open(self._path, "ab", buffering=0)
+        except OSError as error:
+            raise OutputError(f"cannot write {self._path}: {reason(error)}") from error
+        finally:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def holds(self, number: int, job: dict[str, Any]) -> bool:
+        """Whether the row's image, of this very job, was listed and whole when the batch began."""
+        return _key(number, job) in self._known
+
+    def add(self, number: int, record: dict[str, Any]) -> None:
+        """Writes one row's line."""
+        line = json.dumps({"row": number, **record}).encode() + b"\n"
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise OutputError(f"cannot write {self._path}: {reason(error)}") from error
+        if written != len(line):
+            raise OutputError(f"cannot write {self._path}: the disk is full")
+
+    def drawn(self, number: int, size: int, metadata: dict[str, str], warning: str = "") -> None:
+        """Writes the line of an image of so many bytes, of the metadata that is in it."""
+        numbers = {name: kind(metadata[name]) for name, kind in (("negative_scale", float), ("seed", int)) if name in metadata}
+        job = {name: metadata[name] for name in JOB if name in metadata}
+        warned = {"warning": warning} if warning else {}
+        self.add(number, {"file": self._image_path(number).name, "bytes": size, **job, **numbers, **warned})
+
+    def _still_right(self) -> Iterator[bytes]:
+        """The lines of images that are there and whole. What failed, is damaged or is not there any more is drawn again."""
+        if not self._path.is_file() or self._path.stat().st_size == 0:  # a power cut may leave its name alone
+            return
+        with open_regular(self._path) as file:
+            first = _record(file.readline(LONGEST))
+            if "batch" not in first:
+                raise InputError(f"{self._path} is not an index of snoopi-rt")
+            if first != json.loads(json.dumps(self._identity)):
+                raise InputError(f"{self._path.parent} holds another batch (other prompts, bundle or settings): choose another folder")
+            while line := file.readline(LONGEST):
+                record = _record(line)
+                row = record.get("row")
+                if type(row) is not int or record.get("file") != self._image_path(row).name:
+                    continue
+                condition = image.condition(self._image_path(row), record.get("bytes"))
+                if condition == "whole":
+                    self._known.add(_key(row, record))
+                    yield line
+                elif condition == "damaged":
+                    self.damaged.add(row)
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """What a whole line says; nothing where it was cut short or damaged."""
+    with suppress(ValueError):
+        record = parse_json(line)
+        if isinstance(record, dict) and line.endswith(b"\n"):
+            return record
+    return {}
+
+
+def _key(number: int, job: Mapping[str, Any]) -> int:
+    """What tells a row's job from every other, in few bytes: an index may have millions of lines."""
+    scale = job.get("negative_scale")
+    scale = float(scale) if isinstance(scale, int | float) else scale
+    return hash(json.dumps([number, job.get("prompt"), job.get("negative_prompt"), scale, job.get("seed")]))
+
+
+def _fits(metadata: dict[str, str], job: dict[str, Any], bundle_hash: str) -> bool:
+    """Whether an image's metadata say what the job asks for, and nothing else."""
+    scale = job["negative_scale"]
+    texts = {**job, "negative_scale": float(scale) if isinstance(scale, int | float) else scale, "bundle_hash": bundle_hash}
+    return all(metadata.get(name) == (None if value is None else str(value)) for name, value in texts.items())

@@ -1,0 +1,247 @@
+"""What an exported folder promises: frozen dataclasses <-> bundle.json, and the check that the folder keeps it.
+
+Knows no engine package and no array. `bundle.json` is written last and whole: a folder that has it is complete.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from snoopi_rt.bundle.compatibility import check_shapes, check_tokens
+from snoopi_rt.bundle.manifest import (
+    GRAPHS,
+    LARGEST_SIDE,
+    MANIFEST,
+    MOST_IMAGES,
+    Build,
+    File,
+    Guidance,
+    Latent,
+    Parity,
+    Prompts,
+    Scale,
+    Text,
+    Tile,
+    Vocabulary,
+    legend,
+    require,
+    require_range,
+    text_rule,
+)
+from snoopi_rt.bundle.typed_json import UNSAVED, from_json, to_json
+from snoopi_rt.bundle.verify import Stamp, check_file, read_manifest, remember_folder, stamp
+from snoopi_rt.cache import Cache
+from snoopi_rt.errors import BundleError, InputError, how_to_install
+from snoopi_rt.files import write_whole
+from snoopi_rt.json_reader import parse_json
+from snoopi_rt.shell import quote, visible
+
+__all__ = [
+    "GRAPHS",
+    "MANIFEST",
+    "Build",
+    "Bundle",
+    "File",
+    "Guidance",
+    "Latent",
+    "Parity",
+    "Prompts",
+    "Scale",
+    "Text",
+    "Tile",
+    "Vocabulary",
+]
+
+FORMATS = (1, 2)
+"""Format 2 has the keys NEW and is else as format 1; the last one is written."""
+NEW = ("vocabulary", "examples")
+READ_SINCE = "0.1.0"
+"""The first snoopi-rt that reads the last format: what an older one tells its user to install."""
+
+TEXT_ENGINE = "cpu"
+"""Where a text encoder runs that has no build for the engine of the others."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A whole bundle. `folder` and `hash` (SHA-256 of bundle.json) are known once it is on disk.
+
+    The graph `text_encoder` and the tokenizer may be left out where `prompts` carries what the generator needs. For people: `vocabulary`
+    is what a narrow model knows, None: anything; `examples` are prompts that show the model well.
+    """
+
+    name: str
+    backbone: str
+    licence: str
+    text: Text
+    latent: Latent
+    sizes: tuple[tuple[int, int], ...]
+    max_batch: int
+    guidance: Guidance
+    provenance: dict[str, str]
+    graphs: dict[str, tuple[Build, ...]]
+    prompts: Prompts | None = None
+    tile: Tile | None = None
+    vocabulary: Vocabulary | None = None
+    examples: tuple[str, ...] = ()
+    folder: Path = field(default=Path(), metadata=UNSAVED)
+    hash: str = field(default="", metadata=UNSAVED)
+    stamps: dict[str, Stamp | None] = field(default_factory=dict, metadata=UNSAVED, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        encoding = "text_encoder" in self.graphs or self.prompts is None
+        needed = GRAPHS if encoding else GRAPHS[1:]
+        require(set(self.graphs) == set(needed), f"the graphs must be {', '.join(needed)}, not {', '.join(self.graphs) or 'none'}")
+        require(encoding == (self.text.tokenizer is not None), "a bundle has a text_encoder and a tokenizer, or neither and prompts")
+        require(all(self.graphs.values()), "every graph needs a build")
+        require_range("max_batch", self.max_batch, 1, MOST_IMAGES)
+        for side in (side for size in self.sizes for side in size):
+            require_range("a side of a size", side, 0, LARGEST_SIDE)
+        fitting = all(side > 0 and side % self.latent.factor == 0 for size in self.sizes for side in size)
+        require(bool(self.sizes) and fitting, f"every size must be a multiple of {self.latent.factor}")
+        for text in self.prompts.texts if self.prompts else ():
+            require(text == text_rule(text, self.text.lowercase) != "", f"the prompt {text!r} is not as the text rule leaves it")
+        for text in self.examples:
+            known = encoding or text_rule(text, self.text.lowercase) in (self.prompts.texts if self.prompts else ())
+            require(bool(text.strip()) and known, f"the example {text!r} is no prompt of this bundle")
+        check_shapes(self)
+        seen: dict[str, File] = {}
+        for file in self._listed():
+            require(seen.setdefault(file.path, file) == file, f"{file.path} is listed twice with different contents")
+
+    @classmethod
+    def load(cls, folder: str | Path, cache: Cache | None = None) -> "Bundle":
+        """The bundle in the folder, its files checked; hashes that the cache knows for (size, times, inode) are trusted.
+
+        Raises BundleError for anything that is not as promised.
+        """
+        cache = Cache() if cache is None else cache
+        bundle = cls._read(Path(folder), cache)
+        remember_folder(bundle.folder, bundle.hash, cache)
+        return bundle
+
+    def save(self, folder: str | Path) -> "Bundle":
+        """Checks the files, writes bundle.json beside them, returns the bundle as `load` sees it. Raises BundleError."""
+        bundle = replace(self, folder=Path(folder))
+        bundle._check_files(None)
+        document = {"format": FORMATS[-1], "snoopi_rt": READ_SINCE, **to_json(self)}
+        try:
+            write_whole(bundle.folder / MANIFEST, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode(), durable=True)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"cannot write {bundle.folder / MANIFEST}: {error}") from error
+        return self._read(bundle.folder, Cache())
+
+    def check(self) -> None:
+        """Returns when the files are still those that were promised; hashes that the cache knows are trusted. Raises BundleError."""
+        self._check_files(Cache())
+
+    def verify(self) -> None:
+        """Hashes every file again, whatever the cache knows. Raises BundleError."""
+        self._check_files(None)
+
+    def check_again(self, files: Iterable[File]) -> None:
+        """Returns where the files, which are about to be opened or have just been, are still those of the bundle; else BundleError.
+
+        Only those that changed since they were last looked at are hashed.
+        """
+        for file in files:
+            if self.stamps.get(file.path) != stamp(self.folder / file.path):
+                self._check_file(file, None)
+
+    def engines(self) -> tuple[str, ...]:
+        """The engines that have builds of every graph, as `builds` tells them."""
+        named = {engine for builds in self.graphs.values() for build in builds for engine in build.engines}
+        return tuple(sorted(engine for engine in named if all(self.builds(graph, engine) for graph in self.graphs)))
+
+    def builds(self, graph: str, engine: str) -> tuple[Build, ...]:
+        """The graph's builds for the engine; a text encoder that has none for it runs on `cpu`: it is used once a prompt."""
+        for name in (engine, TEXT_ENGINE) if graph == "text_encoder" else (engine,):
+            if suiting := tuple(build for build in self.graphs[graph] if name in build.engines):
+                return suiting
+        return ()
+
+    def build(self, graph: str, engine: str, precision: str | None = None) -> Build:
+        """The graph's build for the engine: the one in that precision, or the first where none is given.
+
+        Raises BundleError where the graph has no build for the engine, InputError where it has none in that precision.
+        """
+        suiting = self.builds(graph, engine)
+        if not suiting:
+            raise BundleError(f"bundle {self.name!r} has no {graph} for engine {engine!r}, it serves {', '.join(self.engines()) or 'none'}")
+        found = next((build for build in suiting if precision in (None, build.precision)), None)
+        if found is None:
+            known = ", ".join(build.precision for build in suiting)
+            raise InputError(f"bundle {self.name!r} has no {graph} in precision {precision!r} for engine {engine!r}, choose from {known}")
+        return found
+
+    def described(self) -> str:
+        """What the bundle holds, as lines for people."""
+        scale = self.guidance.scale
+        lines = [
+            f"{self.name}: backbone {self.backbone}, licence {self.licence}",
+            f"sizes {', '.join(f'{width}x{height}' for height, width in self.sizes)}, batch up to {self.max_batch}",
+            f"prompts up to {self.text.max_tokens} tokens",
+            f"guidance {self.guidance.kind}, scale {scale.min} to {scale.max}, default {scale.default}",
+        ]
+        if self.prompts is not None:
+            only = "" if "text_encoder" in self.graphs else " and no text encoder for others"
+            lines[2] += f", carries the states of {len(self.prompts.texts)}{only}"
+        if self.vocabulary is not None:
+            lines.append(f"knows {len(self.vocabulary.objects)} objects")
+        if self.examples:
+            lines.append(f"examples: {', '.join(map(quote, self.examples))}")
+        if self.tile is not None:
+            side, overlap = self.tile.size * self.latent.factor, self.tile.overlap * self.latent.factor
+            lines[1] += f", decoded in tiles of {side}x{side} that share {overlap} pixels"
+        lines += [f"{graph}: {build.described()}" for graph, builds in self.graphs.items() for build in builds]
+        lines += legend((build.precision, engine) for builds in self.graphs.values() for build in builds for engine in build.engines)
+        lines += [f"{key}: {value}" for key, value in self.provenance.items()]
+        return "\n".join(map(visible, [*lines, f"hash {self.hash}"]))
+
+    @classmethod
+    def _read(cls, folder: Path, cache: Cache) -> "Bundle":
+        data = read_manifest(folder)
+        try:
+            bundle = replace(from_json(cls, _document(data)), folder=folder, hash=hashlib.sha256(data).hexdigest())
+        except (BundleError, ValueError) as error:
+            raise BundleError(f"{folder / MANIFEST}: {error}") from None
+        bundle._check_files(cache)
+        return bundle
+
+    def _listed(self) -> list[File]:
+        others = [self.text.tokenizer, self.prompts.file if self.prompts else None]
+        models = [file for builds in self.graphs.values() for build in builds for file in build.files]
+        return [*(file for file in others if file is not None), *models]
+
+    def _check_files(self, cache: Cache | None) -> None:
+        external = {file.path: self._check_file(file, cache) for file in dict.fromkeys(self._listed())}
+        for build in (build for builds in self.graphs.values() for build in builds):
+            listed = {file.path for file in build.files}
+            for name in external[build.files[0].path]:
+                require(name in listed, f"{self.folder / build.files[0].path} reads {name!r}, which its build does not list")
+        check_tokens(self, cache)
+
+    def _check_file(self, file: File, cache: Cache | None) -> list[str]:
+        before = stamp(self.folder / file.path)
+        external = check_file(self.folder, file, cache)
+        self.stamps[file.path] = before
+        return external
+
+
+def _document(data: bytes) -> dict[str, Any]:
+    """The document without its two keys about the format. Raises ValueError (no JSON) or BundleError (no format of this version)."""
+    document = parse_json(data)
+    require(isinstance(document, dict), "not a JSON object")
+    number, since = document.pop("format", None), document.pop("snoopi_rt", None)
+    formats = " and ".join(map(str, FORMATS))
+    if type(number) is int and number > FORMATS[-1]:
+        raise BundleError(
+            f"format {number} is newer than this snoopi-rt, which reads {formats}; {since} does: git pull, then {how_to_install()}"
+        )
+    require(type(number) is int and number in FORMATS, f"unknown format {number!r}, this snoopi-rt reads {formats}")
+    if number == 1 and (newer := [key for key in NEW if key in document]):
+        raise BundleError(f"unknown key {newer[0]} in format 1")
+    return document

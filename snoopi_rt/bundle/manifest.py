@@ -1,0 +1,297 @@
+"""What bundle.json says, part by part, as frozen dataclasses that refuse what cannot be. Knows no engine package and no array."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from textwrap import fill
+from typing import Literal
+
+from snoopi_rt.engines.base import TensorSpec
+from snoopi_rt.errors import BundleError
+from snoopi_rt.files import sha256
+
+MANIFEST = "bundle.json"
+GRAPHS = ("text_encoder", "generator", "decoder")
+LARGEST_SIDE, MOST_IMAGES, MOST_TOKENS = 2**15, 2**12, 2**17
+"""Of an image in pixels, of a batch, of a prompt."""
+INT32, INT64 = 2**31 - 1, 2**63 - 1
+HASH = re.compile("[0-9a-f]{64}")
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises BundleError with the message where the condition does not hold."""
+    if not condition:
+        raise BundleError(message)
+
+
+def require_range(name: str, value: int, least: int, most: int) -> None:
+    """Raises BundleError where the integer is outside the range: beyond it nothing can be meant, and much would overflow."""
+    require(least <= value <= most, f"{name} must be {'positive and at most' if least == 1 else f'from {least} to'} {most}, got {value}")
+
+
+def digits_apart(one: float, other: float) -> int:
+    """How many digits, at least two, two figures need to look different: an error of 0.0501 is beyond 0.05."""
+    return next((digits for digits in range(2, 9) if f"{one:.{digits}g}" != f"{other:.{digits}g}"), 2)
+
+
+def text_rule(prompt: str, lowercase: bool) -> str:
+    """The text that is tokenized and looked up: without outer white space, in lower case where the bundle says so.
+
+    As diffusers' T5 pipelines do it; CLIP's and BERT's tokenizers drop outer white space themselves.
+    """
+    return (prompt.lower() if lowercase else prompt).strip()
+
+
+def legend(names: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each precision of (precision, engine) that says more than its name, in the words of `info`, `bench` and the README."""
+    engines: dict[tuple[str, str], list[str]] = {}
+    for precision, engine in sorted(set(names)):
+        engines.setdefault((precision, meaning(precision, engine)), []).append(engine)
+    return [f"{precision} on {', '.join(names)}: {means}" for (precision, means), names in engines.items() if means != precision]
+
+
+def meaning(precision: str, engine: str) -> str:
+    """What the name of a precision stands for on an engine."""
+    if engine in ("cuda", "tensorrt"):
+        return f"{precision} arithmetic"
+    between = "bf16" if engine == "openvino" else "fp32"
+    return {
+        "bf16": "fp16 weights, bf16 arithmetic",
+        "fp16": "fp16 weights, fp32 arithmetic",
+        "int8": f"int8 products, {between} between them",
+        "int8-weights": "int8 weights, fp32 arithmetic",
+        "int4-weights": "int4 weights, fp32 arithmetic",
+    }.get(precision, precision)
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the folder: a plain name, its SHA-256 in hexadecimal, its size in bytes."""
+
+    path: str
+    sha256: str
+    size: int
+
+    def __post_init__(self) -> None:
+        plain = PLAIN_NAME.fullmatch(self.path) is not None and self.path != MANIFEST
+        require(plain, f"{self.path!r} is not a plain file name inside the bundle")
+        # A part of the names of what the cache notes about the file.
+        require(HASH.fullmatch(self.sha256) is not None, f"{self.path}: {self.sha256!r} is not a SHA-256 in hexadecimal")
+        require_range(f"the size of {self.path}", self.size, 0, INT64)
+
+    @classmethod
+    def of(cls, path: Path) -> "File":
+        """The entry for a file as it is on disk now."""
+        return cls(path.name, sha256(path), path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class Text:
+    """How a prompt becomes ids: tokenizer.json (None: the bundle knows its own prompts only), the longest prompt in tokens, and whether
+    it is lower-cased first. `pad` fills every prompt to that length with this id, as CLIP wants it; None leaves its own length.
+    """
+
+    tokenizer: File | None
+    max_tokens: int
+    lowercase: bool
+    pad: int | None = None
+
+    def __post_init__(self) -> None:
+        require_range("max_tokens", self.max_tokens, 1, MOST_TOKENS)
+        require_range("pad", self.pad or 0, 0, INT32)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The latent of an image (H, W) has shape (channels, H / factor, W / factor)."""
+
+    channels: int
+    factor: int
+
+    def __post_init__(self) -> None:
+        require_range("channels", self.channels, 1, 2**12)
+        require_range("factor", self.factor, 1, 2**10)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A latent larger than `size` pixels is decoded in tiles of that size that share `overlap` pixels, which bounds the memory."""
+
+    size: int
+    overlap: int
+
+    def __post_init__(self) -> None:
+        require_range("the size of a tile", self.size, 1, LARGEST_SIDE)
+        require(0 <= self.overlap < self.size, f"tiles of {self.size} latent pixels cannot share {self.overlap}")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The range of a guidance scale and the value used where none is given."""
+
+    default: float
+    min: float
+    max: float
+
+    def __post_init__(self) -> None:
+        require(self.min <= self.default <= self.max, f"scale {self.default} is outside {self.min} to {self.max}")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the generator uses a negative prompt; `fixed` holds the constants of that kind that are in the graph."""
+
+    kind: Literal["nasa", "nag", "vsf", "projected", "none"]
+    scale: Scale
+    fixed: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts whose states the bundle carries, after the text rule, in the order of the .npz file that holds them."""
+
+    file: File
+    texts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        require(self.file.path.endswith(".npz"), f"prompts must be in an .npz file, not {self.file.path}")
+        require(bool(self.texts) and len(set(self.texts)) == len(self.texts), "the prompts that a bundle carries must be there, each once")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a narrow model knows, in the words of its prompts: objects with their synonyms, colours, artifacts, styles, counts ("two").
+
+    related: words with spaces between them that it does not know, by the object that means most nearly the same.
+    """
+
+    objects: dict[str, tuple[str, ...]]
+    colours: tuple[str, ...] = ()
+    artifacts: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
+    related: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.objects), "a vocabulary needs objects")
+        for name in self.related or ():
+            require(name in self.objects, f"words are related to {name!r}, which is no object of the vocabulary")
+        words = (*self.objects, *(word for synonyms in self.objects.values() for word in synonyms))
+        for kind in (words, self.colours, self.artifacts, self.styles, self.counts):
+            require(all(word == word.strip() != "" for word in kind), "a word of the vocabulary is empty, or has white space around it")
+
+    def described(self) -> str:
+        """All of it as lines for people; synonyms stand in brackets."""
+        objects = [f"{name} ({', '.join(synonyms)})" if synonyms else name for name, synonyms in self.objects.items()]
+        kinds = {"objects": objects, "colours": self.colours, "artifacts": self.artifacts, "styles": self.styles, "counts": self.counts}
+        lines = (f"{kind} ({len(words)}): {', '.join(words)}" for kind, words in kinds.items() if words)
+        return "\n".join(fill(line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for line in lines)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The measured distance of a graph from PyTorch's answer.
+
+    `latent_error` is what a build changes in the clean latent, rms, a clean latent having a deviation of about 1; `psnr` is that of the
+    image in dB, a finite number. None where not measured.
+    """
+
+    relative_l2: float
+    max_abs: float
+    latent_error: float | None = None
+    psnr: float | None = None
+
+    def __post_init__(self) -> None:
+        require(abs(self.psnr or 0) <= 1000, f"psnr {self.psnr} is no figure in dB")
+
+    @property
+    def error(self) -> float:
+        """The figure that a build is judged by: the latent error, else the picture's, rms in units of full white, else the relative L2."""
+        if self.latent_error is not None:
+            return self.latent_error
+        return self.relative_l2 if self.psnr is None else 10 ** (-self.psnr / 20)
+
+    def judged(self, digits: int = 2) -> str:
+        """That figure and what it is."""
+        kind = "relative L2" if self.psnr is None else "rms of full white"
+        return f"{self.error:.{digits}g} ({'latent error' if self.latent_error is not None else kind})"
+
+
+@dataclass(frozen=True)
+class Build:
+    """One form of a graph: the engines that it suits and its files, the first of which is the one to open.
+
+    `tolerance` is the largest `error` that it was allowed; `max_batch` bounds the batch where this build, unlike others, needs it.
+    """
+
+    engines: tuple[str, ...]
+    precision: str
+    format: Literal["onnx", "openvino-ir"]
+    files: tuple[File, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parity: Parity
+    tolerance: float
+    max_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.engines and self.files and self.inputs and self.outputs), "a build needs engines, files, inputs and outputs")
+        names = [file.path for file in self.files]
+        for what, given in ("file", names), ("input", [s.name for s in self.inputs]), ("output", [s.name for s in self.outputs]):
+            require(len(set(given)) == len(given), f"a build lists one {what} twice: {', '.join(given)}")
+        main = Path(names[0])
+        if self.format == "onnx":
+            require(main.suffix == ".onnx", f"the first file of an onnx build must be an .onnx file, not {main}")
+        else:
+            complete = main.suffix == ".xml" and str(main.with_suffix(".bin")) in names
+            require(complete, f"an openvino-ir build must list an .xml file and its .bin, not {', '.join(names)}")
+        require_range(f"{main}: max_batch", 1 if self.max_batch is None else self.max_batch, 1, MOST_IMAGES)
+        for spec in (*self.inputs, *self.outputs):
+            require(
+                all(size is None or 0 < size <= INT32 for size in spec.shape), f"{main}: {spec.name} has an impossible shape {spec.shape}"
+            )
+        within, digits = self.parity.error <= self.tolerance, digits_apart(self.parity.error, self.tolerance)
+        require(within, f"{main} is {self.parity.judged(digits)} off PyTorch, beyond its tolerance {self.tolerance:.{digits}g}")
+
+    @cached_property
+    def hash(self) -> str:
+        """The SHA-256 of everything said about this build, its files' hashes included."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def check_graph(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        """Returns where an opened graph takes and gives what is promised, as far as its engine tells; else raises BundleError."""
+        name = self.files[0].path
+        for what, promised, opened in ("input", self.inputs, inputs), ("output", self.outputs, outputs):
+            specs = {spec.name: spec for spec in opened}
+            known = ", ".join(sorted(spec.name for spec in promised))
+            require(
+                ", ".join(sorted(specs)) == known, f"{name} has the {what}s {', '.join(sorted(specs))}, where {MANIFEST} promises {known}"
+            )
+            for spec in promised:
+                other = specs[spec.name]
+                fits = len(other.shape) == len(spec.shape) and all(
+                    None in sizes or len(set(sizes)) == 1 for sizes in zip(spec.shape, other.shape, strict=True)
+                )
+                require(
+                    fits and other.dtype == spec.dtype,
+                    f"{name}: {what} {spec.name!r} is {other.dtype} {other.shape}, where {MANIFEST} promises {spec.dtype} {spec.shape}",
+                )
+
+    def described(self) -> str:
+        """What the build is and how far it is from PyTorch, for people."""
+        size = sum(file.size for file in self.files) / 1e6
+        parity = self.parity
+        figures = [f"relative L2 to PyTorch {parity.relative_l2:.1e}"]
+        if parity.latent_error is not None:
+            figures.insert(0, f"latent error {parity.latent_error:.1e}")
+        if parity.psnr is not None:
+            figures.append(f"PSNR {parity.psnr:.1f} dB")
+        figures.append(f"judged {parity.judged()} of at most {self.tolerance:.2g}")
+        if self.max_batch is not None:
+            figures.append(f"batch up to {self.max_batch}")
+        return f"{self.format} for {', '.join(self.engines)}, {size:.1f} MB, precision {self.precision}, {', '.join(figures)}"

@@ -1,0 +1,95 @@
+"""Requests, their prompts' states and their seeds to the generator's inputs (design.md 4), in batches. Knows no engine."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from snoopi_rt.bundle.bundle import Latent
+from snoopi_rt.engines.base import TensorSpec
+from snoopi_rt.errors import BundleError
+from snoopi_rt.prompt_encoder import States
+from snoopi_rt.request import Request
+from snoopi_rt.runtime.shape_ranges import TOKENS
+
+
+def in_batches(
+    asked: Sequence[Request], states: Mapping[str, States], inputs: Sequence[TensorSpec], max_batch: int
+) -> Iterator[list[Request]]:
+    """The requests in order, at most `max_batch` at once; a graph without masks gets prompts of one length at once."""
+    names = {spec.name for spec in inputs}
+
+    def lengths(request: Request) -> tuple[int, int]:
+        prompt, negative = _states(request, states)
+        return (0 if "prompt_mask" in names else prompt.shape[1]), (0 if "negative_mask" in names else negative.shape[1])
+
+    for _, group in groupby(asked, lengths):
+        batch = list(group)
+        for start in range(0, len(batch), max_batch):
+            yield batch[start : start + max_batch]
+
+
+def generator_feeds(
+    batch: Sequence[Request],
+    states: Mapping[str, States],
+    inputs: Sequence[TensorSpec],
+    latent: Latent,
+    size: tuple[int, int],
+    longest: int | None = None,
+) -> dict[str, np.ndarray]:
+    """The arrays for those inputs that the generator lists. Raises BundleError for one that is unknown.
+
+    `longest`: given for an engine that is fastest for shapes that it has seen, the most tokens that a prompt can have: masked prompts are
+    then filled to a multiple of TOKENS.
+    """
+    prompts, negatives = zip(*(_states(request, states) for request in batch), strict=True)
+    shapes = {spec.name: spec.shape for spec in inputs}
+    prompt_states, prompt_mask = _padded(prompts, longest if "prompt_mask" in shapes else None)
+    negative_states, negative_mask = _padded(negatives, longest if "negative_mask" in shapes else None)
+    shape = (latent.channels, size[0] // latent.factor, size[1] // latent.factor)
+    steps = shapes["renoise"][1] or 0 if "renoise" in shapes else 0
+    noise, renoise = zip(*(draw_noise(request.seed, shape, steps) for request in batch), strict=True)
+    feeds: dict[str, Any] = {
+        "noise": np.stack(noise),
+        "renoise": np.stack(renoise),
+        "prompt_states": prompt_states,
+        "prompt_mask": prompt_mask,
+        "negative_states": negative_states,
+        "negative_mask": negative_mask,
+        "negative_scale": np.array([0.0 if request.scale is None else request.scale for request in batch], np.float32),
+    }
+    if "prompt_pooled" in shapes:
+        feeds["prompt_pooled"] = np.concatenate([states[request.prompt]["pooled"] for request in batch])
+    if unknown := shapes.keys() - feeds.keys():
+        raise BundleError(f"the generator takes {min(unknown)!r}, which this snoopi-rt cannot give")
+    return {name: feeds[name] for name in shapes}
+
+
+def draw_noise(seed: int, shape: tuple[int, ...], steps: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The noise of one image and that of its `steps` later steps, float32 `shape` and (steps, *shape).
+
+    RandomState is the one generator whose stream numpy promises never to change.
+    """
+    stream = np.random.RandomState(seed)
+    return stream.standard_normal(shape).astype(np.float32), stream.standard_normal((steps, *shape)).astype(np.float32)
+
+
+def _states(request: Request, states: Mapping[str, States]) -> tuple[np.ndarray, np.ndarray]:
+    """The prompt's and the negative's states; no negative is one zero token, which scale 0 leaves without effect."""
+    prompt = states[request.prompt]["states"]
+    negative = np.zeros_like(prompt[:, :1]) if request.negative is None else states[request.negative]["states"]
+    return prompt, negative
+
+
+def _padded(states: Sequence[np.ndarray], longest: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """States of (1, T, D) each as one (B, max T, D), zeros behind, and the mask of what is real (B, max T)."""
+    tokens = max(state.shape[1] for state in states)
+    if longest is not None:
+        tokens = min(-(-tokens // TOKENS) * TOKENS, longest)
+    padded = np.zeros((len(states), tokens, states[0].shape[2]), np.float32)
+    mask = np.zeros((len(states), tokens), bool)
+    for row, state in enumerate(states):
+        padded[row, : state.shape[1]] = state[0]
+        mask[row, : state.shape[1]] = True
+    return padded, mask

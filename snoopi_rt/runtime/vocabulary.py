@@ -1,0 +1,244 @@
+"""Whether a narrow model knows what a prompt asks for: its words are held against the vocabulary of bundle.json. No network is asked.
+
+The object of a prompt is the noun before its first preposition or verb: `a submarine` of "a huge red submarine in front of a castle".
+Several joined by "and a" must all be known; of several between commas one is enough.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from snoopi_rt.bundle.manifest import Vocabulary
+from snoopi_rt.runtime.english import (
+    BACKGROUNDS,
+    BOUNDARIES,
+    CONTAINERS,
+    DETERMINERS,
+    JOINTS,
+    NO_OBJECTS,
+    PHRASES,
+    PLURALS,
+    REQUESTS,
+    TAILS,
+)
+
+NEAREST = 3
+"""How many objects a warning names."""
+LONGEST = 2000
+"""Characters of a prompt that are looked at."""
+LONGEST_NAME = 6
+"""Words of an object's name."""
+SHOWN = 60
+"""Characters of an object that a warning shows."""
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """What a prompt asks for and its model does not know: `object` as the prompt says it, None where it names no object at all."""
+
+    object: str | None
+    nearest: tuple[str, ...] = ()
+
+    def message(self, model: str) -> str:
+        """One line for people."""
+        if self.object is None:
+            return f"the prompt names no object that {model} knows"
+        return f"{model} does not know {self.object!r}" + (f"; nearest: {', '.join(self.nearest)}" if self.nearest else "")
+
+
+@dataclass
+class _Word:
+    """A word of a prompt, or several that are the name of a known object."""
+
+    text: str
+    object: str | None = None
+
+
+@dataclass
+class _Part:
+    """A noun with the words before it: what is left of them when those are dropped that name nothing."""
+
+    words: list[_Word] = field(default_factory=list)
+
+    @property
+    def object(self) -> str | None:
+        return self.words[-1].object if self.words else None
+
+
+class Matcher:
+    """Finds the objects of a vocabulary in prompts, in any case, as plurals and as synonyms, with or without spaces and hyphens."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._objects: dict[str, str] = {}
+        names = [(name, name) for name in vocabulary.objects]
+        names += [(synonym, name) for name, synonyms in vocabulary.objects.items() for synonym in synonyms]
+        for spelling, name in names:  # first the names themselves: another object's synonym does not hide them
+            for form in _forms(_words(spelling)):
+                self._objects.setdefault(form, name)
+        self._related: dict[str, list[str]] = {}
+        for name, related in (vocabulary.related or {}).items():
+            for word in related.split():
+                self._related.setdefault(word, []).append(name)
+        self._names = [(_words(spelling), name) for spelling, name in names]
+        self._phrases = [_words(phrase) for phrase in (*vocabulary.artifacts, *vocabulary.styles, *PHRASES)]
+        self._no_objects = NO_OBJECTS.union(*([word] for kind in (vocabulary.colours, vocabulary.counts) for word in map(str.lower, kind)))
+
+    def unknown(self, prompt: str) -> Unknown | None:
+        """What is not known of what the prompt asks for; None where it is known."""
+        segments = [[part for part in segment if part.words] for segment in self._segments(prompt)]
+        segments = [segment for segment in segments if segment]
+        if any(all(part.object for part in segment) for segment in segments):
+            return None
+        if not segments:
+            return Unknown(None)
+        part = next(part for part in segments[0] if not part.object)
+        return Unknown(self._named(part), tuple(self._nearest(part)))
+
+    def _segments(self, prompt: str) -> Iterator[list[_Part]]:
+        """What stands between commas and the like, as the parts that "and" joins."""
+        for text in re.split(r"[^\w\s'\u2019&+-]+", _plain(prompt[:LONGEST])):
+            words = _words(text)
+            for phrase in self._phrases:
+                words = _without(words, phrase)
+            grouped = self._grouped(words)
+            while grouped and not grouped[0].object and grouped[0].text in REQUESTS:
+                del grouped[0]
+            yield self._parts(grouped)
+
+    def _grouped(self, words: Sequence[str]) -> list[_Word]:
+        """The words, with those of a known name as one: the longest name first."""
+        grouped, start = [], 0
+        while start < len(words):
+            for end in range(min(start + LONGEST_NAME, len(words)), start, -1):
+                name = self._objects.get("".join(words[start:end]))
+                if name is not None and not (end - start > 1 and words[start] in DETERMINERS):
+                    break
+            else:
+                end, name = start + 1, None
+            grouped.append(_Word(" ".join(words[start:end]), name))
+            start = end
+        return grouped
+
+    def _parts(self, words: Sequence[_Word]) -> list[_Part]:
+        parts = [_Part()]
+        for place, word in enumerate(words):
+            following = words[place + 1].text if place + 1 < len(words) else ""
+            part = parts[-1]
+            if word.text in JOINTS:
+                if following in DETERMINERS and part.words:
+                    parts.append(_Part())
+            elif word.text == "of" and part.words:
+                # Of a bowl of soup it is the soup, of a king of spades the king; one that is known is enough.
+                rest = self._parts(words[place + 1 :])
+                if not rest[0].words or not (part.words[-1].text in CONTAINERS or (rest[0].object and not part.object)):
+                    rest[0] = part
+                return [*parts[:-1], *rest]
+            elif word.text in BACKGROUNDS:
+                if part.words and part.words[-1] is words[place - 1] and part.words[-1].text in self._no_objects:
+                    del part.words[-1]  # "orange" is a fruit, too
+            elif word.object is None and self._ends(word.text, part):
+                if part.words:
+                    break
+            elif word.object or not (word.text in self._no_objects or (part.object and word.text in TAILS)):
+                part.words.append(word)
+        return parts
+
+    def _ends(self, word: str, part: _Part) -> bool:
+        """Whether the noun stands before this word, in the place of which a place or a deed begins."""
+        if word in BOUNDARIES:
+            return True
+        deed = len(word) > 4 and word.endswith(("ing", "ed"))
+        return deed and any(known.object or not _may_be_adjective(known.text) for known in part.words)
+
+    def _named(self, part: _Part) -> str:
+        """The noun; behind a known object where that tells what it is: `train station`."""
+        *before, noun = part.words
+        text = " ".join(word.text for word in (*self._modifiers(before[-1:]), noun))
+        return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+    def _modifiers(self, words: Sequence[_Word]) -> list[_Word]:
+        """Known objects among the words, but for colours that are fruits, too."""
+        return [word for word in words if word.object and word.text not in self._no_objects]
+
+    def _nearest(self, part: _Part) -> list[str]:
+        """Objects that share a word with the noun or mean nearly the same; without any, those that are spelled nearly so."""
+        noun = part.words[-1].text
+        shared = [str(word.object) for word in self._modifiers(part.words)]
+        shared += [name for words, name in self._names if noun in words and len(noun) > 2]
+        alike = (name for form, name in self._objects.items() if _may_be_meant(noun, form))
+        related = self._related.get(noun) or self._related.get(noun.removesuffix("s"), [])
+        return list(dict.fromkeys([*shared, *related] or alike))[:NEAREST]
+
+
+def _plain(text: str) -> str:
+    """In lower case and without accents."""
+    apart = unicodedata.normalize("NFKD", text.replace("_", " ")).casefold()
+    return unicodedata.normalize("NFC", "".join(char for char in apart if not unicodedata.combining(char)))
+
+
+def _words(text: str) -> list[str]:
+    """Words without hyphens, apostrophes and the genitive's s."""
+    return [re.sub(r"['\u2019]s?$|['\u2019]", "", word) for word in re.findall(r"[^\W_]+(?:['\u2019][^\W_]*)?|[&+]", _plain(text))]
+
+
+def _without(words: list[str], phrase: list[str]) -> list[str]:
+    """The words without a phrase, wherever it stands."""
+    size = len(phrase)
+    for start in range(len(words) - size, -1, -1):
+        if words[start : start + size] == phrase:
+            words = words[:start] + words[start + size :]
+    return words
+
+
+def _forms(words: Sequence[str]) -> Iterator[str]:
+    """A name's spellings without spaces: as it is, then as other number, faces also as emoji."""
+    *rest, last = words
+    start = "".join(rest)
+    yield start + last
+    if last == "face" and rest:
+        yield from (f"{start}{word}" for word in ("emoji", "smiley", "faces", "emojis"))
+        return
+    if last in PLURALS:
+        yield start + PLURALS[last]
+    if last.endswith("man"):
+        yield f"{start}{last[:-2]}en"
+    if last.endswith(("s", "x", "ch", "sh", "o", "z")):
+        yield f"{start}{last}es"
+    if last.endswith("y"):
+        yield f"{start}{last[:-1]}ies"
+    if last.endswith("ies"):
+        yield f"{start}{last[:-3]}y"
+    if last.endswith(("f", "fe")):
+        yield f"{start}{last.rstrip('e')[:-1]}ves"
+    if last.endswith("s"):
+        if not last.endswith("ss"):
+            yield start + last[:-1]
+    else:
+        yield f"{start}{last}s"
+    if "of" in rest[1:]:  # cups of coffee
+        place = rest.index("of")
+        yield from (head + "".join(rest[place:]) + last for head in _forms(rest[:place]))
+
+
+def _may_be_meant(word: str, form: str) -> bool:
+    """Whether the word is the other with a typing error behind its first letter: of seven letters and more with two."""
+    errors = 0 if len(word) < 4 else 1 if len(word) < 7 else 2
+    return word[:1] == form[:1] and abs(len(word) - len(form)) <= errors and _distance(word, form) <= errors
+
+
+def _distance(one: str, other: str) -> int:
+    """Letters to put in, take away, replace or swap with the next that make one word of the other."""
+    last: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        before, last, row = last, row, [i]
+        for j, char in enumerate(other, 1):
+            row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != char)))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == char:
+                row[j] = min(row[j], before[j - 2] + 1)
+    return row[-1]
+
+
+def _may_be_adjective(word: str) -> bool:
+    return word.endswith(("y", "ful", "ous", "ish", "less", "like", "ic", "al", "ive", "en", "ed"))

@@ -1,0 +1,211 @@
+"""Waiting requests to one call of a pipeline: what comes while it draws is drawn together next."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from snoopi_rt.errors import Cancelled, SnoopiError
+from snoopi_rt.pipeline import Pipeline, columns
+from snoopi_rt.request import Request
+from snoopi_rt.result import Result
+
+
+class QueueFull(SnoopiError):
+    """So many images wait already that another request is not taken."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the queue is full, try again in {seconds:.0f} s")
+        self.seconds = seconds
+
+    def __reduce__(self) -> tuple[type["QueueFull"], tuple[float]]:
+        """For another process: an exception would be made of its message."""
+        return QueueFull, (self.seconds,)
+
+
+@dataclass(eq=False)
+class Waiting:
+    """One request's images, all of one size, and the future that gets their Result. `end`: of time.monotonic(), after which it is late."""
+
+    images: list[Request]
+    size: tuple[int, int]
+    truncate: bool
+    end: float
+    future: "asyncio.Future[Result]"
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def given_up(self) -> bool:
+        """Nobody waits for it any more."""
+        return self.future.cancelled() or time.monotonic() > self.end
+
+
+class _NobodyWaits:
+    """What a call of the pipeline asks before each stage: whether all requests of a batch are given up."""
+
+    def __init__(self, batch: list[Waiting]) -> None:
+        self._batch = batch
+
+    def is_set(self) -> bool:
+        return all(item.given_up for item in self._batch)
+
+
+class Drawing(Protocol):
+    """What draws the images of a model: `name` is what clients call it, `pipe` tells what can be asked, `waiting` images wait.
+
+    `pace`: seconds per image, of late; None where that is not known.
+    """
+
+    name: str
+    pipe: Pipeline
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def pace(self) -> float | None: ...
+
+    async def draw(self, images: list[Request], size: tuple[int, int], timeout: float, truncate: bool) -> Result:
+        """The images, their prompts cut where they may be. When the task is cancelled they are not drawn, unless that has begun.
+
+        Raises QueueFull, Cancelled after `timeout` seconds in the queue, and what Pipeline.generate raises.
+        """
+        ...
+
+    def close(self) -> None:
+        """Draws what is waiting and frees the pipeline."""
+        ...
+
+
+class Batcher:
+    """A thread that draws for one pipeline, and the queue before it: a Drawing in this process. Made inside an event loop.
+
+    wait: seconds that a batch which is not full waits for more; without it, only what came while the last one was drawn is together.
+    together: the most images of one call, where the bundle takes as many; 1 turns batching off. limit: the most images that wait.
+    observe(images): told of every batch. pace: seconds per image before any were drawn.
+    """
+
+    def __init__(
+        self, name: str, pipe: Pipeline, wait: float, together: int, limit: int, observe: Any = lambda images: None, pace: float = 0.1
+    ) -> None:
+        self.name, self.pipe = name, pipe
+        self._wait, self._together, self._limit, self._observe = wait, min(together, pipe.max_batch), limit, observe
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[Waiting] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self.pace = pace
+        self._thread = threading.Thread(target=self._work, daemon=True, name=f"draws {name}")
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Images in the queue."""
+        return sum(len(each.images) for each in tuple(self._queue))
+
+    async def draw(self, images: list[Request], size: tuple[int, int], timeout: float, truncate: bool) -> Result:
+        """See Drawing."""
+        item = Waiting(images, size, truncate, time.monotonic() + timeout, self._loop.create_future())
+        with self._changed:
+            if self._closed:
+                raise Cancelled("the server is stopping")
+            self._let_go()
+            waiting = self.waiting
+            if waiting and waiting + len(images) > self._limit:
+                raise QueueFull(max(1.0, waiting * self.pace))
+            self._queue.append(item)
+            self._changed.notify()
+        return await item.future
+
+    def close(self) -> None:
+        """See Drawing."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        self.pipe.close()
+
+    def _work(self) -> None:
+        while batch := self._next():
+            self._draw(batch)
+
+    def _next(self) -> list[Waiting]:
+        """The next requests of one size, as many as fit together; empty when all is over."""
+        with self._changed:
+            while True:
+                batch = self._take([])
+                end = time.monotonic() + self._wait
+                while batch and not self._closed and self._together > 1 and (rest := end - time.monotonic()) > 0:
+                    if sum(len(each.images) for each in batch) >= self._together:
+                        break
+                    self._changed.wait(rest)
+                    batch = self._take(batch)
+                batch = [item for item in batch if not self._is_late(item)]
+                if batch:
+                    return batch
+                if not self._queue:
+                    if self._closed:
+                        return []
+                    self._changed.wait()
+
+    def _take(self, batch: list[Waiting]) -> list[Waiting]:
+        """The batch with what fits to it from the queue, in order."""
+        self._let_go()
+        left: deque[Waiting] = deque()
+        count = sum(len(each.images) for each in batch)
+        for item in self._queue:
+            alike = not batch or (item.size, item.truncate) == (batch[0].size, batch[0].truncate)
+            if not batch or (alike and count + len(item.images) <= self._together):
+                batch = [*batch, item]
+                count += len(item.images)
+            else:
+                left.append(item)
+        self._queue = left
+        return batch
+
+    def _let_go(self) -> None:
+        """Drops late and given up requests from the queue: they take nobody's place."""
+        self._queue = deque(item for item in self._queue if not self._is_late(item))
+
+    def _is_late(self, item: Waiting) -> bool:
+        late = item.given_up
+        if late:
+            self._answer(item, Cancelled("the timeout is over before the queue"))
+        return late
+
+    def _draw(self, batch: list[Waiting]) -> None:
+        images, start = [image for item in batch for image in item.images], time.monotonic()
+        try:
+            jobs, first_item = columns([image.job() for image in images]), batch[0]
+            result = self.pipe.generate(**jobs, size=first_item.size, truncate=first_item.truncate, cancel=_NobodyWaits(batch))
+        except SystemExit:  # the process ends
+            raise
+        except BaseException as error:
+            if len(batch) > 1:  # one request must not cost the others their pictures
+                for item in batch:
+                    if not self._is_late(item):
+                        self._draw([item])
+                return
+            self._answer(batch[0], error)
+            return
+        self._observe(len(images))
+        self.pace += 0.2 * ((time.monotonic() - start) / len(images) - self.pace)
+        first = 0
+        for item in batch:
+            self._answer(item, result.part(first, len(item.images)))
+            first += len(item.images)
+
+    def _answer(self, item: Waiting, answer: Result | BaseException) -> None:
+        def give() -> None:
+            if item.future.done():  # given up
+                return
+            if isinstance(answer, BaseException):
+                item.future.set_exception(answer)
+            else:
+                item.future.set_result(answer)
+
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+            self._loop.call_soon_threadsafe(give)

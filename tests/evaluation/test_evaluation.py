@@ -1,0 +1,472 @@
+"""What judges students: statistics against independent computations, counters on pictures whose truth is known, and the whole road.
+
+A drawer that composes real pictures must come out near every ceiling, one of noise near nothing, and one that ignores what it is told
+must be found out.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image, ImageDraw, ImageFilter
+from scipy import linalg, ndimage, spatial, stats
+
+from snoopi_rt.cli.main import main
+from snoopi_rt.errors import InputError
+from snoopi_rt.export.evaluation import judge as judge_module
+from snoopi_rt.export.evaluation import pixel_metrics, small
+from snoopi_rt.export.evaluation.attributes import attributes, pairs
+from snoopi_rt.export.evaluation.clean import UNRELATED, clean
+from snoopi_rt.export.evaluation.counters import Counters, spread
+from snoopi_rt.export.evaluation.domain import Domain, Limits
+from snoopi_rt.export.evaluation.drawers import Drawer, Negative, open_student
+from snoopi_rt.export.evaluation.judge import Judge, ranks
+from snoopi_rt.export.evaluation.natural import NaturalPrompt, natural, read_natural
+from snoopi_rt.export.evaluation.recognition import recognition
+from snoopi_rt.export.evaluation.removal import removal
+from snoopi_rt.export.evaluation.report import Goal, Row, markdown, mean, share
+from snoopi_rt.export.evaluation.sharpness import sharpness
+from snoopi_rt.export.evaluation.statistics import (
+    frechet,
+    kernel_distance,
+    mean_interval,
+    precision_recall,
+    ratio_interval,
+    share_interval,
+)
+from snoopi_rt.export.small_model import teacher as teacher_stage
+from snoopi_rt.export.small_model.dataset.scene import STYLES, Scene
+from snoopi_rt.export.small_model.dataset.sprites import TRAINED, UNSEEN
+from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, COUNTS, FLAWS, SIZES, plural, things, with_article
+
+SIDE, CELL = 128, 8
+WEIGHTS = Path(__file__).parents[2] / "weights" / "small"
+
+
+# Statistics, each computed another way.
+
+
+def test_the_frechet_distance_is_the_formula_with_a_matrix_root() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((60, 5)), rng.standard_normal((80, 5)) @ rng.standard_normal((5, 5)) + 1
+    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = linalg.sqrtm(first @ second).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first + second - 2 * root)
+    assert frechet(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet(a.astype(np.float32), a.astype(np.float32)) == pytest.approx(0, abs=1e-6)
+    few = rng.standard_normal((4, 5))  # fewer rows than columns
+    assert np.isfinite(frechet(few, b)) and frechet(few, few + 3) == pytest.approx(45, rel=1e-4)
+
+
+def test_the_kernel_distance_is_the_mean_over_all_pairs() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((7, 3)), rng.standard_normal((5, 3)) + 1
+
+    def k(x: np.ndarray, y: np.ndarray) -> float:
+        return float((x @ y / 3 + 1) ** 3)
+
+    expected = np.mean([k(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j])
+    expected += np.mean([k(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j])
+    expected -= 2 * np.mean([k(x, y) for x in a for y in b])
+    assert kernel_distance(a, b) == pytest.approx(expected)
+
+
+def test_precision_and_recall_are_those_of_balls_to_the_third_neighbour() -> None:
+    rng = np.random.default_rng(0)
+    real, made = rng.standard_normal((60, 2)), 0.5 * rng.standard_normal((50, 2)) + 0.7
+
+    def covered(points: np.ndarray, by: np.ndarray) -> float:
+        radius = spatial.KDTree(by).query(by, 4)[0][:, 3]
+        return float(np.mean([(np.linalg.norm(by - point, axis=1) <= radius).any() for point in points]))
+
+    assert precision_recall(real, made) == pytest.approx((covered(made, real), covered(real, made)))
+
+
+def test_intervals_are_scipys() -> None:
+    for successes, of in ((0, 300), (5, 10), (97, 100)):
+        expected = stats.binomtest(successes, of).proportion_ci(0.95, "wilson")
+        assert share_interval(successes, of) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    expected = stats.norm.interval(0.95, values.mean(), stats.sem(values))
+    assert mean_interval(values) == pytest.approx(expected, rel=1e-6)
+    wholes = values + 20
+    resampled = stats.bootstrap(
+        (values, wholes), lambda a, b: a.sum() / b.sum(), paired=True, vectorized=False, n_resamples=2000, method="percentile", rng=1
+    )
+    assert ratio_interval(values, wholes) == pytest.approx(tuple(resampled.confidence_interval), rel=0.02)
+
+
+# Rows and tables.
+
+
+def test_a_goal_that_could_not_be_measured_is_missed() -> None:
+    assert [Goal(least=0.5).met(value) for value in (None, float("nan"), 0.49, 0.5)] == [False, False, False, True]
+    assert Goal(0.8, 1.2).met(1.0) and not Goal(0.8, 1.2).met(1.3) and str(Goal(0.8, 1.2)) == "0.8 to 1.2"
+    assert share("a", "b", np.zeros(0, bool), 0.9).met is False and mean("a", "b", np.zeros(0), "levels", Goal(most=3)).met is False
+
+
+def test_a_share_is_relative_to_its_ceiling_and_so_is_its_interval() -> None:
+    row = share("a", "b", np.arange(10) < 4, 0.75, ceiling=0.5)
+    assert (row.value, row.count, row.of, row.met) == (0.8, 4, 10, True)
+    assert row.interval == pytest.approx(tuple(2 * np.array(share_interval(4, 10))))
+
+
+def test_the_table_has_a_line_per_figure_and_a_column_per_who_is_judged() -> None:
+    ours = [share("eyes", "two", np.ones(4, bool), 0.9), Row("cost", "an image", 30.0, Goal(most=25), "ms")]
+    ours.append(mean("eyes", "depth", np.array([1.0, 3.0]), "levels", missing=["left"], of_real=2.5))
+    lines = markdown({"ours": ours, "theirs": ours[:1]}).splitlines()
+    assert lines[0] == "| measure | goal | ours | theirs | ceiling | counter's error |" and len(lines) == 7
+    assert lines[-1] == "- ours, eyes: depth: missing 'left', of_real 2.5"
+    assert "| ≥ 0.9 | 1 (4/4) [0.51, 1] met |" in lines[2] and lines[3] == "| cost: an image, ms | ≤ 25 | 30 **missed** |  |  |  |"
+
+
+# Pixels.
+
+
+def test_a_background_is_read_at_any_size_and_white_is_only_plain_white() -> None:
+    for side in (32, 128, 256):
+        pictures = np.stack([np.full((side, side, 3), np.clip(rgb, 0, 255), np.uint8) for rgb in COLOURS.values()])
+        pictures[:, side // 4 : -side // 4, side // 4 : -side // 4] = 90
+        assert pixel_metrics.background(pictures) == list(COLOURS)
+        assert [name for name, white in zip(COLOURS, pixel_metrics.white(pictures), strict=True) if white] == ["white"]
+    assert not pixel_metrics.white(np.full((1, 64, 64, 3), 238, np.uint8)).any()
+
+
+def test_change_is_that_of_the_things_own_pixels_with_what_they_enclose() -> None:
+    before = np.full((2, 40, 40, 3), 255, np.uint8)
+    before[0, 10:30, 10:30] = 0
+    before[0, 12:28, 12:28] = 255  # a white inside belongs to the thing
+    after = before.copy()
+    after[0, 20, 20] = 0
+    after[0, 2, 2] = 0
+    after[1] = 250  # an empty picture is all thing
+    assert pixel_metrics.change(before, after) == pytest.approx([255 / 400, 5])
+
+
+def test_colours_of_one_luminance_are_blurry_where_they_are_blurred_alone() -> None:
+    for side in (128, 256):
+        y, x = np.mgrid[:side, :side] * 128 / side
+        disc = np.hypot(x - 64, y - 64)[..., None] < 40
+        sharp = Image.fromarray(np.where(disc, (200, 60, 60), (30, 146, 60)).astype(np.uint8))
+        score = pixel_metrics.blurry(np.stack([np.asarray(sharp), np.asarray(sharp.filter(ImageFilter.GaussianBlur(0.025 * side)))]))
+        assert score[0] < 2.5 < 3.2 < score[1]
+
+
+def test_cells_are_seen_where_a_decoder_softens_their_edges() -> None:
+    cells = np.random.default_rng(0).integers(0, 256, (16, 16)).repeat(16, 0).repeat(16, 1)
+    soft, clean = (
+        ndimage.gaussian_filter(picture, 1.0) for picture in (cells.astype(float), np.random.default_rng(1).normal(128, 60, (256, 256)))
+    )
+    scores = pixel_metrics.pixelated(np.stack([cells, soft, clean]).clip(0, 255).astype(np.uint8)[..., None].repeat(3, 3))
+    assert scores[0] > 0.99 and scores[1] > 0.85 and scores[2] < 0.4
+
+
+def test_seams_are_between_cells_and_not_beside_them() -> None:
+    blocks = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1)).repeat(8, 1).repeat(8, 2).repeat(3, 3).astype(np.uint8)
+    across, beside = pixel_metrics.seams(blocks, 8)
+    assert across[0] > 0 and beside[0] == 0
+    smooth = np.stack([ndimage.gaussian_filter(np.random.default_rng(i).normal(128, 60, (64, 64)), 1) for i in range(20)])
+    across, beside = pixel_metrics.seams(np.clip(smooth, 0, 255).astype(np.uint8)[..., None].repeat(3, 3), 8)
+    assert across.sum() / beside.sum() == pytest.approx(1, rel=0.1)
+
+
+# A domain of things that are patterns of their own, and a network whose features are what a picture looks like from afar.
+
+
+class FarSighted(torch.nn.Module):
+    def extract_features(self, pictures: torch.Tensor) -> torch.Tensor:
+        seen = torch.nn.functional.adaptive_avg_pool2d(pictures, 10).flatten(1)
+        return torch.nn.functional.pad(seen, (0, 1280 - seen.shape[1]))[..., None, None]
+
+
+def sprite(number: int, style: int) -> Image.Image:
+    """One pattern per thing, a little different in each style, of one hue so that it can have another colour."""
+    rng = np.random.default_rng(number)
+    image = Image.new("RGBA", (256, 256))
+    pen = ImageDraw.Draw(image)
+    pen.rounded_rectangle((8 + style, 8, 247, 247 - style), 40, fill=(214, 60, 44, 255))
+    for x, y, dark in zip(*np.divmod(np.arange(25), 5), rng.random(25) < 0.4, strict=True):
+        if dark:
+            pen.rectangle((28 + 40 * x, 28 + 40 * y, 64 + 40 * x, 64 + 40 * y), fill=(60, 8, 8, 255))
+    return image
+
+
+@pytest.fixture(scope="module")
+def domain(tmp_path_factory: pytest.TempPathFactory) -> Domain:
+    drawn = {
+        (thing.name, drawing.style): sprite(number, style)
+        for style, drawing in enumerate((*TRAINED, UNSEEN[0]))
+        for number, thing in enumerate(things())
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge_module, "load_network", lambda name: FarSighted())
+        patch.setattr(judge_module, "load_sprites", lambda folder, sets: drawn)
+        named = [thing.name for thing in things() if thing.common and not {*thing.name.split()} & {*COLOURS, "bicycle"}]
+        judge = Judge(tmp_path_factory.mktemp("drawings"), names=spread(named, 30))
+        judge._side = 64
+        assert judge.composer.has(judge.names[0], UNSEEN[0].style)
+        return Domain(judge, limiting=30)
+
+
+@pytest.fixture(scope="module")
+def counters(domain: Domain) -> Counters:
+    return Counters(domain, 12)
+
+
+def scene_of(prompt: str) -> Scene:
+    """What a plain caption says."""
+    rest: dict = {}
+    if match := re.fullmatch(r"(.*) on an? (\w+) background", prompt):
+        prompt, rest["background"] = match.groups()
+    for style, (template, *_) in STYLES.items():
+        if match := re.fullmatch(template.replace("{}", "(.*)"), prompt):
+            prompt, rest["style"] = match[1], style
+    if match := re.fullmatch(r"an? (\w+) picture of (.*)", prompt):
+        rest["flaw"], prompt = match.groups()
+    rest["stacked"] = " above " in prompt
+    names = {words: thing.name for thing in things() for words in (thing.name, plural(thing.name))}
+    shown = []
+    for part in re.split(" and | above ", prompt):
+        words = part.removeprefix("a ").removeprefix("an ")
+        while words not in names:
+            word, _, words = words.partition(" ")
+            kinds = {"flaw": FLAWS, "colour": COLOURS, "size": SIZES, "count": {word: n for n, word in COUNTS.items()}}
+            key = next(key for key, known in kinds.items() if word in known)
+            rest[key] = kinds["count"][word] if key == "count" else word
+        shown.append(names[words])
+    return Scene(tuple(shown), **rest)
+
+
+def without(scene: Scene, negative: str | None) -> Scene:
+    """The scene less what the negative names."""
+    if negative == scene.flaw:
+        return replace(scene, flaw=None)
+    if negative == f"{scene.background} background":
+        return replace(scene, background=None)
+    if negative == scene.colour:
+        return replace(scene, colour=None)
+    left = tuple(name for name in scene.things if with_article(name) != negative)
+    return replace(scene, things=left or scene.things)
+
+
+def drawer_of(paint: Callable[[Scene, int], np.ndarray], edit: Callable[[Scene, str | None], Scene] = without) -> Drawer:
+    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+        negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else negative
+        scenes = [edit(scene_of(prompt), unwanted) for prompt, unwanted in zip(prompts, negatives, strict=True)]
+        return np.stack([paint(scene, seed) for scene, seed in zip(scenes, seeds, strict=True)])
+
+    return Drawer(draw, "student", CELL)
+
+
+@pytest.fixture(scope="module")
+def real(domain: Domain) -> Drawer:
+    return drawer_of(lambda scene, seed: domain.judge.composer.draw(scene, np.random.default_rng([99, seed]), SIDE))
+
+
+@pytest.fixture(scope="module")
+def noise() -> Drawer:
+    return drawer_of(lambda scene, seed: np.random.default_rng([98, seed]).integers(0, 256, (SIDE, SIDE, 3), np.uint8))
+
+
+def by_name(rows: Sequence[Row] | object) -> dict[str, Row]:
+    return {row.name: row for row in rows}  # type: ignore[attr-defined]
+
+
+def test_recognition_of_real_pictures_is_the_ceiling_and_of_noise_is_chance(domain: Domain, real: Drawer, noise: Drawer) -> None:
+    assert (domain.judge.ceiling() == 0).mean() > 0.9
+    rows = by_name(recognition(real, domain, 2))
+    assert all(row.met for row in rows.values()) and min(row.value or 0 for row in rows.values()) > 0.95
+    blind = by_name(recognition(noise, domain, 2))
+    chance = 5 / len(domain.names)
+    assert all((row.value or 0) < 2 * chance and not row.met for row in blind.values())
+    missing = blind["things whose drawing is in the top 5, in one of 2 seeds"].detail["missing"]
+    assert len(missing) > len(domain.names) / 2
+
+
+def test_ranks_count_what_is_nearer() -> None:
+    references = torch.eye(3) + 0.1
+    assert ranks(torch.tensor([[1.0, 0.5, 0.0]] * 3), references, [0, 1, 2]).tolist() == [0, 1, 2]
+
+
+def test_features_of_scenes_are_kept_on_disk(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = [Scene((name,), count=count) for name in domain.names for count in (1, 2, 3)]
+    first = domain.judge.of_scenes(scenes)
+    monkeypatch.setattr(domain.judge, "_references", {})
+    monkeypatch.setattr(domain.judge, "features", None)  # would fail if it were called
+    torch.testing.assert_close(domain.judge.of_scenes(scenes), first)
+
+
+def test_attributes_of_real_pictures_are_there_and_those_that_are_ignored_are_not(counters: Counters, real: Drawer, noise: Drawer) -> None:
+    rows = by_name(attributes(real, counters))
+    assert all(row.met and (row.error or 0) < 0.1 for row in rows.values()), rows
+    assert all((row.value or 0) < 0.2 for row in attributes(noise, counters))
+    one = by_name(
+        attributes(drawer_of(paint(counters), lambda scene, _: replace(scene, count=1, colour=None, things=scene.things[:1])), counters)
+    )
+    assert one["number of things, one to three"].value == pytest.approx(1 / 3, abs=0.05)
+    assert one["number of things, one to three"].detail == {"1": 1, "2": 0, "3": 0}
+    assert (one["coloured thing"].value or 0) < 0.3 and (one["both of two things"].value or 0) < 0.2
+
+
+def paint(counters: Counters) -> Callable[[Scene, int], np.ndarray]:
+    return lambda scene, seed: counters.domain.judge.composer.draw(scene, np.random.default_rng([99, seed]), SIDE)
+
+
+def test_pairs_are_of_two_things_each_with_several_partners() -> None:
+    for names in ("abcdefghij", "ab"):
+        scenes = pairs(list(names), 3)
+        assert all(len(set(scene.things)) == 2 for scene in scenes) and len(scenes) == len(set(scenes)) <= 3 * len(names)
+    assert len(pairs(list("abcdefghij"), 3)) == 30
+
+
+def test_natural_prompts_are_judged_by_what_they_name(counters: Counters, real: Drawer, noise: Drawer) -> None:
+    first, second, third = counters.colourable[:3]
+    rows = {
+        f"{with_article(first)}": Scene((first,)),
+        f"{with_article(second)} on a red background": Scene((second,), background="red"),
+        f"two {plural(third)}": Scene((third,), count=2),
+        f"a blue {first}": Scene((first,), colour="blue"),
+        f"{with_article(first)} and {with_article(third)}": Scene((first, third)),
+        f"a blurry {second}": Scene((second,), flaw="blurry"),
+        "a 3d render of nothing": Scene(("nothing that is drawn",)),
+    }
+    prompts = [NaturalPrompt(text, scene) for text, scene in rows.items()]
+    judged = by_name(natural(real, counters, prompts, seeds=2))
+    assert len(judged) == 7 and all(row.value == 1 and (row.error or 0) < 0.5 for row in judged.values()), judged
+    assert judged["white background where none is named"].of == 10 and judged["white background where none is named"].met
+    blind = by_name(natural(noise, counters, prompts, 2))
+    assert blind["white background where none is named"].value == blind["background that is named"].value == 0
+    assert np.mean([row.value or 0 for row in blind.values()]) < 0.4
+
+
+def test_the_natural_prompts_that_ship_can_be_read_and_others_are_one_line(tmp_path: Path) -> None:
+    known = {thing.name for thing in things()}
+    assert len(read_natural()) == 200 and all({*prompt.scene.things} <= known for prompt in read_natural())
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a cat"}\n')
+    with pytest.raises(InputError, match=r"line 1 of .*rows.jsonl is no natural prompt"):
+        read_natural(tmp_path / "rows.jsonl")
+
+
+def test_clean_pictures_that_do_not_change_meet_all_and_a_blur_meets_none(domain: Domain, real: Drawer) -> None:
+    rows = list(clean(real, domain, 1))
+    assert len(rows) == 28 and all(row.met for row in rows), [row for row in rows if not row.met]
+
+    def blurred(scene: Scene, _: str | None) -> Scene:
+        return replace(scene, flaw="blurry") if _ else scene
+
+    harmed = drawer_of(lambda scene, seed: domain.judge.composer.draw(scene, np.random.default_rng([99, seed]), SIDE), blurred)
+    for row in clean(harmed, domain, 1):
+        if "change" in row.name:
+            assert row.met is False and (row.value or 0) > 3
+    assert any(f"{UNRELATED}, change" in row.name for row in rows)
+
+
+def test_what_is_removed_is_gone_and_what_is_not_is_found_out(counters: Counters, real: Drawer) -> None:
+    rows = by_name(removal(real, counters))
+    assert all(row.met is not False for row in rows.values()), [row for row in rows.values() if row.met is False]
+    assert all((row.value or 0) > 0.9 for name, row in rows.items() if name.endswith(": gone"))
+    assert all((row.value or 0) < 0.02 for name, row in rows.items() if "never had it" in name)
+    deaf = by_name(removal(drawer_of(paint(counters), lambda scene, _: scene), counters))
+    assert {name: deaf[name].value for name in rows if name.endswith(": gone") and deaf[name].value != 0} == {}
+    assert all(deaf[name].met for name in rows if "shown" in name and deaf[name].goal)
+
+
+def test_what_is_never_shown_cannot_be_removed(counters: Counters, noise: Drawer) -> None:
+    rows = by_name(removal(noise, counters))
+    for what in ("blurry", "grayscale", "background", "one of two"):
+        assert (rows[f"{what}: gone"].of or 0) < 5 and not rows[f"{what}: gone"].met, what
+
+
+def test_sharpness_is_one_for_real_pictures_and_less_for_blurred_ones(domain: Domain, real: Drawer) -> None:
+    rows = by_name(sharpness(real, domain, 60, teacher=1e9))
+    assert rows["fine-detail energy"].value == pytest.approx(1, abs=0.15) and rows["fine-detail energy"].met
+    assert rows["Frechet distance"].met and (rows["grainy, unasked"].value or 0) < 0.1
+    soft = drawer_of(lambda scene, seed: domain.judge.composer.draw(replace(scene, flaw="blurry"), np.random.default_rng(seed), SIDE))
+    blurred = by_name(sharpness(soft, domain, 60))
+    assert (blurred["fine-detail energy"].value or 0) < 0.1 and (blurred["blurry, unasked"].value or 0) > 0.9
+    name = "Frechet distance to real pictures"
+    assert (blurred[name].value or 0) > (rows[name].value or 0) and "Frechet distance" not in blurred
+
+
+def test_limits_tell_flawed_pictures_from_clean_ones_at_every_size(domain: Domain) -> None:
+    for side in (SIDE, 256):
+        errors = domain.limits(side).errors
+        assert {flaw: error for flaw, error in errors.items() if error > 0.1} == {}
+
+
+def test_a_limit_lies_between_the_kinds_and_not_at_the_edge_of_an_odd_picture() -> None:
+    gray = np.full((40, 32, 32, 3), 128, np.uint8)
+    clean = gray.copy()
+    clean[..., 0] += np.array([1, *range(60, 99)], np.uint8)[:, None, None]  # one clean picture is all but gray
+    noisy = np.random.default_rng(0).integers(0, 255, gray.shape, np.uint8)
+    flaws = [flaw for flaw in (None, "grayscale", "blurry", "pixelated", "grainy") for _ in range(40)]
+    limits = Limits.of(np.concatenate([clean, gray, noisy, noisy, noisy]), flaws)
+    assert -62 < limits.values["grayscale"] < -15 and limits.errors["grayscale"] == pytest.approx(1 / 80)
+    assert limits.shows(gray + np.array([8, 0, 0], np.uint8), "grayscale").all()
+
+
+# The whole road.
+
+
+def test_a_student_in_torch_draws_what_its_bundle_draws() -> None:
+    bundle, student = open_student(None), open_student(WEIGHTS / "student")
+    arguments = ["a cat", "a blurry dog on a red background"], [3, 4], [None, "blurry"]
+    first, second = (who(*arguments).astype(int) for who in (bundle, student))
+    assert first.shape == second.shape and bundle.cell == student.cell
+    assert np.abs(first - second).mean() < 1 and np.abs(first[0] - first[1]).mean() > 10
+
+
+def test_a_folder_that_is_neither_bundle_nor_student_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"neither a bundle .* nor a student"):
+        open_student(tmp_path)
+    for words, message in (
+        (["--decoder", str(tmp_path)], "--decoder goes with --teacher"),
+        (["--bundle", "a=x", "--bundle", "a=y"], "a name of its own"),
+    ):
+        done = CliRunner().invoke(main, ["eval", "small", "--out", str(tmp_path), *words])
+        assert done.exit_code == 2 and message in done.output
+
+
+def test_a_quick_run_writes_figures_and_sheets(domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_module, "load_network", lambda name: FarSighted())
+    monkeypatch.setattr(Judge, "composer", domain.judge.composer)
+    monkeypatch.setattr(small, "spread", lambda names, count: domain.names[:count])
+    monkeypatch.setattr(teacher_stage, "draw", partial(teacher_stage.draw, steps=1))
+    words = ["eval", "small", "--quick", "--teacher", str(WEIGHTS / "teacher"), "--drawings", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert done.exit_code == 0 and re.search(r"embedded: \d+ of \d+ goals met", done.output), done.output
+    document = json.loads((tmp_path / "out" / "small.json").read_text())
+    assert document["judge"]["network"] == "efficientnet-lite2" and len(document["judge"]["sha256"]) == 64
+    assert document["judged"].keys() == {"embedded", "teacher"} and document["who"]["embedded"]["hash"]
+    sections = {row["section"] for row in document["judged"]["embedded"]}
+    assert {
+        "recognition",
+        "attributes",
+        "clean pictures under negatives",
+        "negatives of what was asked for",
+        "sharpness",
+        "warnings",
+        "cost",
+    } <= sections
+    assert any(row["name"] == "Frechet distance" and row["goal"] for row in document["judged"]["embedded"])
+    assert (tmp_path / "out" / "small.md").read_text().startswith("| measure | goal | embedded | teacher |")
+    for name in ("small", "natural", "things", "clean", "teacher_student"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
+
+
+def test_what_is_known_of_a_teacher_is_measured_once(tmp_path: Path) -> None:
+    rows = [share("eyes", "two", np.ones(4, bool), 0.9, missing=["left"]), Row("cost", "an image", 30.0, unit="ms")]
+    calls = []
+
+    def measure() -> list[Row]:
+        calls.append(1)
+        return rows
+
+    assert [small._kept(tmp_path, [facts], measure) for facts in ("a", "a", "b")] == [rows] * 3 and len(calls) == 2

@@ -1,0 +1,342 @@
+"""Folders and hub models: what is taken from each, and one line for each thing that can be wrong, against a real server."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snoopi_rt.errors import InputError
+from snoopi_rt.export.weights.hub import Source, find_source, weight_files
+
+COMMIT = "a" * 40
+# More than one chunk of the client: it goes on after the last whole one.
+BIG = bytes(range(256)) * 44_000
+
+FILES = {
+    "README.md": b"---\nlicense: openrail++\ntags:\n- text-to-image\n---\n# Tiny\n",
+    "model_index.json": b"{}",
+    "tiny.ckpt": b"all in one",
+    "unet/config.json": b"{}",
+    "unet/diffusion_pytorch_model.safetensors": BIG,
+    "unet/diffusion_pytorch_model.fp16.safetensors": b"half",
+    "unet/diffusion_pytorch_model.non_ema.safetensors": b"not averaged",
+    "unet/diffusion_pytorch_model.bin": b"pickled",
+    "unet/diffusion_flax_model.msgpack": b"flax",
+    "unet/model.onnx": b"onnx",
+    "unet/openvino_model.bin": b"openvino",
+    "text_encoder/config.json": b"{}",
+    "text_encoder/model-00001-of-00002.safetensors": b"first shard",
+    "text_encoder/model-00002-of-00002.safetensors": b"second shard",
+    "text_encoder/model.safetensors.index.json": b"{}",
+    "text_encoder/pytorch_model.bin.index.json": b"{}",
+    "text_encoder/pytorch_model-00001-of-00001.bin": b"pickled",
+    "tokenizer/vocab.json": b"{}",
+    "tokenizer/merges.txt": b"a b",
+    "tokenizer_2/spiece.model": b"pieces",
+    "scheduler/scheduler_config.json": b"{}",
+    "safety_checker/model.safetensors": b"checker",
+}
+WANTED = {
+    "README.md",
+    "model_index.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model-00001-of-00002.safetensors",
+    "text_encoder/model-00002-of-00002.safetensors",
+    "text_encoder/model.safetensors.index.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "tokenizer_2/spiece.model",
+    "scheduler/scheduler_config.json",
+}
+
+
+class Hub(ThreadingHTTPServer):
+    """The part of the hub's protocol that a download uses. `cut`: bytes of BIG after which a connection breaks, and how often."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), HubAnswer)
+        # The client keeps equal contents once, so no two files are equal.
+        self.files = {name: data if data in (BIG, FILES["README.md"]) else data + name.encode() for name, data in FILES.items()}
+        self.cut, self.cuts, self.broken = 0, 0, ""
+        self.sent: list[tuple[str, int, int]] = []
+        self.asked: list[tuple[str, str]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that went away is no news."""
+
+
+class HubAnswer(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None:
+        """Says nothing."""
+
+    def refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def answer(self, body: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.server.asked.append((path, self.headers.get("User-Agent", "")))
+        if "/absent" in path:
+            self.refuse(404, "RepoNotFound")
+        elif "/gated" in path:
+            self.refuse(403, "GatedRepo")
+        elif found := re.fullmatch(r"/api/models/some/\w+/revision/(.+)", path):
+            if found[1] in ("main", "v1", COMMIT):
+                self.answer(json.dumps({"id": "some/tiny", "sha": COMMIT, "siblings": []}).encode())
+            else:
+                self.refuse(404, "RevisionNotFound")
+        elif re.fullmatch(rf"/api/models/some/\w+/tree/{COMMIT}", path):
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in self.server.files.items()
+            ]
+            self.answer(json.dumps(entries).encode())
+        elif found := re.fullmatch(rf"/some/\w+/resolve/{COMMIT}/(.+)", path):
+            self.send_file(found[1])
+        else:
+            self.refuse(404, "EntryNotFound")
+
+    def send_file(self, name: str) -> None:
+        data = self.server.files[name]
+        start = int(re.findall(r"\d+", self.headers.get("Range", "0"))[0])
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if self.command == "GET" and name == self.server.broken:
+            self.refuse(500, "")
+        elif self.command == "GET" and data is BIG and self.server.cuts:
+            self.server.cuts -= 1
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            self.wfile.write(data[start : start + self.server.cut])
+            self.server.sent.append((name, start, self.server.cut))
+            self.close_connection = True
+        elif start:
+            self.answer(data[start:], headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}, 206)
+            self.server.sent.append((name, start, len(data) - start))
+        else:
+            self.answer(data, headers)
+            if self.command == "GET":
+                self.server.sent.append((name, 0, len(data)))
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def run(cache: Path, endpoint: str, *arguments: object, prelude: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """find_source in a process of its own, since huggingface_hub reads its environment once; prints its answer as JSON."""
+    program = f"""
+import json, sys
+{prelude}
+from snoopi_rt.errors import SnoopiError
+from snoopi_rt.export.weights.hub import find_source
+try:
+    source = find_source(*{arguments!r})
+    print(json.dumps(dict(vars(source), folder=str(source.folder))))
+except SnoopiError as error:
+    print(json.dumps(type(error).__name__ + ": " + str(error)))
+assert "torch" not in sys.modules
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    clean |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache)}
+    done = subprocess.run([sys.executable, "-c", program], env=clean | environment, capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def fetch(cache: Path, endpoint: str, *arguments: object, **options: str) -> Any:
+    """The fields of the source, or the error's line."""
+    return json.loads(run(cache, endpoint, *arguments, **options).stdout)
+
+
+def held(folder: str) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_a_hub_model_is_fetched_by_parts_and_found_again_without_network(hub: Hub, tmp_path: Path) -> None:
+    done = run(tmp_path, hub.url, "some/tiny")
+    found = json.loads(done.stdout)
+    assert "100%" in done.stderr, "a progress bar"
+    assert found == {"folder": found["folder"], "name": "some/tiny", "licence": "openrail++", "revision": COMMIT}
+    assert held(found["folder"]) == WANTED
+    assert (Path(found["folder"]) / "unet/diffusion_pytorch_model.safetensors").read_bytes() == BIG
+    assert {name for name, _, _ in hub.sent} == WANTED and len(hub.sent) == len(WANTED)
+    hub.shutdown()
+    hub.server_close()
+    assert fetch(tmp_path, hub.url, "some/tiny") == found
+    assert fetch(tmp_path, hub.url, "some/tiny", ("unet",), HF_HUB_OFFLINE="1") == found
+    # The bundle's provenance names the commit: with it the same weights are found again.
+    assert fetch(tmp_path, hub.url, f"some/tiny@{COMMIT}", HF_HUB_OFFLINE="1") == found
+
+
+@pytest.mark.parametrize("prelude", ["", "import huggingface_hub"])
+def test_the_hub_is_not_told_what_is_installed_here_nor_who_runs_it(hub: Hub, tmp_path: Path, prelude: str) -> None:
+    run(tmp_path, hub.url, "some/tiny", ("unet",), prelude=prelude, AI_AGENT="somebody")
+    assert hub.asked and all(re.match("/(api/models/)?some/tiny/", path) for path, _ in hub.asked)
+    assert not {agent for _, agent in hub.asked if "torch/" in agent or "agent/" in agent}
+
+
+def test_a_file_goes_on_where_its_connection_broke(hub: Hub, tmp_path: Path) -> None:
+    hub.cut, hub.cuts = 11_000_000, 1
+    found = fetch(tmp_path, hub.url, "some/tiny", ("unet",))
+    first, second = (sent for sent in hub.sent if sent[0].endswith("model.safetensors"))
+    assert first[1:] == (0, 11_000_000) and 0 < second[1] <= 11_000_000 and second[1] + second[2] == len(BIG)
+    assert (Path(found["folder"]) / "unet/diffusion_pytorch_model.safetensors").read_bytes() == BIG
+
+
+def test_a_second_call_fetches_only_what_the_first_one_lacks(hub: Hub, tmp_path: Path) -> None:
+    hub.broken = "unet/diffusion_pytorch_model.safetensors"
+    assert "SnoopiError: hub model some/tiny cannot be fetched: " in (line := fetch(tmp_path, hub.url, "some/tiny"))
+    assert "\n" not in line and "500" in line and line.endswith("run again to go on from there")
+    whole = {name for name, _, _ in hub.sent}
+    assert len(whole) > 2
+    hub.broken, hub.sent = "", []
+    found = fetch(tmp_path, hub.url, "some/tiny")
+    assert held(found["folder"]) == WANTED and {name for name, _, _ in hub.sent} == WANTED - whole
+
+
+def test_root_parts_and_single_files_of_a_hub_model_are_parts_too(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {
+        "config.json": b"{}",
+        "diffusion_pytorch_model.safetensors": b"x",
+        "model.onnx": b"x",
+        "student.bin": b"x",
+        "deep/a.bin": b"x",
+    }
+    found = fetch(tmp_path, hub.url, "some/tiny@v1", (".",))
+    assert held(found["folder"]) == {"config.json", "diffusion_pytorch_model.safetensors"} and found["licence"] is None
+    found = fetch(tmp_path, hub.url, f"some/tiny@{COMMIT}", ("deep/a.bin",))
+    assert "deep/a.bin" in held(found["folder"]) and "student.bin" not in held(found["folder"])
+
+
+def test_everything_that_can_be_wrong_with_a_hub_model_is_one_clear_line(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"README.md": b"# a data set", "data.csv": b"1"}
+    for arguments, told in [
+        (("some/absent",), "no folder and no hub model 'some/absent': check the name; a private model needs `hf auth login`"),
+        (
+            ("some--tiny/x",),
+            "hub model some--tiny/x cannot be fetched: Cannot have -- or .. in repo_id: 'some--tiny/x'.",
+        ),
+        (("some/gated",), f"hub model some/gated is gated: accept its terms on {hub.url}/some/gated, then run `hf auth login`"),
+        (("some/tiny@v9",), f"hub model some/tiny has no revision 'v9': its branches and commits are on {hub.url}/some/tiny"),
+        (
+            ("some/tiny", ("unet", "vae")),
+            "hub model some/tiny is not in diffusers layout: it has none of unet, vae; name one that is",
+        ),
+    ]:
+        assert fetch(tmp_path, hub.url, *arguments) == f"InputError: {told}"
+
+
+@pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["no network", "offline mode"])
+def test_a_hub_id_without_network_is_one_clear_line(environment: dict[str, str], tmp_path: Path) -> None:
+    line = fetch(tmp_path, "http://127.0.0.1:9", "some/tiny", **environment)
+    assert line == (
+        "SnoopiError: hub model some/tiny is not (whole) in the download cache and http://127.0.0.1:9 cannot be reached: "
+        "run again with a network, or give a folder"
+    )
+
+
+def test_a_half_fetched_model_without_network_is_one_clear_line(hub: Hub, tmp_path: Path) -> None:
+    fetch(tmp_path, hub.url, "some/tiny", ("tokenizer", "model_index.json"))
+    line = fetch(tmp_path, hub.url, "some/tiny", HF_HUB_OFFLINE="1")
+    assert line.startswith("SnoopiError: hub model some/tiny is not (whole) in the download cache") and "\n" not in line
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_line(hub: Hub, tmp_path: Path) -> None:
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    line = fetch(tmp_path, hub.url, "some/tiny", prelude=full)
+    assert line == f"OutputError: hub model some/tiny cannot be written to {tmp_path}/hub: File too large"
+    assert not [path for path in tmp_path.rglob("*") if "incomplete" in path.name], "nothing half-written remains"
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: apache-2.0\n---\n", "apache-2.0"),
+        ("---\nlicense: other\nlicense_name: sai-nc-community\n---\n", "sai-nc-community"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("---\nlanguage: en\n---\n", None),
+        ("---\nlicense: [\n---\n", None),
+        ("---\njust words\n---\n", None),
+        ("# no front matter", None),
+        (None, None),
+    ],
+)
+def test_the_licence_is_what_the_card_says(card: str | None, licence: str | None, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert find_source(str(tmp_path)) == Source(tmp_path, tmp_path.name, licence, None)
+
+
+def test_a_folder_is_taken_as_it_is_and_anything_else_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = tmp_path / "student"
+    (student / "transformer").mkdir(parents=True)
+    with pytest.raises(
+        InputError, match=r"student is not a diffusers model: it has no model_index.json and none of transformer, unet, vae"
+    ):
+        find_source(str(student))
+    (student / "transformer" / "config.json").write_text("{}")
+    assert find_source(str(student)).folder == student
+    with pytest.raises(InputError, match=r"none of unet$"):
+        find_source(str(student), parts=("unet",))
+    with pytest.raises(InputError, match=r"none of \.$"):
+        find_source(str(student), parts=(".",))
+    assert find_source(str(student / "transformer"), parts=(".",)).name == "transformer"
+    monkeypatch.chdir(tmp_path)
+    assert find_source("student").name == find_source("./student/").name == "student"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_source("~/student").folder == student
+    for weights in ("absent", "./absent/model", "/absent/model", "student/transformer/config.json", "https://huggingface.co/a/b"):
+        with pytest.raises(InputError, match=f"weights {weights!r} are neither a folder in diffusers layout nor a hub id"):
+            find_source(weights)
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "model.fp16.safetensors"], ["model.safetensors"]),
+        (["pytorch_model.bin", "model.fp16.safetensors", "flax_model.msgpack"], ["pytorch_model.bin"]),
+        (["model.fp16.safetensors", "pytorch_model.fp16.bin", "openvino_model.bin"], ["model.fp16.safetensors"]),
+        (
+            ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors", "model.safetensors.index.fp16.json"],
+            ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors", "model.safetensors.index.fp16.json"],
+        ),
+        (["diffusion_pytorch_model.bin", "diffusion_pytorch_model.non_ema.safetensors"], ["diffusion_pytorch_model.bin"]),
+        (["config.json", "model.onnx", "training_args.bin"], []),
+    ],
+)
+def test_one_set_of_weights_is_chosen(names: list[str], chosen: list[str]) -> None:
+    assert weight_files(names) == chosen

@@ -1,0 +1,217 @@
+"""Stable Diffusion's UNets folded for their timesteps are diffusers' networks, in PyTorch and as graphs, with every kind of guidance."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tiny_students
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from onnx import numpy_helper
+from paper_attention import KINDS, SCALES, PaperAttention
+from torch import Tensor, nn
+
+from snoopi_rt.engines import load_engine
+from snoopi_rt.errors import InputError
+from snoopi_rt.export.backbones.unet import FoldedUNet
+from snoopi_rt.export.exporter import dynamic_axes
+from snoopi_rt.export.guidance import GUIDANCE
+from snoopi_rt.export.one_step import OneStepRule
+from snoopi_rt.export.onnx_graphs.write import node_counts, write_graph
+
+UNETS = ("sd15", "sd21", "sdxl")
+X0 = OneStepRule("x0", 999, 0.0, 1.0)
+RULES = {
+    "epsilon": OneStepRule("epsilon", 399, 0.65275, 0.75757),
+    "three steps": OneStepRule(
+        "epsilon", 999, 0.3, 0.954, later=(OneStepRule("epsilon", 499, 0.527, 0.85), OneStepRule("epsilon", 249, 0.817, 0.577))
+    ),
+}
+TWO_STEPS = OneStepRule("epsilon", 999, 0.3, 0.954, later=(OneStepRule("epsilon", 499, 0.527, 0.85),))
+TIME_IDS = torch.tensor([[64.0, 96.0, 1.0, 2.0, 32.0, 48.0]])
+ONE_LAYER: dict[str, Any] = {"levels": 1, "mid_block_type": None, "up_block_types": ("UpBlock2D",)}
+"""As little as has a cross-attention."""
+
+
+def width(unet: str) -> int:
+    return 80 if unet == "sdxl" else 32
+
+
+def empty(unet: str) -> Tensor:
+    return torch.randn(1, 7, width(unet), generator=torch.Generator().manual_seed(2))
+
+
+def inputs(unet: str, steps: int = 1) -> dict[str, Tensor]:
+    """One image for each of SCALES, and states of 7 tokens large enough to matter."""
+    random, batch = torch.Generator().manual_seed(1), len(SCALES)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=random)
+
+    given = {"noise": draw(4, 8, 8), "prompt_states": 2 * draw(7, width(unet)), "negative_states": 2 * draw(7, width(unet))}
+    given["negative_scale"] = torch.tensor(SCALES)
+    if unet == "sdxl":
+        given["prompt_pooled"] = draw(24)
+    if steps > 1:
+        given["renoise"] = draw(steps - 1, 4, 8, 8)
+    return given
+
+
+def folded(unet: str, network: Any, rule: OneStepRule, kind: str) -> nn.Module:
+    return FoldedUNet(network, rule, GUIDANCE[kind], empty(unet), TIME_IDS if unet == "sdxl" else None).eval()
+
+
+def by_diffusers(unet: str, network: Any, rule: OneStepRule, kind: str, given: dict[str, Tensor]) -> Tensor:
+    """The latent by diffusers' own network with the paper's formula in every attention."""
+    network.set_attn_processor(PaperAttention(kind, given["negative_states"], given["negative_scale"], empty(unet)))
+    added = {}
+    if unet == "sdxl":
+        added = {"text_embeds": given["prompt_pooled"], "time_ids": TIME_IDS.expand(len(SCALES), -1)}
+
+    def answer(step: int, latent: Tensor) -> Tensor:
+        states = given["prompt_states"]
+        return network(latent, rule.steps[step].timestep, states, added_cond_kwargs=added, return_dict=False)[0]
+
+    with torch.no_grad():
+        return rule.run(answer, given["noise"], given.get("renoise"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unet", UNETS)
+def test_the_folded_network_is_diffusers_own_with_the_papers_formula_in_every_layer(unet, kind):
+    network, given = tiny_students.unet(unet), inputs(unet)
+    wanted = by_diffusers(unet, network, RULES["epsilon"], kind, given)
+    with torch.no_grad():
+        found = folded(unet, network, RULES["epsilon"], kind)(**given)
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+    none = by_diffusers(unet, network, RULES["epsilon"], "none", given)
+    changed = (wanted - none).flatten(1).abs().amax(1)
+    assert changed[0] == 0 and (changed[1:] > 1e-3).all()
+
+
+@pytest.mark.parametrize("unet", UNETS)
+def test_several_steps_share_all_weights_and_each_has_its_own_timestep(unet):
+    network, given, rule = tiny_students.unet(unet), inputs(unet, 3), RULES["three steps"]
+    wanted = by_diffusers(unet, network, rule, "nasa", given)
+    module = folded(unet, network, rule, "nasa")
+    with torch.no_grad():
+        found = module(**given)
+    torch.testing.assert_close(found, wanted, atol=5e-5, rtol=1e-4)
+    stored = {each.untyped_storage().data_ptr() for each in network.parameters()}
+    own = [name for name, each in module.named_parameters() if each.untyped_storage().data_ptr() not in stored]
+    # The convolutions' biases; of SDXL the one product that stands for all blocks' and what is left of the first.
+    assert all((".conv1." in name and name.endswith("bias")) or name.startswith("prompt_shift.") for name in own)
+    same = OneStepRule("epsilon", 999, 0.3, 0.954, later=tuple(OneStepRule("epsilon", 999, s.alpha, s.sigma) for s in rule.later))
+    with torch.no_grad():
+        assert (folded(unet, network, same, "nasa")(**given) - found).abs().max() > 1e-3
+
+
+def test_a_negatives_keys_are_normalised_as_a_prompts_are():
+    network, given = tiny_students.unet("sd21"), inputs("sd21")
+    for name, module in network.named_modules():
+        if name.endswith("attn2"):
+            size = module.to_q.out_features // module.heads
+            module.norm_q, module.norm_k = (nn.LayerNorm(size, elementwise_affine=False) for _ in range(2))
+    wanted = by_diffusers("sd21", network, X0, "nasa", given)
+    with torch.no_grad():
+        found = folded("sd21", network, X0, "nasa")(**given)
+        plain = folded("sd21", tiny_students.unet("sd21"), X0, "nasa")(**given)
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+    assert (found - plain).abs().max() > 1e-3
+
+
+def test_folding_leaves_the_network_as_it_was():
+    network, given = tiny_students.unet("sdxl"), inputs("sdxl")
+    before = by_diffusers("sdxl", network, X0, "nasa", given)
+    folded("sdxl", network, X0, "nasa")(**given)
+    assert torch.equal(by_diffusers("sdxl", network, X0, "nasa", given), before)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"class_embed_type": "timestep"}, "this UNet has class_embed_type 'timestep', which is not supported"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "this UNet has resnet_time_scale_shift 'scale_shift', which is not supported"),
+        ({"time_cond_proj_dim": 8}, "this UNet has time_cond_proj_dim 8, which is not supported"),
+    ],
+)
+def test_a_unet_of_another_kind_is_refused(config, message):
+    with pytest.raises(InputError, match=message):
+        folded("sd15", tiny_students.unet("sd15", **config), X0, "nasa")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("unets")
+
+
+@pytest.fixture(scope="module")
+def graph_of(folder: Path) -> Callable[[str, str], Path]:
+    """The graph of a UNet of one cross-attention and a kind of guidance, written once."""
+
+    def graph(unet: str, kind: str) -> Path:
+        path = folder / f"{unet}-{kind}.onnx"
+        if not path.exists():
+            given = {name: value for name, value in inputs(unet).items() if kind != "none" or "negative" not in name}
+            module = folded(unet, tiny_students.unet(unet, **ONE_LAYER), X0, kind)
+            write_graph(module, given, ("latent",), dynamic_axes(((64, 64),), False), path)
+        return path
+
+    return graph
+
+
+def run(path: Path, given: dict[str, Tensor], engine: str = "cpu") -> np.ndarray:
+    opened = load_engine(engine, path)
+    return opened(**{spec.name: given[spec.name].numpy() for spec in opened.inputs})["latent"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unet", UNETS)
+def test_the_graph_is_the_papers_formula_and_at_scale_zero_the_graph_without_negatives_bit_for_bit(graph_of, unet, kind):
+    given = inputs(unet)
+    found, plain = run(graph_of(unet, kind), given), run(graph_of(unet, "none"), given)
+    wanted = by_diffusers(unet, tiny_students.unet(unet, **ONE_LAYER), X0, kind, given)
+    np.testing.assert_allclose(found, wanted.numpy(), atol=2e-5, rtol=1e-4)
+    assert np.array_equal(found[0], plain[0])  # its scale is 0
+    assert np.array_equal(run(graph_of(unet, kind), {**given, "negative_scale": torch.zeros(len(SCALES))}), plain)
+
+
+@pytest.mark.parametrize("unet", UNETS)
+def test_every_engine_agrees_and_a_batch_does_not_change_an_image(graph_of, unet):
+    given = inputs(unet)
+    together = run(graph_of(unet, "nasa"), given)
+    np.testing.assert_allclose(run(graph_of(unet, "nasa"), given, "openvino"), together, atol=5e-5, rtol=1e-4)
+    alone = run(graph_of(unet, "nasa"), {name: value[2:3] for name, value in given.items()})
+    np.testing.assert_allclose(alone[0], together[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("unet", UNETS)
+def test_the_timestep_is_folded_into_the_convolutions(graph_of, unet):
+    network = tiny_students.unet(unet, **ONE_LAYER)
+    convolutions = [each for each in network.modules() if isinstance(each, nn.Conv2d)]
+    blocks = [each for each in network.modules() if isinstance(each, BasicTransformerBlock)]
+    linear = [name for name, each in network.named_modules() if isinstance(each, nn.Linear) and "emb" not in name]
+    for kind in ("nasa", "none"):
+        counts = node_counts(graph_of(unet, kind))
+        assert not {"Sin", "Cos"} & counts.keys()
+        assert counts["Conv"] == len(convolutions)
+        added = 3 if unet == "sdxl" else 0  # the pooled states' two, and one for all blocks
+        assert counts.get("Gemm", 0) == added
+        # One more for each GEGLU, whose halves are two products; and two for each cross-attention.
+        assert counts["MatMul"] == len(linear) + len(blocks) + 2 * (1 + (kind == "nasa"))
+        assert counts["Attention"] == 1
+
+
+def test_a_graph_of_two_steps_holds_every_weight_once(folder):
+    network, given = tiny_students.unet("sd21", **ONE_LAYER), inputs("sd21", 2)
+    module, path = folded("sd21", network, TWO_STEPS, "nasa"), folder / "two.onnx"
+    write_graph(module, given, ("latent",), dynamic_axes(((64, 64),), False), path)
+    with torch.no_grad():
+        np.testing.assert_allclose(run(path, given), module(**given).numpy(), atol=5e-5, rtol=1e-4)
+    matrices = [numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer]
+    matrices = [each for each in matrices if each.ndim > 1]
+    # A matrix may lie turned: the same numbers in another order.
+    assert len(matrices) == len({np.sort(each, axis=None).tobytes() for each in matrices})

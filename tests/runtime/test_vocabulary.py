@@ -1,0 +1,258 @@
+"""What a narrow model knows: prompts against the words of bundle.json."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from serving import served
+
+from snoopi_rt.batch.runner import INDEX, Batch
+from snoopi_rt.bundle.bundle import Bundle, Vocabulary
+from snoopi_rt.cache import Cache
+from snoopi_rt.cli.main import main
+from snoopi_rt.engines import installed
+from snoopi_rt.engines.fake import FakeEngine
+from snoopi_rt.export.small_model import vocabulary as second
+from snoopi_rt.export.small_model.dataset.scene import Vocabulary as Scenes
+from snoopi_rt.export.small_model.dataset.scene import caption
+from snoopi_rt.pipeline import EMBEDDED, Pipeline
+from snoopi_rt.runtime.vocabulary import Matcher, Unknown
+from snoopi_rt.server.app import Settings
+
+needs_engine = pytest.mark.skipif("cpu" not in installed(), reason="needs an engine")
+
+KNOWN = """
+a cat
+Dog
+two apples
+A BLUE CAR!
+kittens
+a photo of a horse on an orange background
+an orange
+three mice
+cute unicorn, 4k, highly detailed
+a castle in front of a forest
+icecream
+Please draw me a robot.
+T-Shirt
+a cat and a dog
+cats and dogs
+a fluffy white rabbit sleeping in a basket
+can you show me a picture of a dragon breathing fire?
+an old photo of a red double decker bus
+slices of pizza
+the king's crown
+black and white panda, blurry background
+sad emoji
+watercolor painting of a rose
+wolves
+a bowl of cherries
+a field of sunflowers at dawn
+lion cub
+hot-dog
+a cat wearing a submarine captain's hat
+grumpy old wizard with a long beard
+pixelated fire truck, flat style
+a tiny ladybird on a leaf
+smiley
+snowmen
+my grandma's couch
+3d render of a palm tree
+a rubber duck
+bicycle against a green background
+thumbs up
+I would like to see an elephant
+""".strip().splitlines()
+
+UNKNOWN = {
+    "a submarine": "submarine",
+    "A huge red SUBMARINE!": "submarine",
+    "an orange submarine on an orange background": "submarine",
+    "submarines": "submarines",
+    "a blurry photo of a toaster": "toaster",
+    "a train station": "train station",
+    "a fire hydrant on a street": "fire hydrant",
+    "hot dog stand": "hot dog stand",
+    "cute donkey, 4k": "donkey",
+    "two donkeys eating apples": "donkeys",
+    "a washing machine": "machine",
+    "a bowl of cereal": "cereal",
+    "a pair of pliers": "pliers",
+    "draw me a lighthouse by the sea": "lighthouse",
+    "the eiffel tower": "tower",
+    "a cat and a submarine": "submarine",
+    "a swan above a castle": "swan",
+    "walrus with a hat": "walrus",
+    "three swans": "swans",
+    "black and white penguins' igloo": "penguins igloo",
+    "a flat drawing of a windmill": "windmill",
+    "VACUUM CLEANER": "cleaner",
+    "a cow shed": "cow shed",
+    "santa's sleigh": "santa sleigh",
+    "a hores": "hores",
+    "knife": "knife",
+    "a shiny silver trombone, cartoon style": "trombone",
+    "a saxophone in front of a piano": "saxophone",
+    "lawnmower, grainy": "lawnmower",
+    "please paint a beautiful waterfall": "waterfall",
+    "a necklace made of gold": "necklace",
+    "scorpion under a tree": "scorpion",
+    "bathtub": "bathtub",
+    "a tiny green lizard on a pink background": "lizard",
+    "an icon of a stapler": "stapler",
+    "cactus fence": "cactus fence",
+    "a walking stick": "stick",
+    "Кошка": "кошка",
+    "wheelchair ramp": "ramp",
+    "blurry": None,
+}
+
+
+@pytest.fixture(scope="module")
+def matcher() -> Matcher:
+    return Matcher(second.VOCABULARY)
+
+
+def test_what_strangers_type_for_known_things_is_known(matcher: Matcher) -> None:
+    assert {prompt: unknown for prompt in (*KNOWN, *second.EXAMPLES) if (unknown := matcher.unknown(prompt))} == {}
+    names = [name for thing, synonyms in second.VOCABULARY.objects.items() for name in (thing, *synonyms)]
+    assert {name: unknown for name in names if (unknown := matcher.unknown(f"TWO {name.upper()}!"))} == {}
+
+
+def test_the_related_words_are_of_things_that_it_knows_and_are_no_names_of_any(matcher: Matcher) -> None:
+    assert second.read_related() == second.VOCABULARY.related, "run tools/related_words.py"
+    words = {word for related in second.read_related().values() for word in related.split()}
+    assert len(words) > 4000 and all(map(matcher.unknown, words))
+
+
+def test_captions_of_the_training_are_known(matcher: Matcher) -> None:
+    scenes, rng = Scenes(list(second.VOCABULARY.objects)), np.random.default_rng(1)
+    captions = [caption(scenes.draw_scene(rng), rng) for _ in range(1000)]
+    assert {text: unknown for text in captions if (unknown := matcher.unknown(text))} == {}
+
+
+def test_of_other_prompts_the_noun_is_named_and_no_adjective_colour_or_number(matcher: Matcher) -> None:
+    unknown = {prompt: matcher.unknown(prompt) for prompt in UNKNOWN}
+    assert {prompt: found and found.object for prompt, found in unknown.items()} == UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("prompt", "nearest"),
+    [
+        ("a hores", ("horse", "house")),
+        ("elefant", ("elephant",)),
+        ("an elephnat", ("elephant",)),
+        ("a fire hydrant", ("fire",)),
+        ("a ball", ("soccer ball", "tennis ball")),
+        ("cup", None),
+        ("xyz", ()),
+        ("a submarine", ("dolphin", "sailboat")),
+        ("a saxophones", ("violin", "trumpet")),
+    ],
+)
+def test_nearest_are_objects_that_share_a_word_or_mean_or_are_spelled_nearly_the_same(
+    matcher: Matcher, prompt: str, nearest: tuple[str, ...] | None
+) -> None:
+    unknown = matcher.unknown(prompt)
+    assert (unknown and unknown.nearest) == nearest
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a" * 100_000, "a, " * 10_000, "\x1b[31m red \u202e", "🐱", "'s", "of of of and a of", "a " * 20_000 + "of"]
+)
+def test_whatever_a_prompt_holds_it_is_judged_at_once_and_shown_short(matcher: Matcher, prompt: str) -> None:
+    unknown = matcher.unknown(prompt)
+    assert unknown is not None and len(unknown.message("it")) < 120 and unknown.message("it").isprintable()
+
+
+def test_the_embedded_bundle_knows_its_examples_and_names_what_it_does_not_know() -> None:
+    bundle = Bundle.load(EMBEDDED)
+    assert bundle.vocabulary is not None
+    matcher = Matcher(bundle.vocabulary)
+    assert not any(map(matcher.unknown, (*bundle.examples, *bundle.vocabulary.objects)))
+    assert matcher.unknown("A submarine") == Unknown("submarine")
+
+
+@pytest.fixture
+def narrow(original: Bundle, folder: Path) -> Bundle:
+    """The tiny bundle, which says that it knows cats and foxes."""
+    return replace(
+        original, vocabulary=Vocabulary({"cat": ("kitten",), "fox": ()}, ("red",), related={"cat": "lynx"}), examples=("a cat",)
+    ).save(folder)
+
+
+@pytest.fixture
+def narrow_pipe(narrow: Bundle, fakes: dict[str, FakeEngine]) -> Pipeline:
+    return Pipeline(narrow, fakes.__getitem__, "cpu", cache=Cache())
+
+
+def test_a_result_has_the_warnings_of_its_own_prompts_and_its_images_all_the_same(
+    narrow_pipe: Pipeline, pipe: Pipeline, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = narrow_pipe.generate(["a kitten", "a red cow", "a red cow", "a cats"], seed=[1, 2, 3, 4])
+    assert result.warnings == ("model 'tiny' does not know 'cow'",) and len(result) == 4
+    assert [len(part.warnings) for part in result.split()] == [0, 1, 1, 0]
+    np.testing.assert_array_equal(result.images, pipe.generate(["a kitten", "a red cow", "a red cow", "a cats"], seed=[1, 2, 3, 4]).images)
+    assert narrow_pipe.generate("two lynx").warnings == ("model 'tiny' does not know 'lynx'; nearest: cat",)
+    assert narrow_pipe.generate("a fxo").warnings == ("model 'tiny' does not know 'fxo'",)
+    assert narrow_pipe.generate("a kittne").warnings == ("model 'tiny' does not know 'kittne'; nearest: cat",)
+    assert narrow_pipe.generate("a cat", "a submarine").warnings == () == pipe.generate("a submarine").warnings
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_engine
+def test_generate_warns_in_one_line_whatever_it_draws(narrow: Bundle, tmp_path: Path) -> None:
+    words = ["generate", "A Red Cow", "--bundle", str(narrow.folder), "--engine", "cpu", "-n", "3", "--seed", "1"]
+    result = CliRunner().invoke(main, [*words, "-o", f"{tmp_path}/"])
+    line = f"model 'tiny' does not know 'cow'; all 2: snoopi-rt info --vocabulary {narrow.folder}\n"
+    assert (result.exit_code, result.stderr, len(result.stdout.splitlines())) == (0, line, 3)
+    result = CliRunner().invoke(main, [*words, "-o", f"{tmp_path}/", "--json"])
+    assert [json.loads(row)["warnings"] for row in result.stdout.splitlines()] == [["model 'tiny' does not know 'cow'"]] * 3
+    words[1] = "a cat"
+    assert CliRunner().invoke(main, [*words, "-o", f"{tmp_path}/"]).stderr == ""
+
+
+def test_a_batch_lists_its_warnings_and_counts_them(narrow_pipe: Pipeline, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na cow\na fox\na boat\n")
+    outcome = Batch(prompts, tmp_path / "out").run(narrow_pipe)
+    assert (outcome.drawn, outcome.warned, outcome.warning) == (4, 2, "row 2: model 'tiny' does not know 'cow'")
+    assert [json.loads(row).get("warning") for row in (tmp_path / "out" / INDEX).read_text().splitlines()[1:]] == [
+        None, "model 'tiny' does not know 'cow'", None, "model 'tiny' does not know 'boat'",
+    ]  # fmt: skip
+    assert Batch(prompts, tmp_path / "out").run(narrow_pipe).kept == 4
+
+
+def test_an_answer_over_http_has_its_own_warnings(narrow_pipe: Pipeline) -> None:
+    with served(Settings({"tiny": lambda: narrow_pipe})) as address:
+        answers = [httpx.post(f"{address}/v1/images/generations", json={"prompt": prompt}).json() for prompt in ("a cow", "a cat")]
+        known = httpx.get(f"{address}/v1/models/tiny").json()["vocabulary"]
+    assert [answer["warnings"] for answer in answers] == [["model 'tiny' does not know 'cow'"], []]
+    assert known["objects"] == {"cat": ["kitten"], "fox": []} and known["related"] is None  # which nobody needs there
+
+
+def test_info_lists_what_a_bundle_knows(narrow: Bundle, original: Bundle, tmp_path: Path) -> None:
+    def info(*words: str) -> tuple[int, str]:
+        result = CliRunner().invoke(main, ["info", *words])
+        return result.exit_code, result.output
+
+    assert info(str(narrow.folder), "--vocabulary") == (0, "objects (2): cat (kitten), fox\ncolours (1): red\n")
+    known = {
+        "objects": {"cat": ["kitten"], "fox": []},
+        "colours": ["red"],
+        "artifacts": [],
+        "styles": [],
+        "counts": [],
+        "related": {"cat": "lynx"},
+    }
+    code, line = info(str(narrow.folder), "--vocabulary", "--json")
+    assert (code, json.loads(line), line.count("\n")) == (0, known, 1)
+    assert info(str(original.folder), "--vocabulary") == (0, "bundle 'tiny' names no vocabulary\n")
+    assert info(str(original.folder), "--vocabulary", "--json") == (0, "null\n")
+    assert info("--json") == (2, "error: --json goes with --vocabulary\n")
+    code, shipped = info("--vocabulary")
+    assert code == 0 and shipped.startswith("objects (") and max(map(len, shipped.splitlines())) <= 100
