@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from snoopi_rt.engines.base import Axis, Engine, Opening, Progress
+from snoopi_rt.engines.base import Axis, Engine, EngineOptions, Progress
 from snoopi_rt.engines.compiled_cache import CompiledModels
 from snoopi_rt.engines.threads import available_threads
 from snoopi_rt.errors import EngineMissing, InputError, how_to_install
@@ -18,14 +18,14 @@ class Kind(NamedTuple):
     """Where an engine's class is ("module:Class"), the packages one of which it imports, and the first one's name.
 
     The extra of setup.py that installs the first package has the engine's own name. `distribution` is what must be installed where a
-    package comes in several forms. `repeats`: it is fastest for shapes that it has seen before.
+    package comes in several forms. `prefers_fixed_shapes`: it is fastest for shapes that it has seen before.
     """
 
     target: str
     packages: tuple[str, ...]
     label: str
     distribution: str | None = None
-    repeats: bool = False
+    prefers_fixed_shapes: bool = False
 
     @property
     def package(self) -> str:
@@ -36,8 +36,10 @@ class Kind(NamedTuple):
 ENGINES = {
     "cpu": Kind("snoopi_rt.engines.ort:OrtEngine", ("onnxruntime",), "ONNX Runtime"),
     "openvino": Kind("snoopi_rt.engines.openvino:OvEngine", ("openvino",), "OpenVINO"),
-    "cuda": Kind("snoopi_rt.engines.ort:OrtEngine", ("onnxruntime",), "ONNX Runtime for CUDA", "onnxruntime-gpu", repeats=True),
-    "tensorrt": Kind("snoopi_rt.engines.tensorrt:TrtEngine", ("tensorrt", "tensorrt_rtx"), "TensorRT", repeats=True),
+    "cuda": Kind(
+        "snoopi_rt.engines.ort:OrtEngine", ("onnxruntime",), "ONNX Runtime for CUDA", "onnxruntime-gpu", prefers_fixed_shapes=True
+    ),
+    "tensorrt": Kind("snoopi_rt.engines.tensorrt:TrtEngine", ("tensorrt", "tensorrt_rtx"), "TensorRT", prefers_fixed_shapes=True),
 }
 
 
@@ -91,11 +93,11 @@ def load_engine(
     Raises what `check_engine` raises, and EngineError where the file cannot be loaded.
     """
     check_engine(name)
-    opening = Opening(name, precision, available_threads() if threads is None else threads, cache, key, axes or {}, mapped=mapped)
+    options = EngineOptions(name, precision, available_threads() if threads is None else threads, cache, key, axes or {}, mapped=mapped)
     if progress is not None:
-        opening = replace(opening, progress=progress)
+        options = replace(options, progress=progress)
     module, _, attribute = ENGINES[name].target.partition(":")
-    return getattr(import_module(module), attribute)(path, opening)
+    return getattr(import_module(module), attribute)(path, options)
 
 
 def versions() -> dict[str, str]:

@@ -39,7 +39,7 @@ class Axis(NamedTuple):
     """The sizes that a free axis can have, and the one that matters most."""
 
     min: int
-    best: int
+    opt: int
     max: int
 
 
@@ -48,21 +48,24 @@ Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
-class Opening:
-    """How a model is opened. name: the engine's. precision: the build's. cache, key: where compiled models are kept, and of which build.
-
-    axes: of the free axes by name, for engines that compile for ranges of them. mapped: weights may stay in the model's files, mapped into
-    memory; else they are read, and the files are needed no more: a mapped file that another is copied over ends the process (SIGBUS).
-    """
+class EngineOptions:
+    """How an engine opens a model."""
 
     name: str
+    """The engine's name."""
     precision: str | None
+    """The variant's precision."""
     threads: int
     cache: "CompiledModels | None" = None
+    """Where compiled models are kept."""
     key: str = ""
+    """The variant's hash, by which a compiled model is found again."""
     axes: Mapping[str, Axis] = field(default_factory=dict)
+    """The free axes by name, for engines that compile for ranges of sizes."""
     progress: Progress = lambda what, share: None
     mapped: bool = True
+    """Whether weights may stay in the model's files, mapped into memory. Otherwise they are read, and the files are no longer needed:
+    overwriting a mapped file kills the process (SIGBUS)."""
 
 
 class Engine(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from snoopi_rt.engines.base import Opening, TensorSpec, check_inputs, engine_errors
+from snoopi_rt.engines.base import EngineOptions, TensorSpec, check_inputs, engine_errors
 from snoopi_rt.engines.compiled_cache import CompiledModels, compiled_name, model_files
 from snoopi_rt.errors import EngineError
 
@@ -25,17 +25,17 @@ class OvEngine:
     A call takes an idle infer request, or makes one: as many exist as threads ever called at once.
     """
 
-    def __init__(self, path: Path, opening: Opening) -> None:
-        name, cache = opening.name, opening.cache
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        name, cache = options.name, options.cache
         with engine_errors(f"engine {name!r} cannot use OpenVINO"):
             openvino = import_openvino()
             core = openvino.Core()
-            core.set_property({"ENABLE_MMAP": opening.mapped})
-            hint, remark = arithmetic(opening.precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-        options: dict[str, Any] = {
+            core.set_property({"ENABLE_MMAP": options.mapped})
+            hint, remark = arithmetic(options.precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+        properties: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": hint,
-            "INFERENCE_NUM_THREADS": opening.threads,
+            "INFERENCE_NUM_THREADS": options.threads,
             # Every shape that a dynamic axis ever had leaves compiled layers behind: 5,000 of them unless bounded.
             "CPU_RUNTIME_CACHE_CAPACITY": "1000",
             # Else activations beside int8 weights would be rounded too, together for a whole batch.
@@ -44,12 +44,12 @@ class OvEngine:
 
         def compile_model(folder: Path | None) -> Any:
             # The whole model goes there, weights too: one without (CACHE_MODE OPTIMIZE_SIZE) loads, and then fails in its first call.
-            return core.compile_model(str(path), "CPU", options | ({} if folder is None else {"CACHE_DIR": str(folder)}))
+            return core.compile_model(str(path), "CPU", properties | ({} if folder is None else {"CACHE_DIR": str(folder)}))
 
         compiled = None
         if cache is not None:
             with suppress(EngineError), engine_errors("the cache is of no use"):
-                compiled = _through(cache, compiled_name(path, opening.key, "openvino", openvino.__version__, hint), path, compile_model)
+                compiled = _through(cache, compiled_name(path, options.key, "openvino", openvino.__version__, hint), path, compile_model)
         with engine_errors(f"engine {name!r} cannot load {path.name}"):
             compiled = compiled or compile_model(None)
             self.provider = f"CPU {compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}{remark}"
@@ -100,7 +100,7 @@ def import_openvino() -> Any:
 
 
 def arithmetic(precision: str | None, capabilities: Collection[str]) -> tuple[str, str]:
-    """OpenVINO's precision hint for a build's precision, and a remark where that is not what the precision stands for."""
+    """OpenVINO's precision hint for a variant's precision, and a remark where that is not what the precision stands for."""
     if precision not in BF16:
         return "f32", ""
     return ("bf16", "") if "BF16" in capabilities else ("f32", NO_BF16)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from snoopi_rt.engines import conflict
-from snoopi_rt.engines.base import Opening, TensorSpec, check_inputs, engine_errors
+from snoopi_rt.engines.base import EngineOptions, TensorSpec, check_inputs, engine_errors
 from snoopi_rt.engines.compiled_cache import CompiledModels, compiled_name, model_files, processor
 from snoopi_rt.engines.ort_binding import BoundSession
 from snoopi_rt.errors import EngineError, EngineMissing, how_to_install
@@ -52,8 +52,8 @@ class OrtEngine:
     Optimising a large model takes ONNX Runtime longer than running it, so `cpu` keeps the outcome in the cache.
     """
 
-    def __init__(self, path: Path, opening: Opening) -> None:
-        name, threads, cache = opening.name, opening.threads, opening.cache
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        name, threads, cache = options.name, options.threads, options.cache
         provider = PROVIDERS[name]
         try:
             with engine_errors(f"engine {name!r} cannot use ONNX Runtime"):
@@ -67,13 +67,13 @@ class OrtEngine:
         session, self._bound = None, None
         if cache is not None and name == "cpu":
             with suppress(EngineError), engine_errors("the cache is of no use"):
-                session = _kept_session(path, threads, cache, opening.key, opening.mapped)
+                session = _kept_session(path, threads, cache, options.key, options.mapped)
         with engine_errors(f"engine {name!r} cannot load {path.name}"):
             if name == "cuda":
-                self._bound = BoundSession(partial(_cuda_session, path, threads, opening.mapped), "cuda")
+                self._bound = BoundSession(partial(_cuda_session, path, threads, options.mapped), "cuda")
                 session = self._bound.session
             elif session is None:
-                session = _session(path, _options(threads), opening.mapped, providers=[provider])
+                session = _session(path, _options(threads), options.mapped, providers=[provider])
             self.inputs = tuple(_spec(node) for node in session.get_inputs())
             self.outputs = tuple(_spec(node) for node in session.get_outputs())
         # A provider that cannot start is replaced by the CPU without an error: only the session says what is used.

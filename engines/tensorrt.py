@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from snoopi_rt.engines import ENGINES
-from snoopi_rt.engines.base import Opening, TensorSpec, check_inputs, engine_errors
+from snoopi_rt.engines.base import EngineOptions, TensorSpec, check_inputs, engine_errors
 from snoopi_rt.engines.compiled_cache import model_files
 from snoopi_rt.engines.gpu import Gpu, GpuArray
 from snoopi_rt.engines.tensorrt_plan import Kept, KeptPlan, is_rtx, library, logged_reason, logger
@@ -44,9 +44,9 @@ class TrtEngine:
     third one is a CUDA graph that the second has recorded. They share one piece of memory for activations.
     """
 
-    def __init__(self, path: Path, opening: Opening) -> None:
-        trt = library(ENGINES[opening.name].package)
-        self._gpu = gpu = Gpu.open(opening.name)
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        trt = library(ENGINES[options.name].package)
+        self._gpu = gpu = Gpu.open(options.name)
         label = f"{'TensorRT for RTX' if is_rtx(trt) else 'TensorRT'} {trt.__version__}"
         if is_rtx(trt) and gpu.capability in NO_RTX:
             raise EngineError(f"{label} does not run on {gpu.name}: {how_to_install('tensorrt')}")
@@ -54,9 +54,9 @@ class TrtEngine:
         weights = sum(file.stat().st_size for file in model_files(path))
         described = f"{gpu.name}, {gpu.capability}, driver {gpu.driver}"
         # By all of its memory, not by what is free at the moment: a plan for the other case is another, which takes minutes.
-        plan = KeptPlan(trt, path, opening, described, streaming=gpu.memory()[1] < ROOM * weights)
+        plan = KeptPlan(trt, path, options, described, streaming=gpu.memory()[1] < ROOM * weights)
         log, self._errors = logger(trt)
-        with engine_errors(f"engine {opening.name!r} cannot load {path.name}"):
+        with engine_errors(f"engine {options.name!r} cannot load {path.name}"):
             runtime = trt.Runtime(log)
             data = plan.read()
             engine = runtime.deserialize_cuda_engine(data)
@@ -65,12 +65,12 @@ class TrtEngine:
                 plan.drop()
                 engine = runtime.deserialize_cuda_engine(plan.read())
             if engine is None:
-                raise EngineError(f"engine {opening.name!r} cannot load {path.name}: {logged_reason(self._errors)}")
+                raise EngineError(f"engine {options.name!r} cannot load {path.name}: {logged_reason(self._errors)}")
             if plan.streaming:
                 # TensorRT's own budget comes to Python in 32 bits.
                 room = gpu.memory()[0] - engine.device_memory_size_v2 - MARGIN
                 engine.weight_streaming_budget_v2 = max(0, min(engine.streamable_weights_size, room))
-            self._contexts: Any = _Contexts(trt, engine, Kept(opening.cache, f"{plan.name}-kernels") if opening.cache else None)
+            self._contexts: Any = _Contexts(trt, engine, Kept(options.cache, f"{plan.name}-kernels") if options.cache else None)
         self._trt, self._engine = trt, engine
         self._kept_alive: Any = log, runtime
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]

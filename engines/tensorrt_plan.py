@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from snoopi_rt.engines.base import Axis, Opening, Progress, engine_errors
+from snoopi_rt.engines.base import Axis, EngineOptions, Progress, engine_errors
 from snoopi_rt.engines.compiled_cache import CompiledModels, compiled_name
 from snoopi_rt.engines.messages import reason
 from snoopi_rt.errors import EngineError
@@ -48,16 +48,16 @@ class KeptPlan:
 
     kept = False
 
-    def __init__(self, trt: Any, path: Path, opening: Opening, gpu: str, streaming: bool = False) -> None:
-        self.trt, self.path, self.opening, self.streaming = trt, path, opening, streaming
-        self.wanted = profiles(opening.axes)
+    def __init__(self, trt: Any, path: Path, options: EngineOptions, gpu: str, streaming: bool = False) -> None:
+        self.trt, self.path, self.options, self.streaming = trt, path, options, streaming
+        self.wanted = profiles(options.axes)
         made_by = (trt.__name__, trt.__version__, gpu)
-        self.name = compiled_name(path, opening.key, *made_by, json.dumps([self.wanted, streaming]))
+        self.name = compiled_name(path, options.key, *made_by, json.dumps([self.wanted, streaming]))
         self._timings = hashlib.sha256(json.dumps(["timings", *made_by]).encode()).hexdigest()
 
     def read(self) -> bytes:
         """The plan. Two who want one plan build it once. Raises EngineError where it cannot be built."""
-        cache = self.opening.cache
+        cache = self.options.cache
         if cache is None:
             return self._build(None)
         with cache.alone(self.name):
@@ -73,11 +73,11 @@ class KeptPlan:
 
     def drop(self) -> None:
         """Forgets a plan that does not work."""
-        if self.opening.cache is not None:
-            self.opening.cache.drop(self.name)
+        if self.options.cache is not None:
+            self.options.cache.drop(self.name)
 
     def _build(self, timing: "Kept | None") -> bytes:
-        return build_plan(self.trt, self.path, self.wanted, self.opening.progress, self.streaming, timing)
+        return build_plan(self.trt, self.path, self.wanted, self.options.progress, self.streaming, timing)
 
 
 class Kept:

@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from snoopi_rt.export.guidance import Guidance
-from snoopi_rt.kernels import attention, fused_attention, turned_attention
+from snoopi_rt.kernels import attention, fused_attention, transposed_attention
 
 
 class PlainAttention:
@@ -105,11 +105,11 @@ class OneProductAttention(nn.Module):
     ) -> Tensor:
         q, (k, v) = queries(self.attn, hidden_states), keys_values(self.attn, encoder_hidden_states)
         if self.guidance.attend is None or negative is None:
-            return self.attn.to_out[0](merge_heads(turned_attention(q, k, v)))
+            return self.attn.to_out[0](merge_heads(transposed_attention(q, k, v)))
         t, scale = negative
         empty = (self.key_empty, self.value_empty) if self.guidance.measures_from_empty else ()
         z = self.guidance.attend(
-            q, k[:, :, :t], v[:, :, :t], None, k[:, :, t:], v[:, :, t:], None, scale, *empty, attention=turned_attention
+            q, k[:, :, :t], v[:, :, :t], None, k[:, :, t:], v[:, :, t:], None, scale, *empty, attention=transposed_attention
         )
         return self.attn.to_out[0](merge_heads(z))
 

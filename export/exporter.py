@@ -24,7 +24,7 @@ from snoopi_rt.export.guidance import Guidance, find_guidance
 from snoopi_rt.export.onnx_graphs import calibration
 from snoopi_rt.export.onnx_graphs.parity import FP32_TOLERANCE, LATENT_TOLERANCE, PICTURE_TOLERANCE, Arrays, View, rms
 from snoopi_rt.export.onnx_graphs.variants import Graph, build, check_precision
-from snoopi_rt.export.source import Origin
+from snoopi_rt.export.source import Source
 from snoopi_rt.files import check_place, hidden, reason
 from snoopi_rt.prompt_encoder import write_prompts
 from snoopi_rt.shell import quote
@@ -44,7 +44,7 @@ latent pixels two tiles share: what a decoder sees around one is counted in thos
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ExportOptions:
     """What a user may choose of a bundle. `precision`: names by graph, in the order of preference; none: the backbone's.
 
     `everywhere`: those of them that name no graph, for which a graph that cannot have one gets the nearest that it can have.
@@ -77,8 +77,8 @@ class Wishes:
 class Plan:
     """What is exported, all of it checked before anything is loaded."""
 
-    origin: Origin
-    wishes: Wishes
+    source: Source
+    options: ExportOptions
     backbone: Backbone
     guidance: Guidance
     sizes: tuple[tuple[int, int], ...]
@@ -86,33 +86,33 @@ class Plan:
     engines: tuple[str, ...]
 
     @classmethod
-    def of(cls, origin: Origin, wishes: Wishes) -> "Plan":
+    def of(cls, source: Source, options: ExportOptions) -> "Plan":
         """The plan; raises InputError for names that are not known and sizes that cannot be, EngineMissing where nothing can measure."""
-        backbone, preset = find_backbone(origin.preset.backbone), origin.preset
-        sizes, multiple = wishes.sizes or ((preset.size, preset.size),), backbone.multiple * origin.latent.factor
+        backbone, preset = find_backbone(source.preset.backbone), source.preset
+        sizes, multiple = options.sizes or ((preset.size, preset.size),), backbone.multiple * source.latent.factor
         for height, width in sizes:
             if height % multiple or width % multiple or min(height, width) <= 0:
                 raise InputError(f"size {width}x{height}: the sides of {backbone.name} are multiples of {multiple} pixels")
-        precision = {graph: wishes.precision.get(graph, [backbone.precision[graph]]) for graph in GRAPHS}
+        precision = {graph: options.precision.get(graph, [backbone.precision[graph]]) for graph in GRAPHS}
         engines = tuple(name for name in installed() if name in MEASURED_ON)
         if not engines:
             raise EngineMissing(f"export measures parity on an engine, and none is installed: {how_to_install('export')}")
-        return cls(origin, wishes, backbone, preset.guidance(wishes.guidance), sizes, precision, engines)
+        return cls(source, options, backbone, preset.guidance(options.guidance), sizes, precision, engines)
 
 
-def export(origin: Origin, out: Path, wishes: Wishes | None = None, say: Callable[[str], None] = lambda line: None) -> Bundle:
+def export(source: Source, out: Path, options: ExportOptions | None = None, say: Callable[[str], None] = lambda line: None) -> Bundle:
     """Writes a student to the bundle `out` and returns it; `say` is told what was measured.
 
     Raises InputError (unknown names, weights that do not fit, `out` in use), OutputError where a graph is too far from PyTorch or the whole
     bundle does not draw what it promises.
     Nothing is under the name `out` until all of it is; with `force` an old bundle there is replaced.
     """
-    plan = Plan.of(origin, wishes or Wishes())
+    plan = Plan.of(source, options or ExportOptions())
     old = hidden(out, ".old")
     if old.exists() and not out.exists():  # killed between two renames
         old.replace(out)
-    check_out(out, plan.wishes.force)
-    student = plan.backbone.load(origin.weights, origin.preset, plan.sizes)
+    check_out(out, plan.options.force)
+    student = plan.backbone.load(source.weights, source.preset, plan.sizes)
     beside = hidden(out, ".part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -146,47 +146,47 @@ def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[
     """All files of a bundle but its bundle.json, which is returned, with the prompts from which it is to be drawn before it is done."""
     text = student.write_tokenizer(folder / "tokenizer.json")
     tokenizer = Tokenizer(folder / "tokenizer.json", text.max_tokens, text.lowercase, text.pad)
-    carried = list(dict.fromkeys(text_rule(prompt, text.lowercase) for prompt in plan.wishes.prompts))
+    carried = list(dict.fromkeys(text_rule(prompt, text.lowercase) for prompt in plan.options.prompts))
     say(f"encoding {len(calibration.TEXTS) + len(carried)} prompts")
     ids = {prompt: torch.from_numpy(tokenizer(prompt, truncate=prompt not in carried)) for prompt in (*calibration.TEXTS, *carried)}
-    limits = {} if plan.wishes.prompts_only else extreme_ids(tokenizer, highest_id(folder / "tokenizer.json"))
+    limits = {} if plan.options.prompts_only else extreme_ids(tokenizer, highest_id(folder / "tokenizer.json"))
     encoded = student.encode([*ids.values(), *limits.values()])
     states = dict(zip(ids, encoded, strict=False))
     extremes = [Extreme(*limit, values) for limit, values in zip(limits.items(), encoded[len(ids) :], strict=True)]
     graphs = {}
     for graph in _graphs(plan, student, ids, states):
-        graphs[graph.name] = build(graph, plan.precision[graph.name], folder, plan.engines, say, plan.wishes.everywhere)
+        graphs[graph.name] = build(graph, plan.precision[graph.name], folder, plan.engines, say, plan.options.everywhere)
     prompts = None
     if carried:
         prompts = write_prompts(folder, {each: {key: value.numpy() for key, value in states[each].items()} for each in carried})
-    if plan.wishes.prompts_only:
+    if plan.options.prompts_only:
         (folder / "tokenizer.json").unlink()
         text = replace(text, tokenizer=None)
     kind = plan.guidance
     bundle = Bundle(
         name=name,
         backbone=plan.backbone.name,
-        licence=plan.origin.licence,
+        licence=plan.source.licence,
         text=text,
-        latent=plan.origin.latent,
+        latent=plan.source.latent,
         sizes=plan.sizes,
         max_batch=max(1, MAX_PIXELS // max(height * width for height, width in plan.sizes)),
         guidance=GuidancePromise(kind.kind, Scale(kind.default_scale, 0.0, kind.max_scale), dict(kind.fixed)),
-        provenance={**plan.origin.provenance, "exporter": f"snoopi-rt {__version__}, torch {torch.__version__}"},
+        provenance={**plan.source.provenance, "exporter": f"snoopi-rt {__version__}, torch {torch.__version__}"},
         graphs=graphs,
         prompts=prompts,
         tile=_tile(plan, student),
-        vocabulary=plan.wishes.vocabulary or student.vocabulary,
-        examples=plan.wishes.examples or (() if plan.wishes.prompts_only else student.examples),
+        vocabulary=plan.options.vocabulary or student.vocabulary,
+        examples=plan.options.examples or (() if plan.options.prompts_only else student.examples),
     )
     return bundle, extremes
 
 
 def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Mapping[str, dict[str, Tensor]]) -> Iterator[Graph]:
     """What there is to build, one after the other, so that what one needs is gone before the next."""
-    wishes, backbone = plan.wishes, plan.backbone
-    (height, width), latent = plan.sizes[0], plan.origin.latent
-    shape, steps = (latent.channels, height // latent.factor, width // latent.factor), len(plan.origin.preset.rule.steps)
+    options, backbone = plan.options, plan.backbone
+    (height, width), latent = plan.sizes[0], plan.source.latent
+    shape, steps = (latent.channels, height // latent.factor, width // latent.factor), len(plan.source.preset.rule.steps)
     given = calibration.generator_cases(states, plan.guidance, shape, steps, backbone.masks)
     reference = student.reference(plan.guidance, states[""]["states"])
     latents = [_run(reference, case) for case in tqdm(given.scored, desc="reference", unit="case", leave=False)]
@@ -204,7 +204,7 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
     by_text, by_latent = View(from_text, seen, picture), View(lambda i, found: found["latent"], seen, picture)
     padded = len({row.shape[1] for row in ids.values()}) == 1
     shared: dict[str, Any] = {"opset": backbone.opset, "dynamic": dynamic_axes(plan.sizes, padded)}
-    if not wishes.prompts_only:
+    if not options.prompts_only:
         prompts = calibration.SCORED[:TEXT_CASES]
         yield Graph(
             name="text_encoder",
@@ -216,7 +216,7 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
             wanted=[{name: value.numpy() for name, value in states[prompt].items()} for prompt in prompts],
             error=by_text.error,
             view=by_text,
-            tolerance=wishes.tolerance,
+            tolerance=options.tolerance,
             fp32_tolerance=FP32_TOLERANCE["text_encoder"],
             tensor_of=student.tensor_of,
             **shared,
@@ -231,7 +231,7 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
         wanted=wanted,
         error=by_latent.error,
         view=by_latent,
-        tolerance=wishes.tolerance,
+        tolerance=options.tolerance,
         fp32_tolerance=FP32_TOLERANCE["generator"],
         **shared,
     )
@@ -253,7 +253,7 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
         wanted=images,
         error=lambda i, found: rms(found["image"].astype(np.float32) - images[i]["image"]) / 255,
         # Whoever lets the latent change more lets the picture.
-        tolerance=PICTURE_TOLERANCE * max(1.0, wishes.tolerance / LATENT_TOLERANCE),
+        tolerance=PICTURE_TOLERANCE * max(1.0, options.tolerance / LATENT_TOLERANCE),
         fp32_tolerance=FP32_TOLERANCE["decoder"],
         alone=_large(student.decoder),
         **shared,
@@ -262,7 +262,7 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
 
 def _tile(plan: Plan, student: Student) -> Tile | None:
     """The tiles in which large pictures are decoded, unless the decoder is a tiny one."""
-    size = TILE // plan.origin.latent.factor
+    size = TILE // plan.source.latent.factor
     return Tile(size, min(OVERLAP, size // 2)) if _large(student.decoder) and max(map(max, plan.sizes)) > TILE else None
 
 

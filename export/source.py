@@ -11,12 +11,12 @@ from snoopi_rt.export.backbones.network import own_side, read_latent
 from snoopi_rt.export.presets.preset import Preset, override
 from snoopi_rt.export.presets.rows import find_row
 from snoopi_rt.export.presets.scheduler_check import check_scheduler, follow_scheduler
-from snoopi_rt.export.weights.hub import find_source
+from snoopi_rt.export.weights.hub import find_weights
 from snoopi_rt.export.weights.lora import parse_lora
 
 
 @dataclass(frozen=True)
-class Origin:
+class Source:
     """A student as it is before export. `latent`: what its network gives and its decoder takes; `provenance`: what a bundle says of it."""
 
     preset: Preset
@@ -26,7 +26,7 @@ class Origin:
     provenance: dict[str, str]
 
 
-def find_origin(
+def find_source(
     backbone: str | None = None,
     weights: str | None = None,
     preset: str | None = None,
@@ -36,13 +36,13 @@ def find_origin(
     decoder: str = "full",
     accept_licence: bool = False,
     say: Callable[[str], None] = lambda line: None,
-) -> Origin:
+) -> Source:
     """The student that was asked for, its weights on this machine.
 
     weights: a folder or hub id; none: the preset's own. Without a preset, the scheduler of
     weights corrects the backbone's own one. decoder: "full" (the folder's vae), "tiny" (the backbone's TAESD), or the folder or
     hub id of one. Raises InputError for what is unknown, contradicts itself or needs its licence accepted, and whatever
-    find_source raises.
+    find_weights raises.
     """
     row = find_row(backbone, preset)
     chosen, merged = override(row, settings), tuple(parse_lora(lora) for lora in loras)
@@ -51,8 +51,8 @@ def find_origin(
         raise InputError(f"no weights file {weights_file}")
     network = weights_file
     if weights is not None:
-        source = find_source(weights, parts=architecture.parts)
-        licence = source.licence or f"not stated in the weights; that of preset {row.name} is {row.licence}"
+        folder = find_weights(weights, parts=architecture.parts)
+        licence = folder.licence or f"not stated in the weights; that of preset {row.name} is {row.licence}"
     else:
         say(f"preset {row.name}: {row.weights or row.base}, licence {row.licence}")
         if row.non_commercial and not accept_licence:
@@ -61,12 +61,12 @@ def find_origin(
             raise InputError(f"the weights of preset {row.name} are on no hub: give them as --weights or --weights-file ({row.note})")
         licence = row.licence
         if row.file and network is None:
-            network = find_source(row.weights, parts=(row.file,)).folder / row.file
-        source = find_source(row.base or row.weights, parts=architecture.parts)
+            network = find_weights(row.weights, parts=(row.file,)).path / row.file
+        folder = find_weights(row.base or row.weights, parts=architecture.parts)
     network_part = architecture.parts[0]
-    if not (source.folder / network_part).is_dir() and network is None:
-        raise InputError(f"{source.folder} has no {network_part}: it is not a model of backbone {architecture.name}")
-    scheduler = source.folder / "scheduler"
+    if not (folder.path / network_part).is_dir() and network is None:
+        raise InputError(f"{folder.path} has no {network_part}: it is not a model of backbone {architecture.name}")
+    scheduler = folder.path / "scheduler"
     followed: list[str] = []
     if preset is None and weights is not None and row.from_scheduler:
         # Nobody named the public student that the backbone stands for: what the folder itself says counts.
@@ -82,19 +82,19 @@ def find_origin(
         hub = architecture.tiny_decoder if decoder == "tiny" else decoder
         if hub is None:
             raise InputError(f"backbone {architecture.name} has no tiny decoder: leave --decoder out, or name a folder")
-        tiny = find_source(hub, parts=(".",)).folder
-    parts = Weights(source.folder, network, merged, tiny)
+        tiny = find_weights(hub, parts=(".",)).path
+    parts = Weights(folder.path, network, merged, tiny)
     latent = read_latent(parts, network_part)
     chosen = _with_own_size(chosen, settings, own_side(parts, network_part), latent.factor, say)
     provenance = {
-        "weights": source.name,
-        "revision": source.revision or "",
+        "weights": folder.name,
+        "revision": folder.revision or "",
         "weights_file": network.name if network else "",
         "loras": ", ".join(f"{file.name}:{weight:g}" for file, weight in merged),
         "decoder": "" if tiny is None else decoder,
         "preset": " ".join([row.name, *settings]),
     }
-    return Origin(chosen, parts, latent, licence, {key: value for key, value in provenance.items() if value})
+    return Source(chosen, parts, latent, licence, {key: value for key, value in provenance.items() if value})
 
 
 def _with_own_size(preset: Preset, settings: Sequence[str], side: int | None, factor: int, say: Callable[[str], None]) -> Preset:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
-from snoopi_rt.bundle.bundle import GRAPHS, TEXT_ENGINE, Build, Bundle
+from snoopi_rt.bundle.bundle import GRAPHS, TEXT_ENGINE, Bundle, Variant
 from snoopi_rt.bundle.manifest import require
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import known_engine, load_engine
@@ -24,10 +24,10 @@ from snoopi_rt.prompt_encoder import Conditioning, PromptEncoder, States
 from snoopi_rt.request import Request, image_size, integer, prompt_text, requests
 from snoopi_rt.result import Result
 from snoopi_rt.runtime.auto_engine import choose
-from snoopi_rt.runtime.deadline import Event, Limits
+from snoopi_rt.runtime.deadline import Deadline, Event
 from snoopi_rt.runtime.inputs import generator_feeds, in_batches
-from snoopi_rt.runtime.lazy_engine import Stage
-from snoopi_rt.runtime.precision import format_precision, select_builds
+from snoopi_rt.runtime.lazy_engine import LazyEngine
+from snoopi_rt.runtime.precision import format_precision, select_variants
 from snoopi_rt.runtime.shape_ranges import axes
 from snoopi_rt.runtime.tiling import decode_tiled
 from snoopi_rt.runtime.vocabulary import Matcher
@@ -62,15 +62,15 @@ class Pipeline:
         cache: Cache | None = None,
         low_memory: bool = False,
     ) -> None:
-        builds = select_builds(bundle, engine, precision)
-        self.bundle, self.engine, self.precision = bundle, engine, format_precision(builds)
+        variants = select_variants(bundle, engine, precision)
+        self.bundle, self.engine, self.precision = bundle, engine, format_precision(variants)
         self.max_batch, self._max_decoded = (
-            min(bundle.max_batch, builds[graph].max_batch or bundle.max_batch) for graph in ("generator", "decoder")
+            min(bundle.max_batch, variants[graph].max_batch or bundle.max_batch) for graph in ("generator", "decoder")
         )
-        self._longest = bundle.text.max_tokens if known_engine(engine).repeats else None
+        self._longest = bundle.text.max_tokens if known_engine(engine).prefers_fixed_shapes else None
         self._low_memory = low_memory
         self._turn: AbstractContextManager[Any] = threading.Lock() if low_memory else nullcontext()
-        self._generator, self._decoder = Stage(lambda: open_engine("generator")), Stage(lambda: open_engine("decoder"))
+        self._generator, self._decoder = LazyEngine(lambda: open_engine("generator")), LazyEngine(lambda: open_engine("decoder"))
 
         def open_text_encoder() -> Engine:
             if low_memory:
@@ -78,7 +78,7 @@ class Pipeline:
                 self._decoder.release()
             return open_engine("text_encoder")
 
-        text, cache = builds.get("text_encoder"), Cache() if cache is None else cache
+        text, cache = variants.get("text_encoder"), Cache() if cache is None else cache
         self._prompts = PromptEncoder(bundle, text, open_text_encoder, cache, "" if text is None else _runs_on(text, engine))
         self._matcher = None if bundle.vocabulary is None else Matcher(bundle.vocabulary)
         if not low_memory:
@@ -108,16 +108,16 @@ class Pipeline:
         `truncate` cuts prompts that are too long. After `timeout` seconds, or once `cancel` is set, no further stage begins.
         Raises InputError for what cannot be asked, OutputError where a stage gives NaN, infinity or a picture of one value, Cancelled.
         """
-        start, limits = time.perf_counter(), Limits(timeout, cancel)
+        start, deadline = time.perf_counter(), Deadline(timeout, cancel)
         prepared: dict[str, States] = {}
         prompt, negative_prompt = self._texts(prompt, prepared), self._texts(negative_prompt, prepared)
         asked = requests(prompt, negative_prompt, negative_scale, seed, n, self.bundle.guidance)
         size = image_size(size, self.bundle.sizes)
         timings = dict.fromkeys(STAGES, 0.0)
         with self._turn:
-            states = self._encode(asked, truncate, prepared, timings, limits)
+            states = self._encode(asked, truncate, prepared, timings, deadline)
             batches = in_batches(asked, states, self._generator.open().inputs, self.max_batch)
-            images = [self._images(batch, states, size, timings, limits) for batch in batches]
+            images = [self._images(batch, states, size, timings, deadline) for batch in batches]
             provider = self.provider
         timings["total"] = time.perf_counter() - start
         return Result(
@@ -258,7 +258,7 @@ class Pipeline:
         return given.text
 
     def _encode(
-        self, asked: list[Request], truncate: bool, prepared: dict[str, States], timings: dict[str, float], limits: Limits
+        self, asked: list[Request], truncate: bool, prepared: dict[str, States], timings: dict[str, float], deadline: Deadline
     ) -> dict[str, States]:
         """The states of all texts that are asked for."""
         texts = dict.fromkeys(text for request in asked for text in (request.prompt, request.negative) if text is not None)
@@ -266,7 +266,7 @@ class Pipeline:
             try:
                 states = dict(prepared)
                 for text in (text for text in texts if text not in prepared):
-                    limits.check("text_encoder")
+                    deadline.check("text_encoder")
                     states[text] = self._prompts.encode(text, truncate)
                 return states
             finally:
@@ -274,9 +274,9 @@ class Pipeline:
                     self._prompts.release()
 
     def _images(
-        self, batch: list[Request], states: dict[str, States], size: tuple[int, int], timings: dict[str, float], limits: Limits
+        self, batch: list[Request], states: dict[str, States], size: tuple[int, int], timings: dict[str, float], deadline: Deadline
     ) -> np.ndarray:
-        limits.check("generator")
+        deadline.check("generator")
         with _timed(timings, "generator"):
             inputs = self._generator.open().inputs
             latent: Any = self._generator(**generator_feeds(batch, states, inputs, self.bundle.latent, size, self._longest))["latent"]
@@ -284,7 +284,7 @@ class Pipeline:
             self._require_shape("generator", latent, (len(batch), self.bundle.latent.channels, rows, columns))
             if isinstance(latent, np.ndarray):
                 self._refuse_broken(batch, latent)
-        limits.check("decoder")
+        deadline.check("decoder")
         with _timed(timings, "decoder"):
             images = self._decode(latent)
             if not isinstance(latent, np.ndarray):  # on a device, which would have waited for this before the decoder
@@ -294,7 +294,7 @@ class Pipeline:
             return images
 
     def _decode(self, latent: np.ndarray) -> np.ndarray:
-        """The images of latents, as many at once as the decoder's build takes, in tiles where the bundle wants that.
+        """The images of latents, as many at once as the decoder's variant takes, in tiles where the bundle wants that.
 
         Latents that lie on a device stay there if they are decoded as they are.
         """
@@ -374,19 +374,19 @@ def open_pipeline(
         integer("threads", threads, 1, MOST_THREADS)
     if weights not in get_args(Weights):
         raise InputError(f"unknown weights {weights!r}, choose from {', '.join(get_args(Weights))}")
-    builds = select_builds(bundle, engine, precision)
-    size = sum(file.size for build in builds.values() for file in build.files)
+    variants = select_variants(bundle, engine, precision)
+    size = sum(file.size for variant in variants.values() for file in variant.files)
     mapped = weights == "mapped" or (weights == "auto" and size > LITTLE)
 
     def open_engine(graph: str) -> Engine:
-        build = builds[graph]
-        name = _runs_on(build, engine)
-        path = bundle.folder / build.files[0].path
-        bundle.check_again(build.files)
-        opened = load_engine(name, path, build.precision, threads, cache, build.hash, axes(bundle, graph, build), progress, mapped)
+        variant = variants[graph]
+        name = _runs_on(variant, engine)
+        path = bundle.folder / variant.files[0].path
+        bundle.check_again(variant.files)
+        opened = load_engine(name, path, variant.precision, threads, cache, variant.hash, axes(bundle, graph, variant), progress, mapped)
         try:
-            bundle.check_again(build.files)  # else what was opened may be another file
-            build.check_graph(opened.inputs, opened.outputs)
+            bundle.check_again(variant.files)  # else what was opened may be another file
+            variant.check_graph(opened.inputs, opened.outputs)
         except BundleError:
             opened.close()
             raise
@@ -395,8 +395,8 @@ def open_pipeline(
     return Pipeline(bundle, open_engine, engine, precision, cache, low_memory)
 
 
-def _runs_on(build: Build, engine: str) -> str:
-    return engine if engine in build.engines else TEXT_ENGINE
+def _runs_on(variant: Variant, engine: str) -> str:
+    return engine if engine in variant.engines else TEXT_ENGINE
 
 
 def columns(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Prompts to text states, computed once: carried by the bundle, kept in memory, or on disk by the text build's hash and the text rule."""
+"""Prompts to text states, computed once: carried by the bundle, kept in memory, or on disk by the text variant's hash and the text rule."""
 
 import hashlib
 import io
@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from snoopi_rt.bundle.bundle import Build, Bundle, File, Prompts
+from snoopi_rt.bundle.bundle import Bundle, File, Prompts, Variant
 from snoopi_rt.bundle.manifest import require, text_rule
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import Engine, TensorSpec
 from snoopi_rt.engines.messages import why
 from snoopi_rt.errors import BundleError, InputError, OutputError
 from snoopi_rt.files import reason
-from snoopi_rt.runtime.lazy_engine import Stage
+from snoopi_rt.runtime.lazy_engine import LazyEngine
 from snoopi_rt.tokenizer import Tokenizer
 
 States = dict[str, np.ndarray]
@@ -50,20 +50,20 @@ class Conditioning:
 class PromptEncoder:
     """The states of prompts, (1, T, D) and the like by output name; tokenizer and text encoder are opened when a prompt needs them.
 
-    `build` is the text encoder's, None where the bundle has none; `engine` is the name of that which runs it.
+    `variant` is the text encoder's, None where the bundle has none; `engine` is the name of that which runs it.
     """
 
-    def __init__(self, bundle: Bundle, build: Build | None, open_engine: Callable[[], Engine], cache: Cache, engine: str = "") -> None:
+    def __init__(self, bundle: Bundle, variant: Variant | None, open_engine: Callable[[], Engine], cache: Cache, engine: str = "") -> None:
         self._bundle, self._cache = bundle, cache
-        self._encoder = Stage(open_engine)
-        self._outputs = {} if build is None else {spec.name: spec for spec in build.outputs}
+        self._encoder = LazyEngine(open_engine)
+        self._outputs = {} if variant is None else {spec.name: spec for spec in variant.outputs}
         # Engines differ in the last bits, and pictures of one engine are not to depend on who drew before.
-        self._key = "" if build is None else json.dumps([build.hash, asdict(bundle.text), engine])
+        self._key = "" if variant is None else json.dumps([variant.hash, asdict(bundle.text), engine])
         self._carried = {text: row for row, text in enumerate(bundle.prompts.texts if bundle.prompts else ())}
         self._kept: OrderedDict[str | bytes, States] = OrderedDict()
         self._bytes = 0
         self._carried_file: bytes | None = None
-        # Opening takes long: meanwhile other threads get the prompts that are kept.
+        # EngineOptions takes long: meanwhile other threads get the prompts that are kept.
         self._lock = threading.Lock()
 
     def encode(self, prompt: str, truncate: bool = False) -> States:
@@ -125,7 +125,7 @@ class PromptEncoder:
         self._encoder.stop()
 
     def close(self, seconds: float) -> None:
-        """Frees the text encoder for good, see Stage."""
+        """Frees the text encoder for good, see LazyEngine."""
         self._encoder.close(seconds)
 
     def _ids(self, text: str, truncate: bool) -> np.ndarray:
@@ -173,7 +173,7 @@ class PromptEncoder:
                 raise BundleError(f"text_encoder gave {name!r} as {value.dtype} {value.shape}, not as its bundle promises")
             if not np.isfinite(value).all():
                 provider = self._encoder.open().provider
-                raise OutputError(f"text_encoder gave NaN or infinity in {name!r}: this build does not work on engine {provider!r}")
+                raise OutputError(f"text_encoder gave NaN or infinity in {name!r}: this variant does not work on engine {provider!r}")
             data = io.BytesIO()
             np.save(data, value, allow_pickle=False)
             self._cache.write("states", self._file(ids, name), data.getvalue())

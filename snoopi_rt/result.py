@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Result:
     """Images (n, H, W, 3) uint8 and, image by image, what made them; `timings` are seconds by stage, and in `total`.
 
-    `provider` is what the engine really ran on, in the words of its package; `precision` is what `load` takes to run the same builds;
+    `provider` is what the engine really ran on, in the words of its package; `precision` is what `load` takes to run the same variants;
     `warned` has a line for each prompt that asks for what the model does not know.
     """
 

@@ -149,12 +149,12 @@ def test_the_text_encoder_is_opened_at_the_first_prompt_that_is_nowhere(original
 
 def test_a_kept_prompt_does_not_wait_for_the_encoder_that_another_thread_opens_once(original: Bundle, fakes: dict[str, FakeEngine]) -> None:
     Pipeline(original, fakes.__getitem__, "cpu")("a cat", seed=1)
-    opening, go_on, opened = threading.Event(), threading.Event(), []
+    options, go_on, opened = threading.Event(), threading.Event(), []
 
     def open_engine(graph: str) -> FakeEngine:
         if graph == "text_encoder":
             opened.append(graph)
-            opening.set()
+            options.set()
             assert go_on.wait(30)
         return fakes[graph]
 
@@ -162,7 +162,7 @@ def test_a_kept_prompt_does_not_wait_for_the_encoder_that_another_thread_opens_o
     with ThreadPoolExecutor(3) as threads:
         try:
             new = [threads.submit(pipe, prompt, seed=1) for prompt in ("a red fox", "blurry")]
-            assert opening.wait(30)
+            assert options.wait(30)
             threads.submit(pipe, "a cat", seed=1).result(10)
             assert not any(each.done() for each in new)
         finally:
@@ -358,7 +358,7 @@ def test_a_closed_pipeline_says_so(pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize("name", HERE)
 def test_auto_runs_the_builds_that_were_measured_here_unless_others_are_asked_for(original: Bundle, name: str) -> None:
-    build = original.build("generator", name)
+    build = original.variant("generator", name)
     bundle = replace(original, graphs={**original.graphs, "generator": (build, replace(build, precision="int8"))})
     with snoopi_rt.load(bundle) as pipe:
         assert pipe.precision == "fp32"
@@ -396,7 +396,7 @@ def test_an_engine_that_the_bundle_does_not_serve_lists_those_that_it_serves(ori
 
 @pytest.mark.skipif(len(HERE) < 2, reason="needs both engines")
 def test_a_text_encoder_without_a_build_for_the_engine_runs_on_cpu(original: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = replace(original.build("text_encoder", "cpu"), engines=("cpu",))
+    build = replace(original.variant("text_encoder", "cpu"), engines=("cpu",))
     bundle = replace(original, graphs={**original.graphs, "text_encoder": (build,)})
     opened: dict[str, str] = {}
 
@@ -418,7 +418,7 @@ def test_a_clip_bundle_gets_padded_prompts(original: Bundle, functions: Function
         given.append(ids.tolist())
         return functions["text_encoder"](ids)
 
-    build = original.build("text_encoder", "cpu")
+    build = original.variant("text_encoder", "cpu")
     fake = FakeEngine(encode, build.inputs, build.outputs)
     bundle = replace(original, text=replace(original.text, pad=1))
     others = {graph: FakeEngine(functions[graph], *_specs(original, graph)) for graph in ("generator", "decoder")}
@@ -448,7 +448,7 @@ def test_the_smallest_batch_of_bundle_and_build_is_obeyed(
 
         fakes[graph] = FakeEngine(counted, fakes[graph].inputs, fakes[graph].outputs)
     limits = {"generator": generator, "decoder": decoder}
-    graphs = {graph: (replace(builds[0], max_batch=limits.get(graph)),) for graph, builds in original.graphs.items()}
+    graphs = {graph: (replace(variants[0], max_batch=limits.get(graph)),) for graph, variants in original.graphs.items()}
     images = Pipeline(replace(original, graphs=graphs), fakes.__getitem__, "cpu")("a cat", seed=1, n=5).images
     assert batches == {"generator": drawn, "decoder": decoded}
     np.testing.assert_array_equal(images[4], expected(functions, "a cat", None, 0.0, 5))
@@ -493,7 +493,7 @@ class Opened:
 
 
 def _specs(bundle: Bundle, graph: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    build = bundle.build(graph, "cpu")
+    build = bundle.variant(graph, "cpu")
     return build.inputs, build.outputs
 
 
@@ -566,7 +566,7 @@ def test_a_result_says_the_precision_of_every_graph_so_that_it_can_be_asked_for_
     original: Bundle, fakes: dict[str, FakeEngine]
 ) -> None:
     assert Pipeline(original, fakes.__getitem__, "cpu")("a cat").precision == "fp32"
-    build = original.build("generator", "cpu")
+    build = original.variant("generator", "cpu")
     bundle = replace(original, graphs={**original.graphs, "generator": (build, replace(build, precision="int8"))})
     said = Pipeline(bundle, fakes.__getitem__, "cpu", "int8")("a cat").metadata(0)["precision"]
     assert said == "text_encoder=fp32,generator=int8,decoder=fp32"

@@ -79,7 +79,7 @@ def test_carried_prompts_come_before_the_text_encoder_and_others_still_reach_it(
 
 def test_every_output_of_the_text_encoder_is_carried(prompts_only: Bundle) -> None:
     states = {"a cat": {"states": np.full((1, 2, 4), 3, np.float32), "pooled": np.full((1, 5), 7, np.float32)}}
-    build = prompts_only.build("generator", "cpu")
+    build = prompts_only.variant("generator", "cpu")
     pooled = replace(build, inputs=(*build.inputs, TensorSpec("prompt_pooled", (None, 5), "float32")))
     graphs, prompts = {**prompts_only.graphs, "generator": (pooled,)}, write_prompts(prompts_only.folder, states)
     bundle = replace(prompts_only, prompts=prompts, graphs=graphs).save(prompts_only.folder)

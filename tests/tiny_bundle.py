@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from snoopi_rt.bundle.bundle import Build, Bundle, File, Guidance, Latent, Parity, Scale, Text
+from snoopi_rt.bundle.bundle import Bundle, File, Guidance, Latent, Parity, Scale, Text, Variant
 from snoopi_rt.engines.base import TensorSpec
 
 WORDS = ["[CLS]", "[SEP]", "[UNK]", "a", "red", "blue", "fox", "cat", "blurry", "warm"]
@@ -163,7 +163,7 @@ def write_bundle(folder: Path) -> Bundle:
         provenance={"made by": "tests/tiny_bundle.py"},
         graphs={
             graph: (
-                Build(
+                Variant(
                     engines=("cpu", "openvino"),
                     precision="fp32",
                     format="onnx",

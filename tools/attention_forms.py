@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from snoopi_rt.engines import load_engine
 from snoopi_rt.export.attention import merge_heads, split_heads
 from snoopi_rt.export.onnx_graphs.write import write_graph
-from snoopi_rt.kernels import attention, fused_attention, nasa_attention, turned_attention
+from snoopi_rt.kernels import attention, fused_attention, nasa_attention, transposed_attention
 
-FORMS = {"written out": attention, "fused": fused_attention, "turned": turned_attention}
+FORMS = {"written out": attention, "fused": fused_attention, "turned": transposed_attention}
 ENGINES = (("openvino", "bf16"), ("cpu", "fp32"))
 
 

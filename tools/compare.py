@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import snoopi_rt
-from snoopi_rt.bundle.bundle import Build, Bundle
+from snoopi_rt.bundle.bundle import Bundle, Variant
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.engines.base import Engine
@@ -299,11 +299,11 @@ def builds(bundle: Bundle, graph: str) -> dict[str, Callable[[], Engine]]:
 
 def fastest(bundle: Bundle, graph: str) -> Engine:
     """The graph's first build, on OpenVINO where one is for it."""
-    build = bundle.build(graph, "openvino")
+    build = bundle.variant(graph, "openvino")
     return opened(bundle, build, max(build.engines, key=lambda name: name == "openvino"))
 
 
-def opened(bundle: Bundle, build: Build, engine: str) -> Engine:
+def opened(bundle: Bundle, build: Variant, engine: str) -> Engine:
     """One build on one engine, through the cache."""
     return load_engine(engine, bundle.folder / build.files[0].path, build.precision, cache=Cache(), key=build.hash)
 

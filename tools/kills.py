@@ -73,7 +73,7 @@ def export_tiny(weights: Path, out: Path) -> None:
     from snoopi_rt.bundle.bundle import GRAPHS
     from snoopi_rt.export import exporter
     from snoopi_rt.export.onnx_graphs import variants
-    from snoopi_rt.export.source import find_origin
+    from snoopi_rt.export.source import find_source
 
     traced, write_graph = out.parent / "traced", variants.write_graph
 
@@ -88,8 +88,8 @@ def export_tiny(weights: Path, out: Path) -> None:
         return written
 
     variants.write_graph = write
-    wishes = exporter.Wishes(precision={graph: ["fp32"] for graph in GRAPHS}, sizes=((64, 64),), force=True)
-    exporter.export(find_origin("sd15", str(weights), "pgsb-sd15"), out, wishes)
+    wishes = exporter.ExportOptions(precision={graph: ["fp32"] for graph in GRAPHS}, sizes=((64, 64),), force=True)
+    exporter.export(find_source("sd15", str(weights), "pgsb-sd15"), out, wishes)
 
 
 class CacheWrites:

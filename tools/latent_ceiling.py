@@ -18,7 +18,7 @@ from snoopi_rt.export.small_model.dataset.build import SIDE, encoded
 from snoopi_rt.export.small_model.dataset.scene import Scene
 from snoopi_rt.export.small_model.dataset.vocabulary import things
 from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, to_pictures
-from snoopi_rt.export.training.image_grid import contact_sheet
+from snoopi_rt.export.training.image_grid import image_grid
 from snoopi_rt.files import write_whole
 
 ENCODER = Path("weights/small/teacher/vae")
@@ -50,7 +50,7 @@ def main(decoder: Path, encoder: Path, drawings: Path, out: Path) -> None:
         click.echo(f"{name:32}{value:7.1%}")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, (json.dumps(document, indent=1) + "\n").encode())
-    contact_sheet(decoded[common][:SHOWN], [name for name, shown in zip(judge.names, common, strict=True) if shown][:SHOWN]).save(
+    image_grid(decoded[common][:SHOWN], [name for name, shown in zip(judge.names, common, strict=True) if shown][:SHOWN]).save(
         out.with_suffix(".png")
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from snoopi_rt.bundle.bundle import Build, Bundle
+from snoopi_rt.bundle.bundle import Bundle, Variant
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import load_engine
 from snoopi_rt.engines.base import Engine
@@ -30,7 +30,7 @@ def main(
     guided: Path, plain: Path, tokens: tuple[int, ...], prompt_tokens: int, engine: str, precision: str | None, pairs: int, out: Path | None
 ) -> None:
     """Print the median of the pairs' ratios."""
-    builds = {name: Bundle.load(folder).build("generator", engine, precision) for name, folder in (("guided", guided), ("plain", plain))}
+    builds = {name: Bundle.load(folder).variant("generator", engine, precision) for name, folder in (("guided", guided), ("plain", plain))}
     if len({build.precision for build in builds.values()}) > 1:
         raise click.UsageError(
             f"the bundles' precisions differ: {', '.join(build.precision for build in builds.values())}: say --precision"
@@ -60,7 +60,7 @@ def main(
         out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def opened(folder: Path, engine: str, build: Build) -> Engine:
+def opened(folder: Path, engine: str, build: Variant) -> Engine:
     """The generator of a bundle."""
     return load_engine(engine, folder / build.files[0].path, build.precision, cache=Cache(), key=build.hash)
 

@@ -88,7 +88,7 @@ async def soak(server: Server, clients: int, seconds: float, seed: int) -> dict[
     address, answers, wrong = f"http://127.0.0.1:{server.port}", Counter[str](), []
     memory: list[float] = []
     pipe, begun = snoopi_rt.load(engine="cpu"), time.monotonic()
-    (states,) = pipe.bundle.build("text_encoder", "cpu").outputs
+    (states,) = pipe.bundle.variant("text_encoder", "cpu").outputs
     # Two prompts a request, of as many tokens as there may be.
     long = math.ceil(IN_MEMORY / (2 * 4 * pipe.bundle.text.max_tokens * (states.shape[-1] or 1)) / clients)
     filling, settled = clients, 0

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from snoopi_rt.export.one_step import SCHEDULES
-from snoopi_rt.export.training.pgsb import guided, kappas, vsd_gradient, vsd_loss
+from snoopi_rt.export.training.pgsb import guidance_scales, guided, vsd_gradient, vsd_loss
 from snoopi_rt.export.training.schedule import Schedule
 
 MEANS = torch.tensor([[1.2, 0.0], [0.0, 1.2], [-1.2, 0.0], [0.3, -0.9]], dtype=torch.float64)
@@ -102,7 +102,7 @@ def run(
         x0 = b.unsqueeze(2) + (a.unsqueeze(2) @ z.unsqueeze(-1)).squeeze(-1)
         with torch.no_grad():
             x_t = alpha * x0 + sigma * eps
-            frozen, lora = (value.view(*t.shape, 1) for value in kappas(uniform.flatten(), low, high, random_on))
+            frozen, lora = (value.view(*t.shape, 1) for value in guidance_scales(uniform.flatten(), low, high, random_on))
             teacher = guided(*opinions(x_t, MEANS.expand(seeds, -1, -1), COVARIANCES.expand(seeds, -1, -1, -1), alpha, sigma), frozen)
             follower = guided(*opinions(x_t, old_b, old_a @ old_a.mT, alpha, sigma), lora)
             flat = [value.reshape(-1, value.shape[-1], 1, 1) for value in (x0, teacher, follower, alpha, sigma)]

@@ -14,7 +14,7 @@ from snoopi_rt.export.attention import GuidedAttention, merge_heads, split_heads
 from snoopi_rt.export.fold import gated, linear, modulated_norm
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
-from snoopi_rt.kernels import fused_attention, turned_attention
+from snoopi_rt.kernels import fused_attention, transposed_attention
 
 
 class GuidedPixArt(nn.Module):
@@ -94,7 +94,7 @@ class FoldedPixArt(nn.Module):
         empty_states: Tensor,
         size: tuple[int, int],
         attention: Callable[..., Tensor] = fused_attention,
-        cross_attention: Callable[..., Tensor] = turned_attention,
+        cross_attention: Callable[..., Tensor] = transposed_attention,
     ):
         super().__init__()
         self.rule, self.patch = rule, network.config.patch_size

@@ -6,15 +6,15 @@ Each counter's error is how often it is wrong on those.
 from collections.abc import Iterator, Sequence
 
 from snoopi_rt.export.evaluation.counters import NUMBERS, Counters
-from snoopi_rt.export.evaluation.drawers import Drawer
 from snoopi_rt.export.evaluation.report import Row, share
+from snoopi_rt.export.evaluation.samplers import Sampler
 from snoopi_rt.export.small_model.dataset.scene import Scene, plain_caption
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS
 
 EACH = 3  # colours, and partners, of each thing
 
 
-def attributes(drawer: Drawer, counters: Counters) -> Iterator[Row]:
+def attributes(sampler: Sampler, counters: Counters) -> Iterator[Row]:
     """Shares of pictures that have what was asked for, relative to real ones."""
     numbered = [Scene((name,), count=number) for name in counters.countable for number in NUMBERS]
     colours = list(COLOURS)
@@ -26,13 +26,13 @@ def attributes(drawer: Drawer, counters: Counters) -> Iterator[Row]:
         ("coloured thing", 0.85, coloured, counters.colour),
         ("both of two things", 0.60, pairs(counters.common, EACH), counters.both),
     ):
-        pictures = drawer([plain_caption(scene) for scene in scenes], list(range(len(scenes))))
+        pictures = sampler([plain_caption(scene) for scene in scenes], list(range(len(scenes))))
         right, real = counter(pictures, scenes), counter(counters.domain.real(scenes, pictures.shape[1]), scenes)
         detail = {}
         if counter is counters.number:
             detail = {str(number): float(right[[scene.count == number for scene in scenes]].mean()) for number in NUMBERS}
         ceiling = float(real.mean())
-        yield share("attributes", name, right, goal if drawer.kind == "student" else None, ceiling, 1 - ceiling, **detail)
+        yield share("attributes", name, right, goal if sampler.kind == "student" else None, ceiling, 1 - ceiling, **detail)
 
 
 def pairs(names: Sequence[str], each: int) -> list[Scene]:

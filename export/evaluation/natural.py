@@ -11,9 +11,9 @@ import numpy as np
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation import pixel_metrics
 from snoopi_rt.export.evaluation.counters import Counters
-from snoopi_rt.export.evaluation.drawers import Drawer
 from snoopi_rt.export.evaluation.judge import TOP
 from snoopi_rt.export.evaluation.report import Row, share
+from snoopi_rt.export.evaluation.samplers import Sampler
 from snoopi_rt.export.small_model.dataset.scene import Scene
 from snoopi_rt.export.small_model.dataset.vocabulary import DEFAULT_BACKGROUND, NEUTRAL
 
@@ -39,18 +39,18 @@ def read_natural(path: Path | None = None) -> list[NaturalPrompt]:
     return prompts
 
 
-def natural(drawer: Drawer, counters: Counters, prompts: Sequence[NaturalPrompt], seeds: int) -> Iterator[Row]:
+def natural(sampler: Sampler, counters: Counters, prompts: Sequence[NaturalPrompt], seeds: int) -> Iterator[Row]:
     """What several seeds of each prompt show of what it names, relative to composed real pictures of the same scenes."""
     chosen = [prompt for prompt in prompts if counters.domain.can_draw(prompt.scene) for _ in range(seeds)]
     if not chosen:
         return
     scenes = [prompt.scene for prompt in chosen]
-    made = drawer([prompt.text for prompt in chosen], list(range(len(chosen))))
+    made = sampler([prompt.text for prompt in chosen], list(range(len(chosen))))
     real = counters.domain.real(scenes, made.shape[1])
     open_ones = np.array([scene.background is None for scene in scenes])
     are_white = np.array([(scene.background or DEFAULT_BACKGROUND) == "white" for scene in scenes])
     error = float((pixel_metrics.white(real) != are_white).mean())
-    goal = 0.98 if drawer.kind == "student" else None
+    goal = 0.98 if sampler.kind == "student" else None
     yield share("natural prompts", "white background where none is named", pixel_metrics.white(made)[open_ones], goal, error=error)
     for name, asked, counter in (
         (f"one thing, top {TOP}", _is_single, counters.thing),

@@ -8,37 +8,37 @@ import numpy as np
 from snoopi_rt.export.evaluation.attributes import pairs
 from snoopi_rt.export.evaluation.counters import Counters, colours_of
 from snoopi_rt.export.evaluation.domain import varied_background
-from snoopi_rt.export.evaluation.drawers import Drawer
 from snoopi_rt.export.evaluation.judge import cosine_distance
 from snoopi_rt.export.evaluation.report import Goal, Row, mean, share
+from snoopi_rt.export.evaluation.samplers import Sampler
 from snoopi_rt.export.small_model.dataset.scene import Scene, plain_caption
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, DEFAULT_BACKGROUND, FLAWS, with_article
 
 SECTION = "negatives of what was asked for"
 
 
-def removal(drawer: Drawer, counters: Counters) -> Iterator[Row]:
+def removal(sampler: Sampler, counters: Counters) -> Iterator[Row]:
     """Shares of pictures that show what was asked for, and of those the shares that do not under its negative."""
     for flaw in FLAWS:
-        yield from _flaw(drawer, counters, flaw)
-    yield from _backgrounds(drawer, counters)
-    yield from _one_of_two(drawer, counters)
-    yield from _colours(drawer, counters)
+        yield from _flaw(sampler, counters, flaw)
+    yield from _backgrounds(sampler, counters)
+    yield from _one_of_two(sampler, counters)
+    yield from _colours(sampler, counters)
 
 
-def _flaw(drawer: Drawer, counters: Counters, flaw: str) -> Iterator[Row]:
+def _flaw(sampler: Sampler, counters: Counters, flaw: str) -> Iterator[Row]:
     coloured = flaw != "grayscale"
     scenes = [Scene((name,), background=varied_background(i) if coloured else None, flaw=flaw) for i, name in enumerate(counters.common)]
     # Without those that would seem to have it as they should be: a panda is gray.
     clean = counters.domain.real([replace(scene, flaw=None) for scene in scenes], 128)
     scenes = [scene for scene, has in zip(scenes, counters.flaw(clean, scenes), strict=True) if not has]
-    pictures = _draw(drawer, scenes)
+    pictures = _draw(sampler, scenes)
     shown = np.flatnonzero(counters.flaw(pictures, scenes))
     error = counters.domain.limits(pictures.shape[1]).errors[flaw]
     yield share(SECTION, f"{flaw}: shown when asked for", _places(shown, len(scenes)), 0.90, error=error)
     rest = [scenes[i] for i in shown]
-    after = _draw(drawer, rest, shown, [flaw] * len(rest))
-    without = _draw(drawer, [replace(scene, flaw=None) for scene in rest], shown)
+    after = _draw(sampler, rest, shown, [flaw] * len(rest))
+    without = _draw(sampler, [replace(scene, flaw=None) for scene in rest], shown)
     gone = ~counters.flaw(after, rest) if rest else np.zeros(0, bool)
     yield share(SECTION, f"{flaw}: gone", gone, 0.90, error=error)
     features = counters.domain.judge.features
@@ -49,34 +49,34 @@ def _flaw(drawer: Drawer, counters: Counters, flaw: str) -> Iterator[Row]:
     yield mean(SECTION, f"{flaw}: to the picture that never had it", apart, "cosine distance", Goal(most=0.08), real_pictures=chance)
 
 
-def _backgrounds(drawer: Drawer, counters: Counters) -> Iterator[Row]:
+def _backgrounds(sampler: Sampler, counters: Counters) -> Iterator[Row]:
     colours = [colour for colour in COLOURS if colour != DEFAULT_BACKGROUND]
     scenes = [Scene((name,), background=colours[(i + k) % len(colours)]) for i, name in enumerate(counters.common) for k in (0, 5)]
-    pictures = _draw(drawer, scenes)
+    pictures = _draw(sampler, scenes)
     error = float(1 - counters.background(counters.domain.real(scenes, pictures.shape[1]), scenes).mean())
     shown = np.flatnonzero(counters.background(pictures, scenes))
     yield share(SECTION, "background: shown when asked for", _places(shown, len(scenes)), error=error)
     rest = [scenes[i] for i in shown]
-    after = _draw(drawer, rest, shown, [f"{scene.background} background" for scene in rest])
+    after = _draw(sampler, rest, shown, [f"{scene.background} background" for scene in rest])
     gone = ~counters.background(after, rest) if rest else np.zeros(0, bool)
     yield share(SECTION, "background: gone", gone, 0.95, error=error)
     kept = _kept(counters, pictures[shown], after, rest, [replace(scene, background=None) for scene in rest])
     yield share(SECTION, "background: thing still recognised, of those recognised before", kept)
 
 
-def _one_of_two(drawer: Drawer, counters: Counters) -> Iterator[Row]:
+def _one_of_two(sampler: Sampler, counters: Counters) -> Iterator[Row]:
     scenes = pairs(counters.common, 2)
     unwanted = [i % 2 for i in range(len(scenes))]
     # Both, the wanted one alone, the unwanted one alone.
     choices = [[scene, Scene((scene.things[1 - out],)), Scene((scene.things[out],))] for scene, out in zip(scenes, unwanted, strict=True)]
-    pictures = _draw(drawer, scenes)
+    pictures = _draw(sampler, scenes)
     side = pictures.shape[1]
     wrong = [counters.nearest(counters.domain.real([choice[k] for choice in choices], side), choices) != k for k in (0, 1)]
     error = float(np.mean(wrong))
     shown = np.flatnonzero(counters.nearest(pictures, choices) == 0)
     yield share(SECTION, "one of two: both shown when asked for", _places(shown, len(scenes)), error=error)
     rest, few = [scenes[i] for i in shown], [choices[i] for i in shown]
-    after = _draw(drawer, rest, shown, [with_article(scenes[i].things[unwanted[i]]) for i in shown])
+    after = _draw(sampler, rest, shown, [with_article(scenes[i].things[unwanted[i]]) for i in shown])
     gone = np.flatnonzero(counters.nearest(after, few) == 1)
     yield share(SECTION, "one of two: gone", _places(gone, len(rest)), 0.85, error=error)
     left = [few[i][1] for i in gone]
@@ -85,28 +85,28 @@ def _one_of_two(drawer: Drawer, counters: Counters) -> Iterator[Row]:
     yield share(SECTION, "one of two: the other recognised, of those gone", seen, 0.85, ceiling)
 
 
-def _colours(drawer: Drawer, counters: Counters) -> Iterator[Row]:
+def _colours(sampler: Sampler, counters: Counters) -> Iterator[Row]:
     colours = list(COLOURS)
     scenes = [Scene((name,), colour=colours[i % len(colours)]) for i, name in enumerate(counters.colourable)]
     own = counters.nearest(counters.domain.real([Scene(scene.things) for scene in scenes], 128), list(map(colours_of, scenes)))
     # Not a red apple, which stays as it is.
     scenes = [scene for scene, place in zip(scenes, own, strict=True) if colours_of(scene)[place] != scene]
-    pictures = _draw(drawer, scenes)
+    pictures = _draw(sampler, scenes)
     shown = np.flatnonzero(counters.colour(pictures, scenes))
     real = counters.colour(counters.domain.real(scenes, pictures.shape[1]), scenes)
     yield share(SECTION, "colour of a thing: shown when asked for", _places(shown, len(scenes)), error=float(1 - real.mean()))
     rest = [scenes[i] for i in shown]
-    after = _draw(drawer, rest, shown, [str(scene.colour) for scene in rest])
+    after = _draw(sampler, rest, shown, [str(scene.colour) for scene in rest])
     gone = counters.nearest(after, list(map(colours_of, rest))) != [colours_of(scene).index(scene) for scene in rest]
     yield share(SECTION, "colour of a thing: gone", gone)
 
 
-def _draw(drawer: Drawer, scenes: list[Scene], seeds: np.ndarray | None = None, negatives: list[str] | None = None) -> np.ndarray:
+def _draw(sampler: Sampler, scenes: list[Scene], seeds: np.ndarray | None = None, negatives: list[str] | None = None) -> np.ndarray:
     """Pictures of the scenes; each keeps its seed where only some are drawn again."""
     numbers = list(range(len(scenes))) if seeds is None else seeds.tolist()
     if not scenes:
         return np.zeros((0, 32, 32, 3), np.uint8)
-    return drawer([plain_caption(scene) for scene in scenes], numbers, negatives)
+    return sampler([plain_caption(scene) for scene in scenes], numbers, negatives)
 
 
 def _kept(counters: Counters, before: np.ndarray, after: np.ndarray, scenes: list[Scene], without: list[Scene]) -> np.ndarray:

@@ -6,8 +6,8 @@ import numpy as np
 
 from snoopi_rt.export.evaluation import pixel_metrics
 from snoopi_rt.export.evaluation.domain import Domain
-from snoopi_rt.export.evaluation.drawers import Drawer
 from snoopi_rt.export.evaluation.report import Goal, Row, share
+from snoopi_rt.export.evaluation.samplers import Sampler
 from snoopi_rt.export.evaluation.statistics import frechet, kernel_distance, precision_recall, ratio_interval
 from snoopi_rt.export.small_model.dataset.scene import plain_caption
 
@@ -16,10 +16,10 @@ MANIFOLD = 2000
 """Pictures of each set whose precision and recall are taken: all pairs of them are compared."""
 
 
-def sharpness(drawer: Drawer, domain: Domain, samples: int, teacher: float | None = None) -> Iterator[Row]:
+def sharpness(sampler: Sampler, domain: Domain, samples: int, teacher: float | None = None) -> Iterator[Row]:
     """Figures of pictures of random scenes as the training set has them. teacher: its Frechet distance, of as many pictures."""
     scenes = domain.scenes(samples, seed=11)
-    made = drawer([plain_caption(scene) for scene in scenes], list(range(len(scenes))))
+    made = sampler([plain_caption(scene) for scene in scenes], list(range(len(scenes))))
     real = domain.real(scenes, made.shape[1], seed=12)
     features = [domain.judge.features(pictures).numpy() for pictures in (made, real, domain.real(scenes, made.shape[1], seed=13))]
     distance = frechet(features[0], features[1])
@@ -30,7 +30,7 @@ def sharpness(drawer: Drawer, domain: Domain, samples: int, teacher: float | Non
         yield Row("sharpness", "Frechet distance", distance / teacher, Goal(most=1.25), "of the teacher's", of=samples)
     clean = [i for i, scene in enumerate(scenes) if scene.flaw is None]
     ours, theirs = (pixel_metrics.fine_detail(pictures[clean]) for pictures in (made, real))
-    ratio, goal = float(ours.sum() / theirs.sum()), Goal(0.8, 1.2) if drawer.kind == "student" else None
+    ratio, goal = float(ours.sum() / theirs.sum()), Goal(0.8, 1.2) if sampler.kind == "student" else None
     interval = ratio_interval(ours, theirs)
     yield Row("sharpness", "fine-detail energy", ratio, goal, "of real pictures'", of=len(clean), interval=interval)
     yield from _history(domain, made[clean], features)

@@ -15,13 +15,13 @@ from snoopi_rt.export.evaluation.clean import clean
 from snoopi_rt.export.evaluation.cost import cost
 from snoopi_rt.export.evaluation.counters import Counters, spread
 from snoopi_rt.export.evaluation.domain import Domain
-from snoopi_rt.export.evaluation.drawers import Drawer, open_student, open_teacher
 from snoopi_rt.export.evaluation.figures import plot
 from snoopi_rt.export.evaluation.judge import TOP, Judge
 from snoopi_rt.export.evaluation.natural import natural, read_natural
 from snoopi_rt.export.evaluation.recognition import recognition
 from snoopi_rt.export.evaluation.removal import removal
 from snoopi_rt.export.evaluation.report import Goal, Row, write
+from snoopi_rt.export.evaluation.samplers import Sampler, open_student, open_teacher
 from snoopi_rt.export.evaluation.sharpness import FRECHET, sharpness
 from snoopi_rt.export.evaluation.sheets import sheets
 from snoopi_rt.export.evaluation.warnings import warnings
@@ -64,8 +64,8 @@ def evaluate(
     students: folders of bundles or of students by name, None is the embedded bundle. decoder: of the teacher's latents, its own vae by
     default. drawings: where npm packages and the features of their drawings are kept. Raises what load and Pipeline.generate do.
     """
-    teacher_drawer = None if teacher is None else open_teacher(teacher, decoder)
-    drawers = {name: open_student(folder) for name, folder in students.items()}
+    teacher_sampler = None if teacher is None else open_teacher(teacher, decoder)
+    samplers = {name: open_student(folder) for name, folder in students.items()}
     out.mkdir(parents=True, exist_ok=True)
     # A few things in the default set do for a quick run: reading all sets takes as long as the rest of it.
     few = None if extent.things is None else spread([thing.name for thing in things() if thing.common], extent.things)
@@ -84,39 +84,39 @@ def evaluate(
     columns: dict[str, list[Row]] = {}
     distance = None
 
-    def measured(drawer: Drawer) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
-        yield "recognition", lambda: recognition(drawer, domain, extent.seeds)
-        yield "natural prompts", lambda: natural(drawer, counters, prompts, extent.natural_seeds)
-        yield "attributes", lambda: attributes(drawer, counters)
-        yield "sharpness", lambda: sharpness(drawer, domain, extent.samples, distance if drawer.kind == "student" else None)
-        if drawer.kind == "student":
-            yield "clean pictures under negatives", lambda: clean(drawer, domain, extent.clean_seeds)
-            yield "negatives of what was asked for", lambda: removal(drawer, counters)
-        if drawer.bundle and (vocabulary := drawer.bundle.vocabulary):
+    def measured(sampler: Sampler) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
+        yield "recognition", lambda: recognition(sampler, domain, extent.seeds)
+        yield "natural prompts", lambda: natural(sampler, counters, prompts, extent.natural_seeds)
+        yield "attributes", lambda: attributes(sampler, counters)
+        yield "sharpness", lambda: sharpness(sampler, domain, extent.samples, distance if sampler.kind == "student" else None)
+        if sampler.kind == "student":
+            yield "clean pictures under negatives", lambda: clean(sampler, domain, extent.clean_seeds)
+            yield "negatives of what was asked for", lambda: removal(sampler, counters)
+        if sampler.bundle and (vocabulary := sampler.bundle.vocabulary):
             yield "warnings", lambda: warnings(vocabulary)
-        if bundle := drawer.bundle:
+        if bundle := sampler.bundle:
             yield "cost", lambda: cost(bundle, extent.runs, say)
 
-    def judged(name: str, drawer: Drawer) -> list[Row]:
+    def judged(name: str, sampler: Sampler) -> list[Row]:
         rows: list[Row] = []
-        with tqdm(list(measured(drawer)), desc=name, unit="measure") as bar:
+        with tqdm(list(measured(sampler)), desc=name, unit="measure") as bar:
             for what, measure in bar:
                 bar.set_postfix_str(what)
                 rows += measure()
         return rows
 
-    if teacher_drawer is not None:
-        who["teacher"] = teacher_drawer.facts
+    if teacher_sampler is not None:
+        who["teacher"] = teacher_sampler.facts
         columns["teacher"] = _kept(
-            drawings, [facts["judge"], facts["extent"], teacher_drawer.facts], lambda: judged("teacher", teacher_drawer)
+            drawings, [facts["judge"], facts["extent"], teacher_sampler.facts], lambda: judged("teacher", teacher_sampler)
         )
         distance = next(row.value for row in columns["teacher"] if row.name == FRECHET)
-    for number, (name, drawer) in enumerate(drawers.items()):
-        who[name] = drawer.facts
-        columns[name] = judged(name, drawer)
+    for number, (name, sampler) in enumerate(samplers.items()):
+        who[name] = sampler.facts
+        columns[name] = judged(name, sampler)
         if number == 0:
             say("sheets")
-            sheets(drawer, teacher_drawer, domain, prompts, out)
+            sheets(sampler, teacher_sampler, domain, prompts, out)
         # The students first: what they are judged by stands beside them.
         ordered = {who: columns[who] for who in (*students, "teacher") if who in columns}
         write(out, "small", facts, ordered)

@@ -1,1 +1,1 @@
-"""A torch module to the builds of a bundle: written, packed, quantised, measured."""
+"""A torch module to the variants of a bundle: written, packed, quantised, measured."""

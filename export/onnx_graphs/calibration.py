@@ -1,4 +1,4 @@
-"""The prompts and noises that builds are calibrated on, and the others that they are measured on."""
+"""The prompts and noises that variants are calibrated on, and the others that they are measured on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

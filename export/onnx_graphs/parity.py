@@ -1,4 +1,4 @@
-"""How far a build is from PyTorch: by its numbers, by the picture, and by what it does to the clean latent."""
+"""How far a variant is from PyTorch: by its numbers, by the picture, and by what it does to the clean latent."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class View:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found of one build, and what the engines said of it."""
+    """What was found of one variant, and what the engines said of it."""
 
     parity: Parity
     inputs: tuple[TensorSpec, ...]

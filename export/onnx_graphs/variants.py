@@ -1,4 +1,4 @@
-"""One graph to its builds: each precision written, measured on every engine that it is for, and kept if it is near enough to PyTorch."""
+"""One graph to its variants: each precision written, measured on every engine that it is for, and kept if it is near enough to PyTorch."""
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from snoopi_rt.bundle.bundle import Build, File, Parity
+from snoopi_rt.bundle.bundle import File, Parity, Variant
 from snoopi_rt.bundle.manifest import digits_apart
 from snoopi_rt.engines.openvino import NO_BF16
 from snoopi_rt.errors import InputError, OutputError
@@ -106,13 +106,13 @@ def build(
     engines: Sequence[str],
     say: Callable[[str], None],
     or_nearest: Collection[str] = (),
-) -> tuple[Build, ...]:
-    """The graph's builds in the order of `precisions`, their files in `folder`; `engines` are those on which parity is measured.
+) -> tuple[Variant, ...]:
+    """The graph's variants in the order of `precisions`, their files in `folder`; `engines` are those on which parity is measured.
 
     Of a name in `or_nearest` the graph gets the nearest precision that it can have. Raises OutputError where another that was asked for by
     name is beyond its tolerance, InputError where the graph cannot have it at all.
     """
-    made: dict[str, list[Build]] = {}
+    made: dict[str, list[Variant]] = {}
     for precision in precisions:
         # Of each group the first that is near enough is taken.
         nearest = NEAREST.get(precision, ()) if precision in or_nearest else ()
@@ -134,7 +134,7 @@ def build(
                         say(f"{graph.name}: {each.described()}")
                 if name in made:
                     break
-    taken = [each for builds in made.values() for each in builds]
+    taken = [each for variants in made.values() for each in variants]
     if graph.tensor_of is None:
         taken += _gpu_builds(graph, precisions, folder, engines[0], say)
     _drop_unused(graph, taken, folder)
@@ -146,7 +146,7 @@ def _auto(graph: Graph) -> Sequence[Sequence[str]]:
     return (AUTO, ("fp16", "fp32")) if graph.tensor_of is None else (("int8-weights", "fp16", "fp32"),)
 
 
-def _build(graph: Graph, name: str, folder: Path, engines: Sequence[str], say: Callable[[str], None]) -> list[Build]:
+def _build(graph: Graph, name: str, folder: Path, engines: Sequence[str], say: Callable[[str], None]) -> list[Variant]:
     """One build, or one for each engine that has a form of its own."""
     precision = PRECISIONS[name]
     written = folder / f"{graph.name}-{precision.file or name}.onnx"
@@ -164,7 +164,7 @@ def _build(graph: Graph, name: str, folder: Path, engines: Sequence[str], say: C
     return [_measured(graph, name, path, written, on, say) for path, on in served.items()]
 
 
-def _gpu_builds(graph: Graph, precisions: Sequence[str], folder: Path, engine: str, say: Callable[[str], None]) -> list[Build]:
+def _gpu_builds(graph: Graph, precisions: Sequence[str], folder: Path, engine: str, say: Callable[[str], None]) -> list[Variant]:
     """Those with half arithmetic that are near enough: all that are asked for by name, of `auto` the first."""
     named, made = [half for half in HALVES if half in precisions], []
     for half in named or (HALVES if "auto" in precisions else ()):
@@ -181,7 +181,7 @@ def _gpu_builds(graph: Graph, precisions: Sequence[str], folder: Path, engine: s
     return made
 
 
-def _gpu_build(graph: Graph, half: Half, folder: Path, engine: str) -> Build:
+def _gpu_build(graph: Graph, half: Half, folder: Path, engine: str) -> Variant:
     """The build with half arithmetic for a GPU's engines, measured on `engine` with every operator's outcome rounded as a GPU rounds it."""
     written = folder / f"{graph.name}-{PRECISIONS['bf16'].file}.onnx"
     _write(graph, graph.module, written, PRECISIONS["fp16"].weights)
@@ -193,7 +193,7 @@ def _gpu_build(graph: Graph, half: Half, folder: Path, engine: str) -> Build:
     finally:
         simulated.unlink()
     _within(graph, half, found.parity, f"{engine} with its roundings")
-    return Build(GPU_ENGINES, half, "onnx", _files(path, written), found.inputs, found.outputs, found.parity, graph.tolerance)
+    return Variant(GPU_ENGINES, half, "onnx", _files(path, written), found.inputs, found.outputs, found.parity, graph.tolerance)
 
 
 def _write(graph: Graph, module: nn.Module, path: Path, weights: Storage) -> None:
@@ -201,7 +201,7 @@ def _write(graph: Graph, module: nn.Module, path: Path, weights: Storage) -> Non
         write_graph(module, graph.example, graph.outputs, graph.dynamic, path, weights, graph.opset, graph.tensor_of)
 
 
-def _measured(graph: Graph, name: str, path: Path, written: Path, engines: Sequence[str], say: Callable[[str], None]) -> Build:
+def _measured(graph: Graph, name: str, path: Path, written: Path, engines: Sequence[str], say: Callable[[str], None]) -> Variant:
     """The build of the model in `path`, which is `written` or a form of it. Raises OutputError where it is beyond its tolerance."""
     found = measure(graph.name, path, name, engines, _arrays_of(graph.scored), graph.wanted, graph.view)
     parity, on = found.parity, ", ".join(engines)
@@ -215,11 +215,11 @@ def _measured(graph: Graph, name: str, path: Path, written: Path, engines: Seque
         raise OutputError(f"graph {graph.name} in fp32 is {far}")
     _within(graph, name, parity, on)
     limit = 1 if graph.alone or (path != written and "openvino" in engines) else None
-    return Build(tuple(engines), name, "onnx", _files(path, written), found.inputs, found.outputs, parity, graph.tolerance, limit)
+    return Variant(tuple(engines), name, "onnx", _files(path, written), found.inputs, found.outputs, parity, graph.tolerance, limit)
 
 
 def _within(graph: Graph, name: str, parity: Parity, on: str) -> None:
-    """Raises OutputError where a build is beyond its tolerance."""
+    """Raises OutputError where a variant is beyond its tolerance."""
     if not parity.error <= graph.tolerance:
         digits = digits_apart(parity.error, graph.tolerance)
         off, allowed = parity.judged(digits), f"{graph.tolerance:.{digits}g}"
@@ -267,8 +267,8 @@ def _arrays(outputs: Tensor | tuple[Tensor, ...], names: Sequence[str]) -> Array
     return {name: value.numpy() for name, value in zip(names, outputs if isinstance(outputs, tuple) else (outputs,), strict=True)}
 
 
-def _drop_unused(graph: Graph, taken: Sequence[Build], folder: Path) -> None:
-    """Removes files of builds that were not taken."""
+def _drop_unused(graph: Graph, taken: Sequence[Variant], folder: Path) -> None:
+    """Removes files of variants that were not taken."""
     listed = {file.path for each in taken for file in each.files}
     for file in folder.glob(f"{graph.name}-*"):
         if file.name not in listed:

@@ -13,7 +13,7 @@ from snoopi_rt.export.small_model.dataset.build import TrainingSet
 from snoopi_rt.export.small_model.networks import LAYERS, PixelShuffleDecoder, deepened, schedule, to_pictures, transformer
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training import loop
-from snoopi_rt.export.training.image_grid import contact_sheet
+from snoopi_rt.export.training.image_grid import image_grid
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, require, save_diffusers
@@ -135,7 +135,7 @@ def train(pictures: Path, decoder: Path, out: Path, recipe: Recipe, compiled: bo
 
     def sample(path: Path) -> None:
         noise = torch.randn(len(SAMPLE_PROMPTS), 8, 16, 16, generator=torch.Generator().manual_seed(0))
-        contact_sheet(to_pictures(shown, draw(averaged().bfloat16(), SAMPLE_PROMPTS, noise)), list(SAMPLE_PROMPTS)).save(path)
+        image_grid(to_pictures(shown, draw(averaged().bfloat16(), SAMPLE_PROMPTS, noise)), list(SAMPLE_PROMPTS)).save(path)
 
     loop.run(loop.Stage("teacher", out, recipe, inputs), {"teacher": weights}, step, sample)
     save_diffusers(shown, out / "vae")

@@ -19,10 +19,10 @@ from snoopi_rt.export.presets.rows import PRESETS
 from snoopi_rt.export.training.adversarial import Discriminator
 from snoopi_rt.export.training.clip_loss import ClipJudge
 from snoopi_rt.export.training.edits import Edits, read_edits
-from snoopi_rt.export.training.image_grid import contact_sheet
+from snoopi_rt.export.training.image_grid import image_grid
 from snoopi_rt.export.training.noise import Draws, draw, draw_lora, pair_noise
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
-from snoopi_rt.export.training.pgsb import guided, kappas, lora_loss, vsd_gradient, vsd_loss
+from snoopi_rt.export.training.pgsb import guidance_scales, guided, lora_loss, vsd_gradient, vsd_loss
 from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.prompts import Prompts
 from snoopi_rt.export.training.recipe import Recipe
@@ -162,7 +162,7 @@ class Distillation:
         self.weights.publish()
         assert self.decoder is not None
         pictures = torch.cat([self.decoder(latent[None].cpu()) for latent in latents])
-        contact_sheet(pictures.cpu().numpy(), self.prompts.first[:count]).save(path)
+        image_grid(pictures.cpu().numpy(), self.prompts.first[:count]).save(path)
 
     def finished(self) -> nn.Module:
         """The student as it is shipped: the moving average in fp32, a LoRA merged into weights that were never rounded.
@@ -227,7 +227,7 @@ class Distillation:
         """`negative`: what the frozen teacher is guided away from besides the empty prompt, as far as the student is (NASA-T)."""
         recipe, schedule = self.recipe, self.schedule
         x_t = schedule.noised(x0, draws.eps, draws.t)
-        frozen, lora = kappas(draws.kappa, recipe.kappa_min, recipe.kappa_max, recipe.kappa_on, recipe.lora_kappa)
+        frozen, lora = guidance_scales(draws.kappa, recipe.kappa_min, recipe.kappa_max, recipe.kappa_on, recipe.lora_kappa)
         with self.teachers.frozen() as network:
             wanted, unwanted = self.both(network, x_t, draws.t, text, empty)
             if negative is not None:

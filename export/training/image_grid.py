@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 
-def contact_sheet(pictures: np.ndarray, captions: list[str], columns: int = 8) -> Image.Image:
+def image_grid(pictures: np.ndarray, captions: list[str], columns: int = 8) -> Image.Image:
     """A picture of pictures, each with its caption below: (N, H, W, 3) uint8."""
     font = ImageFont.load_default(size=10)
     cell, label = pictures.shape[1], 26

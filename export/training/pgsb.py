@@ -15,7 +15,7 @@ def guided(conditional: Tensor, empty: Tensor, kappa: Tensor) -> Tensor:
     return empty + kappa * (conditional - empty)
 
 
-def kappas(uniform: Tensor, low: float, high: float, random_on: Teachers, lora: float = 0.0) -> tuple[Tensor, Tensor]:
+def guidance_scales(uniform: Tensor, low: float, high: float, random_on: Teachers, lora: float = 0.0) -> tuple[Tensor, Tensor]:
     """kappa of the frozen and of the LoRA teacher, (B, 1, 1, 1) each, of draws (B,) from U(0, 1).
 
     Both teachers use the same draw of U(low, high); one on which kappa is not random takes the mean (v1, table 2). `lora`: above 0 it is

@@ -17,16 +17,16 @@ _WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)((?:[.-].+)
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightsFolder:
     """A local folder in diffusers layout. `revision`: the commit that was fetched, None for a user's own folder."""
 
-    folder: Path
+    path: Path
     name: str
     licence: str | None
     revision: str | None
 
 
-def find_source(weights: str, parts: Sequence[str] = PARTS) -> Source:
+def find_weights(weights: str, parts: Sequence[str] = PARTS) -> WeightsFolder:
     """The folder that `weights` names: itself, or the files of hub model `owner/name` or `owner/name@revision` that the parts need.
 
     They are fetched where missing. A part is a folder of the model, one of its files, or "." for a model whose files lie at its root; parts
@@ -45,7 +45,7 @@ def find_source(weights: str, parts: Sequence[str] = PARTS) -> Source:
     else:
         name, revision = hub.groups()
         folder, commit = _fetch(name, revision, parts)
-    return Source(folder, name, _licence(folder / "README.md"), commit)
+    return WeightsFolder(folder, name, _licence(folder / "README.md"), commit)
 
 
 def weight_files(names: Iterable[str]) -> list[str]:

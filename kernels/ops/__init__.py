@@ -6,8 +6,16 @@ from snoopi_rt.kernels.reference import (
     nag_attention,
     nasa_attention,
     projected_attention,
-    turned_attention,
+    transposed_attention,
     vsf_attention,
 )
 
-__all__ = ["attention", "fused_attention", "nag_attention", "nasa_attention", "projected_attention", "turned_attention", "vsf_attention"]
+__all__ = [
+    "attention",
+    "fused_attention",
+    "nag_attention",
+    "nasa_attention",
+    "projected_attention",
+    "transposed_attention",
+    "vsf_attention",
+]

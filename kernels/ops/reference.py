@@ -3,7 +3,7 @@
 Shapes: q (B, H, N, d); k, v (B, H, T, d); masks (B, T) bool, True where a token counts, or None where all do; scale (B,).
 Results (B, H, N, d), before the output projection. A branch without any token gives 0. Where scale is 0 every kind equals the positive
 attention bit for bit. `attention` is the form of softmax(q k^T / sqrt(d)) v that a kind is built from: the function of that name,
-`fused_attention` or `turned_attention`.
+`fused_attention` or `transposed_attention`.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=q.shape[-1] ** -0.5)
 
 
-def turned_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def transposed_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """`attention` with its scores turned, (T, N), for many queries and few keys.
 
     A softmax over rows of 20 tokens is all overhead; over columns it runs along the queries. On PixArt's layers OpenVINO takes a sixth of

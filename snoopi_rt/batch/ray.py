@@ -72,8 +72,8 @@ class Workers:
     gpus: float = 0
 
 
-def draw_on_ray(opening: dict[str, Any], workers: Workers, pipe: Pipeline, batch: Batch, jobs: Iterable[Job]) -> Iterator[Drawn]:
-    """With its first two given a Draw of batch.py; opening: what `load` takes by name. `pipe` itself is not opened.
+def draw_on_ray(load_options: dict[str, Any], workers: Workers, pipe: Pipeline, batch: Batch, jobs: Iterable[Job]) -> Iterator[Drawn]:
+    """With its first two given a Draw of batch.py; load_options: what `load` takes by name. `pipe` itself is not opened.
 
     A process that dies is replaced, and what it was drawing is drawn again. Unlike here, all jobs are in memory first. Raises
     EngineError where a process cannot open the bundle, or Ray fails.
@@ -91,7 +91,7 @@ def draw_on_ray(opening: dict[str, Any], workers: Workers, pipe: Pipeline, batch
         compute=ray.data.ActorPoolStrategy(min_size=workers.least, max_size=workers.most),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
-        fn_constructor_args=(opening, replace(batch, prompts=Path())),  # a process gets rows, not the file
+        fn_constructor_args=(load_options, replace(batch, prompts=Path())),  # a process gets rows, not the file
     )
     try:
         for row in made.iter_rows():
@@ -104,8 +104,8 @@ def draw_on_ray(opening: dict[str, Any], workers: Workers, pipe: Pipeline, batch
 class Drawer:
     """What a process keeps open."""
 
-    def __init__(self, opening: dict[str, Any], batch: Batch) -> None:
-        self._pipe, self._batch = load(**opening), batch
+    def __init__(self, load_options: dict[str, Any], batch: Batch) -> None:
+        self._pipe, self._batch = load(**load_options), batch
 
     def __call__(self, rows: dict[str, Sequence[str]]) -> dict[str, list[Any]]:
         """Rows of jobs to rows of Drawn."""

@@ -16,7 +16,6 @@ from snoopi_rt.bundle.manifest import (
     LARGEST_SIDE,
     MANIFEST,
     MOST_IMAGES,
-    Build,
     File,
     Guidance,
     Latent,
@@ -25,6 +24,7 @@ from snoopi_rt.bundle.manifest import (
     Scale,
     Text,
     Tile,
+    Variant,
     Vocabulary,
     legend,
     require,
@@ -42,7 +42,6 @@ from snoopi_rt.shell import quote, visible
 __all__ = [
     "GRAPHS",
     "MANIFEST",
-    "Build",
     "Bundle",
     "File",
     "Guidance",
@@ -52,6 +51,7 @@ __all__ = [
     "Scale",
     "Text",
     "Tile",
+    "Variant",
     "Vocabulary",
 ]
 
@@ -62,7 +62,7 @@ READ_SINCE = "0.1.0"
 """The first snoopi-rt that reads the last format: what an older one tells its user to install."""
 
 TEXT_ENGINE = "cpu"
-"""Where a text encoder runs that has no build for the engine of the others."""
+"""Where a text encoder runs that has no variant for the engine of the others."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Bundle:
     max_batch: int
     guidance: Guidance
     provenance: dict[str, str]
-    graphs: dict[str, tuple[Build, ...]]
+    graphs: dict[str, tuple[Variant, ...]]
     prompts: Prompts | None = None
     tile: Tile | None = None
     vocabulary: Vocabulary | None = None
@@ -96,7 +96,7 @@ class Bundle:
         needed = GRAPHS if encoding else GRAPHS[1:]
         require(set(self.graphs) == set(needed), f"the graphs must be {', '.join(needed)}, not {', '.join(self.graphs) or 'none'}")
         require(encoding == (self.text.tokenizer is not None), "a bundle has a text_encoder and a tokenizer, or neither and prompts")
-        require(all(self.graphs.values()), "every graph needs a build")
+        require(all(self.graphs.values()), "every graph needs a variant")
         require_range("max_batch", self.max_batch, 1, MOST_IMAGES)
         for side in (side for size in self.sizes for side in size):
             require_range("a side of a size", side, 0, LARGEST_SIDE)
@@ -152,28 +152,28 @@ class Bundle:
                 self._check_file(file, None)
 
     def engines(self) -> tuple[str, ...]:
-        """The engines that have builds of every graph, as `builds` tells them."""
-        named = {engine for builds in self.graphs.values() for build in builds for engine in build.engines}
-        return tuple(sorted(engine for engine in named if all(self.builds(graph, engine) for graph in self.graphs)))
+        """The engines that have variants of every graph, as `variants` tells them."""
+        named = {engine for variants in self.graphs.values() for variant in variants for engine in variant.engines}
+        return tuple(sorted(engine for engine in named if all(self.variants(graph, engine) for graph in self.graphs)))
 
-    def builds(self, graph: str, engine: str) -> tuple[Build, ...]:
-        """The graph's builds for the engine; a text encoder that has none for it runs on `cpu`: it is used once a prompt."""
+    def variants(self, graph: str, engine: str) -> tuple[Variant, ...]:
+        """The graph's variants for the engine; a text encoder that has none for it runs on `cpu`: it is used once a prompt."""
         for name in (engine, TEXT_ENGINE) if graph == "text_encoder" else (engine,):
-            if suiting := tuple(build for build in self.graphs[graph] if name in build.engines):
+            if suiting := tuple(variant for variant in self.graphs[graph] if name in variant.engines):
                 return suiting
         return ()
 
-    def build(self, graph: str, engine: str, precision: str | None = None) -> Build:
-        """The graph's build for the engine: the one in that precision, or the first where none is given.
+    def variant(self, graph: str, engine: str, precision: str | None = None) -> Variant:
+        """The graph's variant for the engine: the one in that precision, or the first where none is given.
 
-        Raises BundleError where the graph has no build for the engine, InputError where it has none in that precision.
+        Raises BundleError where the graph has no variant for the engine, InputError where it has none in that precision.
         """
-        suiting = self.builds(graph, engine)
+        suiting = self.variants(graph, engine)
         if not suiting:
             raise BundleError(f"bundle {self.name!r} has no {graph} for engine {engine!r}, it serves {', '.join(self.engines()) or 'none'}")
-        found = next((build for build in suiting if precision in (None, build.precision)), None)
+        found = next((variant for variant in suiting if precision in (None, variant.precision)), None)
         if found is None:
-            known = ", ".join(build.precision for build in suiting)
+            known = ", ".join(variant.precision for variant in suiting)
             raise InputError(f"bundle {self.name!r} has no {graph} in precision {precision!r} for engine {engine!r}, choose from {known}")
         return found
 
@@ -196,8 +196,10 @@ class Bundle:
         if self.tile is not None:
             side, overlap = self.tile.size * self.latent.factor, self.tile.overlap * self.latent.factor
             lines[1] += f", decoded in tiles of {side}x{side} that share {overlap} pixels"
-        lines += [f"{graph}: {build.described()}" for graph, builds in self.graphs.items() for build in builds]
-        lines += legend((build.precision, engine) for builds in self.graphs.values() for build in builds for engine in build.engines)
+        lines += [f"{graph}: {variant.described()}" for graph, variants in self.graphs.items() for variant in variants]
+        lines += legend(
+            (variant.precision, engine) for variants in self.graphs.values() for variant in variants for engine in variant.engines
+        )
         lines += [f"{key}: {value}" for key, value in self.provenance.items()]
         return "\n".join(map(visible, [*lines, f"hash {self.hash}"]))
 
@@ -213,15 +215,15 @@ class Bundle:
 
     def _listed(self) -> list[File]:
         others = [self.text.tokenizer, self.prompts.file if self.prompts else None]
-        models = [file for builds in self.graphs.values() for build in builds for file in build.files]
+        models = [file for variants in self.graphs.values() for variant in variants for file in variant.files]
         return [*(file for file in others if file is not None), *models]
 
     def _check_files(self, cache: Cache | None) -> None:
         external = {file.path: self._check_file(file, cache) for file in dict.fromkeys(self._listed())}
-        for build in (build for builds in self.graphs.values() for build in builds):
-            listed = {file.path for file in build.files}
-            for name in external[build.files[0].path]:
-                require(name in listed, f"{self.folder / build.files[0].path} reads {name!r}, which its build does not list")
+        for variant in (variant for variants in self.graphs.values() for variant in variants):
+            listed = {file.path for file in variant.files}
+            for name in external[variant.files[0].path]:
+                require(name in listed, f"{self.folder / variant.files[0].path} reads {name!r}, which its variant does not list")
         check_tokens(self, cache)
 
     def _check_file(self, file: File, cache: Cache | None) -> list[str]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from snoopi_rt.bundle.manifest import Build, File, require
+from snoopi_rt.bundle.manifest import File, Variant, require
 from snoopi_rt.bundle.onnx_file import embedded_tokens
 from snoopi_rt.cache import Cache
 from snoopi_rt.errors import BundleError
@@ -34,9 +34,9 @@ def check_shapes(bundle: "Bundle") -> None:
     decoded = sides if tile is None else [{min(side, tile.size) for side in axis} for axis in sides]
     pixels = [{side * latent.factor for side in axis} for axis in decoded]
     widths: dict[str, int | None] = {}
-    for graph, builds in bundle.graphs.items():
-        for build in builds:
-            shapes = {spec.name: spec.shape for spec in (*build.inputs, *build.outputs)}
+    for graph, variants in bundle.graphs.items():
+        for variant in variants:
+            shapes = {spec.name: spec.shape for spec in (*variant.inputs, *variant.outputs)}
             expected: dict[str, Shape] = {
                 "ids": (None, None if bundle.text.pad is None else bundle.text.max_tokens),
                 "noise": (None, latent.channels, *sides),
@@ -45,11 +45,11 @@ def check_shapes(bundle: "Bundle") -> None:
                 "image": (None, *pixels, 3),
             }
             for name in shapes.keys() & expected.keys():
-                _require_fit(build, name, shapes[name], expected[name])
+                _require_fit(variant, name, shapes[name], expected[name])
             for name in shapes.keys() & _TEXT.keys():  # what a text encoder gives, generators take
                 kind, axes = _TEXT[name]
                 width = shapes[name][-1] if shapes[name] else None
-                _require_fit(build, name, shapes[name], (*[None] * axes, widths.setdefault(kind, width)))
+                _require_fit(variant, name, shapes[name], (*[None] * axes, widths.setdefault(kind, width)))
 
 
 def check_tokens(bundle: "Bundle", cache: Cache | None) -> None:
@@ -74,7 +74,7 @@ def check_tokens(bundle: "Bundle", cache: Cache | None) -> None:
 
 
 def _encoders(bundle: "Bundle") -> Iterator[File]:
-    return (build.files[0] for build in bundle.graphs.get("text_encoder", ()) if build.format == "onnx")
+    return (variant.files[0] for variant in bundle.graphs.get("text_encoder", ()) if variant.format == "onnx")
 
 
 def _counted(bundle: "Bundle", tokenizer: File, model: File, cache: Cache | None) -> tuple[int, int | None]:
@@ -92,11 +92,11 @@ def _counted(bundle: "Bundle", tokenizer: File, model: File, cache: Cache | None
     return highest, embedded
 
 
-def _require_fit(build: Build, name: str, shape: tuple[int | None, ...], expected: Shape) -> None:
+def _require_fit(variant: Variant, name: str, shape: tuple[int | None, ...], expected: Shape) -> None:
     fits = len(shape) == len(expected) and all(
         have is None or want is None or have == want or (isinstance(want, Collection) and have in want)
         for have, want in zip(shape, expected, strict=True)
     )
     if not fits:
         written = ", ".join("any" if want is None else str(want if isinstance(want, int) else sorted(want)) for want in expected)
-        raise BundleError(f"{build.files[0].path} has {name} of shape {list(shape)}, which does not fit the other parts: ({written})")
+        raise BundleError(f"{variant.files[0].path} has {name} of shape {list(shape)}, which does not fit the other parts: ({written})")

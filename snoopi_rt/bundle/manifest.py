@@ -197,7 +197,7 @@ class Vocabulary:
 class Parity:
     """The measured distance of a graph from PyTorch's answer.
 
-    `latent_error` is what a build changes in the clean latent, rms, a clean latent having a deviation of about 1; `psnr` is that of the
+    `latent_error` is what a variant changes in the clean latent, rms, a clean latent having a deviation of about 1; `psnr` is that of the
     image in dB, a finite number. None where not measured.
     """
 
@@ -211,7 +211,7 @@ class Parity:
 
     @property
     def error(self) -> float:
-        """The figure that a build is judged by: the latent error, else the picture's, rms in units of full white, else the relative L2."""
+        """What a variant is judged by: the latent error, else the picture's, rms in units of full white, else the relative L2."""
         if self.latent_error is not None:
             return self.latent_error
         return self.relative_l2 if self.psnr is None else 10 ** (-self.psnr / 20)
@@ -223,10 +223,10 @@ class Parity:
 
 
 @dataclass(frozen=True)
-class Build:
+class Variant:
     """One form of a graph: the engines that it suits and its files, the first of which is the one to open.
 
-    `tolerance` is the largest `error` that it was allowed; `max_batch` bounds the batch where this build, unlike others, needs it.
+    `tolerance` is the largest `error` that it was allowed; `max_batch` bounds the batch where this variant, unlike others, needs it.
     """
 
     engines: tuple[str, ...]
@@ -240,16 +240,16 @@ class Build:
     max_batch: int | None = None
 
     def __post_init__(self) -> None:
-        require(bool(self.engines and self.files and self.inputs and self.outputs), "a build needs engines, files, inputs and outputs")
+        require(bool(self.engines and self.files and self.inputs and self.outputs), "a variant needs engines, files, inputs and outputs")
         names = [file.path for file in self.files]
         for what, given in ("file", names), ("input", [s.name for s in self.inputs]), ("output", [s.name for s in self.outputs]):
-            require(len(set(given)) == len(given), f"a build lists one {what} twice: {', '.join(given)}")
+            require(len(set(given)) == len(given), f"a variant lists one {what} twice: {', '.join(given)}")
         main = Path(names[0])
         if self.format == "onnx":
-            require(main.suffix == ".onnx", f"the first file of an onnx build must be an .onnx file, not {main}")
+            require(main.suffix == ".onnx", f"the first file of an onnx variant must be an .onnx file, not {main}")
         else:
             complete = main.suffix == ".xml" and str(main.with_suffix(".bin")) in names
-            require(complete, f"an openvino-ir build must list an .xml file and its .bin, not {', '.join(names)}")
+            require(complete, f"an openvino-ir variant must list an .xml file and its .bin, not {', '.join(names)}")
         require_range(f"{main}: max_batch", 1 if self.max_batch is None else self.max_batch, 1, MOST_IMAGES)
         for spec in (*self.inputs, *self.outputs):
             require(
@@ -260,7 +260,7 @@ class Build:
 
     @cached_property
     def hash(self) -> str:
-        """The SHA-256 of everything said about this build, its files' hashes included."""
+        """The SHA-256 of everything said about this variant, its files' hashes included."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def check_graph(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
@@ -283,7 +283,7 @@ class Build:
                 )
 
     def described(self) -> str:
-        """What the build is and how far it is from PyTorch, for people."""
+        """What the variant is and how far it is from PyTorch, for people."""
         size = sum(file.size for file in self.files) / 1e6
         parity = self.parity
         figures = [f"relative L2 to PyTorch {parity.relative_l2:.1e}"]

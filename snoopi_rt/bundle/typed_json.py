@@ -34,13 +34,13 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     kind = get_args(kind)[0] if optional else kind
     origin, args = get_origin(kind), get_args(kind)
     if is_dataclass(kind) and isinstance(value, dict):
-        build: Any = kind
+        construct: Any = kind
         hints, prefix, defaults = get_type_hints(kind), f"{where}." if where else "", _saved(kind)
         if missing := [name for name, default in defaults.items() if name not in value and default is MISSING]:
             raise BundleError(f"key {prefix}{missing[0]} is missing")
         if unknown := [name for name in value if name not in defaults]:
             raise BundleError(f"unknown key {prefix}{unknown[0]}")
-        return build(**{name: _parse(hints[name], value[name], f"{prefix}{name}") for name in defaults if name in value})
+        return construct(**{name: _parse(hints[name], value[name], f"{prefix}{name}") for name in defaults if name in value})
     if origin is tuple and isinstance(value, list):
         items = args[:1] * len(value) if args[-1] is ... else args
         if len(items) == len(value):

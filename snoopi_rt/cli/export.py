@@ -59,10 +59,10 @@ def presets() -> None:
     multiple=True,
     metavar="[GRAPH=]NAME",
     help="auto, fp32, fp16, bf16, int8, int8-weights or int4-weights. Without GRAPH: that of every graph, or the nearest that it can "
-    "have. Several make several builds.  [default: the backbone's]",
+    "have. Several make several variants.  [default: the backbone's]",
 )
 @click.option(
-    "--tolerance", type=Number(0), metavar="X", help="What a build may change in the clean latent, in deviations.  [default: 0.05]"
+    "--tolerance", type=Number(0), metavar="X", help="What a variant may change in the clean latent, in deviations.  [default: 0.05]"
 )
 @click.option("--decoder", default="full", metavar="full|tiny|ID", help="The weights' own, TAESD, or a folder or hub id.")
 @click.option("--size", "sizes", metavar="WxH[,WxH...]", help="The bundle's sizes, its default first.  [default: the preset's]")
@@ -98,12 +98,12 @@ def export(
 
     out = out or Path(find_row(backbone, preset).name)
     with building("export", "export", out):
-        from snoopi_rt.export.exporter import Wishes, check_out
+        from snoopi_rt.export.exporter import ExportOptions, check_out
         from snoopi_rt.export.exporter import export as write
         from snoopi_rt.export.onnx_graphs.parity import LATENT_TOLERANCE
-        from snoopi_rt.export.source import find_origin
+        from snoopi_rt.export.source import find_source
 
-        wishes = Wishes(
+        options = ExportOptions(
             guidance,
             _precisions(precisions),
             _sizes(sizes),
@@ -114,8 +114,8 @@ def export(
             everywhere=frozenset(name for name in precisions if "=" not in name),
         )
         check_out(out, force)  # before anything is fetched
-        origin = find_origin(backbone, weights, preset, settings, weights_file, loras, decoder, accept_licence, _say)
-        bundle = write(origin, out, wishes, _say)
+        source = find_source(backbone, weights, preset, settings, weights_file, loras, decoder, accept_licence, _say)
+        bundle = write(source, out, options, _say)
     click.echo(bundle.described())
     _say(f"next: snoopi-rt generate --bundle {quote(out)}")
 

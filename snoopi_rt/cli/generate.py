@@ -112,7 +112,7 @@ def generate(
 
     PROMPT - is standard input, which is also read where there is none; if it is empty, one of the bundle's examples is drawn.
     """
-    opening: dict[str, Any] = {"bundle": bundle, "engine": engine, "precision": precision, "threads": threads}
+    load_options: dict[str, Any] = {"bundle": bundle, "engine": engine, "precision": precision, "threads": threads}
     if prompts is not None or out is not None:
         from snoopi_rt.batch.prompt_file import PromptFile
         from snoopi_rt.batch.runner import Batch
@@ -146,7 +146,7 @@ def generate(
                 raise InputError("--out is a folder: a batch does not go to standard output")
             seeds_from(seed or 0, max(count, 1))
             batch = Batch(rows, out, seed or 0, neg, scales[0] if scales else None, size, truncate, format or "png")
-            _draw_batch(batch, count, opening, workers_on_ray)
+            _draw_batch(batch, count, load_options, workers_on_ray)
         return
     if kind is not None or ignore_columns:
         raise InputError("--prompts-format and --ignore-columns go with --prompts FILE")
@@ -171,7 +171,7 @@ def generate(
         raise InputError("--open shows a file: -o - writes none")
     drawing = Drawing(text, neg, scales or (None,), seeds, size, truncate, side_by_side)
     files = Files(output, format, drawing, force)
-    with progress_line() as progress, load(**opening, low_memory=True, progress=told(progress)) as pipe:
+    with progress_line() as progress, load(**load_options, low_memory=True, progress=told(progress)) as pipe:
         files.check_format(drawing.check(pipe), drawing)
         progress["doing"], written = "drawing", []
         for index, picture in enumerate(drawing.pictures(pipe)):
@@ -185,14 +185,14 @@ def generate(
         show_picture(path)
 
 
-def _draw_batch(batch: "Batch", count: int, opening: dict[str, Any], workers: "Workers | None") -> None:
+def _draw_batch(batch: "Batch", count: int, load_options: dict[str, Any], workers: "Workers | None") -> None:
     from snoopi_rt.batch.runner import draw_here
     from snoopi_rt.pipeline import load
 
     batch.check_folder()
     draw: Draw = draw_here
     with progress_line() as progress:
-        pipe = load(**opening, low_memory=workers is not None, progress=told(progress))
+        pipe = load(**load_options, low_memory=workers is not None, progress=told(progress))
         if workers is None:
             pipe.warmup()
         else:
@@ -200,8 +200,11 @@ def _draw_batch(batch: "Batch", count: int, opening: dict[str, Any], workers: "W
 
             start_ray()
             # Elsewhere this process's folder is another.
-            there = {"bundle": str(Path(opening["bundle"]).resolve()) if opening["bundle"] else None, "threads": opening["threads"] or 1}
-            draw = partial(draw_on_ray, opening | there, workers)
+            there = {
+                "bundle": str(Path(load_options["bundle"]).resolve()) if load_options["bundle"] else None,
+                "threads": load_options["threads"] or 1,
+            }
+            draw = partial(draw_on_ray, load_options | there, workers)
     start = time.monotonic()
     with pipe, click.progressbar(length=count, label="images", show_pos=True, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         outcome = batch.run(pipe, bar.update, draw)

@@ -82,9 +82,9 @@ def serve(
     named: list[tuple[str, str | None]] = [(name, str(folder)) for name, folder in map(named_folder, bundles)] or [("small", None)]
     if len(dict(named)) < len(named):
         raise InputError("two bundles have one name: --bundle NAME=FOLDER gives them others")
-    opening: dict[str, Any] = {"engine": engine, "precision": precision, "threads": threads, "weights": options["weights"]}
+    load_options: dict[str, Any] = {"engine": engine, "precision": precision, "threads": threads, "weights": options["weights"]}
     settings = Settings(
-        models={name: partial(load, folder, **opening) for name, folder in named},
+        models={name: partial(load, folder, **load_options) for name, folder in named},
         key=read_key(api_key_file, os.environ.get("SNOOPI_RT_API_KEY")),
         together=options["max_batch"],
         batch_wait=options["batch_wait"] / 1000,

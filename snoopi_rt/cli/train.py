@@ -33,7 +33,7 @@ def emoji(encoder: Path, out: Path, count: int, seed: int) -> None:
         from snoopi_rt.export.small_model.dataset.build import build
 
         build(out, encoder, count, seed)
-    click.echo(f"{count} pictures in {quote(out)}; look at {quote(out / 'contact_sheet.png')}")
+    click.echo(f"{count} pictures in {quote(out)}; look at {quote(out / 'image_grid.png')}")
 
 
 @click.group(cls=Group, epilog="Example: snoopi-rt train student --teacher runs/teacher --prompts prompts.txt --out runs/student")

@@ -11,7 +11,7 @@ from snoopi_rt.engines import check_engine, installed, versions
 from snoopi_rt.engines.compiled_cache import processor
 from snoopi_rt.engines.threads import available_threads
 from snoopi_rt.errors import BundleError, InputError
-from snoopi_rt.runtime.precision import select_builds
+from snoopi_rt.runtime.precision import select_variants
 
 ORDER = ("cpu", "openvino")
 
@@ -26,7 +26,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Measured:
-    """The fastest build of each graph on one engine, by its precision, and the seconds that an image takes with them."""
+    """The fastest variant of each graph on one engine, by its precision, and the seconds that an image takes with them."""
 
     precision: dict[str, str]
     seconds: float
@@ -44,12 +44,12 @@ def choose(bundle: Bundle, cache: Cache, precision: str | None = None) -> Choice
             return Choice(engine, measured[engine].precision)
     candidates = usable(bundle)
     engine = next((name for name in candidates if _has(bundle, name, precision)), candidates[0])
-    return Choice(engine, {graph: bundle.build(graph, engine).precision for graph in bundle.graphs})
+    return Choice(engine, {graph: bundle.variant(graph, engine).precision for graph in bundle.graphs})
 
 
 def _has(bundle: Bundle, engine: str, precision: str | None) -> bool:
     with suppress(BundleError, InputError):
-        select_builds(bundle, engine, precision)
+        select_variants(bundle, engine, precision)
         return True
     return False
 
@@ -98,8 +98,8 @@ def _file(bundle: Bundle) -> str:
 
 
 def _measured(bundle: Bundle, engine: str, record: dict[str, Any]) -> Measured:
-    """The measurement; raises BundleError, KeyError, TypeError or ValueError where it is none of this bundle's builds."""
-    precision = {graph: bundle.build(graph, engine, record["precision"][graph]).precision for graph in bundle.graphs}
+    """The measurement; raises BundleError, KeyError, TypeError or ValueError where it is none of this bundle's variants."""
+    precision = {graph: bundle.variant(graph, engine, record["precision"][graph]).precision for graph in bundle.graphs}
     if type(record["seconds"]) is not float:
         raise TypeError("seconds must be a number")
     return Measured(precision, record["seconds"])

@@ -1,4 +1,4 @@
-"""How fast a bundle is on this machine: every engine and every build of each graph by stage, cold start and peak memory."""
+"""How fast a bundle is on this machine: every engine and every variant of each graph by stage, cold start and peak memory."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from snoopi_rt.bundle.bundle import Build, Bundle
+from snoopi_rt.bundle.bundle import Bundle, Variant
 from snoopi_rt.bundle.manifest import legend
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import check_engine
@@ -21,7 +21,7 @@ from snoopi_rt.errors import BundleError, EngineError, EngineMissing
 from snoopi_rt.pipeline import STAGES, Pipeline, open_pipeline
 from snoopi_rt.request import integer
 from snoopi_rt.runtime.auto_engine import Measured, choose, measurements, remember
-from snoopi_rt.runtime.precision import format_names, format_precision, select_builds
+from snoopi_rt.runtime.precision import format_names, format_precision, select_variants
 from snoopi_rt.shell import join
 
 PROMPT, NEGATIVE = "a red apple on a blue background", "blurry"
@@ -40,7 +40,7 @@ finally:
 """The command line as a program that tells its peak memory itself: on Linux, what `wait4` tells begins with the parent's."""
 
 
-Builds = dict[str, Build]
+Variants = dict[str, Variant]
 Timings = dict[str, dict[str, list[float]]]
 """Seconds by way ("plain", "negative"), then by stage or "total"."""
 
@@ -50,7 +50,7 @@ def bench(
 ) -> dict[str, Any]:
     """A document of the measurements (see `measure_engine` and `cold_start`).
 
-    Without a precision every build is measured, and the fastest of each graph and what an image takes with them is kept for engine "auto".
+    Without a precision every variant is measured; the fastest of each graph, and the image time with them, are kept for engine "auto".
     "auto": the engine that "auto" takes from now on and its precisions, "remembered": whether that is by these measurements.
     `say` is told about each step. Raises what `load` and `Pipeline.generate` raise.
     """
@@ -59,11 +59,11 @@ def bench(
     for engine in engines:
         check_engine(engine)
     # Before the first is measured: that takes a while.
-    selected = {engine: select_builds(bundle, engine, precision) for engine in engines}
+    selected = {engine: select_variants(bundle, engine, precision) for engine in engines}
     results: dict[str, dict[str, Any]] = {}
     for engine, fixed in selected.items():
-        builds = {graph: [fixed[graph]] if precision else list(bundle.builds(graph, engine)) for graph in fixed}
-        found = measure_engine(bundle, engine, builds, threads, runs, say)
+        variants = {graph: [fixed[graph]] if precision else list(bundle.variants(graph, engine)) for graph in fixed}
+        found = measure_engine(bundle, engine, variants, threads, runs, say)
         say(f"{engine}: two cold starts")
         chosen = ",".join(f"{graph}={name}" for graph, name in found["precision"].items())
         results[engine] = {**found, "cold_start": cold_start(bundle.folder, engine, chosen, threads, _prompt(bundle, 0))}
@@ -91,38 +91,38 @@ def _auto(bundle: Bundle, cache: Cache) -> dict[str, Any]:
 
 
 def measure_engine(
-    bundle: Bundle, engine: str, builds: dict[str, list[Build]], threads: int | None, runs: int | None, say: Callable[[str], None]
+    bundle: Bundle, engine: str, variants: dict[str, list[Variant]], threads: int | None, runs: int | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What each build takes, the fastest of each graph, and what an image takes with those, plain and with a negative prompt.
+    """What each variant takes, the fastest of each graph, and what an image takes with those, plain and with a negative prompt.
 
-    "builds": by graph and precision the p50 and p95 in seconds; "precision": the fastest by graph; "plain" and "negative": p50 and p95 by
+    "variants": by graph and precision the p50 and p95 in seconds; "precision": the fastest by graph; "plain" and "negative": p50 and p95 by
     stage and in "total"; "provider"; "runs": how many images each of the two figures is of.
     """
-    rounds = max(map(len, builds.values()))
-    taken: dict[str, dict[str, dict[str, float]]] = {graph: {} for graph in builds}
+    rounds = max(map(len, variants.values()))
+    taken: dict[str, dict[str, dict[str, float]]] = {graph: {} for graph in variants}
     with tempfile.TemporaryDirectory() as scratch:
-        # Too small for the compiled form of a large model: that of builds that lose is nobody's.
+        # Too small for the compiled form of a large model: that of variants that lose is nobody's.
         cache = Cache(Path(scratch), limit=2**28)
 
-        def measure_builds(chosen: Builds, series: int) -> tuple[Timings, str]:
+        def measure_variants(chosen: Variants, series: int) -> tuple[Timings, str]:
             say(f"{engine}: images with {format_precision(chosen)}")
-            narrowed = replace(bundle, graphs={graph: (build,) for graph, build in chosen.items()})
+            narrowed = replace(bundle, graphs={graph: (variant,) for graph, variant in chosen.items()})
             with open_pipeline(narrowed, engine, None, threads, cache) as pipe:
                 return measure(pipe, runs, series), pipe.provider
 
         for round in range(rounds):
-            places = {graph: min(round, len(each) - 1) for graph, each in builds.items()}
-            chosen = {graph: builds[graph][place] for graph, place in places.items()}
+            places = {graph: min(round, len(each) - 1) for graph, each in variants.items()}
+            chosen = {graph: variants[graph][place] for graph, place in places.items()}
             # The same prompts as long as the text encoder is the same: a large one need not run for those that are in the cache.
-            timings, provider = measure_builds(chosen, places.get("text_encoder", 0))
-            for graph, build in chosen.items():
-                taken[graph].setdefault(build.precision, _percentiles(timings["plain"][graph]))
-        best = {graph: min(each, key=lambda build: taken[graph][build.precision]["p50"]) for graph, each in builds.items()}
+            timings, provider = measure_variants(chosen, places.get("text_encoder", 0))
+            for graph, variant in chosen.items():
+                taken[graph].setdefault(variant.precision, _percentiles(timings["plain"][graph]))
+        best = {graph: min(each, key=lambda variant: taken[graph][variant.precision]["p50"]) for graph, each in variants.items()}
         if rounds > 1:
-            timings, provider = measure_builds(best, rounds)
+            timings, provider = measure_variants(best, rounds)
     ways = {way: {stage: _percentiles(seconds) for stage, seconds in stages.items()} for way, stages in timings.items()}
-    precision = {graph: build.precision for graph, build in best.items()}
-    return {"provider": provider, "builds": taken, "precision": precision, **ways, "runs": len(timings["plain"]["total"])}
+    precision = {graph: variant.precision for graph, variant in best.items()}
+    return {"provider": provider, "variants": taken, "precision": precision, **ways, "runs": len(timings["plain"]["total"])}
 
 
 def measure(pipe: Pipeline, runs: int | None, series: int = 0) -> Timings:
@@ -170,9 +170,9 @@ def table(document: dict[str, Any]) -> str:
     """The document as lines for people."""
     lines = [f"{'milliseconds':46}{'p50':>10}{'p95':>10}"]
     for engine, result in document["engines"].items():
-        for graph, builds in result["builds"].items():
-            for precision, taken in builds.items():
-                fastest = "  fastest" if len(builds) > 1 and result["precision"][graph] == precision else ""
+        for graph, variants in result["variants"].items():
+            for precision, taken in variants.items():
+                fastest = "  fastest" if len(variants) > 1 and result["precision"][graph] == precision else ""
                 lines.append(_line(f"{engine} {graph} {precision}", taken) + fastest)
         for way, words in ("plain", "an image"), ("negative", "an image with a negative prompt"):
             if way in result:
@@ -183,7 +183,9 @@ def table(document: dict[str, Any]) -> str:
             f"{engine} cold start {start['first']:.2f} s, again {start['again']:.2f} s, "
             f"peak memory {_mebibytes(start['peak_memory'])}, again {_mebibytes(start['peak_again'])}"
         )
-    names = [(name, engine) for engine, result in document["engines"].items() for builds in result["builds"].values() for name in builds]
+    names = [
+        (name, engine) for engine, result in document["engines"].items() for variants in result["variants"].values() for name in variants
+    ]
     return "\n".join([*lines, *legend(names)])
 
 

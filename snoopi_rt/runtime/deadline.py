@@ -17,7 +17,7 @@ class Event(Protocol):
     def is_set(self) -> bool: ...
 
 
-class Limits:
+class Deadline:
     """Asked before every stage: a stage that has begun is finished.
 
     timeout: seconds from now on, None is no limit. cancel: an event that anybody may set. Raises InputError for a timeout that is none.

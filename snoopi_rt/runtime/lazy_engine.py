@@ -11,7 +11,7 @@ from snoopi_rt.engines.base import Engine
 from snoopi_rt.errors import EngineError
 
 
-class Stage:
+class LazyEngine:
     """Opens its engine once, however many threads ask; after `release` it opens it again, after `stop` never."""
 
     def __init__(self, open_engine: Callable[[], Engine]) -> None:

@@ -1,8 +1,8 @@
-"""The precision of each graph: as people write it, and the builds that it means."""
+"""The precision of each graph: as people write it, and the variants that it means."""
 
 from collections.abc import Mapping
 
-from snoopi_rt.bundle.bundle import GRAPHS, Build, Bundle
+from snoopi_rt.bundle.bundle import GRAPHS, Bundle, Variant
 from snoopi_rt.errors import InputError
 
 
@@ -26,9 +26,9 @@ def parse_precision(text: str) -> dict[str, str]:
     return given
 
 
-def format_precision(builds: Mapping[str, Build]) -> str:
-    """The builds' precisions as `parse_precision` reads them."""
-    return format_names({graph: build.precision for graph, build in builds.items()})
+def format_precision(variants: Mapping[str, Variant]) -> str:
+    """The variants' precisions as `parse_precision` reads them."""
+    return format_names({graph: variant.precision for graph, variant in variants.items()})
 
 
 def format_names(names: Mapping[str, str]) -> str:
@@ -37,22 +37,22 @@ def format_names(names: Mapping[str, str]) -> str:
     return alike.pop() if len(alike) == 1 else ",".join(f"{graph}={name}" for graph, name in names.items())
 
 
-def select_builds(bundle: Bundle, engine: str, precision: str | Mapping[str, str] | None = None) -> dict[str, Build]:
-    """The build of every graph for the engine, the bundle's first where no precision is given.
+def select_variants(bundle: Bundle, engine: str, precision: str | Mapping[str, str] | None = None) -> dict[str, Variant]:
+    """The variant of every graph for the engine, the bundle's first where no precision is given.
 
     Graphs have their own precisions, so a single name is that of the graphs that have it. Raises BundleError for an engine that the bundle
     does not serve, InputError for a precision or graph that it has not.
     """
-    builds = {graph: bundle.build(graph, engine) for graph in bundle.graphs}
+    variants = {graph: bundle.variant(graph, engine) for graph in bundle.graphs}
     if precision is None:
-        return builds
+        return variants
     given = parse_precision(precision) if isinstance(precision, str) else precision
     if isinstance(precision, str) and "=" not in precision:
-        known = {graph: {build.precision for build in bundle.builds(graph, engine)} for graph in builds}
+        known = {graph: {variant.precision for variant in bundle.variants(graph, engine)} for graph in variants}
         given = {graph: name for graph, name in given.items() if name in known.get(graph, ())}
         if not given:
             names = ", ".join(sorted(set().union(*known.values())))
             raise InputError(f"bundle {bundle.name!r} has no precision {precision!r} for engine {engine!r}, choose from {names}")
-    if unknown := given.keys() - builds.keys():
-        raise InputError(f"bundle {bundle.name!r} has no graph {min(unknown)!r}, choose from {', '.join(builds)}")
-    return {graph: bundle.build(graph, engine, given.get(graph)) for graph in builds}
+    if unknown := given.keys() - variants.keys():
+        raise InputError(f"bundle {bundle.name!r} has no graph {min(unknown)!r}, choose from {', '.join(variants)}")
+    return {graph: bundle.variant(graph, engine, given.get(graph)) for graph in variants}

@@ -1,17 +1,17 @@
 """The sizes that the free axes of a bundle's graphs can have: what an engine that compiles for them must know."""
 
-from snoopi_rt.bundle.bundle import Build, Bundle
+from snoopi_rt.bundle.bundle import Bundle, Variant
 from snoopi_rt.engines.base import Axis
 
 TOKENS = 16
 """Engines that are fastest for shapes that they have seen get prompts of multiples of so many tokens, where the graph has masks."""
 
 
-def axes(bundle: Bundle, graph: str, build: Build) -> dict[str, Axis]:
-    """By name; a text encoder gets one prompt at a time, and a build may take fewer images at once than its bundle."""
+def axes(bundle: Bundle, graph: str, variant: Variant) -> dict[str, Axis]:
+    """By name; a text encoder gets one prompt at a time, and a variant may take fewer images at once than its bundle."""
     longest = bundle.text.max_tokens
     tokens = Axis(1, min(TOKENS, longest), longest) if bundle.text.pad is None else Axis(longest, longest, longest)
-    batch = 1 if graph == "text_encoder" else min(bundle.max_batch, build.max_batch or bundle.max_batch)
+    batch = 1 if graph == "text_encoder" else min(bundle.max_batch, variant.max_batch or bundle.max_batch)
     heights, widths = ([size[side] // bundle.latent.factor for size in bundle.sizes] for side in (0, 1))
     if graph == "decoder" and bundle.tile is not None:
         heights, widths = ([min(side, bundle.tile.size) for side in sides] for sides in (heights, widths))
@@ -19,7 +19,7 @@ def axes(bundle: Bundle, graph: str, build: Build) -> dict[str, Axis]:
         "batch": Axis(1, 1, batch),
         "tokens": tokens,
         # No negative is one token.
-        "negative_tokens": Axis(1, tokens.best, longest),
+        "negative_tokens": Axis(1, tokens.opt, longest),
         "height": Axis(min(heights), heights[0], max(heights)),
         "width": Axis(min(widths), widths[0], max(widths)),
     }

@@ -145,9 +145,9 @@ def application(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # Meanwhile a watchdog is answered: an engine may compile for minutes.
-        opening = asyncio.create_task(open_all())
+        loading = asyncio.create_task(open_all())
         yield
-        opening.cancel()
+        loading.cancel()
         for drawing in state.drawing.values():
             await asyncio.to_thread(drawing.close)
 

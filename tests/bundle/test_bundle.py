@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from snoopi_rt.bundle import onnx_file, verify
-from snoopi_rt.bundle.bundle import Build, Bundle, File, Parity, Tile, Vocabulary
+from snoopi_rt.bundle.bundle import Bundle, File, Parity, Tile, Variant, Vocabulary
 from snoopi_rt.bundle.onnx_file import embedded_tokens, external_data
 from snoopi_rt.bundle.verify import find_folder
 from snoopi_rt.cache import Cache
@@ -146,15 +146,18 @@ def test_an_unknown_format_is_refused(folder: Path, number: Any) -> None:
         (lambda d: generator(d)["parity"].update(psnr=-1e6), "psnr -1000000.0 is no figure in dB"),
         (lambda d: d.update(provenance={"x": [[]] * 3 + [{"y": [[[]]]}]}), "key provenance.x must be a string"),
         (lambda d: d["graphs"].pop("decoder"), "the graphs must be text_encoder, generator, decoder, not text_encoder, generator"),
-        (lambda d: d["graphs"].update(decoder=[]), "every graph needs a build"),
+        (lambda d: d["graphs"].update(decoder=[]), "every graph needs a variant"),
         (
             lambda d: generator(d)["inputs"][0].update(shape=["B"]),
             'key graphs.generator[0].inputs[0].shape[0] must be an integer or null, got "B"',
         ),
-        (lambda d: generator(d)["inputs"].append(generator(d)["inputs"][0]), "a build lists one input twice: noise, "),
-        (lambda d: generator(d)["files"].append(generator(d)["files"][0]), "a build lists one file twice: generator.onnx, generator.onnx"),
+        (lambda d: generator(d)["inputs"].append(generator(d)["inputs"][0]), "a variant lists one input twice: noise, "),
+        (
+            lambda d: generator(d)["files"].append(generator(d)["files"][0]),
+            "a variant lists one file twice: generator.onnx, generator.onnx",
+        ),
         (lambda d: generator(d)["files"][0].update(path="decoder.onnx"), "decoder.onnx is listed twice with different contents"),
-        (lambda d: generator(d).update(format="openvino-ir"), "an openvino-ir build must list an .xml file and its .bin"),
+        (lambda d: generator(d).update(format="openvino-ir"), "an openvino-ir variant must list an .xml file and its .bin"),
         (
             lambda d: generator(d)["parity"].update(relative_l2=0.5),
             "generator.onnx is 0.5 (relative L2) off PyTorch, beyond its tolerance 0.0001",
@@ -271,7 +274,7 @@ def test_external_data_that_is_not_listed_is_refused(folder: Path, location: str
     with_external_data(folder / "generator.onnx", location)
     entry = File.of(folder / "generator.onnx")
     edit(folder, lambda document: generator(document)["files"][0].update(sha256=entry.sha256, size=entry.size))
-    refused(folder, f"{folder / 'generator.onnx'} reads {location!r}, which its build does not list")
+    refused(folder, f"{folder / 'generator.onnx'} reads {location!r}, which its variant does not list")
 
 
 def test_external_data_that_is_listed_is_loaded(folder: Path) -> None:
@@ -279,7 +282,7 @@ def test_external_data_that_is_listed_is_loaded(folder: Path) -> None:
     (folder / "weights.bin").write_bytes(bytes(16))
     files = [vars(File.of(folder / name)) for name in ("generator.onnx", "weights.bin")]
     edit(folder, lambda document: generator(document).update(files=files))
-    assert len(Bundle.load(folder).build("generator", "cpu").files) == 2
+    assert len(Bundle.load(folder).variant("generator", "cpu").files) == 2
 
 
 # The last one is a number without end, which took time quadratic in its length.
@@ -321,43 +324,43 @@ def test_saving_leaves_nothing_beside_the_bundle(original: Bundle, folder: Path)
     assert sorted(folder.iterdir()) == before
 
 
-def with_builds(bundle: Bundle, **builds: tuple[Build, ...]) -> Bundle:
-    return replace(bundle, graphs={**bundle.graphs, **builds})
+def with_variants(bundle: Bundle, **variants: tuple[Variant, ...]) -> Bundle:
+    return replace(bundle, graphs={**bundle.graphs, **variants})
 
 
 def test_a_build_is_found_by_graph_engine_and_precision(original: Bundle) -> None:
-    first = original.build("generator", "cpu")
+    first = original.variant("generator", "cpu")
     half = replace(first, precision="bf16", engines=("openvino",))
-    bundle = with_builds(original, generator=(first, half))
-    assert bundle.build("generator", "openvino") is first
-    assert bundle.build("generator", "openvino", "bf16") is half
+    bundle = with_variants(original, generator=(first, half))
+    assert bundle.variant("generator", "openvino") is first
+    assert bundle.variant("generator", "openvino", "bf16") is half
     with pytest.raises(InputError, match="bundle 'tiny' has no generator in precision 'bf16' for engine 'cpu', choose from fp32"):
-        bundle.build("generator", "cpu", "bf16")
+        bundle.variant("generator", "cpu", "bf16")
 
 
 def test_an_engine_without_a_build_lists_those_that_are_served(original: Bundle) -> None:
-    bundle = with_builds(original, decoder=(replace(original.build("decoder", "cpu"), engines=("cpu",)),))
+    bundle = with_variants(original, decoder=(replace(original.variant("decoder", "cpu"), engines=("cpu",)),))
     assert bundle.engines() == ("cpu",)
     with pytest.raises(BundleError, match="bundle 'tiny' has no decoder for engine 'openvino', it serves cpu"):
-        bundle.build("decoder", "openvino")
+        bundle.variant("decoder", "openvino")
     with pytest.raises(BundleError, match="bundle 'tiny' has no generator for engine 'cuda', it serves cpu"):
-        bundle.build("generator", "cuda", "fp32")
+        bundle.variant("generator", "cuda", "fp32")
 
 
 def test_a_text_encoder_for_cpu_alone_serves_every_engine_of_the_other_graphs(original: Bundle) -> None:
-    build = replace(original.build("text_encoder", "cpu"), engines=("cpu",))
-    bundle = with_builds(original, text_encoder=(build,))
+    build = replace(original.variant("text_encoder", "cpu"), engines=("cpu",))
+    bundle = with_variants(original, text_encoder=(build,))
     assert bundle.engines() == original.engines() == ("cpu", "openvino")
-    assert bundle.build("text_encoder", "openvino") is build
+    assert bundle.variant("text_encoder", "openvino") is build
     own = replace(build, engines=("openvino",), precision="bf16")
-    assert with_builds(original, text_encoder=(build, own)).build("text_encoder", "openvino") is own
+    assert with_variants(original, text_encoder=(build, own)).variant("text_encoder", "openvino") is own
     for graph in ("generator", "decoder"):
-        narrow = with_builds(original, **{graph: (replace(original.build(graph, "cpu"), engines=("cpu",)),)})
+        narrow = with_variants(original, **{graph: (replace(original.variant(graph, "cpu"), engines=("cpu",)),)})
         assert narrow.engines() == ("cpu",)
 
 
 def test_the_hash_of_a_build_changes_with_its_files(original: Bundle) -> None:
-    build = original.build("text_encoder", "cpu")
+    build = original.variant("text_encoder", "cpu")
     assert build.hash != replace(build, files=(replace(build.files[0], sha256="0" * 64),)).hash
 
 
@@ -404,7 +407,7 @@ def test_an_example_that_a_bundle_without_text_encoder_does_not_carry_is_refused
 
 
 def test_a_build_is_judged_by_its_latent_error_where_that_was_measured(original: Bundle) -> None:
-    build = original.build("generator", "cpu")
+    build = original.variant("generator", "cpu")
     judged = replace(build, parity=Parity(relative_l2=0.5, max_abs=9.0, latent_error=0.04), tolerance=0.05)
     assert judged.parity.error == 0.04
     assert Parity(relative_l2=0.03, max_abs=9.0, psnr=40.0).error == 0.01
@@ -414,11 +417,11 @@ def test_a_build_is_judged_by_its_latent_error_where_that_was_measured(original:
 
 
 def test_everything_measured_is_described(original: Bundle) -> None:
-    build = original.build("generator", "cpu")
-    bundle = with_builds(
+    build = original.variant("generator", "cpu")
+    bundle = with_variants(
         replace(original, tile=Tile(8, 2)),
         generator=(replace(build, precision="int8", parity=Parity(2e-2, 1.0, 0.041), tolerance=0.05, max_batch=1),),
-        decoder=(replace(original.build("decoder", "cpu"), parity=Parity(1e-5, 1.0, psnr=48.25), tolerance=0.01),),
+        decoder=(replace(original.variant("decoder", "cpu"), parity=Parity(1e-5, 1.0, psnr=48.25), tolerance=0.01),),
     )
     said = bundle.described()
     assert "precision int8, latent error 4.1e-02, relative L2 to PyTorch 2.0e-02, judged 0.041 (latent error) of at most 0.05" in said

@@ -51,8 +51,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What would have been exported and where."""
     calls: list[tuple[Any, ...]] = []
 
-    def export(origin: Any, out: Path, wishes: Any, say: Any) -> None:
-        calls.append((origin, out, wishes))
+    def export(source: Any, out: Path, options: Any, say: Any) -> None:
+        calls.append((source, out, options))
         raise OutputError("only asked")
 
     monkeypatch.setattr("snoopi_rt.export.exporter.export", export)
@@ -187,10 +187,10 @@ def test_a_student_of_ones_own_follows_its_folders_scheduler(
     damage_scheduler(student)
     told = run("export", "--backbone", "sd21", "--weights", student, "--precision", "int8", "--precision", "decoder=fp16", code=1).stderr
     assert "rule of preset sd-turbo; its scheduler agrees on alpha, timestep, input_scale; prediction=v as the folder's" in told
-    ((origin, out, wishes),) = asked
-    assert origin.preset.prediction == "v" and origin.provenance["preset"] == "sd-turbo prediction=v"
+    ((source, out, options),) = asked
+    assert source.preset.prediction == "v" and source.provenance["preset"] == "sd-turbo prediction=v"
     assert out == Path("sd-turbo")
-    assert wishes.everywhere == {"int8"} and wishes.precision["decoder"] == ["int8", "fp16"]
+    assert options.everywhere == {"int8"} and options.precision["decoder"] == ["int8", "fp16"]
 
 
 def test_a_command_as_short_as_it_can_be_writes_beside_the_reader_or_says_why_not(

@@ -14,7 +14,7 @@ from fake_gpu import FakeCuda, FakeRtx, FakeTrt
 
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import gpu, tensorrt, tensorrt_plan
-from snoopi_rt.engines.base import Opening
+from snoopi_rt.engines.base import EngineOptions
 from snoopi_rt.engines.gpu import Gpu, GpuArray
 from snoopi_rt.engines.tensorrt import TrtEngine
 from snoopi_rt.errors import EngineError, EngineMissing
@@ -44,7 +44,7 @@ def library(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeTrt:
 def opened(tmp_path: Path, cache: Cache | None = None) -> TrtEngine:
     if not (tmp_path / "any.onnx").exists():
         (tmp_path / "any.onnx").write_bytes(b"x" * 100)
-    return TrtEngine(tmp_path / "any.onnx", Opening("tensorrt", "fp16", 1, cache))
+    return TrtEngine(tmp_path / "any.onnx", EngineOptions("tensorrt", "fp16", 1, cache))
 
 
 def given(batch: int, seed: int = 0) -> dict[str, np.ndarray]:

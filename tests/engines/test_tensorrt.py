@@ -16,12 +16,12 @@ from onnx import TensorProto, helper, save
 from snoopi_rt.bundle.bundle import GRAPHS, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import load_engine, tensorrt_plan
-from snoopi_rt.engines.base import Axis, Opening
+from snoopi_rt.engines.base import Axis, EngineOptions
 from snoopi_rt.engines.tensorrt_plan import DIGEST, PLAN, KeptPlan, build_plan, logged_reason, profiles
 from snoopi_rt.errors import EngineError
-from snoopi_rt.export.exporter import Wishes
+from snoopi_rt.export.exporter import ExportOptions
 from snoopi_rt.export.exporter import export as write
-from snoopi_rt.export.source import find_origin
+from snoopi_rt.export.source import find_source
 from snoopi_rt.pipeline import EMBEDDED
 from snoopi_rt.runtime.shape_ranges import axes
 
@@ -45,8 +45,8 @@ def tiny_bundle(kind: str, root: Path) -> Bundle:
         if kind == "pixart"
         else tiny_students.stable_diffusion(folder, kind, **few)
     )
-    wishes = Wishes("nasa", dict.fromkeys(GRAPHS, ("fp16",)), ((64, 64),), tolerance=10.0)
-    return write(find_origin(kind, weights), root / f"{kind}-bundle", wishes)
+    wishes = ExportOptions("nasa", dict.fromkeys(GRAPHS, ("fp16",)), ((64, 64),), tolerance=10.0)
+    return write(find_source(kind, weights), root / f"{kind}-bundle", wishes)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def test_tensorrt_reads_and_builds_every_graph_with_fp16_arithmetic(kind: str, r
         for build in builds:
             if "tensorrt" in build.engines:
                 assert build.precision == "fp16"
-                opening = Opening("tensorrt", "fp16", 1, axes=axes(bundle, graph, build))
-                plan = build_plan(trt, bundle.folder / build.files[0].path, profiles(opening.axes), opening.progress)
+                options = EngineOptions("tensorrt", "fp16", 1, axes=axes(bundle, graph, build))
+                plan = build_plan(trt, bundle.folder / build.files[0].path, profiles(options.axes), options.progress)
                 assert len(plan) > 10_000
                 built.append(graph)
     assert {"generator", "decoder"} <= set(built)
@@ -109,7 +109,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def kept(model: Path, cache: Cache | None, gpu: str = "some GPU", trt: Any = trt, largest: int = 2, key: str = "") -> KeptPlan:
-    return KeptPlan(trt, model, Opening("tensorrt", "fp16", 1, cache, key, {"batch": Axis(1, 1, largest)}), gpu)
+    return KeptPlan(trt, model, EngineOptions("tensorrt", "fp16", 1, cache, key, {"batch": Axis(1, 1, largest)}), gpu)
 
 
 def test_the_second_start_finds_the_plan(model: Path, builds: list[Path]) -> None:

@@ -1,6 +1,6 @@
 """What judges students: statistics against independent computations, counters on pictures whose truth is known, and the whole road.
 
-A drawer that composes real pictures must come out near every ceiling, one of noise near nothing, and one that ignores what it is told
+A sampler that composes real pictures must come out near every ceiling, one of noise near nothing, and one that ignores what it is told
 must be found out.
 """
 
@@ -25,13 +25,13 @@ from snoopi_rt.export.evaluation import pixel_metrics, small
 from snoopi_rt.export.evaluation.attributes import attributes, pairs
 from snoopi_rt.export.evaluation.clean import UNRELATED, clean
 from snoopi_rt.export.evaluation.counters import Counters, spread
-from snoopi_rt.export.evaluation.domain import Domain, Limits
-from snoopi_rt.export.evaluation.drawers import Drawer, Negative, open_student
+from snoopi_rt.export.evaluation.domain import Deadline, Domain
 from snoopi_rt.export.evaluation.judge import Judge, ranks
 from snoopi_rt.export.evaluation.natural import NaturalPrompt, natural, read_natural
 from snoopi_rt.export.evaluation.recognition import recognition
 from snoopi_rt.export.evaluation.removal import removal
 from snoopi_rt.export.evaluation.report import Goal, Row, markdown, mean, share
+from snoopi_rt.export.evaluation.samplers import Negative, Sampler, open_student
 from snoopi_rt.export.evaluation.sharpness import sharpness
 from snoopi_rt.export.evaluation.statistics import (
     frechet,
@@ -256,22 +256,22 @@ def without(scene: Scene, negative: str | None) -> Scene:
     return replace(scene, things=left or scene.things)
 
 
-def drawer_of(paint: Callable[[Scene, int], np.ndarray], edit: Callable[[Scene, str | None], Scene] = without) -> Drawer:
+def drawer_of(paint: Callable[[Scene, int], np.ndarray], edit: Callable[[Scene, str | None], Scene] = without) -> Sampler:
     def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
         negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else negative
         scenes = [edit(scene_of(prompt), unwanted) for prompt, unwanted in zip(prompts, negatives, strict=True)]
         return np.stack([paint(scene, seed) for scene, seed in zip(scenes, seeds, strict=True)])
 
-    return Drawer(draw, "student", CELL)
+    return Sampler(draw, "student", CELL)
 
 
 @pytest.fixture(scope="module")
-def real(domain: Domain) -> Drawer:
+def real(domain: Domain) -> Sampler:
     return drawer_of(lambda scene, seed: domain.judge.composer.draw(scene, np.random.default_rng([99, seed]), SIDE))
 
 
 @pytest.fixture(scope="module")
-def noise() -> Drawer:
+def noise() -> Sampler:
     return drawer_of(lambda scene, seed: np.random.default_rng([98, seed]).integers(0, 256, (SIDE, SIDE, 3), np.uint8))
 
 
@@ -279,7 +279,7 @@ def by_name(rows: Sequence[Row] | object) -> dict[str, Row]:
     return {row.name: row for row in rows}  # type: ignore[attr-defined]
 
 
-def test_recognition_of_real_pictures_is_the_ceiling_and_of_noise_is_chance(domain: Domain, real: Drawer, noise: Drawer) -> None:
+def test_recognition_of_real_pictures_is_the_ceiling_and_of_noise_is_chance(domain: Domain, real: Sampler, noise: Sampler) -> None:
     assert (domain.judge.ceiling() == 0).mean() > 0.9
     rows = by_name(recognition(real, domain, 2))
     assert all(row.met for row in rows.values()) and min(row.value or 0 for row in rows.values()) > 0.95
@@ -303,7 +303,9 @@ def test_features_of_scenes_are_kept_on_disk(domain: Domain, monkeypatch: pytest
     torch.testing.assert_close(domain.judge.of_scenes(scenes), first)
 
 
-def test_attributes_of_real_pictures_are_there_and_those_that_are_ignored_are_not(counters: Counters, real: Drawer, noise: Drawer) -> None:
+def test_attributes_of_real_pictures_are_there_and_those_that_are_ignored_are_not(
+    counters: Counters, real: Sampler, noise: Sampler
+) -> None:
     rows = by_name(attributes(real, counters))
     assert all(row.met and (row.error or 0) < 0.1 for row in rows.values()), rows
     assert all((row.value or 0) < 0.2 for row in attributes(noise, counters))
@@ -326,7 +328,7 @@ def test_pairs_are_of_two_things_each_with_several_partners() -> None:
     assert len(pairs(list("abcdefghij"), 3)) == 30
 
 
-def test_natural_prompts_are_judged_by_what_they_name(counters: Counters, real: Drawer, noise: Drawer) -> None:
+def test_natural_prompts_are_judged_by_what_they_name(counters: Counters, real: Sampler, noise: Sampler) -> None:
     first, second, third = counters.colourable[:3]
     rows = {
         f"{with_article(first)}": Scene((first,)),
@@ -354,7 +356,7 @@ def test_the_natural_prompts_that_ship_can_be_read_and_others_are_one_line(tmp_p
         read_natural(tmp_path / "rows.jsonl")
 
 
-def test_clean_pictures_that_do_not_change_meet_all_and_a_blur_meets_none(domain: Domain, real: Drawer) -> None:
+def test_clean_pictures_that_do_not_change_meet_all_and_a_blur_meets_none(domain: Domain, real: Sampler) -> None:
     rows = list(clean(real, domain, 1))
     assert len(rows) == 28 and all(row.met for row in rows), [row for row in rows if not row.met]
 
@@ -368,7 +370,7 @@ def test_clean_pictures_that_do_not_change_meet_all_and_a_blur_meets_none(domain
     assert any(f"{UNRELATED}, change" in row.name for row in rows)
 
 
-def test_what_is_removed_is_gone_and_what_is_not_is_found_out(counters: Counters, real: Drawer) -> None:
+def test_what_is_removed_is_gone_and_what_is_not_is_found_out(counters: Counters, real: Sampler) -> None:
     rows = by_name(removal(real, counters))
     assert all(row.met is not False for row in rows.values()), [row for row in rows.values() if row.met is False]
     assert all((row.value or 0) > 0.9 for name, row in rows.items() if name.endswith(": gone"))
@@ -378,13 +380,13 @@ def test_what_is_removed_is_gone_and_what_is_not_is_found_out(counters: Counters
     assert all(deaf[name].met for name in rows if "shown" in name and deaf[name].goal)
 
 
-def test_what_is_never_shown_cannot_be_removed(counters: Counters, noise: Drawer) -> None:
+def test_what_is_never_shown_cannot_be_removed(counters: Counters, noise: Sampler) -> None:
     rows = by_name(removal(noise, counters))
     for what in ("blurry", "grayscale", "background", "one of two"):
         assert (rows[f"{what}: gone"].of or 0) < 5 and not rows[f"{what}: gone"].met, what
 
 
-def test_sharpness_is_one_for_real_pictures_and_less_for_blurred_ones(domain: Domain, real: Drawer) -> None:
+def test_sharpness_is_one_for_real_pictures_and_less_for_blurred_ones(domain: Domain, real: Sampler) -> None:
     rows = by_name(sharpness(real, domain, 60, teacher=1e9))
     assert rows["fine-detail energy"].value == pytest.approx(1, abs=0.15) and rows["fine-detail energy"].met
     assert rows["Frechet distance"].met and (rows["grainy, unasked"].value or 0) < 0.1
@@ -407,7 +409,7 @@ def test_a_limit_lies_between_the_kinds_and_not_at_the_edge_of_an_odd_picture() 
     clean[..., 0] += np.array([1, *range(60, 99)], np.uint8)[:, None, None]  # one clean picture is all but gray
     noisy = np.random.default_rng(0).integers(0, 255, gray.shape, np.uint8)
     flaws = [flaw for flaw in (None, "grayscale", "blurry", "pixelated", "grainy") for _ in range(40)]
-    limits = Limits.of(np.concatenate([clean, gray, noisy, noisy, noisy]), flaws)
+    limits = Deadline.of(np.concatenate([clean, gray, noisy, noisy, noisy]), flaws)
     assert -62 < limits.values["grayscale"] < -15 and limits.errors["grayscale"] == pytest.approx(1 / 80)
     assert limits.shows(gray + np.array([8, 0, 0], np.uint8), "grayscale").all()
 

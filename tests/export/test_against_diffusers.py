@@ -18,8 +18,8 @@ from diffusers.schedulers import scheduling_lcm
 import snoopi_rt
 from snoopi_rt.bundle.bundle import GRAPHS
 from snoopi_rt.diffusers import with_negative
-from snoopi_rt.export.exporter import Wishes, export
-from snoopi_rt.export.source import find_origin
+from snoopi_rt.export.exporter import ExportOptions, export
+from snoopi_rt.export.source import find_source
 from snoopi_rt.runtime.inputs import draw_noise
 
 # Euler's sigmas (numpy), and a cast in SDXL's.
@@ -46,7 +46,7 @@ class Case:
     scheduler: str = ""
     settings: tuple[str, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ((64, 64),)
-    wishes: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 PIXART = {"use_resolution_binning": False, "clean_caption": False, "guidance_scale": 1.0}
@@ -68,7 +68,7 @@ CASES = {
         {**PIXART, "timesteps": [999]},
         {"timesteps": [990]},
         sizes=((64, 96),),
-        wishes=CARRIED,
+        options=CARRIED,
     ),
     "PixArt-sigma": Case(
         lambda path: tiny_students.pixart(path, sample_size=128, scaling=0.13025, use_additional_conditions=False, tiny_vae=True),
@@ -76,7 +76,7 @@ CASES = {
         "PixArtSigmaPipeline",
         {**PIXART, "timesteps": [400]},
         {"timesteps": [399]},
-        wishes=CARRIED,
+        options=CARRIED,
     ),
     "SD 1.5, Euler, two sizes": Case(
         lambda path: tiny_students.stable_diffusion(path, "sd15", scheduler="EulerDiscreteScheduler"),
@@ -92,7 +92,7 @@ CASES = {
         "StableDiffusionPipeline",
         {**SD, "timesteps": [999]},
         {"timesteps": [990]},
-        wishes=CARRIED,
+        options=CARRIED,
     ),
     "SDXL, LCM": Case(
         lambda path: tiny_students.stable_diffusion(path, "sdxl"),
@@ -117,7 +117,7 @@ CASES = {
         {"timesteps": [999, 749, 499, 399]},
         scheduler="LCMScheduler",
         settings=("size=64", "time_ids=512,768,1,2,256,384"),
-        wishes=CARRIED,
+        options=CARRIED,
     ),
 }
 
@@ -126,8 +126,8 @@ CASES = {
 def test_a_bundle_draws_what_the_diffusers_pipeline_draws(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     folder = case.make(tmp_path / "weights")
-    wishes = Wishes(sizes=case.sizes, precision={graph: ["fp32"] for graph in GRAPHS}, **case.wishes)
-    bundle = export(find_origin(preset=case.preset, weights=str(folder), settings=case.settings), tmp_path / "bundle", wishes)
+    options = ExportOptions(sizes=case.sizes, precision={graph: ["fp32"] for graph in GRAPHS}, **case.options)
+    bundle = export(find_source(preset=case.preset, weights=str(folder), settings=case.settings), tmp_path / "bundle", options)
     pipeline = getattr(diffusers, case.pipeline).from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     if case.scheduler:

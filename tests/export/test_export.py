@@ -14,19 +14,19 @@ import torch
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.errors import InputError, OutputError
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt
-from snoopi_rt.export.exporter import Wishes
+from snoopi_rt.export.exporter import ExportOptions
 from snoopi_rt.export.exporter import export as write
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.export.onnx_graphs import parity
 from snoopi_rt.export.onnx_graphs.write import node_counts
-from snoopi_rt.export.source import find_origin
+from snoopi_rt.export.source import find_source
 
 SIZE = (128, 128)
 
 
 def export(weights, out, backbone, guidance="nasa", force=False):
-    return write(find_origin(backbone, str(weights)), out, Wishes(guidance, force=force))
+    return write(find_source(backbone, str(weights)), out, ExportOptions(guidance, force=force))
 
 
 RULES = {
@@ -176,7 +176,7 @@ def test_nan_and_infinity_are_refused(bundles, tmp_path, value):
 
 def test_a_build_beyond_the_tolerance_stops_the_export_and_leaves_nothing(tiny_student, tmp_path):
     with pytest.raises(OutputError, match=r"graph text_encoder in fp16 is .* off PyTorch on cpu, openvino, allowed is 1e-09"):
-        write(find_origin("small", str(tiny_student)), tmp_path / "bundle", Wishes(tolerance=1e-9))
+        write(find_source("small", str(tiny_student)), tmp_path / "bundle", ExportOptions(tolerance=1e-9))
     assert not list(tmp_path.iterdir())
 
 
@@ -221,13 +221,13 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_succeeds(tiny_student
     out = tmp_path / "bundle"
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from snoopi_rt.export import origin, run\nfrom snoopi_rt.export.onnx_graphs import builds\n"
-        "measure = builds.measure\n"
+        "from snoopi_rt.export import exporter, source\nfrom snoopi_rt.export.onnx_graphs import variants\n"
+        "measure = variants.measure\n"
         "def killed(graph, *rest):\n"
         "    if graph == 'decoder': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return measure(graph, *rest)\n"
-        "builds.measure = killed\n"
-        "run.export(origin.find_origin('small', sys.argv[1]), Path(sys.argv[2]))\n"
+        "variants.measure = killed\n"
+        "exporter.export(source.find_source('small', sys.argv[1]), Path(sys.argv[2]))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tiny_student), str(out)], check=False, capture_output=True, cwd=tmp_path, env=os.environ

@@ -11,7 +11,7 @@ import snoopi_rt
 from snoopi_rt.bundle.bundle import GRAPHS, Latent, Tile
 from snoopi_rt.errors import InputError
 from snoopi_rt.export import exporter
-from snoopi_rt.export.source import find_origin
+from snoopi_rt.export.source import find_source
 
 FP32 = {graph: ["fp32"] for graph in GRAPHS}
 
@@ -28,10 +28,10 @@ def test_a_bundle_draws_the_size_that_its_decoder_makes(factor: int, students, t
     monkeypatch.setattr(exporter, "TINY", 0)
     monkeypatch.setattr(exporter, "TILE", 8 * factor)  # so that the larger size is decoded in tiles
     lines: list[str] = []
-    origin = find_origin("pixart", str(students[factor]), say=lines.append)
+    source = find_source("pixart", str(students[factor]), say=lines.append)
     side = 8 * factor
     assert f"size {side}x{side}, 8 latent pixels of {factor}: what this network was made for; preset pixart-dmd has 512" in lines
-    bundle = exporter.export(origin, tmp_path / "bundle", exporter.Wishes(precision=FP32, sizes=((side, side), (side, 2 * side))))
+    bundle = exporter.export(source, tmp_path / "bundle", exporter.ExportOptions(precision=FP32, sizes=((side, side), (side, 2 * side))))
     assert bundle.latent == Latent(4, factor) and bundle.tile == Tile(8, 4)
     with snoopi_rt.load(bundle, "cpu") as pipe:
         for size in bundle.sizes:
@@ -44,18 +44,18 @@ def test_a_bundle_draws_the_size_that_its_decoder_makes(factor: int, students, t
 
 def test_without_a_size_the_network_is_exported_at_its_own_unless_one_was_set_by_hand(students) -> None:
     for factor in (8, 16, 32):
-        assert find_origin("pixart", str(students[factor])).preset.size == 8 * factor
-    assert find_origin("pixart", str(students[16]), settings=["size=512"]).preset.size == 512
+        assert find_source("pixart", str(students[factor])).preset.size == 8 * factor
+    assert find_source("pixart", str(students[16]), settings=["size=512"]).preset.size == 512
 
 
 def test_sizes_are_multiples_of_what_the_decoder_makes(students, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="size 144x128: the sides of pixart are multiples of 32 pixels"):
-        exporter.export(find_origin("pixart", str(students[16])), tmp_path / "bundle", exporter.Wishes(sizes=((128, 144),)))
+        exporter.export(find_source("pixart", str(students[16])), tmp_path / "bundle", exporter.ExportOptions(sizes=((128, 144),)))
 
 
 def test_a_decoder_for_other_latents_is_refused_before_weights_are_read(students, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="8/vae makes 8 pixels a side of a latent pixel, the weights' own makes 16"):
-        find_origin("pixart", str(students[16]), decoder=str(students[8] / "vae"))
+        find_source("pixart", str(students[16]), decoder=str(students[8] / "vae"))
     other = tiny_students.pixart(tmp_path / "wide", num_layers=1, tiny_vae=True, in_channels=8, out_channels=8)
     with pytest.raises(InputError, match="takes latents of 4 channels, the network gives 8"):
-        find_origin("pixart", str(other))
+        find_source("pixart", str(other))

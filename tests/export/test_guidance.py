@@ -12,7 +12,7 @@ from snoopi_rt.kernels import (
     nag_attention,
     nasa_attention,
     projected_attention,
-    turned_attention,
+    transposed_attention,
     vsf_attention,
 )
 
@@ -23,7 +23,7 @@ SHAPES = [
     (3, 2, 7, 5, 11, 40),  # nothing aligned, negative longer than the prompt
 ]
 KINDS = ["nasa", "nag", "vsf", "projected"]
-FORMS = {"written out": attention, "fused": fused_attention, "turned": turned_attention}
+FORMS = {"written out": attention, "fused": fused_attention, "turned": transposed_attention}
 
 
 def tensors(batch, heads, queries, t, u, size):

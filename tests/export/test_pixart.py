@@ -16,7 +16,7 @@ from snoopi_rt.export.exporter import dynamic_axes
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.export.onnx_graphs.write import node_counts, write_graph
-from snoopi_rt.kernels import attention, fused_attention, turned_attention
+from snoopi_rt.kernels import attention, fused_attention, transposed_attention
 
 RULES = {
     "v": OneStepRule("v", timestep=999, alpha=0.1, sigma=0.995),
@@ -112,7 +112,7 @@ def test_a_different_timestep_and_a_different_size_give_a_different_folded_netwo
 
 
 # How attention is computed, opset, masks, blocks: as for the public checkpoints, and as for the backbone `small`.
-FORMS = {"pixart": ((fused_attention, turned_attention), 23, False, 2), "small": ((attention, attention), 20, True, 1)}
+FORMS = {"pixart": ((fused_attention, transposed_attention), 23, False, 2), "small": ((attention, attention), 20, True, 1)}
 X0 = OneStepRule("x0", 400, 0.0, 1.0)
 
 

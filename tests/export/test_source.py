@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.weights.hub import Source, find_source, weight_files
+from snoopi_rt.export.weights.hub import WeightsFolder, find_weights, weight_files
 
 COMMIT = "a" * 40
 # More than one chunk of the client: it goes on after the last whole one.
@@ -156,15 +156,15 @@ def hub() -> Iterator[Hub]:
 
 
 def run(cache: Path, endpoint: str, *arguments: object, prelude: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """find_source in a process of its own, since huggingface_hub reads its environment once; prints its answer as JSON."""
+    """find_weights in a process of its own, since huggingface_hub reads its environment once; prints its answer as JSON."""
     program = f"""
 import json, sys
 {prelude}
 from snoopi_rt.errors import SnoopiError
-from snoopi_rt.export.weights.hub import find_source
+from snoopi_rt.export.weights.hub import find_weights
 try:
-    source = find_source(*{arguments!r})
-    print(json.dumps(dict(vars(source), folder=str(source.folder))))
+    source = find_weights(*{arguments!r})
+    print(json.dumps(dict(vars(source), path=str(source.path))))
 except SnoopiError as error:
     print(json.dumps(type(error).__name__ + ": " + str(error)))
 assert "torch" not in sys.modules
@@ -189,9 +189,9 @@ def test_a_hub_model_is_fetched_by_parts_and_found_again_without_network(hub: Hu
     done = run(tmp_path, hub.url, "some/tiny")
     found = json.loads(done.stdout)
     assert "100%" in done.stderr, "a progress bar"
-    assert found == {"folder": found["folder"], "name": "some/tiny", "licence": "openrail++", "revision": COMMIT}
-    assert held(found["folder"]) == WANTED
-    assert (Path(found["folder"]) / "unet/diffusion_pytorch_model.safetensors").read_bytes() == BIG
+    assert found == {"path": found["path"], "name": "some/tiny", "licence": "openrail++", "revision": COMMIT}
+    assert held(found["path"]) == WANTED
+    assert (Path(found["path"]) / "unet/diffusion_pytorch_model.safetensors").read_bytes() == BIG
     assert {name for name, _, _ in hub.sent} == WANTED and len(hub.sent) == len(WANTED)
     hub.shutdown()
     hub.server_close()
@@ -213,7 +213,7 @@ def test_a_file_goes_on_where_its_connection_broke(hub: Hub, tmp_path: Path) -> 
     found = fetch(tmp_path, hub.url, "some/tiny", ("unet",))
     first, second = (sent for sent in hub.sent if sent[0].endswith("model.safetensors"))
     assert first[1:] == (0, 11_000_000) and 0 < second[1] <= 11_000_000 and second[1] + second[2] == len(BIG)
-    assert (Path(found["folder"]) / "unet/diffusion_pytorch_model.safetensors").read_bytes() == BIG
+    assert (Path(found["path"]) / "unet/diffusion_pytorch_model.safetensors").read_bytes() == BIG
 
 
 def test_a_second_call_fetches_only_what_the_first_one_lacks(hub: Hub, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_second_call_fetches_only_what_the_first_one_lacks(hub: Hub, tmp_path:
     assert len(whole) > 2
     hub.broken, hub.sent = "", []
     found = fetch(tmp_path, hub.url, "some/tiny")
-    assert held(found["folder"]) == WANTED and {name for name, _, _ in hub.sent} == WANTED - whole
+    assert held(found["path"]) == WANTED and {name for name, _, _ in hub.sent} == WANTED - whole
 
 
 def test_root_parts_and_single_files_of_a_hub_model_are_parts_too(hub: Hub, tmp_path: Path) -> None:
@@ -236,9 +236,9 @@ def test_root_parts_and_single_files_of_a_hub_model_are_parts_too(hub: Hub, tmp_
         "deep/a.bin": b"x",
     }
     found = fetch(tmp_path, hub.url, "some/tiny@v1", (".",))
-    assert held(found["folder"]) == {"config.json", "diffusion_pytorch_model.safetensors"} and found["licence"] is None
+    assert held(found["path"]) == {"config.json", "diffusion_pytorch_model.safetensors"} and found["licence"] is None
     found = fetch(tmp_path, hub.url, f"some/tiny@{COMMIT}", ("deep/a.bin",))
-    assert "deep/a.bin" in held(found["folder"]) and "student.bin" not in held(found["folder"])
+    assert "deep/a.bin" in held(found["path"]) and "student.bin" not in held(found["path"])
 
 
 def test_everything_that_can_be_wrong_with_a_hub_model_is_one_clear_line(hub: Hub, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_the_licence_is_what_the_card_says(card: str | None, licence: str | None
     (tmp_path / "model_index.json").write_text("{}")
     if card is not None:
         (tmp_path / "README.md").write_text(card)
-    assert find_source(str(tmp_path)) == Source(tmp_path, tmp_path.name, licence, None)
+    assert find_weights(str(tmp_path)) == WeightsFolder(tmp_path, tmp_path.name, licence, None)
 
 
 def test_a_folder_is_taken_as_it_is_and_anything_else_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,21 +307,21 @@ def test_a_folder_is_taken_as_it_is_and_anything_else_is_one_clear_line(tmp_path
     with pytest.raises(
         InputError, match=r"student is not a diffusers model: it has no model_index.json and none of transformer, unet, vae"
     ):
-        find_source(str(student))
+        find_weights(str(student))
     (student / "transformer" / "config.json").write_text("{}")
-    assert find_source(str(student)).folder == student
+    assert find_weights(str(student)).path == student
     with pytest.raises(InputError, match=r"none of unet$"):
-        find_source(str(student), parts=("unet",))
+        find_weights(str(student), parts=("unet",))
     with pytest.raises(InputError, match=r"none of \.$"):
-        find_source(str(student), parts=(".",))
-    assert find_source(str(student / "transformer"), parts=(".",)).name == "transformer"
+        find_weights(str(student), parts=(".",))
+    assert find_weights(str(student / "transformer"), parts=(".",)).name == "transformer"
     monkeypatch.chdir(tmp_path)
-    assert find_source("student").name == find_source("./student/").name == "student"
+    assert find_weights("student").name == find_weights("./student/").name == "student"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert find_source("~/student").folder == student
+    assert find_weights("~/student").path == student
     for weights in ("absent", "./absent/model", "/absent/model", "student/transformer/config.json", "https://huggingface.co/a/b"):
         with pytest.raises(InputError, match=f"weights {weights!r} are neither a folder in diffusers layout nor a hub id"):
-            find_source(weights)
+            find_weights(weights)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ openvino = pytest.importorskip("openvino", reason="needs both engines")
 ENGINES = [name for name in installed() if name in ("cpu", "openvino")]
 pytestmark = pytest.mark.skipif(len(ENGINES) < 2, reason="needs both engines")
 HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="needs a processor with bf16: the error of such a build is measured")
+needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="needs a processor with bf16: the error of such a variant is measured")
 WIDTH, TOKENS = 64, 256
 
 
@@ -66,7 +66,7 @@ def graph(fragile: int, tolerance: float, off: float = 1.0) -> Graph:
 
 
 def made(graph: Graph, precisions: list[str], folder: Path, engines: list[str] = ENGINES) -> tuple[list[str], list[str]]:
-    """The precisions of the builds, and what was said."""
+    """The precisions of the variants, and what was said."""
     said: list[str] = []
     builds = build(graph, precisions, folder, engines, said.append)
     assert {file.path for each in builds for file in each.files} == {file.name for file in folder.iterdir()}

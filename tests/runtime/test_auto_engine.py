@@ -24,8 +24,8 @@ def two_engines(monkeypatch: pytest.MonkeyPatch) -> None:
 def bundle(original: Bundle) -> Bundle:
     """A bundle whose generator has a second build, in bf16 for OpenVINO alone."""
     (build,) = original.graphs["generator"]
-    builds = (build, replace(build, precision="bf16", engines=("openvino",)))
-    return replace(original, graphs={**original.graphs, "generator": builds})
+    variants = (build, replace(build, precision="bf16", engines=("openvino",)))
+    return replace(original, graphs={**original.graphs, "generator": variants})
 
 
 def test_without_a_measurement_it_is_cpu_then_openvino_with_the_first_build_of_each_graph(
@@ -91,7 +91,7 @@ def test_a_damaged_file_is_no_measurement(bundle: Bundle, damaged: bytes) -> Non
 
 def test_a_bundle_that_serves_no_installed_engine_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto_engine, "installed", lambda: ("cpu",))
-    only = {graph: tuple(replace(build, engines=("openvino",)) for build in builds) for graph, builds in bundle.graphs.items()}
+    only = {graph: tuple(replace(build, engines=("openvino",)) for build in variants) for graph, variants in bundle.graphs.items()}
     with pytest.raises(BundleError, match=re.escape("bundle 'tiny' serves openvino, installed are cpu")):
         choose(replace(bundle, graphs=only), Cache())
 

@@ -1,4 +1,4 @@
-"""`bench` measures every build of every graph and leaves behind what engine "auto" takes."""
+"""`bench` measures every variant of every graph and leaves behind what engine "auto" takes."""
 
 import json
 from dataclasses import replace
@@ -41,12 +41,12 @@ def no_cold_start(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 @pytest.fixture
 def bundle(original: Bundle, folder: Path) -> Bundle:
-    """A bundle with three builds of the generator and two of the decoder; the last of each is for an engine that is not here."""
+    """A bundle with three variants of the generator and two of the decoder; the last of each is for an engine that is not here."""
 
     def more(graph: str, *precisions: str) -> tuple[Any, ...]:
-        (build,) = original.graphs[graph]
-        others = [replace(build, precision=precision) for precision in precisions]
-        return build, *others, replace(build, precision="tf32", engines=("cuda",))
+        (variant,) = original.graphs[graph]
+        others = [replace(variant, precision=precision) for precision in precisions]
+        return variant, *others, replace(variant, precision="tf32", engines=("cuda",))
 
     graphs = {**original.graphs, "generator": more("generator", "fp16", "bf16"), "decoder": more("decoder", "fp16")}
     return replace(original, graphs=graphs).save(folder)
@@ -58,14 +58,14 @@ def test_every_build_of_the_engine_is_measured_and_the_fastest_of_each_graph_is_
     said: list[str] = []
     document = bench(bundle, [ENGINE], None, None, 3, said.append)
     found = document["engines"][ENGINE]
-    assert {graph: list(builds) for graph, builds in found["builds"].items()} == {
+    assert {graph: list(variants) for graph, variants in found["variants"].items()} == {
         "text_encoder": ["fp32"],
         "generator": ["fp32", "fp16", "bf16"],
         "decoder": ["fp32", "fp16"],
     }
-    for graph, builds in found["builds"].items():
-        assert all(0 < taken["p50"] <= taken["p95"] for taken in builds.values())
-        assert found["precision"][graph] == min(builds, key=lambda name: builds[name]["p50"])
+    for graph, variants in found["variants"].items():
+        assert all(0 < taken["p50"] <= taken["p95"] for taken in variants.values())
+        assert found["precision"][graph] == min(variants, key=lambda name: variants[name]["p50"])
     assert found["runs"] == 3
     for way in ("plain", "negative"):
         assert sum(found[way][graph]["p50"] for graph in GRAPHS) < 2 * found[way]["total"]["p50"]
@@ -119,8 +119,8 @@ def test_what_load_does_not_do_by_itself_is_measured_but_not_remembered(
 ) -> None:
     found = bench(bundle, [ENGINE], precision, threads, 1, lambda line: None)["engines"][ENGINE]
     if precision is not None:
-        assert list(found["builds"]["generator"]) == [precision.rpartition("=")[2]]
-        assert all(len(builds) == 1 for builds in found["builds"].values())
+        assert list(found["variants"]["generator"]) == [precision.rpartition("=")[2]]
+        assert all(len(variants) == 1 for variants in found["variants"].values())
     assert measurements(bundle, Cache()) == {}
 
 
@@ -128,11 +128,11 @@ def test_a_bundle_without_text_encoder_is_measured_with_the_prompts_that_it_know
     bundle: Bundle, no_cold_start: list[tuple[Any, ...]]
 ) -> None:
     states = {text: {"states": np.ones((1, tokens, 4), np.float32)} for tokens, text in enumerate(("a cat", "a red fox"), 2)}
-    graphs = {graph: builds for graph, builds in bundle.graphs.items() if graph != "text_encoder"}
+    graphs = {graph: variants for graph, variants in bundle.graphs.items() if graph != "text_encoder"}
     text = replace(bundle.text, tokenizer=None)
     bundle = replace(bundle, graphs=graphs, text=text, prompts=write_prompts(bundle.folder, states)).save(bundle.folder)
     found = bench(bundle, [ENGINE], None, None, 2, lambda line: None)["engines"][ENGINE]
-    assert set(found["builds"]) == {"generator", "decoder"}
+    assert set(found["variants"]) == {"generator", "decoder"}
     assert found["negative"]["total"]["p50"] > 0
     assert no_cold_start[0][-1] in states
     assert choose(bundle, Cache()).precision == found["precision"]

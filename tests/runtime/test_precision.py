@@ -1,4 +1,4 @@
-"""Precisions as people write them, and the builds that they select."""
+"""Precisions as people write them, and the variants that they select."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 
 from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.errors import BundleError, InputError
-from snoopi_rt.runtime.precision import format_precision, parse_precision, select_builds
+from snoopi_rt.runtime.precision import format_precision, parse_precision, select_variants
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def mixed(original: Bundle) -> Bundle:
     """The tiny bundle with the text encoder in fp32 and int4, the generator in fp32, int8 and (openvino) bf16, the decoder in fp32."""
 
     def build(graph: str, precision: str, engines: tuple[str, ...] = ("cpu", "openvino")) -> object:
-        return replace(original.build(graph, "cpu"), precision=precision, engines=engines)
+        return replace(original.variant(graph, "cpu"), precision=precision, engines=engines)
 
     text_encoder = (build("text_encoder", "fp32"), build("text_encoder", "int4"))
     generator = (build("generator", "fp32"), build("generator", "int8"), build("generator", "bf16", ("openvino",)))
@@ -52,7 +52,7 @@ def test_what_is_no_precision_is_one_clear_line(text: str, message: str) -> None
 
 
 def chosen(bundle: Bundle, engine: str, precision: str | dict[str, str] | None) -> list[str]:
-    return [build.precision for build in select_builds(bundle, engine, precision).values()]
+    return [build.precision for build in select_variants(bundle, engine, precision).values()]
 
 
 def test_without_a_precision_each_graph_takes_its_first_build(mixed: Bundle) -> None:
@@ -85,12 +85,12 @@ def test_a_graph_that_the_bundle_leaves_out_cannot_be_named(prompts_only: Bundle
 
 def test_an_engine_that_the_bundle_does_not_serve_comes_before_the_precision(mixed: Bundle) -> None:
     with pytest.raises(BundleError, match="bundle 'tiny' has no generator for engine 'cuda', it serves cpu, openvino"):
-        select_builds(mixed, "cuda", "int9")
+        select_variants(mixed, "cuda", "int9")
 
 
 @pytest.mark.parametrize("given", [None, "int8", "text_encoder=int4", "generator=int8,text_encoder=int4"])
 def test_what_was_selected_is_written_so_that_it_selects_the_same(mixed: Bundle, given: str | None) -> None:
-    builds = select_builds(mixed, "cpu", given)
-    assert select_builds(mixed, "cpu", format_precision(builds)) == builds
-    assert format_precision(select_builds(mixed, "cpu", "text_encoder=int4")) == "text_encoder=int4,generator=fp32,decoder=fp32"
-    assert format_precision(select_builds(mixed, "cpu", None)) == "fp32"
+    variants = select_variants(mixed, "cpu", given)
+    assert select_variants(mixed, "cpu", format_precision(variants)) == variants
+    assert format_precision(select_variants(mixed, "cpu", "text_encoder=int4")) == "text_encoder=int4,generator=fp32,decoder=fp32"
+    assert format_precision(select_variants(mixed, "cpu", None)) == "fp32"

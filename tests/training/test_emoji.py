@@ -108,7 +108,7 @@ def test_a_folder_without_a_set_says_how_to_make_one(tmp_path):
 
 def test_every_set_carries_its_notice_and_contact_sheet(pictures):
     assert "Microsoft" in (pictures / "NOTICE.txt").read_text()
-    assert (pictures / "contact_sheet.png").stat().st_size > 10_000
+    assert (pictures / "image_grid.png").stat().st_size > 10_000
     assert json.loads((pictures / "dataset.json").read_text())["count"] == 400
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from snoopi_rt.export.training.pgsb import clamped_clip_loss, guided, kappas, lora_loss, vsd_gradient, vsd_loss
+from snoopi_rt.export.training.pgsb import clamped_clip_loss, guidance_scales, guided, lora_loss, vsd_gradient, vsd_loss
 from snoopi_rt.export.training.schedule import Schedule
 
 RANDOM = torch.Generator().manual_seed(0)
@@ -28,11 +28,11 @@ def test_both_teachers_share_the_draw_of_kappa_and_the_other_takes_the_mean_or_a
         "lora": (mean, low_to_high),
         "none": (mean, mean),
     }.items():
-        found = kappas(uniform, 1.0, 3.0, random_on)
+        found = guidance_scales(uniform, 1.0, 3.0, random_on)
         torch.testing.assert_close(found[0], frozen)
         torch.testing.assert_close(found[1], lora)
         for scale in (1.0, 4.5):
-            own = kappas(uniform, 1.0, 3.0, random_on, scale)
+            own = guidance_scales(uniform, 1.0, 3.0, random_on, scale)
             torch.testing.assert_close(own[0], frozen)
             torch.testing.assert_close(own[1], torch.full((3, 1, 1, 1), scale))
 

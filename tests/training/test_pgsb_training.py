@@ -69,8 +69,8 @@ def assert_near(one: list[dict[str, float]], other: list[dict[str, float]], tole
 
 @pytest.mark.parametrize("backbone", PARTS)
 def test_a_student_is_distilled_and_exports_as_it_lies_there(teachers: Path, tmp_path: Path, backbone: str) -> None:
-    from snoopi_rt.export.exporter import Wishes, export
-    from snoopi_rt.export.source import find_origin
+    from snoopi_rt.export.exporter import ExportOptions, export
+    from snoopi_rt.export.source import find_source
 
     steps = distil(teachers, tmp_path / "student", backbone)
     assert [row["step"] for row in steps] == [0, 1, 2] and all(row["vsd"] > 0 and row["norm"] > 0 for row in steps[1:])
@@ -79,8 +79,8 @@ def test_a_student_is_distilled_and_exports_as_it_lies_there(teachers: Path, tmp
     assert before.keys() == after.keys() and any(not torch.equal(before[key].half(), after[key]) for key in before)
     assert (tmp_path / "student" / "text_encoder").is_symlink()
     settings = ["prediction=v"] if backbone == "sd21" else []
-    origin = find_origin(None, str(tmp_path / "student"), f"pgsb-{backbone}", settings)
-    wishes = Wishes(sizes=((64, 64),), precision={graph: ["fp32"] for graph in ("text_encoder", "generator", "decoder")})
+    origin = find_source(None, str(tmp_path / "student"), f"pgsb-{backbone}", settings)
+    wishes = ExportOptions(sizes=((64, 64),), precision={graph: ["fp32"] for graph in ("text_encoder", "generator", "decoder")})
     assert export(origin, tmp_path / "bundle", wishes).backbone == backbone
 
 

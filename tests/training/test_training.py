@@ -324,9 +324,9 @@ def test_the_student_learns_and_its_frozen_teacher_stays(road, monkeypatch, tmp_
 def test_the_road_ends_in_a_bundle_that_draws(road, tmp_path):
     import snoopi_rt
     from snoopi_rt.export.exporter import export
-    from snoopi_rt.export.source import find_origin
+    from snoopi_rt.export.source import find_source
 
-    bundle = export(find_origin("small", str(road / "student")), tmp_path / "bundle")
+    bundle = export(find_source("small", str(road / "student")), tmp_path / "bundle")
     assert bundle.guidance.kind == "nasa"
     with snoopi_rt.load(tmp_path / "bundle", engine="cpu") as pipe:
         result = pipe.generate("a red disc", negative_prompt="blurry", seed=3)

@@ -1,7 +1,7 @@
 """The training set of the small model: scenes, their captions, and their pictures as latents and token states, in shards.
 
 A folder has shard-00000.safetensors and so on, each with `latents` (N, 8, 16, 16) fp16, `states` (sum of T, 384) fp16 and `ends` (N,)
-int64; captions-00000.jsonl and so on; prompts.txt, all that PG-SB needs; edits.jsonl, what negatives should do; contact_sheet.png;
+int64; captions-00000.jsonl and so on; prompts.txt, all that PG-SB needs; edits.jsonl, what negatives should do; image_grid.png;
 NOTICE.txt; and, written last, dataset.json. Picture i depends on (seed, i) alone. Shards that a stopped run left are kept.
 """
 
@@ -26,7 +26,7 @@ from snoopi_rt.export.small_model.dataset.scene import Scene, Vocabulary, captio
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED, load_sprites
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training.edits import KEYS
-from snoopi_rt.export.training.image_grid import contact_sheet
+from snoopi_rt.export.training.image_grid import image_grid
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_tensors
 from snoopi_rt.export.weights.text_files import check_folder, read_json
@@ -101,7 +101,7 @@ def _write_shard(
         samples += [sample for sample, _ in drawn]
         latents.append(encoded(network, pictures))
         if first == 0:
-            contact_sheet(pictures, [sample.caption for sample in samples]).save(out / "contact_sheet.png")
+            image_grid(pictures, [sample.caption for sample in samples]).save(out / "image_grid.png")
         bar.update(len(drawn))
     states, lengths = encode([sample.caption for sample in samples])
     tokens = torch.cat([row[:length] for row, length in zip(states, lengths.tolist(), strict=True)])

@@ -22,7 +22,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from snoopi_rt.errors import InputError, SnoopiError
-from snoopi_rt.export.training.image_grid import contact_sheet
+from snoopi_rt.export.training.image_grid import image_grid
 from snoopi_rt.export.training.small.concepts import CONCEPTS, Concept, with_article
 from snoopi_rt.files import sha256, write_whole
 from snoopi_rt.request import integer
@@ -103,7 +103,7 @@ class Row:
 
 def build(out: Path, count: int, seed: int) -> None:
     """Writes `count` captioned pictures to the folder `out`: pictures.npy (count, 128, 128, 3) uint8, captions.jsonl, prompts.txt,
-    negatives.txt, contact_sheet.png, NOTICE.txt and, last, dataset.json.
+    negatives.txt, image_grid.png, NOTICE.txt and, last, dataset.json.
 
     Raises InputError where `out` already holds a set, SnoopiError where npm is missing or fails.
     """
@@ -124,7 +124,7 @@ def write_set(out: Path, sprites: dict[tuple[str, str], Image.Image], count: int
             lines.write(json.dumps(asdict(row)) + "\n")
     pictures.flush()
     rows = _read_rows(out)
-    contact_sheet(pictures[:64], [row.caption for row in rows[:64]]).save(out / "contact_sheet.png")
+    image_grid(pictures[:64], [row.caption for row in rows[:64]]).save(out / "image_grid.png")
     # What the student is distilled on: it never sees the compositions of the test split.
     write_whole(out / PROMPTS, "".join(f"{row.caption}\n" for row in rows if row.split == "train").encode())
     write_whole(out / NEGATIVES, "".join(f"{each}\n" for each in negatives()).encode())

@@ -12,7 +12,7 @@ from snoopi_rt.export.attention import PlainAttention
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.small.autoencoder import to_pictures
-from snoopi_rt.export.training.small.emoji import contact_sheet
+from snoopi_rt.export.training.small.emoji import image_grid
 from snoopi_rt.export.training.small.latents import Captions, encode_captions, load_captions, load_latents
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, require, save_diffusers
@@ -116,7 +116,7 @@ def sample_captions(prompts: Sequence[str] = SAMPLE_PROMPTS) -> Captions:
 
 def sheet(latents: Tensor, autoencoder: AutoencoderTiny, prompts: Sequence[str], path: Path) -> None:
     """Writes the decoded latents with their prompts as one picture."""
-    contact_sheet(to_pictures(autoencoder.decoder(latents)), list(prompts)).save(path)
+    image_grid(to_pictures(autoencoder.decoder(latents)), list(prompts)).save(path)
 
 
 def train(pictures: Path, autoencoder: Path, out: Path, recipe: Recipe, compiled: bool = False, start: Path | None = None) -> None:

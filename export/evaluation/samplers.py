@@ -43,7 +43,7 @@ class Draw(Protocol):
 
 
 @dataclass(frozen=True)
-class Drawer:
+class Sampler:
     """Something that draws, called as Draw. cell: the pixels of a side of its latents' cells. facts: what it is, for the report.
 
     bundle: where it is one, its folder.
@@ -59,7 +59,7 @@ class Drawer:
         return self.draw(prompts, seeds, negative, scale)
 
 
-def open_student(folder: Path | None) -> Drawer:
+def open_student(folder: Path | None) -> Sampler:
     """That of a bundle, None is the embedded one, or of a student's folder in diffusers layout. Raises InputError for another folder."""
     if folder is None or (folder / MANIFEST).exists():
         return _bundle(folder)
@@ -68,7 +68,7 @@ def open_student(folder: Path | None) -> Drawer:
     raise InputError(f"{folder} is neither a bundle (no {MANIFEST}) nor a student (no transformer/)")
 
 
-def open_teacher(folder: Path, decoder: Path | None = None) -> Drawer:
+def open_teacher(folder: Path, decoder: Path | None = None) -> Sampler:
     """That of a teacher's folder, by DDIM at its usual steps and guidance. decoder: the folder of another than its own vae."""
     if decoder is not None:
         check_folder(decoder)
@@ -81,7 +81,7 @@ def open_teacher(folder: Path, decoder: Path | None = None) -> Drawer:
             raise InputError("the teacher is drawn without negatives")
         return teacher.draw(network, prompts, noise)
 
-    return Drawer(
+    return Sampler(
         _in_torch(network, vae, latents, TEACHER_BATCH), "teacher", _cell(network, vae), {"weights": weights_hash(folder, decoder)}
     )
 
@@ -91,7 +91,7 @@ def weights_hash(folder: Path, decoder: Path | None = None) -> str:
     return fingerprint(*sorted(folder.glob("*/*.safetensors")), *([] if decoder is None else sorted(decoder.glob("*.safetensors"))))
 
 
-def _bundle(folder: Path | None) -> Drawer:
+def _bundle(folder: Path | None) -> Sampler:
     pipe = snoopi_rt.load(folder)
     batch = min(BATCH, pipe.max_batch)
 
@@ -103,10 +103,10 @@ def _bundle(folder: Path | None) -> Drawer:
         return np.concatenate(parts)
 
     facts = {"bundle": pipe.bundle.name, "hash": pipe.bundle.hash, "guidance": pipe.bundle.guidance.kind, "engine": pipe.engine}
-    return Drawer(draw, "student", pipe.bundle.latent.factor, facts, pipe.bundle)
+    return Sampler(draw, "student", pipe.bundle.latent.factor, facts, pipe.bundle)
 
 
-def _torch_student(folder: Path) -> Drawer:
+def _torch_student(folder: Path) -> Sampler:
     """In fp32, with the preset's guidance, as its bundle would draw."""
     network = load_module(folder / "transformer", PixArtTransformer2DModel)
     vae, guidance = load_decoder(Weights(folder), PRESET), PRESET.guidance("nasa")
@@ -127,7 +127,7 @@ def _torch_student(folder: Path) -> Drawer:
         return PRESET.rule.run(answer, noise)
 
     facts = {"weights": weights_hash(folder), "guidance": guidance.kind}
-    return Drawer(_in_torch(network, vae, latents, BATCH), "student", _cell(network, vae), facts)
+    return Sampler(_in_torch(network, vae, latents, BATCH), "student", _cell(network, vae), facts)
 
 
 def _in_torch(network: PixArtTransformer2DModel, decoder: Decoder, latents: Callable[..., Tensor], batch: int) -> Draw:
