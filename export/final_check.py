@@ -48,7 +48,7 @@ def draw_whole(bundle: Bundle, engines: Sequence[str], extremes: Sequence[Extrem
                 prompts = [pipe.prepare(text) for text in (bundle.prompts.texts[0], bundle.prompts.texts[-1])]
             for size, prompt, negative in _pictures(bundle, prompts):
                 pipe.generate(prompt, None if bundle.guidance.kind == "none" else negative, seed=0, size=size)
-        say(f"drawn whole on {engine}: {', '.join(prompt.text for prompt in prompts)}")
+        say(f"drawn whole on {engine}: {', '.join(prompts)}")
 
 
 def _pictures(bundle: Bundle, prompts: Sequence[Conditioning]) -> Iterator[tuple[tuple[int, int], Conditioning, Conditioning]]:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from snoopi_rt.bundle.bundle import Bundle
     from snoopi_rt.errors import BundleError, Cancelled, EngineError, EngineMissing, InputError, OutputError, SnoopiError
-    from snoopi_rt.pipeline import Pipeline, Result, load
+    from snoopi_rt.pipeline import Pipeline, load
     from snoopi_rt.prompt_encoder import Conditioning
+    from snoopi_rt.request import Request
+    from snoopi_rt.result import Result
 
 __version__ = "0.1.0"
 
@@ -22,7 +24,8 @@ _HOMES = {
     "InputError": "snoopi_rt.errors",
     "OutputError": "snoopi_rt.errors",
     "Pipeline": "snoopi_rt.pipeline",
-    "Result": "snoopi_rt.pipeline",
+    "Request": "snoopi_rt.request",
+    "Result": "snoopi_rt.result",
     "SnoopiError": "snoopi_rt.errors",
     "load": "snoopi_rt.pipeline",
 }
@@ -37,6 +40,7 @@ __all__ = [
     "InputError",
     "OutputError",
     "Pipeline",
+    "Request",
     "Result",
     "SnoopiError",
     "__version__",

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -19,12 +19,12 @@ from snoopi_rt.bundle.manifest import require
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import known_engine, load_engine
 from snoopi_rt.engines.base import Engine, Progress
-from snoopi_rt.errors import BundleError, InputError, OutputError
+from snoopi_rt.errors import BundleError, Cancelled, InputError, OutputError
 from snoopi_rt.prompt_encoder import Conditioning, PromptEncoder, States
-from snoopi_rt.request import Request, image_size, integer, prompt_text, requests
+from snoopi_rt.request import FIELDS, Request, image_size, integer, parse_requests, prompt_text, shown
 from snoopi_rt.result import Result
 from snoopi_rt.runtime.auto_engine import choose
-from snoopi_rt.runtime.deadline import Deadline, Event
+from snoopi_rt.runtime.deadline import AllSet, Deadline, Event
 from snoopi_rt.runtime.inputs import generator_feeds, in_batches
 from snoopi_rt.runtime.lazy_engine import LazyEngine
 from snoopi_rt.runtime.precision import format_precision, select_variants
@@ -36,14 +36,11 @@ EMBEDDED = Path(__file__).parent / "bundles" / "small"
 STAGES = GRAPHS
 CLOSING = 60.0
 """Seconds that closing a pipeline waits for stages that run."""
-Prompt = str | Conditioning
 Weights = Literal["auto", "memory", "mapped"]
 MOST_THREADS = 1024
 """More than cores that share memory: with tens of thousands an engine starts for minutes, and takes no signal meanwhile."""
 LITTLE = 2 * 2**30
 """Bytes of weights that are read where "auto" is to decide."""
-JOB = ("prompt", "negative_prompt", "negative_scale", "seed")
-"""What a job of `generate_many` may say: arguments of `generate`."""
 
 
 class Pipeline:
@@ -92,8 +89,8 @@ class Pipeline:
 
     def generate(
         self,
-        prompt: Prompt | Sequence[Prompt],
-        negative_prompt: Prompt | Sequence[Prompt | None] | None = None,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str | None] | None = None,
         negative_scale: float | Sequence[float | None] | None = None,
         seed: int | Sequence[int | None] | None = None,
         n: int = 1,
@@ -102,30 +99,46 @@ class Pipeline:
         timeout: float | None = None,
         cancel: Event | None = None,
     ) -> Result:
-        """The n images of each prompt, prompt by prompt; image i of a prompt uses seed + i, and no seed draws one.
+        """The n images of each prompt, prompt by prompt; image i of a prompt uses seed + i, and without a seed a random one.
 
-        Prompt, negative, scale and seed may be lists of one length; a prompt may be what `prepare` gave. `size` is (height, width);
-        `truncate` cuts prompts that are too long. After `timeout` seconds, or once `cancel` is set, no further stage begins.
-        Raises InputError for what cannot be asked, OutputError where a stage gives NaN, infinity or a picture of one value, Cancelled.
+        Prompt, negative, scale and seed may be lists of one length; a prompt may be what `prepare` returned. `size`, `truncate`, `timeout`
+        and `cancel`: see `run`, which raises for the same reasons.
+        """
+        requests = parse_requests(prompt, negative_prompt, negative_scale, seed, n, self.bundle.guidance)
+        return self.run(requests, size, truncate, timeout, cancel)
+
+    __call__ = generate
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        size: Sequence[int] | None = None,
+        truncate: bool = False,
+        timeout: float | None = None,
+        cancel: Event | None = None,
+    ) -> Result:
+        """One image per request, in order: what `generate`, batches and the server draw by.
+
+        `size` is (height, width), by default the bundle's first; `truncate` cuts prompts that are too long. After `timeout` seconds, or
+        once `cancel` is set, no further stage begins.
+        Raises InputError for requests that this bundle cannot draw, OutputError where a stage gives NaN, infinity or a picture of one
+        value, Cancelled.
         """
         start, deadline = time.perf_counter(), Deadline(timeout, cancel)
-        prepared: dict[str, States] = {}
-        prompt, negative_prompt = self._texts(prompt, prepared), self._texts(negative_prompt, prepared)
-        asked = requests(prompt, negative_prompt, negative_scale, seed, n, self.bundle.guidance)
+        requests = [self._checked(request) for request in requests]
+        if not requests:
+            raise InputError("no request: say what to draw")
         size = image_size(size, self.bundle.sizes)
         timings = dict.fromkeys(STAGES, 0.0)
         with self._turn:
-            states = self._encode(asked, truncate, prepared, timings, deadline)
-            batches = in_batches(asked, states, self._generator.open().inputs, self.max_batch)
+            states = self._encode(requests, truncate, timings, deadline)
+            batches = in_batches(requests, states, self._generator.open().inputs, self.max_batch)
             images = [self._images(batch, states, size, timings, deadline) for batch in batches]
             provider = self.provider
         timings["total"] = time.perf_counter() - start
         return Result(
             images=np.concatenate(images),
-            prompts=[request.prompt for request in asked],
-            negatives=[request.negative for request in asked],
-            scales=[request.scale for request in asked],
-            seeds=[request.seed for request in asked],
+            requests=tuple(requests),
             timings=timings,
             engine=self.engine,
             provider=provider,
@@ -133,10 +146,33 @@ class Pipeline:
             bundle=self.bundle.name,
             bundle_hash=self.bundle.hash,
             truncated=truncate,
-            warned={prompt: line for prompt in dict.fromkeys(request.prompt for request in asked) if (line := self.warning(prompt))},
+            warned={prompt: line for prompt in dict.fromkeys(request.prompt for request in requests) if (line := self.warning(prompt))},
         )
 
-    __call__ = generate
+    def run_each(
+        self,
+        groups: Sequence[Sequence[Request]],
+        size: Sequence[int] | None = None,
+        truncate: bool = False,
+        timeout: float | None = None,
+        cancel: Sequence[Event] | None = None,
+    ) -> list[Result | Exception]:
+        """A Result per group, or why it could not be drawn: all in one call of `run`, and where that fails each group by itself.
+
+        `cancel`: an event per group; a call ends early when the events of all its groups are set.
+        """
+        events = [] if cancel is None else list(cancel)
+        try:
+            together = self.run(
+                [request for group in groups for request in group], size, truncate, timeout, AllSet(events) if events else None
+            )
+        except Exception as error:
+            if len(groups) == 1 or isinstance(error, Cancelled):
+                return [error] * len(groups)
+            alone = [events[i : i + 1] or None for i in range(len(groups))]
+            return [self.run_each([group], size, truncate, timeout, event)[0] for group, event in zip(groups, alone, strict=True)]
+        ends = list(accumulate(map(len, groups)))
+        return [together[end - len(group) : end] for group, end in zip(groups, ends, strict=True)]
 
     async def generate_async(self, *arguments: Any, **named: Any) -> Result:
         """What `generate` gives, drawn in a thread; when the task is cancelled, no further stage begins."""
@@ -149,45 +185,54 @@ class Pipeline:
             cancel.set()
             raise
 
-    def generate_many(self, jobs: Iterable[str | Conditioning | Mapping[str, Any]], **shared: Any) -> Iterator[Result]:
-        """One result for each job, in order, drawn as many at once as the bundle takes; jobs are read as they are needed.
+    def generate_many(
+        self,
+        jobs: Iterable[str | Mapping[str, Any]],
+        size: Sequence[int] | None = None,
+        truncate: bool = False,
+        timeout: float | None = None,
+        cancel: Event | None = None,
+    ) -> Iterator[Result]:
+        """One result per job, in order, drawn as many at once as the bundle takes; jobs are read as they are needed.
 
-        A job is a prompt, or prompt, negative_prompt, negative_scale and seed by name. `shared` is what `generate` takes besides them.
-        Raises what `generate` raises, when the wrong job is reached: the results before it are given first.
+        A job is a prompt, or prompt, negative_prompt, negative_scale and seed by name. The rest is as in `run`, for each call of it.
+        Raises what `run` raises, when the wrong job is reached: the results before it come first.
         """
         waiting = iter(jobs)
-        if shared.get("n", 1) != 1:
-            raise InputError("a job is one image: give it twice instead of n=2")
-        while together := list(islice(waiting, self.max_batch)):
-            rows = [dict(job) if isinstance(job, Mapping) else {"prompt": job} for job in together]
-            if unknown := {name for row in rows for name in row} - set(JOB):
-                raise InputError(f"unknown {min(unknown)!r} in a job, choose from {', '.join(JOB)}")
-            try:
-                results: Iterable[Result] = self.generate(**columns(rows), **shared).split()
-            except InputError:
-                # One by one, to find the wrong one. None is drawn twice: a wrong job stops a batch before its first stage.
-                results = (self.generate(**row, **shared) for row in rows)
-            yield from results
+        while batch := list(islice(waiting, self.max_batch)):
+            groups: list[list[Request]] = []
+            wrong: Exception | None = None
+            for job in batch:
+                try:
+                    groups.append(self._job(job))
+                except InputError as error:
+                    wrong = error
+                    break
+            events = None if cancel is None else [cancel] * len(groups)
+            for result in self.run_each(groups, size, truncate, timeout, events) if groups else []:
+                if isinstance(result, Exception):
+                    raise result
+                yield result
+            if wrong is not None:
+                raise wrong
 
     def check(
         self,
-        prompt: Prompt | Sequence[Prompt],
-        negative_prompt: Prompt | Sequence[Prompt | None] | None = None,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str | None] | None = None,
         negative_scale: float | Sequence[float | None] | None = None,
         seed: int | Sequence[int | None] | None = None,
         n: int = 1,
         size: Sequence[int] | None = None,
         truncate: bool = False,
     ) -> list[Request]:
-        """What `generate` would draw, an entry an image, without drawing it. Raises InputError for what cannot be asked."""
-        prepared: dict[str, States] = {}
-        prompt, negative_prompt = self._texts(prompt, prepared), self._texts(negative_prompt, prepared)
-        asked = requests(prompt, negative_prompt, negative_scale, seed, n, self.bundle.guidance)
+        """The requests that `generate` would run, without drawing them. Raises InputError for what cannot be drawn."""
+        requests = parse_requests(prompt, negative_prompt, negative_scale, seed, n, self.bundle.guidance)
         image_size(size, self.bundle.sizes)
-        for text in dict.fromkeys(text for request in asked for text in (request.prompt, request.negative) if text is not None):
-            if text not in prepared:
+        for text in _texts(map(self._checked, requests)):
+            if not isinstance(text, Conditioning):
                 self._prompts.check(text, truncate)
-        return asked
+        return requests
 
     def warning(self, prompt: str) -> str | None:
         """A line about a prompt whose object is not in the bundle's vocabulary, so that its picture will show something else; else None."""
@@ -246,26 +291,33 @@ class Pipeline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _texts(self, given: Any, prepared: dict[str, States]) -> Any:
-        """The same with texts in the place of prepared prompts, whose states are put into `prepared`."""
-        if isinstance(given, list | tuple):
-            return [self._texts(each, prepared) for each in given]
-        if not isinstance(given, Conditioning):
-            return given
-        if given.bundle_hash != self.bundle.hash:
-            raise InputError(f"prompt {given.text!r} was prepared for another bundle")
-        prepared[given.text] = given.states
-        return given.text
+    def _job(self, job: str | Mapping[str, Any]) -> list[Request]:
+        """A job of `generate_many` as its one request."""
+        row = dict(job) if isinstance(job, Mapping) else {"prompt": job}
+        if unknown := row.keys() - set(FIELDS):
+            raise InputError(f"unknown {min(unknown)!r} in a job, choose from {', '.join(FIELDS)}")
+        values = {name: row.get(name) for name in FIELDS}
+        if wrong := next((value for value in values.values() if isinstance(value, list | tuple)), None):
+            raise InputError(f"a job is one image, and {shown(wrong)} is a list")
+        return parse_requests(**values, n=1, guidance=self.bundle.guidance)
 
-    def _encode(
-        self, asked: list[Request], truncate: bool, prepared: dict[str, States], timings: dict[str, float], deadline: Deadline
-    ) -> dict[str, States]:
-        """The states of all texts that are asked for."""
-        texts = dict.fromkeys(text for request in asked for text in (request.prompt, request.negative) if text is not None)
+    def _checked(self, request: Request) -> Request:
+        """The request as this bundle can draw it. Raises InputError."""
+        request = request.checked(self.bundle.guidance)
+        for text in request.texts:
+            if isinstance(text, Conditioning) and text.bundle_hash != self.bundle.hash:
+                raise InputError(f"prompt {str(text)!r} was prepared for another bundle")
+        return request
+
+    def _encode(self, requests: Sequence[Request], truncate: bool, timings: dict[str, float], deadline: Deadline) -> dict[str, States]:
+        """The states of all prompts and negative prompts."""
         with _timed(timings, "text_encoder"):
             try:
-                states = dict(prepared)
-                for text in (text for text in texts if text not in prepared):
+                states: dict[str, States] = {}
+                for text in _texts(requests):
+                    if isinstance(text, Conditioning):
+                        states[text] = text.states
+                        continue
                     deadline.check("text_encoder")
                     states[text] = self._prompts.encode(text, truncate)
                 return states
@@ -399,9 +451,10 @@ def _runs_on(variant: Variant, engine: str) -> str:
     return engine if engine in variant.engines else TEXT_ENGINE
 
 
-def columns(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Jobs by name to the lists that `generate` takes."""
-    return {name: [job.get(name) for job in jobs] for name in JOB}
+def _texts(requests: Iterable[Request]) -> list[str]:
+    """Every prompt and negative prompt once, prepared ones before others: what is equal to them needs no text encoder."""
+    texts = [text for request in requests for text in request.texts]
+    return list(dict.fromkeys(sorted(texts, key=lambda text: not isinstance(text, Conditioning))))
 
 
 @contextmanager

@@ -7,10 +7,10 @@ import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -32,19 +32,20 @@ NAMED = 10
 """How many of the known prompts an error names."""
 
 
-@dataclass(frozen=True, eq=False)
-class Conditioning:
-    """A prompt whose states are at hand: `Pipeline.prepare` makes it, and it may stand wherever a prompt or a negative does.
+class Conditioning(str):
+    """A prompt that carries its states, for one bundle: `Pipeline.prepare` makes it, and it may stand wherever a prompt does.
 
-    `bundle_hash`: of the bundle that it is for.
+    states: the text encoder's outputs by name, float32, one prompt: (1, T, D) and the like. bundle_hash: SHA-256 of the bundle.json of
+    the bundle that it is for.
     """
 
-    text: str
     states: States
     bundle_hash: str
 
-    def __str__(self) -> str:
-        return self.text
+    def __new__(cls, text: str, states: States, bundle_hash: str) -> Self:
+        self = super().__new__(cls, text)
+        self.states, self.bundle_hash = states, bundle_hash
+        return self
 
 
 class PromptEncoder:
@@ -63,7 +64,7 @@ class PromptEncoder:
         self._kept: OrderedDict[str | bytes, States] = OrderedDict()
         self._bytes = 0
         self._carried_file: bytes | None = None
-        # EngineOptions takes long: meanwhile other threads get the prompts that are kept.
+        # Opening takes long: meanwhile other threads get the prompts that are kept.
         self._lock = threading.Lock()
 
     def encode(self, prompt: str, truncate: bool = False) -> States:

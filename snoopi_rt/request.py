@@ -3,7 +3,7 @@
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,19 +21,32 @@ SHOWN = 200
 
 @dataclass(frozen=True)
 class Request:
-    """One image. Without a negative prompt `negative` and `scale` are None."""
+    """One image. Without a negative prompt `negative_prompt` and `negative_scale` are None. `Pipeline.run` draws requests."""
 
     prompt: str
-    negative: str | None
-    scale: float | None
+    negative_prompt: str | None
+    negative_scale: float | None
     seed: int
 
-    def job(self) -> dict[str, Any]:
-        """The arguments of `Pipeline.generate` that ask for it."""
-        return {"prompt": self.prompt, "negative_prompt": self.negative, "negative_scale": self.scale, "seed": self.seed}
+    @property
+    def texts(self) -> list[str]:
+        """The prompt, and the negative prompt if there is one."""
+        return [text for text in (self.prompt, self.negative_prompt) if text is not None]
+
+    def checked(self, guidance: Guidance) -> "Request":
+        """The request in its usual types, with the bundle's default scale if it has none. Raises InputError for a value out of range."""
+        negative = _negative(self.negative_prompt, guidance)
+        if negative is None and self.negative_scale is not None:
+            raise InputError(f"negative scale {shown(self.negative_scale)} without a negative prompt: give both, or neither")
+        scale = None if negative is None else _scale(self.negative_scale, guidance)
+        return Request(prompt_text(self.prompt), negative, scale, check_seed(self.seed))
 
 
-def requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, n: Any, guidance: Guidance) -> list[Request]:
+FIELDS = tuple(field.name for field in fields(Request))
+"""What a request says: arguments of `Pipeline.generate`, columns of prompt files."""
+
+
+def parse_requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, n: Any, guidance: Guidance) -> list[Request]:
     """The n requests of each prompt, prompt by prompt, with seeds seed, seed + 1 and so on; raises InputError."""
     count = integer("n", n, 1, MAX_IMAGES)
     rows = _rows(prompt=prompt, negative_prompt=negative_prompt, negative_scale=negative_scale, seed=seed)
@@ -42,14 +55,15 @@ def requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, 
     negatives = [_negative(row["negative_prompt"], guidance) for row in rows]
     # One scale for a list of prompts needs a negative prompt somewhere; a list of scales needs one wherever it has a scale.
     shared = any(negatives) and not isinstance(negative_scale, list | tuple)
-    result = []
+    requests = []
     for row, negative in zip(rows, negatives, strict=True):
-        scale = guidance.scale.default if row["negative_scale"] is None else _scale(row["negative_scale"], guidance)
-        if negative is None and row["negative_scale"] is not None and not shared:
-            raise InputError(f"negative scale {shown(row['negative_scale'])} without a negative prompt: give both, or neither")
-        text = prompt_text(row["prompt"])
-        result += [Request(text, negative, None if negative is None else scale, seed) for seed in seeds_from(row["seed"], count)]
-    return result
+        scale = row["negative_scale"]
+        if shared and negative is None:
+            _scale(scale, guidance)
+            scale = None
+        first = Request(row["prompt"], negative, scale, 0).checked(guidance)
+        requests += [replace(first, seed=number) for number in seeds_from(row["seed"], count)]
+    return requests
 
 
 def image_size(size: Sequence[int] | None, sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
@@ -138,6 +152,9 @@ def _negative(negative: Any, guidance: Guidance) -> str | None:
 
 
 def _scale(scale: Any, guidance: Guidance) -> float:
+    """The scale, by default the bundle's; raises InputError where it is none of the bundle's."""
+    if scale is None:
+        return guidance.scale.default
     low, high = guidance.scale.min, guidance.scale.max
     real = isinstance(scale, Real) and not isinstance(scale, bool)
     if not real or not low <= scale <= high:  # no NaN either

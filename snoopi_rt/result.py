@@ -1,7 +1,7 @@
 """What `Pipeline.generate` returns: images, and what is needed to make each of them again."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from snoopi_rt import __version__
+from snoopi_rt.request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,37 +17,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """Images (n, H, W, 3) uint8 and, image by image, what made them; `timings` are seconds by stage, and in `total`.
-
-    `provider` is what the engine really ran on, in the words of its package; `precision` is what `load` takes to run the same variants;
-    `warned` has a line for each prompt that asks for what the model does not know.
-    """
+    """Images, and the requests that they were drawn from. `result[2:5]` is the Result of some of them, and a loop gives one per image."""
 
     images: np.ndarray
-    prompts: list[str]
-    negatives: list[str | None]
-    scales: list[float | None]
-    seeds: list[int]
+    """uint8 (n, H, W, 3)."""
+    requests: tuple[Request, ...]
+    """One per image, in order."""
     timings: dict[str, float]
+    """Seconds by stage, and in `total`, of the call that drew these images and maybe others."""
     engine: str
     provider: str
+    """What the engine really ran on, in the words of its package."""
     precision: str
+    """What `load` takes to run the same variants."""
     bundle: str
     bundle_hash: str
     truncated: bool
+    """Whether prompts that are too long were to be cut."""
     warned: Mapping[str, str] = field(default_factory=dict)
+    """A line for each prompt that asks for something that the model does not know."""
 
     def __repr__(self) -> str:
         height, width = self.images.shape[1:3]
-        prompt = self.prompts[0] if len(self.prompts[0]) <= 40 else f"{self.prompts[0][:37]}..."
-        prompts = repr(prompt) + (f" and {count - 1} more" if (count := len(dict.fromkeys(self.prompts))) > 1 else "")
-        seeds = f"seed {self.seeds[0]}" + (f" to {self.seeds[-1]}" if len(self) > 1 else "")
+        first, last = self.requests[0], self.requests[-1]
+        prompt = first.prompt if len(first.prompt) <= 40 else f"{first.prompt[:37]}..."
+        others = len({request.prompt for request in self.requests}) - 1
+        prompts = repr(str(prompt)) + (f" and {others} more" if others else "")
+        seeds = f"seed {first.seed}" + (f" to {last.seed}" if len(self) > 1 else "")
         return f"<Result: {len(self)} of {width}x{height}, {prompts}, {seeds}, {self.engine}, {self.timings['total']:.3f} s>"
 
     @property
+    def seeds(self) -> list[int]:
+        """The seed of each image."""
+        return [request.seed for request in self.requests]
+
+    @property
     def warnings(self) -> tuple[str, ...]:
-        """Why these images may not show what was asked for, a line a reason."""
-        return tuple(dict.fromkeys(self.warned[prompt] for prompt in self.prompts if prompt in self.warned))
+        """Why these images may not show what was asked for, one line per reason."""
+        return tuple(dict.fromkeys(self.warned[request.prompt] for request in self.requests if request.prompt in self.warned))
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows: the image, or all of them in a grid."""
@@ -63,28 +71,24 @@ class Result:
         from snoopi_rt import image
         from snoopi_rt.image_names import image_paths, is_folder
 
-        paths = image_paths(path, None, self.prompts, self.seeds, self.scales)
+        prompts, scales = zip(*((request.prompt, request.negative_scale) for request in self.requests), strict=True)
+        paths = image_paths(path, None, prompts, self.seeds, scales)
         taken: image.Taken = "count" if is_folder(path) else "replace"
         return [image.save(self.images[i], each, self.metadata(i), taken) for i, each in enumerate(paths)]
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def part(self, first: int, count: int) -> "Result":
-        """That many of the images, from `first` on; the timings are those of all."""
-        part = slice(first, first + count)
-        return replace(
-            self,
-            images=self.images[part],
-            prompts=self.prompts[part],
-            negatives=self.negatives[part],
-            scales=self.scales[part],
-            seeds=self.seeds[part],
-        )
+    def __getitem__(self, index: int | slice) -> "Result":
+        """The Result of one image, or of several."""
+        part = index if isinstance(index, slice) else slice(index, index + 1 or None)
+        requests = self.requests[part]
+        if not requests:
+            raise IndexError(f"no image {index} among {len(self)}")
+        return replace(self, images=self.images[part], requests=requests)
 
-    def split(self) -> "list[Result]":
-        """A result for each image."""
-        return [self.part(i, 1) for i in range(len(self))]
+    def __iter__(self) -> Iterator["Result"]:
+        return (self[i] for i in range(len(self)))
 
     def pil(self) -> "list[Image]":
         """The images as Pillow images."""
@@ -95,11 +99,8 @@ class Result:
     def metadata(self, index: int) -> dict[str, str]:
         """What is needed to make image `index` again, as text; what was not given is absent."""
         height, width = self.images.shape[1:3]
-        given = {
-            "prompt": self.prompts[index],
-            "negative_prompt": self.negatives[index],
-            "negative_scale": self.scales[index],
-            "seed": self.seeds[index],
+        values = {
+            **vars(self.requests[index]),
             "size": f"{width}x{height}",
             "truncate": "yes" if self.truncated else None,
             "engine": self.engine,
@@ -108,4 +109,4 @@ class Result:
             "bundle_hash": self.bundle_hash,
             "snoopi_rt": __version__,
         }
-        return {key: str(value) for key, value in given.items() if value is not None}
+        return {key: str(value) for key, value in values.items() if value is not None}

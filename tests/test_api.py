@@ -19,6 +19,7 @@ PUBLIC = [
     "InputError",
     "OutputError",
     "Pipeline",
+    "Request",
     "Result",
     "SnoopiError",
     "__version__",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from snoopi_rt import Cancelled, Conditioning, InputError
+from snoopi_rt import Cancelled, Conditioning, InputError, Request, Result
 from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.fake import FakeEngine
@@ -47,7 +47,7 @@ def test_a_prepared_prompt_draws_what_its_text_draws_without_being_looked_up(pip
     fakes["text_encoder"].close()  # from here on nothing can be encoded
     found = pipe.generate([fox, "a cat"], blurry, 0.5, seed=1)
     np.testing.assert_array_equal(found.images, expected.images)
-    assert (found.prompts, found.negatives) == (expected.prompts, expected.negatives)
+    assert found.requests == expected.requests
 
 
 def test_a_prompt_that_was_prepared_for_another_bundle_is_refused(pipe: Pipeline) -> None:
@@ -71,23 +71,61 @@ def test_many_jobs_are_read_as_they_are_needed_and_drawn_together(pipe: Pipeline
     first = next(given)
     assert read == pipe.max_batch and fakes["generator"].calls == 1 and len(first) == 1
     found = [first, *(next(given) for _ in range(6))]
-    assert [result.prompts for result in found] == [["a cat"], ["a red fox"], ["a blue cat"], ["a fox"]] * 1 + [
-        ["a cat"],
-        ["a red fox"],
-        ["a blue cat"],
-    ]
+    prompts = ["a cat", "a red fox", "a blue cat", "a fox", "a cat", "a red fox", "a blue cat"]
+    assert [[request.prompt for request in result.requests] for result in found] == [[prompt] for prompt in prompts]
     alone = pipe.generate("a red fox", "blurry", 0.5, 4)
     np.testing.assert_array_equal(found[1].images, alone.images)
-    assert (found[1].seeds, found[1].scales, found[0].negatives) == ([4], [0.5], [None])
+    assert found[1].requests == (Request("a red fox", "blurry", 0.5, 4),) and found[0].requests[0].negative_prompt is None
 
 
 def test_a_wrong_job_is_an_error_when_it_is_reached(pipe: Pipeline) -> None:
     given = pipe.generate_many(["a cat", {"prompt": ""}, "a fox"])
-    assert next(given).prompts == ["a cat"]
+    assert next(given).requests[0].prompt == "a cat"
     with pytest.raises(InputError, match="prompt is empty"):
         next(given)
     with pytest.raises(InputError, match="unknown 'colour' in a job, choose from prompt, negative_prompt, negative_scale, seed"):
         next(pipe.generate_many([{"prompt": "a cat", "colour": "red"}]))
+    with pytest.raises(InputError, match=r"a job is one image, and \['a cat', 'a fox'\] is a list"):
+        next(pipe.generate_many([{"prompt": ["a cat", "a fox"]}]))
+
+
+def test_requests_draw_what_generate_draws_and_are_judged_alike(pipe: Pipeline) -> None:
+    requests = pipe.check(["a red fox", "a cat"], ["blurry", None], 0.5, seed=[4, 7], n=2)
+    result = pipe.run(requests)
+    np.testing.assert_array_equal(result.images, pipe.generate(["a red fox", "a cat"], ["blurry", None], 0.5, seed=[4, 7], n=2).images)
+    assert list(result.requests) == requests
+    for wrong in (
+        Request("", None, None, 1),
+        Request("a cat", None, 0.5, 1),
+        Request("a cat", "blurry", 9.0, 1),
+        Request("a cat", None, None, -1),
+    ):
+        with pytest.raises(InputError):
+            pipe.run([*requests, wrong])
+    with pytest.raises(InputError, match="no request"):
+        pipe.run([])
+
+
+def test_of_groups_drawn_together_a_wrong_one_costs_the_others_nothing(pipe: Pipeline) -> None:
+    cat, fox = pipe.check("a cat", seed=1), pipe.check("a fox", "blurry", seed=2, n=2)
+    first, error, last = pipe.run_each([cat, [Request("a cat", None, None, -1)], fox])
+    assert isinstance(error, InputError) and isinstance(first, Result) and isinstance(last, Result)
+    assert first.requests == tuple(cat) and last.requests == tuple(fox)
+    np.testing.assert_array_equal(last.images, pipe.run(fox).images)
+    gone = threading.Event()
+    gone.set()
+    answers = pipe.run_each([cat, fox], cancel=[gone, gone])
+    assert all(isinstance(answer, Cancelled) for answer in answers)
+    assert all(isinstance(answer, Result) for answer in pipe.run_each([cat, fox], cancel=[gone, threading.Event()]))
+
+
+def test_a_part_of_a_result_is_a_result(pipe: Pipeline) -> None:
+    result = pipe.generate(["a cat", "a red fox"], seed=3, n=2)
+    np.testing.assert_array_equal(result[1:3].images, result.images[1:3])
+    assert result[1:3].seeds == [4, 3] and result[-1].requests == result.requests[-1:]
+    assert [one.seeds for one in result] == [[3], [4], [3], [4]]
+    with pytest.raises(IndexError):
+        result[4]
 
 
 def test_no_stage_begins_after_the_timeout(slow: Pipeline) -> None:

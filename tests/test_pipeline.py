@@ -85,33 +85,32 @@ def test_a_result_says_what_the_engine_really_ran_on(original: Bundle, name: str
 
 def test_lists_go_prompt_by_prompt_and_a_batch_changes_no_image(pipe: Pipeline, fakes: dict[str, FakeEngine], functions: Functions) -> None:
     result = pipe.generate(["a red fox", "a cat"], [None, "blurry"], 0.75, seed=[5, 2**32 - 3], n=3, size=(16, 24))
-    assert result.prompts == ["a red fox"] * 3 + ["a cat"] * 3
-    assert result.negatives == [None] * 3 + ["blurry"] * 3
-    assert result.scales == [None] * 3 + [0.75] * 3
+    assert [request.prompt for request in result.requests] == ["a red fox"] * 3 + ["a cat"] * 3
+    assert [request.negative_prompt for request in result.requests] == [None] * 3 + ["blurry"] * 3
+    assert [request.negative_scale for request in result.requests] == [None] * 3 + [0.75] * 3
     assert result.seeds == [5, 6, 7, 2**32 - 3, 2**32 - 2, 2**32 - 1]
     assert fakes["generator"].calls == 2, "six images are a batch of four and one of two"
-    for image, prompt, negative, scale, seed in zip(
-        result.images, result.prompts, result.negatives, [0.0] * 3 + [0.75] * 3, result.seeds, strict=True
-    ):
-        alone = expected(functions, prompt, negative, scale, seed, 16, 24)
+    for image, request in zip(result.images, result.requests, strict=True):
+        scale = request.negative_scale or 0.0
+        alone = expected(functions, request.prompt, request.negative_prompt, scale, request.seed, 16, 24)
         assert np.abs(image.astype(int) - alone).max() <= 1
 
 
 def test_scale_zero_equals_no_negative(pipe: Pipeline) -> None:
     plain, zero = pipe("a cat", seed=1), pipe("a cat", "blurry", 0, seed=1)
     np.testing.assert_array_equal(plain.images, zero.images)
-    assert zero.scales == [0.0]
+    assert zero.requests[0].negative_scale == 0.0
 
 
 @pytest.mark.parametrize("off", [None, "", "  "])
 def test_an_empty_negative_is_off(pipe: Pipeline, off: str | None) -> None:
     result = pipe("a cat", off, seed=1)
-    assert result.negatives == [None]
-    assert result.scales == [None]
+    assert result.requests[0].negative_prompt is None
+    assert result.requests[0].negative_scale is None
 
 
 def test_the_default_scale_is_the_bundles(pipe: Pipeline) -> None:
-    assert pipe("a cat", "blurry", seed=1).scales == [0.5]
+    assert pipe("a cat", "blurry", seed=1).requests[0].negative_scale == 0.5
 
 
 def test_no_seed_draws_one_that_makes_the_image_again(pipe: Pipeline) -> None:
@@ -324,7 +323,7 @@ def test_a_bundle_that_changes_while_it_is_opened_is_refused(original: Bundle, f
 def test_a_bundle_without_guidance_refuses_a_negative(original: Bundle, fakes: dict[str, FakeEngine]) -> None:
     bundle = replace(original, guidance=replace(original.guidance, kind="none"))
     pipe = Pipeline(bundle, fakes.__getitem__, "cpu")
-    assert pipe("a cat", "").negatives == [None]
+    assert pipe("a cat", "").requests[0].negative_prompt is None
     with pytest.raises(InputError, match="negative prompt 'blurry': this bundle was exported without negative prompts"):
         pipe("a cat", "blurry")
 

@@ -106,7 +106,7 @@ from snoopi_rt.batch.ray import Workers, draw_on_ray, start_ray
 start_ray()
 batch = Batch(Path("rows.txt"), Path("out"))
 try:
-    list(draw_on_ray({"bundle": "/not/here"}, Workers(), snoopi_rt.load(low_memory=True), batch, [(1, {"prompt": "a cat"})]))
+    list(draw_on_ray({"bundle": "/not/here"}, Workers(), snoopi_rt.load(low_memory=True), batch, [(1, snoopi_rt.Request("a cat", None, None, 1))]))
 except snoopi_rt.EngineError as error:
     print(error)
 """

@@ -19,8 +19,7 @@ from snoopi_rt.batch.prompt_formats import KINDS, NUMBERS, Record, Wrong, column
 from snoopi_rt.errors import EngineMissing, InputError
 from snoopi_rt.files import open_regular, reason
 from snoopi_rt.json_reader import parse_number
-from snoopi_rt.pipeline import JOB
-from snoopi_rt.request import prompt_text
+from snoopi_rt.request import FIELDS, prompt_text
 
 STANDARD_INPUT = Path("-")
 LARGEST_INPUT = 2**30
@@ -52,7 +51,7 @@ class PromptFile:
     Raises InputError for a file that is no regular one, cannot be read, or whose kind is unknown.
     """
 
-    def __init__(self, path: Path, kind: str | None = None, ignore_columns: bool = False, names: Collection[str] = JOB) -> None:
+    def __init__(self, path: Path, kind: str | None = None, ignore_columns: bool = False, names: Collection[str] = FIELDS) -> None:
         self.path, self._ignore_columns, self._names = path, ignore_columns, names
         self._contents: Contents | None = None
         if kind is not None and kind not in KINDS:
@@ -208,9 +207,9 @@ def _is_index(place: int, name: str) -> bool:
 
 
 def _job(record: dict[str, Any], cells: bool) -> dict[str, Any] | Wrong:
-    """What a record says of JOB, without what is null or NaN: that was not given. `cells`: all values are text."""
+    """What a record says of a request, without what is null or NaN: that was not given. `cells`: all values are text."""
     job = {}
-    for name in JOB:
+    for name in FIELDS:
         value = record.get(name)
         if name in NUMBERS:
             value = _number(name, value, cells)

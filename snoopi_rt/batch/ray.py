@@ -20,6 +20,7 @@ from snoopi_rt.batch.runner import Batch, Drawn, Job, draw_together
 from snoopi_rt.errors import EngineError, SnoopiError
 from snoopi_rt.interrupts import handlers_kept
 from snoopi_rt.pipeline import Pipeline, load
+from snoopi_rt.request import Request
 
 
 def start_ray() -> None:
@@ -78,7 +79,7 @@ def draw_on_ray(load_options: dict[str, Any], workers: Workers, pipe: Pipeline, 
     A process that dies is replaced, and what it was drawing is drawn again. Unlike here, all jobs are in memory first. Raises
     EngineError where a process cannot open the bundle, or Ray fails.
     """
-    rows = [{"job": json.dumps(job)} for job in jobs]
+    rows = [{"job": json.dumps([row, vars(request)])} for row, request in jobs]
     if not rows:
         return
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -109,7 +110,7 @@ class Drawer:
 
     def __call__(self, rows: dict[str, Sequence[str]]) -> dict[str, list[Any]]:
         """Rows of jobs to rows of Drawn."""
-        jobs = [(row, job) for row, job in map(json.loads, rows["job"])]
+        jobs = [(row, Request(**fields)) for row, fields in map(json.loads, rows["job"])]
         drawn = [asdict(each) for each in draw_together(self._pipe, self._batch, jobs)]
         columns = {name: [each[name] for each in drawn] for name in ("row", "file", "error", "warning")}
         return columns | {"metadata": [json.dumps(each["metadata"]) for each in drawn]}

@@ -15,13 +15,14 @@ from snoopi_rt.batch.prompt_formats import LONGEST, Wrong
 from snoopi_rt.errors import InputError, OutputError
 from snoopi_rt.files import check_place, open_regular, reason, remove_remains
 from snoopi_rt.json_reader import parse_json
-from snoopi_rt.pipeline import JOB, Pipeline, columns
-from snoopi_rt.request import check_seed, image_size, requests
+from snoopi_rt.pipeline import Pipeline
+from snoopi_rt.request import FIELDS, Request, check_seed, image_size, parse_requests
+from snoopi_rt.result import Result
 from snoopi_rt.shell import quote
 
 INDEX = "index.jsonl"
-Job = tuple[int, dict[str, Any]]
-"""A row's number and what `Pipeline.generate` takes."""
+Job = tuple[int, Request]
+"""A row's number and what is drawn for it."""
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Batch:
         if not prompts.judge().negative and scale is not None and not negative:
             raise InputError(f"negative scale {scale} without a negative prompt: neither a row nor --neg gives one")
         # Where rows have negative prompts, the scale is judged beside one of them.
-        requests("prompt", negative or (None if scale is None else "negative"), scale, self.seed, 1, pipe.bundle.guidance)
+        parse_requests("prompt", negative or (None if scale is None else "negative"), scale, self.seed, 1, pipe.bundle.guidance)
         image_size(self.size, pipe.bundle.sizes)
         if negative:
             pipe.check(negative, truncate=self.truncate)
@@ -134,7 +135,7 @@ class Batch:
     ) -> Iterator[Job]:
         """The jobs that are still to be drawn; of the other rows it is noted what became of them."""
         for number, _, row in prompts.rows():
-            job = row if isinstance(row, Wrong) else self._job(number, row, pipe)
+            job = row if isinstance(row, Wrong) else self._request(number, row, pipe)
             state = job if isinstance(job, Wrong) else self._state(number, job, pipe, index)
             if state == "draw":
                 assert not isinstance(job, Wrong)
@@ -147,7 +148,7 @@ class Batch:
                 index.add(number, {"error": state})
             progress(1)
 
-    def _state(self, number: int, job: dict[str, Any], pipe: Pipeline, index: "_Index") -> str:
+    def _state(self, number: int, job: Request, pipe: Pipeline, index: "_Index") -> str:
         """ "kept" for a row whose image is there, "draw" for one that is to be drawn, else why it cannot be.
 
         An image that is not in the index is noted there: a kill came between the two, or it is of something else.
@@ -168,14 +169,14 @@ class Batch:
         index.drawn(number, path.stat().st_size, metadata)
         return "kept"
 
-    def _job(self, number: int, job: dict[str, Any], pipe: Pipeline) -> dict[str, Any]:
-        negative = job.get("negative_prompt", self.negative)
+    def _request(self, number: int, row: dict[str, Any], pipe: Pipeline) -> Request:
+        negative = row.get("negative_prompt", self.negative)
         if isinstance(negative, str) and not negative.strip():
             negative = None  # this row has none
         default = pipe.bundle.guidance.scale.default if self.scale is None else self.scale
-        scale = job.get("negative_scale", None if negative is None else default)
-        seed = job["seed"] if "seed" in job else check_seed(self.seed + number - 1)
-        return {"prompt": job["prompt"], "negative_prompt": negative, "negative_scale": scale, "seed": seed}
+        scale = row.get("negative_scale", None if negative is None else default)
+        seed = row["seed"] if "seed" in row else check_seed(self.seed + number - 1)
+        return Request(row["prompt"], negative, scale, seed)
 
     def _path(self, number: int) -> Path:
         return self.out / f"{number:06}.{self.format}"
@@ -198,18 +199,20 @@ def draw_here(pipe: Pipeline, batch: Batch, jobs: Iterable[Job]) -> Iterator[Dra
 
 def draw_together(pipe: Pipeline, batch: Batch, jobs: list[Job]) -> list[Drawn]:
     """Draws some jobs in one call; where one of them cannot be drawn, each by itself."""
+    results = pipe.run_each([[request] for _, request in jobs], batch.size, batch.truncate)
+    return [_drawn(row, result, batch.format) for (row, _), result in zip(jobs, results, strict=True)]
+
+
+def _drawn(row: int, result: Result | Exception, format: str) -> Drawn:
+    """What became of a row. Raises what is no fault of this row alone."""
     try:
-        results = pipe.generate(**columns([job for _, job in jobs]), size=batch.size, truncate=batch.truncate).split()
-        drawn = []
-        for (row, _), result in zip(jobs, results, strict=True):
-            metadata = result.metadata(0)
-            file = image.encode(result.images[0], image.FORMATS[f".{batch.format}"], metadata)
-            drawn.append(Drawn(row, file, metadata, warning="".join(result.warnings)))
-        return drawn
+        if isinstance(result, Exception):
+            raise result
+        metadata = result.metadata(0)
+        file = image.encode(result.images[0], image.FORMATS[f".{format}"], metadata)
     except (InputError, OutputError) as error:
-        if len(jobs) == 1:
-            return [Drawn(jobs[0][0], error=str(error))]
-        return [each for job in jobs for each in draw_together(pipe, batch, [job])]
+        return Drawn(row, error=str(error))
+    return Drawn(row, file, metadata, warning="".join(result.warnings))
 
 
 class _Index:
@@ -243,9 +246,9 @@ class _Index:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def holds(self, number: int, job: dict[str, Any]) -> bool:
-        """Whether the row's image, of this very job, was listed and whole when the batch began."""
-        return _key(number, job) in self._known
+    def holds(self, number: int, request: Request) -> bool:
+        """Whether the row's image, of this very request, was listed and whole when the batch began."""
+        return _key(number, vars(request)) in self._known
 
     def add(self, number: int, record: dict[str, Any]) -> None:
         """Writes one row's line."""
@@ -260,9 +263,9 @@ class _Index:
     def drawn(self, number: int, size: int, metadata: dict[str, str], warning: str = "") -> None:
         """Writes the line of an image of so many bytes, of the metadata that is in it."""
         numbers = {name: kind(metadata[name]) for name, kind in (("negative_scale", float), ("seed", int)) if name in metadata}
-        job = {name: metadata[name] for name in JOB if name in metadata}
+        texts = {name: metadata[name] for name in FIELDS if name in metadata}
         warned = {"warning": warning} if warning else {}
-        self.add(number, {"file": self._image_path(number).name, "bytes": size, **job, **numbers, **warned})
+        self.add(number, {"file": self._image_path(number).name, "bytes": size, **texts, **numbers, **warned})
 
     def _still_right(self) -> Iterator[bytes]:
         """The lines of images that are there and whole. What failed, is damaged or is not there any more is drawn again."""
@@ -303,8 +306,8 @@ def _key(number: int, job: Mapping[str, Any]) -> int:
     return hash(json.dumps([number, job.get("prompt"), job.get("negative_prompt"), scale, job.get("seed")]))
 
 
-def _fits(metadata: dict[str, str], job: dict[str, Any], bundle_hash: str) -> bool:
-    """Whether an image's metadata say what the job asks for, and nothing else."""
-    scale = job["negative_scale"]
-    texts = {**job, "negative_scale": float(scale) if isinstance(scale, int | float) else scale, "bundle_hash": bundle_hash}
+def _fits(metadata: dict[str, str], request: Request, bundle_hash: str) -> bool:
+    """Whether an image's metadata say what the request asks for, and nothing else."""
+    scale = request.negative_scale
+    texts = {**vars(request), "negative_scale": float(scale) if isinstance(scale, int | float) else scale, "bundle_hash": bundle_hash}
     return all(metadata.get(name) == (None if value is None else str(value)) for name, value in texts.items())

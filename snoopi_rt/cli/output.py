@@ -69,9 +69,9 @@ class Drawing:
             for first in range(0, len(images), step):
                 last = first + step - 1  # with the negative prompt
                 metadata = result.metadata(last)
-                scale: Any = result.scales[last]
+                scale: Any = result.requests[last].negative_scale
                 if self.side_by_side:
-                    scale = result.scales[first + 1 : last + 1]
+                    scale = [request.negative_scale for request in result.requests[first + 1 : last + 1]]
                     metadata |= {"side_by_side": "yes", "negative_scale": ",".join(map(str, scale))}
                 texts = {"prompt": self.prompt, "negative_prompt": None, **metadata}
                 facts = texts | {

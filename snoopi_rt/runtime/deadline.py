@@ -1,6 +1,7 @@
 """How long a call may take, and whether anybody still waits for it."""
 
 import time
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Protocol
 
@@ -15,6 +16,16 @@ class Event(Protocol):
     """A threading.Event, or whatever else can say whether it is set."""
 
     def is_set(self) -> bool: ...
+
+
+class AllSet:
+    """An Event that is set once all of some events are: nobody waits for a call that they share."""
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self._events = events
+
+    def is_set(self) -> bool:
+        return all(event.is_set() for event in self._events)
 
 
 class Deadline:

@@ -15,7 +15,7 @@ from snoopi_rt.runtime.shape_ranges import TOKENS
 
 
 def in_batches(
-    asked: Sequence[Request], states: Mapping[str, States], inputs: Sequence[TensorSpec], max_batch: int
+    requests: Sequence[Request], states: Mapping[str, States], inputs: Sequence[TensorSpec], max_batch: int
 ) -> Iterator[list[Request]]:
     """The requests in order, at most `max_batch` at once; a graph without masks gets prompts of one length at once."""
     names = {spec.name for spec in inputs}
@@ -24,7 +24,7 @@ def in_batches(
         prompt, negative = _states(request, states)
         return (0 if "prompt_mask" in names else prompt.shape[1]), (0 if "negative_mask" in names else negative.shape[1])
 
-    for _, group in groupby(asked, lengths):
+    for _, group in groupby(requests, lengths):
         batch = list(group)
         for start in range(0, len(batch), max_batch):
             yield batch[start : start + max_batch]
@@ -57,7 +57,7 @@ def generator_feeds(
         "prompt_mask": prompt_mask,
         "negative_states": negative_states,
         "negative_mask": negative_mask,
-        "negative_scale": np.array([0.0 if request.scale is None else request.scale for request in batch], np.float32),
+        "negative_scale": np.array([0.0 if request.negative_scale is None else request.negative_scale for request in batch], np.float32),
     }
     if "prompt_pooled" in shapes:
         feeds["prompt_pooled"] = np.concatenate([states[request.prompt]["pooled"] for request in batch])
@@ -78,7 +78,7 @@ def draw_noise(seed: int, shape: tuple[int, ...], steps: int = 0) -> tuple[np.nd
 def _states(request: Request, states: Mapping[str, States]) -> tuple[np.ndarray, np.ndarray]:
     """The prompt's and the negative's states; no negative is one zero token, which scale 0 leaves without effect."""
     prompt = states[request.prompt]["states"]
-    negative = np.zeros_like(prompt[:, :1]) if request.negative is None else states[request.negative]["states"]
+    negative = np.zeros_like(prompt[:, :1]) if request.negative_prompt is None else states[request.negative_prompt]["states"]
     return prompt, negative
 
 

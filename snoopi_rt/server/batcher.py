@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from snoopi_rt.errors import Cancelled, SnoopiError
-from snoopi_rt.pipeline import Pipeline, columns
+from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.request import Request
 from snoopi_rt.result import Result
 
@@ -37,20 +37,9 @@ class Waiting:
     future: "asyncio.Future[Result]"
     since: float = field(default_factory=time.monotonic)
 
-    @property
-    def given_up(self) -> bool:
-        """Nobody waits for it any more."""
-        return self.future.cancelled() or time.monotonic() > self.end
-
-
-class _NobodyWaits:
-    """What a call of the pipeline asks before each stage: whether all requests of a batch are given up."""
-
-    def __init__(self, batch: list[Waiting]) -> None:
-        self._batch = batch
-
     def is_set(self) -> bool:
-        return all(item.given_up for item in self._batch)
+        """Whether nobody waits for it any longer: it is the event that cancels its own drawing."""
+        return self.future.cancelled() or time.monotonic() > self.end
 
 
 class Drawing(Protocol):
@@ -84,15 +73,15 @@ class Batcher:
     """A thread that draws for one pipeline, and the queue before it: a Drawing in this process. Made inside an event loop.
 
     wait: seconds that a batch which is not full waits for more; without it, only what came while the last one was drawn is together.
-    together: the most images of one call, where the bundle takes as many; 1 turns batching off. limit: the most images that wait.
+    max_batch: the most images of one call, where the bundle takes as many; 1 turns batching off. limit: the most images that wait.
     observe(images): told of every batch. pace: seconds per image before any were drawn.
     """
 
     def __init__(
-        self, name: str, pipe: Pipeline, wait: float, together: int, limit: int, observe: Any = lambda images: None, pace: float = 0.1
+        self, name: str, pipe: Pipeline, wait: float, max_batch: int, limit: int, observe: Any = lambda images: None, pace: float = 0.1
     ) -> None:
         self.name, self.pipe = name, pipe
-        self._wait, self._together, self._limit, self._observe = wait, min(together, pipe.max_batch), limit, observe
+        self._wait, self._max_batch, self._limit, self._observe = wait, min(max_batch, pipe.max_batch), limit, observe
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Waiting] = deque()
         self._changed = threading.Condition()
@@ -138,8 +127,8 @@ class Batcher:
             while True:
                 batch = self._take([])
                 end = time.monotonic() + self._wait
-                while batch and not self._closed and self._together > 1 and (rest := end - time.monotonic()) > 0:
-                    if sum(len(each.images) for each in batch) >= self._together:
+                while batch and not self._closed and self._max_batch > 1 and (rest := end - time.monotonic()) > 0:
+                    if sum(len(each.images) for each in batch) >= self._max_batch:
                         break
                     self._changed.wait(rest)
                     batch = self._take(batch)
@@ -158,7 +147,7 @@ class Batcher:
         count = sum(len(each.images) for each in batch)
         for item in self._queue:
             alike = not batch or (item.size, item.truncate) == (batch[0].size, batch[0].truncate)
-            if not batch or (alike and count + len(item.images) <= self._together):
+            if not batch or (alike and count + len(item.images) <= self._max_batch):
                 batch = [*batch, item]
                 count += len(item.images)
             else:
@@ -171,38 +160,26 @@ class Batcher:
         self._queue = deque(item for item in self._queue if not self._is_late(item))
 
     def _is_late(self, item: Waiting) -> bool:
-        late = item.given_up
+        late = item.is_set()
         if late:
             self._answer(item, Cancelled("the timeout is over before the queue"))
         return late
 
     def _draw(self, batch: list[Waiting]) -> None:
-        images, start = [image for item in batch for image in item.images], time.monotonic()
-        try:
-            jobs, first_item = columns([image.job() for image in images]), batch[0]
-            result = self.pipe.generate(**jobs, size=first_item.size, truncate=first_item.truncate, cancel=_NobodyWaits(batch))
-        except SystemExit:  # the process ends
-            raise
-        except BaseException as error:
-            if len(batch) > 1:  # one request must not cost the others their pictures
-                for item in batch:
-                    if not self._is_late(item):
-                        self._draw([item])
-                return
-            self._answer(batch[0], error)
-            return
-        self._observe(len(images))
-        self.pace += 0.2 * ((time.monotonic() - start) / len(images) - self.pace)
-        first = 0
-        for item in batch:
-            self._answer(item, result.part(first, len(item.images)))
-            first += len(item.images)
+        start, first = time.monotonic(), batch[0]
+        results = self.pipe.run_each([item.images for item in batch], first.size, first.truncate, cancel=batch)
+        drawn = sum(len(result) for result in results if isinstance(result, Result))
+        if drawn:
+            self._observe(drawn)
+            self.pace += 0.2 * ((time.monotonic() - start) / drawn - self.pace)
+        for item, result in zip(batch, results, strict=True):
+            self._answer(item, result)
 
-    def _answer(self, item: Waiting, answer: Result | BaseException) -> None:
+    def _answer(self, item: Waiting, answer: Result | Exception) -> None:
         def give() -> None:
             if item.future.done():  # given up
                 return
-            if isinstance(answer, BaseException):
+            if isinstance(answer, Exception):
                 item.future.set_exception(answer)
             else:
                 item.future.set_result(answer)

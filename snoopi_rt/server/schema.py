@@ -183,10 +183,10 @@ def answer(model: str, result: Result, files: list[bytes], urls: list[str] | Non
         Drawn(
             b64_json=base64.b64encode(file).decode() if inside else None,
             url=None if urls is None else urls[i],
-            seed=result.seeds[i],
-            negative_scale=result.scales[i],
+            seed=request.seed,
+            negative_scale=request.negative_scale,
         )
-        for i, file in enumerate(files)
+        for i, (file, request) in enumerate(zip(files, result.requests, strict=True))
     ]
     size = f"{width}x{height}"
     timings = {stage: round(seconds, 6) for stage, seconds in result.timings.items()}

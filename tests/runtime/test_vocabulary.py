@@ -195,7 +195,7 @@ def test_a_result_has_the_warnings_of_its_own_prompts_and_its_images_all_the_sam
 ) -> None:
     result = narrow_pipe.generate(["a kitten", "a red cow", "a red cow", "a cats"], seed=[1, 2, 3, 4])
     assert result.warnings == ("model 'tiny' does not know 'cow'",) and len(result) == 4
-    assert [len(part.warnings) for part in result.split()] == [0, 1, 1, 0]
+    assert [len(one.warnings) for one in result] == [0, 1, 1, 0]
     np.testing.assert_array_equal(result.images, pipe.generate(["a kitten", "a red cow", "a red cow", "a cats"], seed=[1, 2, 3, 4]).images)
     assert narrow_pipe.generate("two lynx").warnings == ("model 'tiny' does not know 'lynx'; nearest: cat",)
     assert narrow_pipe.generate("a fxo").warnings == ("model 'tiny' does not know 'fxo'",)
