@@ -104,9 +104,9 @@ import snoopi_rt
 from snoopi_rt.batch.runner import Batch
 from snoopi_rt.batch.ray import Workers, draw_on_ray, start_ray
 start_ray()
-batch = Batch(Path("rows.txt"), Path("out"))
+batch, jobs = Batch(Path("rows.txt"), Path("out")), [(1, snoopi_rt.Request("a cat", None, None, 1))]
 try:
-    list(draw_on_ray({"bundle": "/not/here"}, Workers(), snoopi_rt.load(low_memory=True), batch, [(1, snoopi_rt.Request("a cat", None, None, 1))]))
+    list(draw_on_ray({"bundle": "/not/here"}, Workers(), snoopi_rt.load(low_memory=True), batch, jobs))
 except snoopi_rt.EngineError as error:
     print(error)
 """
