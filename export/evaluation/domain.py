@@ -17,7 +17,7 @@ SEEN = 1 / 3  # of the way from clean to flawed
 
 
 @dataclass(frozen=True)
-class Deadline:
+class FlawThresholds:
     """From which value on each metric says that its flaw is there: between clean and flawed real pictures, where they are told apart
     nearly best, but nearer to the clean ones. Students' flaws are not as pure as composed ones, and are seen all the same."""
 
@@ -26,7 +26,7 @@ class Deadline:
     """The mean of the shares of flawed and of clean pictures that the limit tells wrong."""
 
     @classmethod
-    def of(cls, pictures: np.ndarray, flaws: Sequence[str | None]) -> "Deadline":
+    def of(cls, pictures: np.ndarray, flaws: Sequence[str | None]) -> "FlawThresholds":
         """Of real pictures and the flaw that each has; each flaw and None must be among them."""
         values, errors = {}, {}
         for flaw, metric in pixel_metrics.FLAWS.items():
@@ -59,7 +59,7 @@ class Domain:
     def __init__(self, judge: Judge, limiting: int = 100):
         self.judge, self.names, self._limiting = judge, judge.names, limiting
         self._common = {thing.name for thing in things() if thing.common}
-        self._limits: dict[int, Deadline] = {}
+        self._limits: dict[int, FlawThresholds] = {}
 
     @property
     def common(self) -> list[str]:
@@ -100,7 +100,7 @@ class Domain:
         numbered = tqdm(enumerate(scenes), total=len(scenes), desc="real pictures", unit="picture", leave=False, disable=len(scenes) < 50)
         return np.stack([self.judge.composer.draw(scene, np.random.default_rng([seed, i]), side) for i, scene in numbered])
 
-    def limits(self, side: int) -> Deadline:
+    def limits(self, side: int) -> FlawThresholds:
         """The limits for pictures of that size."""
         if side not in self._limits:
             kinds: list[str | None] = [None, *FLAWS]
@@ -108,7 +108,7 @@ class Domain:
             names = self.colourable or self.names
             plain = [Scene((names[i % len(names)],), background=varied_background(i)) for i in range(self._limiting)]
             scenes = [Scene(scene.things, background=scene.background, flaw=flaw) for flaw in kinds for scene in plain]
-            self._limits[side] = Deadline.of(self.real(scenes, side, seed=7), [scene.flaw for scene in scenes])
+            self._limits[side] = FlawThresholds.of(self.real(scenes, side, seed=7), [scene.flaw for scene in scenes])
         return self._limits[side]
 
 

@@ -25,7 +25,7 @@ from snoopi_rt.export.evaluation import pixel_metrics, small
 from snoopi_rt.export.evaluation.attributes import attributes, pairs
 from snoopi_rt.export.evaluation.clean import UNRELATED, clean
 from snoopi_rt.export.evaluation.counters import Counters, spread
-from snoopi_rt.export.evaluation.domain import Deadline, Domain
+from snoopi_rt.export.evaluation.domain import FlawThresholds, Domain
 from snoopi_rt.export.evaluation.judge import Judge, ranks
 from snoopi_rt.export.evaluation.natural import NaturalPrompt, natural, read_natural
 from snoopi_rt.export.evaluation.recognition import recognition
@@ -409,7 +409,7 @@ def test_a_limit_lies_between_the_kinds_and_not_at_the_edge_of_an_odd_picture() 
     clean[..., 0] += np.array([1, *range(60, 99)], np.uint8)[:, None, None]  # one clean picture is all but gray
     noisy = np.random.default_rng(0).integers(0, 255, gray.shape, np.uint8)
     flaws = [flaw for flaw in (None, "grayscale", "blurry", "pixelated", "grainy") for _ in range(40)]
-    limits = Deadline.of(np.concatenate([clean, gray, noisy, noisy, noisy]), flaws)
+    limits = FlawThresholds.of(np.concatenate([clean, gray, noisy, noisy, noisy]), flaws)
     assert -62 < limits.values["grayscale"] < -15 and limits.errors["grayscale"] == pytest.approx(1 / 80)
     assert limits.shows(gray + np.array([8, 0, 0], np.uint8), "grayscale").all()
 
