@@ -154,11 +154,11 @@ def _attend(guidance: Guidance, q: Tensor) -> Any:
     """The guidance's formula, by the Triton kernel where there is one for it."""
     if q.is_cuda and guidance.kind == "nasa":
         try:
-            from snoopi_rt.kernels.nasa import LARGEST_HEAD, fused_nasa_attention
+            from snoopi_rt.kernels.nasa import MAX_HEAD_DIM, fused_nasa_attention
         except ImportError:  # no triton
             pass
         else:
-            if q.shape[-1] <= LARGEST_HEAD:
+            if q.shape[-1] <= MAX_HEAD_DIM:
                 return fused_nasa_attention
     attend = guidance.attend
     return lambda *tensors: attend(*tensors, attention=fused_attention)  # type: ignore[misc]

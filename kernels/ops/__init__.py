@@ -1,4 +1,4 @@
-"""Attention with a negative prompt: what every faster form must equal."""
+"""Attention with a negative prompt: the reference that every faster implementation must equal."""
 
 from snoopi_rt.kernels.reference import (
     attention,

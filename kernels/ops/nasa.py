@@ -1,7 +1,7 @@
-"""NASA attention through the Triton kernels, with gradients: `nasa_attention` in one pass, for a GPU. Needs triton.
+"""NASA attention on a GPU through the Triton kernels: `nasa_attention` in one pass, with gradients. Needs triton.
 
-The signature and the meaning are those of `reference.nasa_attention`, so it stands in its place wherever torch runs: in diffusers'
-networks through `snoopi_rt.export.attention.GuidedAttention`, in training, in evaluation.
+It has the signature of `reference.nasa_attention` and replaces it wherever torch runs: in diffusers' networks through
+`snoopi_rt.export.attention.GuidedAttention`, in training, in evaluation.
 """
 
 import math
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snoopi_rt.kernels.nasa_kernel import forward_kernel, key_gradient_kernel, query_gradient_kernel
+from snoopi_rt.kernels.nasa_kernel import dk_dv_kernel, dq_kernel, forward_kernel
 
-LARGEST_HEAD = 256
-SMALLEST = 16
-"""What the matrix units take at least in every direction."""
+MAX_HEAD_DIM = 256
+MIN_BLOCK = 16
+"""The least that tl.dot takes in every direction."""
 
 
 def fused_nasa_attention(
@@ -28,10 +28,11 @@ def fused_nasa_attention(
     mask_neg: Tensor | None,
     scale: Tensor,
 ) -> Tensor:
-    """Z+ - scale * Z- (SNOOPI v3, equations 7 to 9); shapes as in `reference`, the result's heads lie so that merging them is a view.
+    """Z+ - scale * Z- (SNOOPI v3, equations 7 to 9); shapes as in `reference`. The result lies in memory as (B, N, H, d): merging its heads
+    is a view.
 
     fp16, bf16 or fp32, all alike; heads up to 256; any lengths. Differentiable in everything but the masks. Raises ValueError for other
-    shapes and dtypes, and for tensors that no kernel reaches.
+    shapes and dtypes, and for tensors on a device that the kernels do not run on.
     """
     _check(q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, scale)
     return _Nasa.apply(q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, scale)
@@ -39,59 +40,68 @@ def fused_nasa_attention(
 
 class _Nasa(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, scale = given
-        q, k_pos, v_pos, k_neg, v_neg = map(_dense, (q, k_pos, v_pos, k_neg, v_neg))
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k_pos: Tensor,
+        v_pos: Tensor,
+        mask_pos: Tensor | None,
+        k_neg: Tensor,
+        v_neg: Tensor,
+        mask_neg: Tensor | None,
+        scale: Tensor,
+    ) -> Tensor:
+        q, k_pos, v_pos, k_neg, v_neg = map(_last_axis_contiguous, (q, k_pos, v_pos, k_neg, v_neg))
         # The kernels know no strides of masks, and an expanded one has none.
         mask_pos, mask_neg = (None if mask is None else mask.contiguous() for mask in (mask_pos, mask_neg))
         factor = -scale.float()
-        out = _rows_first(q)
-        batch, heads, queries, size = q.shape
-        settings = blocks(size, q.dtype, q.device.type == "cpu")
-        forward_kernel[(-(-queries // settings["QUERIES"]), batch * heads)](
-            *_inputs(q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg),
-            factor, out, _strides(out), heads, queries, _to_log2(size),
-            MASKED_POS=mask_pos is not None, MASKED_NEG=mask_neg is not None, **settings,
+        o = _empty_rows_first(q)
+        batch, heads, seqlen_q, head_dim = q.shape
+        meta = meta_parameters(head_dim, q.dtype, q.device.type == "cpu")
+        forward_kernel[(-(-seqlen_q // meta["BLOCK_M"]), batch * heads)](
+            *_pointers(q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg),
+            factor, o, _strides(o), heads, seqlen_q, _qk_scale(head_dim),
+            MASKED_POS=mask_pos is not None, MASKED_NEG=mask_neg is not None, **meta,
         )  # fmt: skip
         ctx.save_for_backward(q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, factor)
-        ctx.scale_type = scale.dtype
-        return out
+        ctx.scale_dtype = scale.dtype
+        return o
 
     @staticmethod
-    def backward(ctx: Any, up: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, factor = ctx.saved_tensors
-        batch, heads, queries, size = q.shape
-        up, settings = _dense(up), blocks(size, q.dtype, q.device.type == "cpu", backward=True)
-        down = _rows_first(q)
-        levels, shares = torch.empty(2, 2, batch, heads, queries, dtype=torch.float32, device=q.device)
-        grid = (-(-queries // settings["QUERIES"]), batch * heads)
-        query_gradient_kernel[grid](
-            *_inputs(q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg),
-            factor, up, _strides(up), down, _strides(down), levels, shares, heads, queries, _to_log2(size), size**-0.5,
-            MASKED_POS=mask_pos is not None, MASKED_NEG=mask_neg is not None, **settings,
+        batch, heads, seqlen_q, head_dim = q.shape
+        do, meta = _last_axis_contiguous(do), meta_parameters(head_dim, q.dtype, q.device.type == "cpu", backward=True)
+        dq = _empty_rows_first(q)
+        lse, delta = torch.empty(2, 2, batch, heads, seqlen_q, dtype=torch.float32, device=q.device)
+        qk_scale, sm_scale = _qk_scale(head_dim), head_dim**-0.5
+        dq_kernel[(-(-seqlen_q // meta["BLOCK_M"]), batch * heads)](
+            *_pointers(q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg),
+            factor, do, _strides(do), dq, _strides(dq), lse, delta, heads, seqlen_q, qk_scale, sm_scale,
+            MASKED_POS=mask_pos is not None, MASKED_NEG=mask_neg is not None, **meta,
         )  # fmt: skip
         gradients = []
         branches = ((k_pos, v_pos, mask_pos, torch.ones_like(factor)), (k_neg, v_neg, mask_neg, factor))
-        for number, (k, v, mask, times) in enumerate(branches):
-            k_down, v_down = _rows_first(k), _rows_first(v)
-            key_gradient_kernel[(-(-k.shape[2] // settings["KEYS"]), batch * heads)](
-                q, _strides(q), k, _strides(k), v, _strides(v), k if mask is None else mask, k.shape[2], times, up, _strides(up),
-                levels[number], shares[number], k_down, _strides(k_down), v_down, _strides(v_down),
-                heads, queries, _to_log2(size), size**-0.5, MASKED=mask is not None, **settings,
+        for branch, (k, v, mask, branch_factor) in enumerate(branches):
+            dk, dv = _empty_rows_first(k), _empty_rows_first(v)
+            dk_dv_kernel[(-(-k.shape[2] // meta["BLOCK_N"]), batch * heads)](
+                q, _strides(q), k, _strides(k), v, _strides(v), k if mask is None else mask, k.shape[2],
+                branch_factor, do, _strides(do), lse[branch], delta[branch], dk, _strides(dk), dv, _strides(dv),
+                heads, seqlen_q, qk_scale, sm_scale, MASKED=mask is not None, **meta,
             )  # fmt: skip
-            gradients.append((k_down, v_down))
-        (k_pos_down, v_pos_down), (k_neg_down, v_neg_down) = gradients
-        # Z has -scale * Z-: the sum over an image of <Z-, up>.
-        scale_down = -shares[1].sum((1, 2)).to(ctx.scale_type)
-        return down, k_pos_down, v_pos_down, None, k_neg_down, v_neg_down, None, scale_down
+            gradients.append((dk, dv))
+        (dk_pos, dv_pos), (dk_neg, dv_neg) = gradients
+        # The output has -scale * Z-: the sum over an image of <Z-, do>.
+        dscale = -delta[1].sum((1, 2)).to(ctx.scale_dtype)
+        return dq, dk_pos, dv_pos, None, dk_neg, dv_neg, None, dscale
 
 
 def _check(
     q: Tensor, k_pos: Tensor, v_pos: Tensor, mask_pos: Tensor | None, k_neg: Tensor, v_neg: Tensor, mask_neg: Tensor | None, scale: Tensor
 ) -> None:
-    batch, heads, _, size = q.shape
+    batch, heads, _, head_dim = q.shape
     for name, k, v, mask in (("prompt", k_pos, v_pos, mask_pos), ("negative", k_neg, v_neg, mask_neg)):
-        if k.shape != v.shape or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, size):
+        if k.shape != v.shape or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, head_dim):
             raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} of the {name} do not fit queries {tuple(q.shape)}")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, k.shape[2])):
             raise ValueError(f"the {name}'s mask must be bool {(batch, k.shape[2])}, is {mask.dtype} {tuple(mask.shape)}")
@@ -99,50 +109,51 @@ def _check(
         raise ValueError(f"scale must be ({batch},), is {tuple(scale.shape)}")
     if {x.dtype for x in (k_pos, v_pos, k_neg, v_neg)} != {q.dtype} or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError("queries, keys and values must be of one dtype: fp16, bf16 or fp32")
-    if size > LARGEST_HEAD:
-        raise ValueError(f"a head of {size} is too large, at most {LARGEST_HEAD}")
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"a head of {head_dim} is too large, at most {MAX_HEAD_DIM}")
     if q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("the NASA kernel runs on a GPU; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1)")
 
 
-def _inputs(q: Tensor, *branches: Any) -> tuple:
-    """What every kernel takes first. A mask that is not there is never read: any pointer will do."""
-    found: list[Any] = [q, _strides(q)]
+def _pointers(q: Tensor, *branches: Any) -> tuple:
+    """The first arguments of forward_kernel and dq_kernel. A mask that is None is never read: any pointer will do."""
+    arguments: list[Any] = [q, _strides(q)]
     for k, v, mask in (branches[:3], branches[3:]):
-        found += [k, _strides(k), v, _strides(v), k if mask is None else mask, k.shape[2]]
-    return tuple(found)
+        arguments += [k, _strides(k), v, _strides(v), k if mask is None else mask, k.shape[2]]
+    return tuple(arguments)
 
 
-def blocks(size: int, dtype: torch.dtype, on_cpu: bool = False, backward: bool = False) -> dict[str, Any]:
-    """The settings that a kernel is compiled with for heads of this size and dtype."""
-    main = max(SMALLEST, 1 << (size.bit_length() - 1))
-    rest = 0 if main >= size else max(SMALLEST, 1 << (size - main - 1).bit_length())
-    # So that nothing spills: 226 of a thread's 255 registers for bf16 heads of 72, forward, compiled for sm_90.
-    small = backward or size > 96 or dtype == torch.float32
+def meta_parameters(head_dim: int, dtype: torch.dtype, interpreted: bool = False, backward: bool = False) -> dict[str, Any]:
+    """The constants that a kernel is compiled with for heads of this size and dtype, and its number of warps."""
+    block_d = max(MIN_BLOCK, 1 << (head_dim.bit_length() - 1))
+    rest = 0 if block_d >= head_dim else max(MIN_BLOCK, 1 << (head_dim - block_d - 1).bit_length())
+    # So that no register spills: 226 of a thread's 255 for bf16 heads of 72, forward, compiled for sm_90.
+    small = backward or head_dim > 96 or dtype == torch.float32
     precision = "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
     return {
-        "PRECISION": "wide" if on_cpu and dtype == torch.bfloat16 else precision,
-        "QUERIES": 64 if small else 128,
-        "KEYS": 32 if small else 64,
-        "SIZE": size,
-        "MAIN": main,
+        "PRECISION": "wide" if interpreted and dtype == torch.bfloat16 else precision,
+        "BLOCK_M": 64 if small else 128,
+        "BLOCK_N": 32 if small else 64,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
         "REST": rest,
         "num_warps": 8,
     }
 
 
-def _to_log2(size: int) -> float:
-    return size**-0.5 * math.log2(math.e)
+def _qk_scale(head_dim: int) -> float:
+    """1 / sqrt(d) for a softmax to base 2."""
+    return head_dim**-0.5 * math.log2(math.e)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
-def _dense(x: Tensor) -> Tensor:
+def _last_axis_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _rows_first(x: Tensor) -> Tensor:
+def _empty_rows_first(x: Tensor) -> Tensor:
     """An empty tensor (B, H, N, d) like x that lies in memory as (B, N, H, d)."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)

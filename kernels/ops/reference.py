@@ -1,9 +1,9 @@
-"""Attention with a negative prompt in plain torch: the meaning that exported graphs and kernels are compared with.
+"""Attention with a negative prompt in plain torch: the reference that exported graphs and kernels are compared with.
 
 Shapes: q (B, H, N, d); k, v (B, H, T, d); masks (B, T) bool, True where a token counts, or None where all do; scale (B,).
-Results (B, H, N, d), before the output projection. A branch without any token gives 0. Where scale is 0 every kind equals the positive
-attention bit for bit. `attention` is the form of softmax(q k^T / sqrt(d)) v that a kind is built from: the function of that name,
-`fused_attention` or `transposed_attention`.
+Results are (B, H, N, d), before the output projection. A branch without any token gives 0. Where scale is 0 every guidance equals the
+positive attention bit for bit. `attention` is the implementation of softmax(q k^T / sqrt(d)) v that a guidance is built from: the function
+of that name, `fused_attention` or `transposed_attention`.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ EPS = 1e-6  # of the squared norm of the negative's direction in `projected_atte
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v.
 
-    Written out, because on a CPU at these lengths the backward of torch's fused form was half of a training step, and because an exported
-    graph must give 0, not NaN, for a fully masked row.
+    Written out, because the backward pass of torch's fused operator took half of a training step on a CPU at these lengths, and because an
+    exported graph must give 0, not NaN, for a fully masked row.
     """
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
     if mask is None:
@@ -36,15 +36,15 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     if mask is not None:
         # ONNX Runtime refuses to broadcast a mask over the queries; and only a bool mask gives 0 for a fully masked row.
         mask = mask[:, None, None, :].expand(-1, -1, q.shape[2], -1)
-    # Given, so that it stands in the graph: heads may be padded there, which would change the default.
+    # The scale is explicit so that the graph states it: heads may be padded there, which would change the default.
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=q.shape[-1] ** -0.5)
 
 
 def transposed_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`attention` with its scores turned, (T, N), for many queries and few keys.
+    """`attention` with its scores transposed, (T, N), for many queries and few keys.
 
-    A softmax over rows of 20 tokens is all overhead; over columns it runs along the queries. On PixArt's layers OpenVINO takes a sixth of
-    the time for a negative prompt of 20 tokens (tools/attention_forms.py).
+    A softmax over rows of 20 tokens is all overhead; over columns it vectorises along the queries. On PixArt's layers a negative prompt of
+    20 tokens then takes OpenVINO a sixth of the time (tools/attention_layouts.py).
     """
     scores = torch.matmul(k * k.shape[-1] ** -0.5, q.transpose(-1, -2))
     if mask is None:
@@ -67,7 +67,7 @@ def nasa_attention(
     attention: Callable[..., Tensor] = attention,
 ) -> Tensor:
     """Z+ - scale * Z- (SNOOPI v3, equations 7 to 9)."""
-    # The few values are scaled instead of the many outputs: attention is linear in them.
+    # Attention is linear in the values: scaling these few is cheaper than scaling the many outputs.
     return attention(q, k_pos, v_pos, mask_pos) + attention(q, k_neg, -_per_image(scale) * v_neg, mask_neg)
 
 
@@ -110,7 +110,7 @@ def vsf_attention(
 ) -> Tensor:
     """softmax(q [K+; K-]^T / sqrt(d)) [V+; -scale * V-], one softmax over both prompts (VSF, ICLR 2026); Z+ where scale is 0.
 
-    The select is part of the kind: without it a negative at scale 0 would still take weight from the prompt.
+    The select belongs to the guidance: without it a negative prompt at scale 0 would still take weight from the prompt.
     """
     positive = attention(q, k_pos, v_pos, mask_pos)
     mask = None
@@ -135,14 +135,14 @@ def projected_attention(
 ) -> Tensor:
     """Z+ - scale * max(0, <c, d>) / (|d|^2 + eps) * d with c = Z+ - Z0, d = Z- - Z0, over all heads of a query token; Z0 attends to "".
 
-    Takes away only what the prompt shares with the negative beyond the empty prompt: an empty or unrelated negative is nearly a no-op.
+    Removes only what the prompt shares with the negative beyond the empty prompt: an empty or unrelated negative is nearly a no-op.
     k_null and v_null: (1, H, T0, d), the empty prompt.
     """
     positive = attention(q, k_pos, v_pos, mask_pos)
     null = attention(q, k_null, v_null)
     direction = attention(q, k_neg, v_neg, mask_neg) - null
-    shared = ((positive - null) * direction).sum((1, 3), keepdim=True).clamp(min=0)
-    weight = shared / (direction.square().sum((1, 3), keepdim=True) + EPS)
+    overlap = ((positive - null) * direction).sum((1, 3), keepdim=True).clamp(min=0)
+    weight = overlap / (direction.square().sum((1, 3), keepdim=True) + EPS)
     return positive - _per_image(scale) * weight * direction
 
 

@@ -1,7 +1,7 @@
-"""Times the forms in which a graph may hold a guided cross-attention: milliseconds a layer without and with a negative prompt.
+"""Times implementations of a guided cross-attention in a graph: milliseconds per layer without and with a negative prompt.
 
 A stack of cross-attentions with their projections, as one graph, in bf16 on OpenVINO and in fp32 on ONNX Runtime.
-python tools/attention_forms.py --queries 1024 --heads 16 --head-size 72 --tokens 20 --negative-tokens 20
+python tools/attention_layouts.py --queries 1024 --heads 16 --head-size 72 --tokens 20 --negative-tokens 20
 """
 
 import statistics
@@ -20,16 +20,16 @@ from snoopi_rt.export.attention import merge_heads, split_heads
 from snoopi_rt.export.onnx_graphs.write import write_graph
 from snoopi_rt.kernels import attention, fused_attention, nasa_attention, transposed_attention
 
-FORMS = {"written out": attention, "fused": fused_attention, "turned": transposed_attention}
+IMPLEMENTATIONS = {"written out": attention, "fused": fused_attention, "transposed": transposed_attention}
 ENGINES = (("openvino", "bf16"), ("cpu", "fp32"))
 
 
 class Stack(nn.Module):
     """`layers` guided cross-attentions, one after the other."""
 
-    def __init__(self, form: Callable[..., Tensor], layers: int, heads: int, width: int):
+    def __init__(self, attention: Callable[..., Tensor], layers: int, heads: int, width: int):
         super().__init__()
-        self.form, self.heads = form, heads
+        self.attention, self.heads = attention, heads
         self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(width, width) for _ in range(4)) for _ in range(layers))
 
     def forward(
@@ -40,9 +40,9 @@ class Stack(nn.Module):
         for query, key, value, out in self.layers:
             q, k, v = (split_heads(x, self.heads) for x in (query(hidden), key(states), value(states)))
             if negative_scale is None:
-                z = self.form(q, k, v)
+                z = self.attention(q, k, v)
             else:
-                z = nasa_attention(q, k[:, :, :t], v[:, :, :t], None, k[:, :, t:], v[:, :, t:], None, negative_scale, self.form)
+                z = nasa_attention(q, k[:, :, :t], v[:, :, :t], None, k[:, :, t:], v[:, :, t:], None, negative_scale, self.attention)
             hidden = hidden + out(merge_heads(z))
         return hidden
 
@@ -54,39 +54,39 @@ class Stack(nn.Module):
 @click.option("--tokens", default=20)
 @click.option("--negative-tokens", default=20)
 @click.option("--layers", default=8)
-@click.option("--runs", default=15, help="Calls of each, in turns.")
+@click.option("--runs", default=15, help="Timed calls of each, interleaved.")
 def main(queries: int, heads: int, head_size: int, tokens: int, negative_tokens: int, layers: int, runs: int) -> None:
     """Print the medians."""
     width = heads * head_size
     torch.manual_seed(0)
-    given = {
+    inputs = {
         "hidden": torch.randn(1, queries, width),
         "prompt_states": torch.randn(1, tokens, width),
         "negative_states": torch.randn(1, negative_tokens, width),
         "negative_scale": torch.full((1,), 0.5),
     }
-    plain = {name: given[name] for name in ("hidden", "prompt_states")}
+    positive = {name: inputs[name] for name in ("hidden", "prompt_states")}
     dynamic = {"prompt_states": {1: "tokens"}, "negative_states": {1: "negative_tokens"}}
     calls: dict[tuple[str, str, bool], Callable[[], object]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, form in FORMS.items():
-            for guided, inputs in ((False, plain), (True, given)):
+        for name, implementation in IMPLEMENTATIONS.items():
+            for guided, example in ((False, positive), (True, inputs)):
                 path = Path(folder) / f"{name}-{guided}.onnx"
-                write_graph(Stack(form, layers, heads, width), inputs, ("out",), dynamic, path)
-                feeds = {key: value.numpy() for key, value in inputs.items()}
+                write_graph(Stack(implementation, layers, heads, width), example, ("out",), dynamic, path)
+                arrays = {key: value.numpy() for key, value in example.items()}
                 for engine, precision in ENGINES:
-                    calls[engine, name, guided] = partial(load_engine(engine, path, precision), **feeds)
-        taken: dict[tuple[str, str, bool], list[float]] = {key: [] for key in calls}
+                    calls[engine, name, guided] = partial(load_engine(engine, path, precision), **arrays)
+        milliseconds: dict[tuple[str, str, bool], list[float]] = {key: [] for key in calls}
         for run in range(runs + 2):
             for key, call in calls.items():
                 start = time.perf_counter()
                 call()
                 if run >= 2:
-                    taken[key].append(1000 * (time.perf_counter() - start) / layers)
-    click.echo(f"{'milliseconds a layer':24}{'plain':>10}{'negative':>10}{'extra':>10}")
+                    milliseconds[key].append(1000 * (time.perf_counter() - start) / layers)
+    click.echo(f"{'milliseconds per layer':24}{'positive':>10}{'negative':>10}{'extra':>10}")
     for engine, precision in ENGINES:
-        for name in FORMS:
-            one, two = (statistics.median(taken[engine, name, guided]) for guided in (False, True))
+        for name in IMPLEMENTATIONS:
+            one, two = (statistics.median(milliseconds[engine, name, guided]) for guided in (False, True))
             click.echo(f"{engine + ' ' + precision + ' ' + name:24}{one:10.3f}{two:10.3f}{two - one:10.3f}")
 
 
