@@ -1,4 +1,4 @@
-"""Attention with a negative prompt: processors for diffusers' own networks, and the modules that stand in their place in a graph."""
+"""Attention with a negative prompt: processors for diffusers' own networks, and the modules that replace its attention for export."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from snoopi_rt.kernels import attention, fused_attention, transposed_attention
 
 
 class PlainAttention:
-    """Self- and cross-attention without regard to a negative; by default written out, for wherever gradients run on a CPU."""
+    """Self- and cross-attention that ignores a negative prompt; written out by default, which has the fastest gradients on a CPU."""
 
     def __init__(self, attention: Callable[..., Tensor] = attention):
         self.attention = attention
@@ -32,10 +32,10 @@ class PlainAttention:
 
 
 class GuidedAttention(PlainAttention):
-    """PlainAttention that also takes a negative prompt, handed over as `cross_attention_kwargs={"negative": (states, mask, scale)}`.
+    """PlainAttention with a negative prompt, passed as `cross_attention_kwargs={"negative": (states, mask, scale)}`.
 
-    `empty_states` (1, T0, D) is what a guidance that measures from the empty prompt needs. Written as the formulas are; the exported
-    networks have OneProductAttention, which is tested against it. `attend` takes the formula's place: on a GPU
+    `empty_states` (1, T0, D): the empty prompt, for a guidance that measures from it. It follows the formulas; exported networks have
+    OneProductAttention, which is tested against it. `attend` replaces the guidance's formula: on a GPU,
     `snoopi_rt.kernels.nasa.fused_nasa_attention` for the guidance nasa.
     """
 
@@ -71,7 +71,7 @@ class GuidedAttention(PlainAttention):
 
 
 class SelfAttention(nn.Module):
-    """A self-attention for export. Stands in for a diffusers `Attention`; what concerns text is ignored."""
+    """A self-attention for export, in place of a diffusers `Attention`; arguments that concern text are ignored."""
 
     def __init__(self, attn: Attention):
         super().__init__()
@@ -83,10 +83,11 @@ class SelfAttention(nn.Module):
 
 
 class OneProductAttention(nn.Module):
-    """A cross-attention for export: one key and one value product over both prompts, and the empty prompt's as constants.
+    """A cross-attention for export, in place of a diffusers `Attention`: one key and one value product over both prompts, and those of the
+    empty prompt as constants.
 
-    Stands in for a diffusers `Attention`. `encoder_hidden_states` is (B, T + U, D), the prompt's states and the negative's; `negative` the
-    prompt's length T and the scale (B,), None in a graph without negatives.
+    `encoder_hidden_states` (B, T + U, D): the states of the prompt, then of the negative. `negative`: the prompt's length T and the scale
+    (B,), or None in a graph without negatives.
     """
 
     def __init__(self, attn: Attention, guidance: Guidance, empty_states: Tensor):
@@ -115,12 +116,12 @@ class OneProductAttention(nn.Module):
 
 
 def queries(attn: Attention, hidden: Tensor) -> Tensor:
-    """(B, H, N, d), normalised where the network normalises its queries."""
+    """The queries (B, H, N, d), normalised if the network does so."""
     return _normalised(attn.to_q(hidden), attn.norm_q, attn.heads)
 
 
 def keys_values(attn: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, H, T, d) each. Keys are normalised where the network does so: a negative's keys as much as a prompt's."""
+    """Keys and values, (B, H, T, d) both. Keys are normalised if the network does so, those of a negative too."""
     return _normalised(attn.to_k(states), attn.norm_k, attn.heads), split_heads(attn.to_v(states), attn.heads)
 
 
@@ -128,7 +129,7 @@ def _normalised(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
     """(B, T, H * d) to (B, H, T, d), by a norm of each head or, as in Sana, of all heads together."""
     if norm is None:
         return split_heads(x, heads)
-    size = getattr(norm, "normalized_shape", None) or norm.dim  # of torch's norms, of diffusers'
+    size = getattr(norm, "normalized_shape", None) or norm.dim  # torch's and diffusers' norms name it differently
     return split_heads(norm(x), heads) if size[-1] == x.shape[-1] else norm(split_heads(x, heads))
 
 

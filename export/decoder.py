@@ -9,9 +9,9 @@ from snoopi_rt.errors import InputError
 
 
 class Decoder(nn.Module):
-    """latent (B, C, h, w) to image (B, H, W, 3) uint8, level by level what diffusers makes of it: undo the scale of `vae`, decode, round.
+    """latent (B, C, h, w) to image (B, H, W, 3) uint8, in all levels equal to diffusers': undo the scale of `vae`, decode, round.
 
-    AutoencoderTiny reads the scaled latent itself, and says so with a scaling_factor of 1. Raises InputError for a vae that normalises
+    AutoencoderTiny takes the scaled latent itself, hence its scaling_factor of 1. Raises InputError for a vae that normalises
     its channels one by one.
     """
 

@@ -1,7 +1,7 @@
-"""Negative prompts for pipelines of diffusers, in one call of the network: `pipe = with_negative(pipe)`.
+"""Negative prompts for diffusers pipelines, in one call of the network: `pipe = with_negative(pipe)`.
 
-The pipeline encodes the negative prompt as it does its prompt, the states stand behind the prompt's, and every cross-attention takes them
-apart again. So all that a pipeline can do stays as it is: offloading, LoRAs, callbacks, batches, torch.compile.
+The pipeline encodes the negative prompt like its prompt, both states are concatenated, and every cross-attention splits them again. So
+everything else in a pipeline still works: offloading, LoRAs, callbacks, batches, torch.compile.
 """
 
 import inspect
@@ -56,21 +56,22 @@ def without_negative(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 @dataclass
 class _Call:
-    """What one call of a pipeline tells its cross-attentions. lengths: tokens of prompt, negative, and the empty prompt where it is needed;
-    none without a negative. scale: (B,)."""
+    """What one call of a pipeline tells its cross-attentions."""
 
     guidance: Guidance
     negatives: Sequence[str] = ()
     scales: Sequence[float] = ()
     lengths: list[int] = field(default_factory=list)
+    """Tokens of the prompt, the negative, and the empty prompt if it is needed; empty without a negative."""
     scale: Tensor | None = None
+    """(B,)"""
 
     def end(self) -> None:
         self.negatives, self.scales, self.lengths, self.scale = (), (), [], None
 
 
 class _Negative(DiffusionPipeline):
-    """Stands before a pipeline's own class."""
+    """Precedes a pipeline's own class."""
 
     _negative_call: _Call
     _plain: type[DiffusionPipeline]
@@ -84,7 +85,7 @@ class _Negative(DiffusionPipeline):
     ) -> Any:
         call = self._negative_call
         scale = call.guidance.default_scale if negative_scale is None else negative_scale
-        call.scales = [float(scale)] if isinstance(scale, int | float) else [float(each) for each in scale]
+        call.scales = [float(scale)] if isinstance(scale, int | float) else [float(value) for value in scale]
         if negative_prompt is not None and any(call.scales):
             if not all(isinstance(attn.processor, _NegativeProcessor) for attn in _cross_attentions(self)):
                 raise InputError("the attention processors were set since with_negative: call it again")
@@ -95,27 +96,27 @@ class _Negative(DiffusionPipeline):
             call.end()
 
     def encode_prompt(self, *args: Any, **options: Any) -> Any:
-        """The states of prompts, with those of their negatives behind them."""
+        """The states of the prompts, followed by those of their negatives."""
         call = self._negative_call
         encoded = super().encode_prompt(*args, **options)
         if not call.negatives or call.lengths:
             return encoded
         signature = inspect.signature(super().encode_prompt)
-        asked = signature.bind(*args, **options).arguments
-        if asked.get("do_classifier_free_guidance", "do_classifier_free_guidance" in signature.parameters):
-            raise InputError("guidance_scale draws each step twice: with a negative prompt in the attention, give guidance_scale=0")
-        prompts = len(encoded[0]) // asked.get("num_images_per_prompt", 1)
-        texts = [_one_each(call.negatives, prompts, "negative_prompt")]
+        arguments = signature.bind(*args, **options).arguments
+        if arguments.get("do_classifier_free_guidance", "do_classifier_free_guidance" in signature.parameters):
+            raise InputError("guidance_scale runs each step twice: with a negative prompt in the attention, give guidance_scale=0")
+        prompts = len(encoded[0]) // arguments.get("num_images_per_prompt", 1)
+        texts = [_per_prompt(call.negatives, prompts, "negative_prompt")]
         if call.guidance.measures_from_empty:
             texts.append([""] * prompts)
         states, masks = [encoded[0]], [encoded[1]]
         for text in texts:
-            rest = {name: value for name, value in asked.items() if name not in _OF_THE_PROMPT}
-            more = super().encode_prompt(**rest | {"prompt": text})
-            states.append(more[0].to(encoded[0]))
-            masks.append(more[1])
+            shared = {name: value for name, value in arguments.items() if name not in _OF_THE_PROMPT}
+            other = super().encode_prompt(**shared | {"prompt": text})
+            states.append(other[0].to(encoded[0]))
+            masks.append(other[1])
         call.lengths = [part.shape[1] for part in states]
-        scale = torch.tensor(_one_each(call.scales, prompts, "negative_scale"), dtype=encoded[0].dtype, device=encoded[0].device)
+        scale = torch.tensor(_per_prompt(call.scales, prompts, "negative_scale"), dtype=encoded[0].dtype, device=encoded[0].device)
         call.scale = scale.repeat_interleave(len(encoded[0]) // prompts)
         masked = "prompt_attention_mask" in signature.parameters
         return (torch.cat(states, 1), torch.cat(masks, 1) if masked else encoded[1], *encoded[2:])
@@ -142,7 +143,7 @@ class _NegativeProcessor:
         (k_pos, k_neg, *k_empty), (v_pos, v_neg, *v_empty) = k.split(call.lengths, 2), v.split(call.lengths, 2)
         mask = text_mask(attention_mask)
         mask_pos, mask_neg, *mask_empty = [None] * len(call.lengths) if mask is None else mask.split(call.lengths, 1)
-        if k_empty:  # one prompt's for all, of its tokens alone
+        if k_empty:  # one row serves all prompts, without its padding
             tokens = slice(None) if mask_empty[0] is None else mask_empty[0][0]
             k_empty, v_empty = ([part[0][:1, :, tokens]] for part in (k_empty, v_empty))
         q = queries(attn, hidden_states)
@@ -151,7 +152,7 @@ class _NegativeProcessor:
 
 
 def _attend(guidance: Guidance, q: Tensor) -> Any:
-    """The guidance's formula, by the Triton kernel where there is one for it."""
+    """The guidance's formula, in a Triton kernel where there is one."""
     if q.is_cuda and guidance.kind == "nasa":
         try:
             from snoopi_rt.kernels.nasa import MAX_HEAD_DIM, fused_nasa_attention
@@ -170,8 +171,8 @@ def _cross_attentions(pipe: DiffusionPipeline) -> list[Attention]:
     return [module for name, module in modules if isinstance(module, Attention) and name.rpartition(".")[2] == "attn2"]
 
 
-def _one_each(values: Sequence[Any], count: int, what: str) -> list[Any]:
-    """As many as there are prompts; one counts for all. Raises InputError for another number."""
+def _per_prompt(values: Sequence[Any], count: int, name: str) -> list[Any]:
+    """One value per prompt; a single one is for all. Raises InputError for another number."""
     if len(values) not in (1, count):
-        raise InputError(f"{what} has {len(values)} entries for {count} prompts")
+        raise InputError(f"{name} has {len(values)} entries for {count} prompts")
     return list(values) * (count // len(values))

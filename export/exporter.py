@@ -1,4 +1,4 @@
-"""A student's weights to a bundle: load, write graphs, measure, promise; in that order."""
+"""A student's weights to a bundle: load, write the graphs, measure them, write the manifest; in that order."""
 
 import math
 import shutil
@@ -22,8 +22,8 @@ from snoopi_rt.export.backbones import Backbone, Student, find_backbone
 from snoopi_rt.export.final_check import Extreme, draw_whole, extreme_ids
 from snoopi_rt.export.guidance import Guidance, find_guidance
 from snoopi_rt.export.onnx_graphs import calibration
-from snoopi_rt.export.onnx_graphs.parity import FP32_TOLERANCE, LATENT_TOLERANCE, PICTURE_TOLERANCE, Arrays, View, rms
-from snoopi_rt.export.onnx_graphs.variants import Graph, build, check_precision
+from snoopi_rt.export.onnx_graphs.parity import FP32_TOLERANCE, IMAGE_TOLERANCE, LATENT_TOLERANCE, LatentComparison, NamedArrays, rms
+from snoopi_rt.export.onnx_graphs.variants import Graph, check_precision, write_variants
 from snoopi_rt.export.source import Source
 from snoopi_rt.files import check_place, hidden, reason
 from snoopi_rt.prompt_encoder import write_prompts
@@ -33,35 +33,41 @@ from snoopi_rt.tokenizer import Tokenizer, highest_id
 MEASURED_ON = ("cpu", "openvino")
 MAX_PIXELS = 64 * 128**2
 """Of all images of a batch, which bounds its memory: 4 images of 512 x 512."""
-TEXT_CASES = 2
-"""How many scored prompts a text encoder is judged by: each takes a whole forward of the generator."""
-DECODER_CASES = 4
-TINY = 10_000_000
+TEXT_SAMPLES = 2
+"""How many evaluation prompts a text encoder is judged by: each takes a whole forward pass of the generator."""
+DECODER_SAMPLES = 4
+LARGE_DECODER = 10_000_000
 """Parameters; TAESD has 1.2 million in its decoder, AutoencoderKL 49."""
-TILE, OVERLAP = 512, 16
-"""Pixels a side of a tile: AutoencoderKL needs 2.6 GB of activations for 512 x 512, and four times that for twice the sides. And how many
-latent pixels two tiles share: what a decoder sees around one is counted in those."""
+TILE = 512
+"""Pixels a side of a tile: AutoencoderKL needs 2.6 GB of activations for 512 x 512, and four times that for twice the sides."""
+OVERLAP = 16
+"""Latent pixels that two tiles share: a decoder's receptive field is counted in those."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What a user may choose of a bundle. `precision`: names by graph, in the order of preference; none: the backbone's.
-
-    `everywhere`: those of them that name no graph, for which a graph that cannot have one gets the nearest that it can have.
-    `sizes`: (height, width), the first is the default; none: the preset's. `prompts`: those whose states the bundle carries;
-    `prompts_only` leaves the text encoder out. `vocabulary`, `examples`: as in Bundle; none: the student's.
-    """
+    """What a user may choose of a bundle. Raises InputError for unknown names and values that cannot be."""
 
     guidance: str = "nasa"
+    """The kind of negative guidance."""
     precision: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Names of precisions by graph, in the order of preference; a graph without any gets the backbone's."""
     sizes: tuple[tuple[int, int], ...] = ()
+    """(height, width) in pixels, the default first; none: the preset's."""
     tolerance: float = LATENT_TOLERANCE
+    """How much a variant may change the clean latent (rms)."""
     prompts: tuple[str, ...] = ()
+    """The prompts whose states the bundle carries."""
     prompts_only: bool = False
+    """Whether to leave the text encoder out: the bundle knows `prompts` and no others."""
     force: bool = False
+    """Whether to replace a bundle that is there."""
     vocabulary: Vocabulary | None = None
+    """As in Bundle; None: the student's."""
     examples: tuple[str, ...] = ()
-    everywhere: frozenset[str] = frozenset()
+    """As in Bundle; none: the student's."""
+    or_nearest: frozenset[str] = frozenset()
+    """The precisions that were asked for without naming a graph: a graph that cannot have one gets the nearest that it can."""
 
     def __post_init__(self) -> None:
         find_guidance(self.guidance)
@@ -70,12 +76,12 @@ class ExportOptions:
         if not 0 < self.tolerance < math.inf:
             raise InputError(f"tolerance {self.tolerance:g} is not a positive number")
         if self.prompts_only and not self.prompts:
-            raise InputError("a bundle without text encoder needs the prompts that it shall know: --prompts FILE")
+            raise InputError("a bundle without text encoder needs the prompts that it is to know: --prompts FILE")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is exported, all of it checked before anything is loaded."""
+    """What is exported, checked before any weights are loaded."""
 
     source: Source
     options: ExportOptions
@@ -87,7 +93,7 @@ class Plan:
 
     @classmethod
     def of(cls, source: Source, options: ExportOptions) -> "Plan":
-        """The plan; raises InputError for names that are not known and sizes that cannot be, EngineMissing where nothing can measure."""
+        """The plan. Raises InputError for unknown names and impossible sizes, EngineMissing where no engine can measure parity."""
         backbone, preset = find_backbone(source.preset.backbone), source.preset
         sizes, multiple = options.sizes or ((preset.size, preset.size),), backbone.multiple * source.latent.factor
         for height, width in sizes:
@@ -101,11 +107,11 @@ class Plan:
 
 
 def export(source: Source, out: Path, options: ExportOptions | None = None, say: Callable[[str], None] = lambda line: None) -> Bundle:
-    """Writes a student to the bundle `out` and returns it; `say` is told what was measured.
+    """Writes a student to the bundle `out` and returns it; `say` gets a line for everything that is measured.
 
-    Raises InputError (unknown names, weights that do not fit, `out` in use), OutputError where a graph is too far from PyTorch or the whole
-    bundle does not draw what it promises.
-    Nothing is under the name `out` until all of it is; with `force` an old bundle there is replaced.
+    Raises InputError (unknown names, weights that do not fit, `out` in use), OutputError where a graph is too far from PyTorch or the
+    finished bundle does not draw what it promises. The bundle appears under the name `out` when it is complete; with `force` it then
+    replaces the one that is there.
     """
     plan = Plan.of(source, options or ExportOptions())
     old = hidden(out, ".old")
@@ -113,27 +119,28 @@ def export(source: Source, out: Path, options: ExportOptions | None = None, say:
         old.replace(out)
     check_out(out, plan.options.force)
     student = plan.backbone.load(source.weights, source.preset, plan.sizes)
-    beside = hidden(out, ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    part = hidden(out, ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     try:
-        bundle, extremes = _fill(beside, out.name, plan, student, say)
-        draw_whole(bundle.save(beside), plan.engines, extremes, say)
+        bundle, extremes = _write_files(part, out.name, plan, student, say)
+        draw_whole(bundle.save(part), plan.engines, extremes, say)
         shutil.rmtree(old, ignore_errors=True)
         if out.exists():
             out.replace(old)
-        beside.replace(out)
+        part.replace(out)
     except BaseException:
         if old.exists() and not out.exists():
             old.replace(out)
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
     return Bundle.load(out)
 
 
 def check_out(out: Path, force: bool) -> None:
-    """Returns where a bundle may be written to `out`; raises InputError where something else is there, OutputError where nothing can be."""
+    """Returns where a bundle may be written to `out`; raises InputError where something is in the way, OutputError where nothing can be
+    written."""
     if out.exists() and not (force and (out / MANIFEST).exists()):
         raise InputError(f"{quote(out)} exists: choose another folder, or --force to replace it if it is a bundle")
     try:
@@ -142,27 +149,27 @@ def check_out(out: Path, force: bool) -> None:
         raise OutputError(f"cannot write {quote(out)}: {reason(error)}") from error
 
 
-def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[str], None]) -> tuple[Bundle, list[Extreme]]:
-    """All files of a bundle but its bundle.json, which is returned, with the prompts from which it is to be drawn before it is done."""
+def _write_files(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[str], None]) -> tuple[Bundle, list[Extreme]]:
+    """Writes all files of a bundle but its bundle.json; returns what that will say, and the prompts of the final check."""
     text = student.write_tokenizer(folder / "tokenizer.json")
     tokenizer = Tokenizer(folder / "tokenizer.json", text.max_tokens, text.lowercase, text.pad)
     carried = list(dict.fromkeys(text_rule(prompt, text.lowercase) for prompt in plan.options.prompts))
     say(f"encoding {len(calibration.TEXTS) + len(carried)} prompts")
     ids = {prompt: torch.from_numpy(tokenizer(prompt, truncate=prompt not in carried)) for prompt in (*calibration.TEXTS, *carried)}
-    limits = {} if plan.options.prompts_only else extreme_ids(tokenizer, highest_id(folder / "tokenizer.json"))
-    encoded = student.encode([*ids.values(), *limits.values()])
+    limit_ids = {} if plan.options.prompts_only else extreme_ids(tokenizer, highest_id(folder / "tokenizer.json"))
+    encoded = student.encode([*ids.values(), *limit_ids.values()])
     states = dict(zip(ids, encoded, strict=False))
-    extremes = [Extreme(*limit, values) for limit, values in zip(limits.items(), encoded[len(ids) :], strict=True)]
+    extremes = [Extreme(*limit, values) for limit, values in zip(limit_ids.items(), encoded[len(ids) :], strict=True)]
     graphs = {}
     for graph in _graphs(plan, student, ids, states):
-        graphs[graph.name] = build(graph, plan.precision[graph.name], folder, plan.engines, say, plan.options.everywhere)
+        graphs[graph.name] = write_variants(graph, plan.precision[graph.name], folder, plan.engines, say, plan.options.or_nearest)
     prompts = None
     if carried:
-        prompts = write_prompts(folder, {each: {key: value.numpy() for key, value in states[each].items()} for each in carried})
+        prompts = write_prompts(folder, {prompt: {name: value.numpy() for name, value in states[prompt].items()} for prompt in carried})
     if plan.options.prompts_only:
         (folder / "tokenizer.json").unlink()
         text = replace(text, tokenizer=None)
-    kind = plan.guidance
+    guidance = plan.guidance
     bundle = Bundle(
         name=name,
         backbone=plan.backbone.name,
@@ -171,7 +178,7 @@ def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[
         latent=plan.source.latent,
         sizes=plan.sizes,
         max_batch=max(1, MAX_PIXELS // max(height * width for height, width in plan.sizes)),
-        guidance=GuidancePromise(kind.kind, Scale(kind.default_scale, 0.0, kind.max_scale), dict(kind.fixed)),
+        guidance=GuidancePromise(guidance.kind, Scale(guidance.default_scale, 0.0, guidance.max_scale), dict(guidance.fixed)),
         provenance={**plan.source.provenance, "exporter": f"snoopi-rt {__version__}, torch {torch.__version__}"},
         graphs=graphs,
         prompts=prompts,
@@ -183,39 +190,40 @@ def _fill(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[
 
 
 def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Mapping[str, dict[str, Tensor]]) -> Iterator[Graph]:
-    """What there is to build, one after the other, so that what one needs is gone before the next."""
+    """The graphs of a bundle, one after the other, so that the memory of one is free before the next."""
     options, backbone = plan.options, plan.backbone
     (height, width), latent = plan.sizes[0], plan.source.latent
     shape, steps = (latent.channels, height // latent.factor, width // latent.factor), len(plan.source.preset.rule.steps)
-    given = calibration.generator_cases(states, plan.guidance, shape, steps, backbone.masks)
+    samples = calibration.generator_samples(states, plan.guidance, shape, steps, backbone.masks)
     reference = student.reference(plan.guidance, states[""]["states"])
-    latents = [_run(reference, case) for case in tqdm(given.scored, desc="reference", unit="case", leave=False)]
+    latents = [_run(reference, sample) for sample in tqdm(samples.evaluation, desc="reference", unit="sample", leave=False)]
     if not all(latent.isfinite().all() for latent in latents):
         raise InputError("the student itself gives NaN or infinity in fp32: fetch its weights again, or choose its own --preset")
-    wanted = [{"latent": latent.numpy()} for latent in latents]
+    reference_latents = [latent.numpy() for latent in latents]
 
-    def from_text(i: int, found: Arrays) -> np.ndarray:
-        return _run(reference, {**given.scored[i], **{f"prompt_{name}": torch.from_numpy(value) for name, value in found.items()}}).numpy()
+    def draw(i: int, text_outputs: NamedArrays) -> np.ndarray:
+        conditioning = {f"prompt_{name}": torch.from_numpy(value) for name, value in text_outputs.items()}
+        return _run(reference, {**samples.evaluation[i], **conditioning}).numpy()
 
-    def picture(latent: np.ndarray) -> np.ndarray:
+    def decode(latent: np.ndarray) -> np.ndarray:
         return _run(student.decoder, {"latent": torch.from_numpy(latent)}).numpy()
 
-    seen = [latent.numpy() for latent in latents]
-    by_text, by_latent = View(from_text, seen, picture), View(lambda i, found: found["latent"], seen, picture)
+    by_text = LatentComparison(draw, reference_latents, decode)
+    by_latent = LatentComparison(lambda i, outputs: outputs["latent"], reference_latents, decode)
     padded = len({row.shape[1] for row in ids.values()}) == 1
     shared: dict[str, Any] = {"opset": backbone.opset, "dynamic": dynamic_axes(plan.sizes, padded)}
     if not options.prompts_only:
-        prompts = calibration.SCORED[:TEXT_CASES]
+        prompts = calibration.EVALUATION[:TEXT_SAMPLES]
         yield Graph(
             name="text_encoder",
             module=student.text_encoder,
             outputs=student.text_outputs,
             example={"ids": ids[prompts[0]].expand(2, -1)},
             calibration=[{"ids": ids[prompt]} for prompt in calibration.CALIBRATION],
-            scored=[{"ids": ids[prompt]} for prompt in prompts],
-            wanted=[{name: value.numpy() for name, value in states[prompt].items()} for prompt in prompts],
+            evaluation=[{"ids": ids[prompt]} for prompt in prompts],
+            reference=[{name: value.numpy() for name, value in states[prompt].items()} for prompt in prompts],
             error=by_text.error,
-            view=by_text,
+            comparison=by_text,
             tolerance=options.tolerance,
             fp32_tolerance=FP32_TOLERANCE["text_encoder"],
             tensor_of=student.tensor_of,
@@ -225,58 +233,58 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
         name="generator",
         module=student.generator(plan.guidance, states[""]["states"]).eval(),
         outputs=("latent",),
-        example=given.example,
-        calibration=given.calibration,
-        scored=given.scored,
-        wanted=wanted,
+        example=samples.example,
+        calibration=samples.calibration,
+        evaluation=samples.evaluation,
+        reference=[{"latent": latent} for latent in reference_latents],
         error=by_latent.error,
-        view=by_latent,
+        comparison=by_latent,
         tolerance=options.tolerance,
         fp32_tolerance=FP32_TOLERANCE["generator"],
         **shared,
     )
     tile = _tile(plan, student)
 
-    def part(latent: Tensor) -> Tensor:
+    def first_tile(latent: Tensor) -> Tensor:
         return latent if tile is None else latent[..., : tile.size, : tile.size]
 
-    scored = [part(latent) for latent in latents[:DECODER_CASES]]
-    images = [{"image": picture(latent.numpy())} for latent in scored]
+    evaluation = [first_tile(latent) for latent in latents[:DECODER_SAMPLES]]
+    images = [{"image": decode(latent.numpy())} for latent in evaluation]
     yield Graph(
         name="decoder",
         module=student.decoder,
         outputs=("image",),
-        example={"latent": torch.cat([scored[0], scored[0]])},
-        # The student's pictures of other prompts.
-        calibration=[{"latent": part(_run(reference, case))} for case in given.calibration[:DECODER_CASES]],
-        scored=[{"latent": latent} for latent in scored],
-        wanted=images,
-        error=lambda i, found: rms(found["image"].astype(np.float32) - images[i]["image"]) / 255,
-        # Whoever lets the latent change more lets the picture.
-        tolerance=PICTURE_TOLERANCE * max(1.0, options.tolerance / LATENT_TOLERANCE),
+        example={"latent": torch.cat([evaluation[0], evaluation[0]])},
+        # The student's latents of other prompts.
+        calibration=[{"latent": first_tile(_run(reference, sample))} for sample in samples.calibration[:DECODER_SAMPLES]],
+        evaluation=[{"latent": latent} for latent in evaluation],
+        reference=images,
+        error=lambda i, outputs: rms(outputs["image"].astype(np.float32) - images[i]["image"]) / 255,
+        # A larger tolerance for the latent is one for the image too.
+        tolerance=IMAGE_TOLERANCE * max(1.0, options.tolerance / LATENT_TOLERANCE),
         fp32_tolerance=FP32_TOLERANCE["decoder"],
-        alone=_large(student.decoder),
+        one_image=_large(student.decoder),
         **shared,
     )
 
 
 def _tile(plan: Plan, student: Student) -> Tile | None:
-    """The tiles in which large pictures are decoded, unless the decoder is a tiny one."""
+    """The tiles in which large images are decoded; None for a tiny decoder or small images."""
     size = TILE // plan.source.latent.factor
     return Tile(size, min(OVERLAP, size // 2)) if _large(student.decoder) and max(map(max, plan.sizes)) > TILE else None
 
 
 def _large(decoder: nn.Module) -> bool:
-    return sum(weight.numel() for weight in decoder.parameters()) > TINY
+    return sum(weight.numel() for weight in decoder.parameters()) > LARGE_DECODER
 
 
 @torch.no_grad()
-def _run(module: nn.Module, case: Mapping[str, Tensor]) -> Tensor:
-    return module(**case)
+def _run(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    return module(**inputs)
 
 
 def dynamic_axes(sizes: Sequence[tuple[int, int]], padded: bool) -> dict[str, dict[int, str]]:
-    """The free axes of each input: batch, tokens unless they are padded, and the latent's sides where there are several sizes."""
+    """The dynamic axes of each input, {name: {axis: axis name}}: batch, tokens unless padded, the latent's sides if sizes differ."""
     latent = {0: "batch"}
     if len(sizes) > 1:
         latent |= {2: "height", 3: "width"}

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A layer with these very tensors, weight (out, in) and bias (out,)."""
+    """A layer with these tensors, not copies: weight (out, in) and bias (out,)."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
@@ -19,7 +19,7 @@ def gated(layer: nn.Linear, gate: Tensor) -> nn.Linear:
 
 
 def stacked(*layers: nn.Linear) -> nn.Linear:
-    """All the layers' outputs side by side."""
+    """One layer with the outputs of all `layers` concatenated."""
     return linear(torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
 
 

@@ -1,6 +1,6 @@
 """The kinds of negative guidance that a graph can be built with: one attention function each, its constants and its range of scales.
 
-Data alone: the functions, and torch with them, are imported when they are first needed.
+Data only: the functions, and torch with them, are imported on first use.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a negative prompt acts in a cross-attention. The scale is given at run time, `fixed` are the formula's constants in the graph.
-
-    `formula`: the function's name in snoopi_rt.kernels. `default_scale` is for a student about which nothing is known.
-    `measures_from_empty`: `attend` also takes the keys and values of the empty prompt, which are constants of the graph.
-    """
+    """How a negative prompt acts in a cross-attention. The scale is an input at run time."""
 
     kind: Literal["nasa", "nag", "vsf", "projected", "none"]
     formula: str | None
+    """The function's name in snoopi_rt.kernels; None: takes no negative."""
     default_scale: float = 0.0
+    """For a student whose preset has none."""
     max_scale: float = 0.0
     fixed: Mapping[str, float] = field(default_factory=dict)
+    """The formula's constants in the graph."""
     measures_from_empty: bool = False
+    """Whether `attend` also takes the keys and values of the empty prompt, which are constants of the graph."""
 
     @property
     def attend(self) -> "Callable[..., Tensor] | None":
@@ -44,8 +44,8 @@ class Guidance:
 
 
 GUIDANCE: dict[str, Guidance] = {
-    kind.kind: kind
-    for kind in (
+    guidance.kind: guidance
+    for guidance in (
         Guidance("nasa", "nasa_attention", default_scale=0.2, max_scale=1.5),
         # tau, and phi and alpha of SDXL (NAG, table 5); presets have their own.
         Guidance("nag", "nag_attention", default_scale=2.0, max_scale=10.0, fixed={"tau": 2.5, "alpha": 0.5}),

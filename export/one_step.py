@@ -1,4 +1,4 @@
-"""From a network's answers to a clean latent: in one step, or in a few with fresh noise between them."""
+"""From a network's predictions to a clean latent: in one step, or in a few with fresh noise between them."""
 
 import math
 from collections.abc import Callable
@@ -15,20 +15,21 @@ Prediction = Literal["epsilon", "v", "x0", "flow"]
 
 @dataclass(frozen=True)
 class OneStepRule:
-    """How a student is called and read.
-
-    It starts from x_t = input_scale * noise, is called as network(x_t, timestep), and alpha and sigma read its answer. They may belong to
-    another timestep than the one that is fed (a trap of public checkpoints). `input_scale` is 1 (raw noise) or, for Euler students,
-    sigma: Euler calls with x / sqrt(s^2 + 1), x = s * noise and s = sigma / alpha, which is sigma * noise.
-    `later`: the further steps of a student of 2 to 4 steps, each starting from alpha * x0 + sigma * fresh noise.
-    """
+    """How a student is called, as network(x_t, timestep) with x_t = input_scale * noise, and how its answer becomes a clean latent."""
 
     prediction: Prediction
     timestep: float
+    """What the network is fed."""
     alpha: float
+    """The noise schedule's value that reads the answer. It may belong to another timestep than the one that is fed (a trap of public
+    checkpoints)."""
     sigma: float
+    """The same of the noise."""
     input_scale: float = 1.0
+    """1 (raw noise) or, for Euler students, sigma: Euler calls with x / sqrt(s^2 + 1), x = s * noise and s = sigma / alpha, which is
+    sigma * noise."""
     later: tuple["OneStepRule", ...] = ()
+    """The further steps of a student of 2 to 4 steps, each starting from alpha * x0 + sigma * fresh noise."""
 
     @property
     def steps(self) -> tuple["OneStepRule", ...]:
@@ -37,7 +38,7 @@ class OneStepRule:
 
     @property
     def error_gain(self) -> float:
-        """The size of the change in the clean latent for a change of size 1 in the answer of this step."""
+        """How much an error in the answer of this step grows in the clean latent."""
         match self.prediction:
             case "epsilon":
                 return self.sigma / self.alpha

@@ -25,7 +25,7 @@ from snoopi_rt.engines.base import Axis, Engine
 from snoopi_rt.errors import EngineError, InputError
 from snoopi_rt.export.decoder import Decoder
 from snoopi_rt.export.guidance import find_guidance
-from snoopi_rt.export.onnx_graphs.mixed_precision import half_arithmetic
+from snoopi_rt.export.onnx_graphs.mixed_precision import to_gpu_precision
 from snoopi_rt.export.onnx_graphs.write import write_graph
 
 ENGINES = ("tensorrt", "cuda")
@@ -69,7 +69,7 @@ def write(kind: str, folder: Path) -> dict[str, Tensor]:
     write_graph(generator, inputs, ("latent",), axes, folder / "generator.onnx", "fp16")
     write_graph(decoder, latent, ("image",), {"latent": {0: "batch"}}, folder / "decoder.onnx", "fp16")
     for graph in ("generator", "decoder"):
-        half_arithmetic(folder / f"{graph}.onnx", folder / f"{graph}-gpu.onnx")
+        to_gpu_precision(folder / f"{graph}.onnx", folder / f"{graph}-gpu.onnx")
     return inputs
 
 

@@ -77,19 +77,19 @@ def export_tiny(weights: Path, out: Path) -> None:
 
     traced, write_graph = out.parent / "traced", variants.write_graph
 
-    def write(module: Any, inputs: Any, outputs: Any, dynamic: Any, path: Path, *options: Any) -> list[Path]:
+    def write(module: Any, inputs: Any, outputs: Any, dynamic: Any, path: Path, *more: Any) -> list[Path]:
         kept = sorted(traced.glob(f"{path.name}*"))
         if kept:
             return [Path(shutil.copyfile(file, path.with_name(file.name))) for file in kept]
-        written = write_graph(module, inputs, outputs, dynamic, path, *options)
+        written = write_graph(module, inputs, outputs, dynamic, path, *more)
         traced.mkdir(exist_ok=True)
         for file in written:
             shutil.copyfile(file, traced / file.name)
         return written
 
     variants.write_graph = write
-    wishes = exporter.ExportOptions(precision={graph: ["fp32"] for graph in GRAPHS}, sizes=((64, 64),), force=True)
-    exporter.export(find_source("sd15", str(weights), "pgsb-sd15"), out, wishes)
+    options = exporter.ExportOptions(precision={graph: ["fp32"] for graph in GRAPHS}, sizes=((64, 64),), force=True)
+    exporter.export(find_source("sd15", str(weights), "pgsb-sd15"), out, options)
 
 
 class CacheWrites:

@@ -1,4 +1,4 @@
-"""The architectures that snoopi-rt exports, as data: how folders of weights become modules with one-step rule and guidance."""
+"""The architectures that snoopi-rt exports, as data: how a folder of weights becomes modules with a one-step rule and guidance."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,87 +16,95 @@ from snoopi_rt.export.presets.preset import Preset
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a student's tensors are. `folder`: a diffusers model. `network`: a file or folder that stands in for its transformer or UNet.
-
-    `loras`: files merged into the network, with their weights. `decoder`: the folder of another vae.
-    """
+    """Where a student's tensors are."""
 
     folder: Path
+    """A diffusers model."""
     network: Path | None = None
+    """A file or folder that replaces its transformer or UNet."""
     loras: tuple[tuple[Path, float], ...] = ()
+    """LoRA files to merge, with their weights."""
     decoder: Path | None = None
+    """The folder of an autoencoder that replaces its vae."""
 
 
 @dataclass(frozen=True)
 class Student:
-    """The torch side of a student, fp32 and in evaluation mode.
-
-    text_encoder: ids (B, T) to what `text_outputs` names, with all that depends on the prompt alone; on the meta device where `tensor_of`
-    gives its parameters by name, which is how an encoder larger than the memory is written. encode: the same for one prompt's ids, as
-    fp32 tensors. generator(guidance, empty_states) is the network that is exported, reference(guidance, empty_states) the same as diffusers
-    computes it; both take the inputs of the graph `generator`. decoder: latent (B, C, h, w) to image (B, H, W, 3) uint8.
-    write_tokenizer(path) writes tokenizer.json and gives the rule of its prompts. vocabulary, examples: as in Bundle.
-    """
+    """The torch side of a student, fp32 and in evaluation mode."""
 
     text_encoder: nn.Module
+    """ids (B, T) int64 to `text_outputs`, with everything that depends on the prompt alone; on the meta device if `tensor_of` is given."""
     text_outputs: tuple[str, ...]
+    """("states",), or ("states", "pooled")."""
     encode: Callable[[list[Tensor]], list[dict[str, Tensor]]]
+    """The text encoder's outputs by name, fp32, for the ids (1, T) of each prompt."""
     generator: Callable[[Guidance, Tensor], nn.Module]
+    """generator(guidance, empty_states): the network that is exported; it takes the inputs of the graph `generator`."""
     reference: Callable[[Guidance, Tensor], nn.Module]
+    """reference(guidance, empty_states): the same as diffusers computes it."""
     decoder: nn.Module
+    """latent (B, C, h, w) to image (B, H, W, 3) uint8."""
     write_tokenizer: Callable[[Path], Text]
+    """Writes tokenizer.json to the path and returns the rule for prompts."""
     tensor_of: Callable[[str], Tensor] | None = None
+    """The text encoder's parameters by name, for one that is larger than the memory; None: they are in the module."""
     vocabulary: Vocabulary | None = None
+    """As in Bundle."""
     examples: tuple[str, ...] = ()
+    """As in Bundle."""
 
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """A backbone's text encoder as training uses it: before all that the network itself learns.
-
-    write_tokenizer(path) writes tokenizer.json and gives the rule of its prompts. encode: ids (B, T) to states (B, T, D), fp32, each.
-    """
+    """A backbone's text encoder as training uses it: without the layers that belong to the network, which it trains."""
 
     write_tokenizer: Callable[[Path], Text]
+    """Writes tokenizer.json to the path and returns the rule for prompts."""
     encode: Callable[[list[Tensor]], list[Tensor]]
+    """States (B, T, D) in fp32 for the ids (B, T) of each entry."""
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A backbone's network as training sees it. `kind`: its diffusers class, whose weights lie in the folder `part`.
-
-    answer(network, x_t, t, states, mask, negative, size): what it says of x_t (B, C, h, w) at t (B,), (B, C, h, w), its variance left out.
-    states (B, T, D) are a PromptEncoder's, mask (B, T) bool or None; negative: states (B, U, D), mask and scale (B,), for a network with
-    GuidedAttention, or None; size: the image's height and width, on which some networks are conditioned. lora_targets: the layers that a
-    LoRA adapts. timestep: what a student is fed where nothing is said.
-    prompt_encoder(folder, max_tokens): that of a teacher's folder.
-    """
+    """A backbone's network as training sees it."""
 
     kind: type[nn.Module]
+    """Its diffusers class."""
     part: str
+    """The folder of its weights in a diffusers model."""
     answer: Callable[..., Tensor]
+    """answer(network, x_t, t, states, mask, negative, size): the prediction (B, C, h, w), without a learned variance, for x_t (B, C, h, w)
+    at timesteps t (B,). states (B, T, D): a PromptEncoder's; mask (B, T): bool or None; negative: None, or states (B, U, D), mask (B, U)
+    and scale (B,) for a network with GuidedAttention; size: height and width in pixels, on which some networks are conditioned."""
     lora_targets: tuple[str, ...]
+    """The layers that a LoRA adapts, by the end of their names."""
     timestep: int
+    """The default timestep of a student."""
     masked: bool
+    """Whether prompts have different lengths, and so a mask."""
     prompt_encoder: Callable[[Path, int], PromptEncoder]
+    """prompt_encoder(folder, max_tokens): that of a teacher's folder."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """One architecture. `module` has `load(weights, preset, sizes) -> Student` and, where it can be trained, `DENOISER`.
-
-    multiple: what the sides of a latent are multiples of. masks: the graph takes token masks, so that prompts of different lengths share a
-    batch. precision: what each graph is exported in where nothing is said. tiny_decoder: hub id of its TAESD. opset: see graph.py.
-    """
+    """One architecture."""
 
     name: str
     module: str
+    """The module of this package with `load(weights, preset, sizes) -> Student` and, if it can be trained, `DENOISER`."""
     parts: tuple[str, ...]
+    """The folders of its diffusers model, the network's first."""
     multiple: int
+    """What the sides of a latent must be multiples of."""
     precision: dict[str, str]
+    """The default precision of each graph."""
     tiny_decoder: str | None = None
+    """Hub id of its TAESD."""
     masks: bool = False
+    """Whether the graph takes token masks, so that prompts of different lengths can share a batch."""
     opset: int = 23
+    """The graphs' ONNX opset; 23 is the first with the operator Attention."""
 
     def load(self, weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -> Student:
         """The modules of a student. Raises InputError for weights that are missing or do not fit."""

@@ -1,4 +1,4 @@
-"""What the loaders of public checkpoints share: the decoder, and the latents between network and decoder."""
+"""Shared by the loaders of all backbones: the decoder, and the latents between network and decoder."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def check_network(folder: Path, backbone: str, denoiser: Denoiser) -> None:
 
 
 def load_decoder(weights: Weights, preset: Preset) -> Decoder:
-    """The decoder of whichever autoencoder the folder holds. Raises InputError for another one and for a scale other than the preset's."""
+    """The decoder of the folder's autoencoder. Raises InputError for an unknown class and for a scale other than the preset's."""
     folder = weights.decoder or weights.folder / "vae"
     kind, _ = _autoencoder(folder)
     decoder = Decoder(load_module(folder, kind))
@@ -37,9 +37,9 @@ def load_decoder(weights: Weights, preset: Preset) -> Decoder:
 
 
 def read_latent(weights: Weights, part: str) -> Latent:
-    """The latents that the network in the folder `part` gives and the decoder takes, by their configs: no weights are read.
+    """The latents between the network in the folder `part` and the decoder, by their configs: no weights are read.
 
-    Raises InputError where the two do not fit, or where `weights.decoder` makes larger or smaller pictures than the weights' own vae.
+    Raises InputError where the two do not fit, or where `weights.decoder` has another scale factor than the weights' own vae.
     """
     own, folder = weights.folder / "vae", weights.decoder or weights.folder / "vae"
     latent = _decoder_latent(folder)
@@ -49,13 +49,13 @@ def read_latent(weights: Weights, part: str) -> Latent:
             f"the vae in {folder} takes latents of {latent.channels} channels, the network gives {channels}: "
             "choose the one that it was trained with"
         )
-    if folder != own and (own / CONFIG).is_file() and (before := _decoder_latent(own).factor) != latent.factor:
-        raise InputError(f"the vae in {folder} makes {latent.factor} pixels a side of a latent pixel, the weights' own makes {before}")
+    if folder != own and (own / CONFIG).is_file() and (own_factor := _decoder_latent(own).factor) != latent.factor:
+        raise InputError(f"the vae in {folder} makes {latent.factor} pixels a side of a latent pixel, the weights' own makes {own_factor}")
     return latent
 
 
 def own_side(weights: Weights, part: str) -> int | None:
-    """The sides in latent pixels that the network was made for; None where its config does not say, or names two."""
+    """The sample size of the network in latent pixels; None where its config has none, or two."""
     side = _network_config(weights, part).get("sample_size")
     return side if type(side) is int and side > 0 else None
 
@@ -66,7 +66,7 @@ def _network_config(weights: Weights, part: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def _decoder_latent(folder: Path) -> Latent:
-    """What the decoder takes and how much larger its pictures are, found by running it on the meta device."""
+    """The latents that the decoder takes, found by running it on the meta device."""
     kind, config = _autoencoder(folder)
     side = 8
     with torch.device("meta"):

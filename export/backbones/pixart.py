@@ -1,7 +1,7 @@
 """PixArt with its timesteps folded away and guidance in every cross-attention: the network that is exported.
 
-At one timestep every modulation is a constant: scale and shift become LayerNorm's own weight and bias, and each gate goes into the output
-projection behind it. What is left has no timestep at all. `tests/export/test_pixart.py` holds it against diffusers' own network.
+At one timestep every modulation is a constant: scale and shift become LayerNorm's own weight and bias, and each gate is folded into the
+output projection before it, so that no timestep is left. `tests/export/test_pixart.py` checks it against diffusers' own network.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from snoopi_rt.kernels import fused_attention, transposed_attention
 
 
 class GuidedPixArt(nn.Module):
-    """The student as diffusers computes it, with guidance: what the folded network and the exported graph are checked against.
+    """The student as diffusers computes it, with guidance: the reference of the folded network and the exported graph.
 
-    Takes and gives what FoldedPixArt does. Sets the attention processors of `network`. `size`: height and width of the image, on which the
+    Its inputs and output are FoldedPixArt's. Sets the attention processors of `network`. `size`: height and width in pixels, on which the
     1024 models are conditioned.
     """
 
@@ -59,7 +59,7 @@ def pixart_answer(
     negative: tuple[Tensor, Tensor | None, Tensor] | None,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """What the network says of x_t (B, C, h, w), without the variance that it may have learned; see Denoiser.
+    """The network's prediction for x_t (B, C, h, w), without a learned variance; see Denoiser.
 
     `size`: the image's height and width; only the 1024 models are conditioned on it.
     """
@@ -78,10 +78,10 @@ def pixart_answer(
 
 
 class FoldedPixArt(nn.Module):
-    """`noise, prompt_states, negative_states, negative_scale, renoise -> latent`; see design of the graphs.
+    """`noise, prompt_states, negative_states, negative_scale, renoise -> latent`; the graph `generator`.
 
     noise (B, C, h, w); states (B, T, D) and (B, U, D) behind the caption projection; scale (B,); renoise (B, S - 1, C, h, w) for S steps;
-    latent (B, C, h, w) fp32. Masks (B, T) and (B, U) bool, where given, say which tokens count. A guidance of kind none takes no negative.
+    latent (B, C, h, w) fp32. Masks (B, T) and (B, U) bool, or None, tell which tokens count. A guidance of kind none takes no negative.
     `empty_states` (1, T0, D): the empty prompt, for guidance that measures from it. `attention`, `cross_attention`: see
     kernels/ops/reference.py.
     """
@@ -150,7 +150,7 @@ class FoldedTransformer(nn.Module):
         )
         shift, scale = (network.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
         self.norm = modulated_norm(network.norm_out, scale, shift)
-        # A network that also learns the variance answers 2 C channels; the first C are the mean.
+        # A network that also learns the variance predicts 2 C channels; the first C are the mean.
         self.project = _first_channels(network.proj_out, network.out_channels, network.config.in_channels)
 
     def forward(self, hidden: Tensor, states: Tensor, mask: Tensor | None, negative: tuple[int, Tensor | None, Tensor] | None) -> Tensor:
@@ -178,7 +178,7 @@ class FoldedBlock(nn.Module):
         self.guidance, self.heads = guidance, block.attn1.heads
         self.attention, self.cross_attention = attention, cross_attention
         self.norm1 = modulated_norm(block.norm1, scale_msa, shift_msa)
-        # Three products: to cut the product of all three apart copies it.
+        # Three products: splitting one product into three copies it.
         self.own_query, self.own_key, self.own_value = block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
         self.out1 = gated(block.attn1.to_out[0], gate_msa)
         self.query = block.attn2.to_q
@@ -213,7 +213,7 @@ class FoldedBlock(nn.Module):
 
 
 class Positions(nn.Module):
-    """The sinusoidal positions (1, h * w, D) of a grid of patches; those of the network's own size are kept, others are computed."""
+    """The sinusoidal positions (1, h * w, D) of a grid of patches; those of the network's own size are stored, others are computed."""
 
     def __init__(self, network: PixArtTransformer2DModel):
         super().__init__()
@@ -235,7 +235,7 @@ class Positions(nn.Module):
 
 
 def size_condition(network: PixArtTransformer2DModel, size: tuple[int, int] | None, batch: int) -> dict[str, Tensor | None]:
-    """What the 1024 models of PixArt-alpha are conditioned on besides the timestep: resolution (B, 2) and aspect ratio (B, 1)."""
+    """The additional conditions of PixArt-alpha's 1024 models: resolution (B, 2) in pixels and aspect ratio (B, 1); None for others."""
     if not network.config.use_additional_conditions:
         return {"resolution": None, "aspect_ratio": None}
     assert size is not None, "this network is conditioned on the size of the image"

@@ -23,15 +23,15 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
     """The modules of a PixArt folder. Its text encoder stays on disk: 4.7 B parameters. Raises InputError as load_module does."""
     network = load_module(weights.folder / "transformer", PixArtTransformer2DModel, weights.network)
     if network.config.use_additional_conditions and len(sizes) > 1:
-        raise InputError("this PixArt is conditioned on the image's size, which is folded into its graph: export one --size a bundle")
+        raise InputError("this PixArt is conditioned on the image's size, which is folded into its graph: export one --size per bundle")
     text_encoder = weights.folder / "text_encoder"
     encoder = skeleton(text_encoder, network.caption_projection)
-    later = merge_loras(weights.loras, {NETWORK: network, "text_encoder": encoder})
+    updates = merge_loras(weights.loras, {NETWORK: network, "text_encoder": encoder})
     projection = network.caption_projection
     network.caption_projection = None
-    tensor_of = T5Weights(text_encoder, projection, later)
+    tensor_of = T5Weights(text_encoder, projection, updates)
 
-    prompts = prompt_encoder(weights.folder, preset.max_tokens, later)
+    prompts = prompt_encoder(weights.folder, preset.max_tokens, updates)
 
     @torch.no_grad()
     def encode(ids: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -49,13 +49,13 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
     )
 
 
-def prompt_encoder(folder: Path, max_tokens: int, later: Mapping[str, Sequence[Product]] | None = None) -> PromptEncoder:
-    """T5, one layer in memory at a time. `later`: what LoRAs add to its weights."""
+def prompt_encoder(folder: Path, max_tokens: int, updates: Mapping[str, Sequence[Product]] | None = None) -> PromptEncoder:
+    """T5, one layer in memory at a time. `updates`: what LoRAs add to its weights, by parameter name."""
 
     def write_tokenizer(path: Path) -> Text:
         return t5_rule(folder / "tokenizer", path, max_tokens, t5_config(folder / "text_encoder").vocab_size)
 
-    return PromptEncoder(write_tokenizer, lambda ids: reference_states(folder / "text_encoder", ids, later))
+    return PromptEncoder(write_tokenizer, lambda ids: reference_states(folder / "text_encoder", ids, updates))
 
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -64,7 +64,7 @@ DENOISER = Denoiser(
     "transformer",
     pixart_answer,
     LORA_TARGETS,
-    # Where epsilon's errors grow by 2 in x0, not by 157 as at 999.
+    # Errors of epsilon grow by 2 in x0 here, and by 157 at 999.
     timestep=400,
     masked=True,
     prompt_encoder=prompt_encoder,

@@ -23,7 +23,7 @@ from snoopi_rt.kernels import attention
 
 
 class TextEncoder(nn.Module):
-    """ids (B, T) int64 to states (B, T, D): the encoder, then the network's caption projection, so that both are cached with the prompt."""
+    """ids (B, T) int64 to states (B, T, D): the encoder, then the network's caption projection, so that both are cached with a prompt."""
 
     def __init__(self, encoder: nn.Module, projection: nn.Module):
         super().__init__()
@@ -32,8 +32,8 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         embedded = self.encoder.embeddings(input_ids=ids)
         for layer in self.encoder.encoder.layer:
-            found = layer(embedded)
-            embedded = found[0] if isinstance(found, tuple) else found
+            outputs = layer(embedded)
+            embedded = outputs[0] if isinstance(outputs, tuple) else outputs
         return self.projection(embedded)
 
 
@@ -50,7 +50,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
     def encode(prompts: list[Tensor]) -> list[dict[str, Tensor]]:
         return [{"states": encoder(ids)} for ids in prompts]
 
-    # The two generations have other decoders, and learned other words.
+    # The two generations have different decoders and vocabularies.
     known = of_second if read_latent(weights, "transformer").factor == 16 else of_first
     return Student(
         text_encoder=encoder,
@@ -67,7 +67,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
 
 
 def prompt_encoder(folder: Path, max_tokens: int) -> PromptEncoder:
-    """MiniLM, the very encoder that ships: it lies in no teacher's folder."""
+    """MiniLM as it ships in bundles: it is not in a teacher's folder."""
 
     def write_tokenizer(path: Path) -> Text:
         shutil.copyfile(minilm.folder() / "tokenizer.json", path)

@@ -26,7 +26,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
     if conditioned != (preset.backbone == "sdxl"):
         raise InputError(f"this UNet {'is' if conditioned else 'is not'} SDXL's, and preset {preset.name} is for {preset.backbone}")
     if conditioned and len(sizes) > 1:
-        raise InputError("this UNet is conditioned on the image's size, which is folded into its graph: export one --size a bundle")
+        raise InputError("this UNet is conditioned on the image's size, which is folded into its graph: export one --size per bundle")
     time_ids = None
     if conditioned:
         height, width = sizes[0]
@@ -35,16 +35,16 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
     models = _text_models(weights.folder, conditioned)
     merge_loras(weights.loras, {NETWORK: network, **dict(zip(TEXT_ENCODERS, models, strict=False))})
     _require_text_fit(weights.folder, network, models)
-    encoder, outputs = _text_encoder(weights.folder, models)
+    encoder, names = _text_encoder(weights.folder, models)
 
     @torch.no_grad()
     def encode(prompts: list[Tensor]) -> list[dict[str, Tensor]]:
-        found = [encoder(ids) for ids in prompts]
-        return [dict(zip(outputs, states if conditioned else (states,), strict=True)) for states in found]
+        encoded = [encoder(ids) for ids in prompts]
+        return [dict(zip(names, outputs if conditioned else (outputs,), strict=True)) for outputs in encoded]
 
     return Student(
         text_encoder=encoder,
-        text_outputs=outputs,
+        text_outputs=names,
         encode=encode,
         generator=lambda guidance, empty: FoldedUNet(network, preset.rule, guidance, empty, time_ids),
         reference=lambda guidance, empty: GuidedUNet(network, preset.rule, guidance, empty, time_ids),
@@ -54,7 +54,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
 
 
 def prompt_encoder(folder: Path, max_tokens: int) -> PromptEncoder:
-    """One CLIP text encoder, that of SD 1.5 or 2.1; its prompts always have 77 tokens."""
+    """The CLIP text encoder of SD 1.5 or 2.1; prompts always have 77 tokens."""
 
     @torch.no_grad()
     def encode(prompts: list[Tensor]) -> list[Tensor]:
@@ -62,7 +62,7 @@ def prompt_encoder(folder: Path, max_tokens: int) -> PromptEncoder:
         return [encoder(ids) for ids in prompts]
 
     def write_tokenizer(path: Path) -> Text:
-        # Both of SDXL's get the ids of the first one's tokenizer.
+        # Both of SDXL's encoders get the ids of the first one's tokenizer.
         embedded = min(config.vocab_size for config in _text_configs(folder))
         return clip_rule(folder / "tokenizer", path, embedded)
 
@@ -86,17 +86,17 @@ def _text_configs(folder: Path) -> list[Any]:
 
 
 def _require_text_fit(folder: Path, network: nn.Module, models: list[nn.Module]) -> None:
-    """Returns where the text encoders give what the UNet takes, of prompts of 77 tokens; raises InputError."""
+    """Returns where the text encoders give what the UNet takes, for prompts of 77 tokens; else raises InputError."""
     positions = min(model.config.max_position_embeddings for model in models)
     if positions < CLIP_TOKENS:
         raise InputError(f"the text encoder in {folder} has positions for {positions} tokens, prompts have {CLIP_TOKENS}")
-    widths, want = [model.config.hidden_size for model in models], network.config.cross_attention_dim
-    if sum(widths) != want:
-        raise InputError(f"the text encoder in {folder} gives states of {sum(widths)}, the network takes {want}: fetch both from one model")
+    width, expected = sum(model.config.hidden_size for model in models), network.config.cross_attention_dim
+    if width != expected:
+        raise InputError(f"the text encoder in {folder} gives states of {width}, the network takes {expected}: fetch both from one model")
     if len(models) > 1:
-        have = models[1].config.projection_dim + 6 * network.config.addition_time_embed_dim
-        if have != (want := network.config.projection_class_embeddings_input_dim):
-            raise InputError(f"the second text encoder in {folder} and the image's size give {have} numbers, the network takes {want}")
+        width = models[1].config.projection_dim + 6 * network.config.addition_time_embed_dim
+        if width != (expected := network.config.projection_class_embeddings_input_dim):
+            raise InputError(f"the second text encoder in {folder} and the image's size give {width} numbers, the network takes {expected}")
 
 
 def _text_encoder(folder: Path, models: list[nn.Module]) -> tuple[nn.Module, tuple[str, ...]]:

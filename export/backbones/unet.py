@@ -1,8 +1,8 @@
 """The UNets of Stable Diffusion 1.5, 2.1 and XL with their timesteps folded away and guidance in every cross-attention.
 
 At a known timestep the time embedding of a ResNet block is a constant: it becomes the bias of the convolution before it. A student of
-several steps has one such bias a step and shares all weights. SDXL's embedding also depends on the prompt's pooled states; what it adds
-to every block is computed once a call, in one product. `tests/export/test_unet.py` holds all of it against diffusers' own pipelines.
+several steps has one such bias per step and shares all weights. SDXL's embedding also depends on the prompt's pooled states; what it adds
+to every block is computed once per call, in one product. `tests/export/test_unet.py` checks all of it against diffusers' own pipelines.
 """
 
 import copy
@@ -35,9 +35,9 @@ UNSUPPORTED = {
 
 
 class GuidedUNet(nn.Module):
-    """The student as diffusers computes it, with guidance: what the folded network and the exported graph are checked against.
+    """The student as diffusers computes it, with guidance: the reference of the folded network and the exported graph.
 
-    Takes and gives what FoldedUNet does. Sets the attention processors of `network`.
+    Its inputs and output are FoldedUNet's. Sets the attention processors of `network`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ def unet_answer(
     size: tuple[int, int] | None = None,
     added: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """What the network says of x_t (B, C, h, w); see Denoiser. `added`: SDXL's pooled states and image size, in place of `size`."""
+    """The network's prediction for x_t (B, C, h, w); see Denoiser. `added`: SDXL's pooled states and image size, in place of `size`."""
     return network(
         x_t,
         t,
@@ -93,14 +93,15 @@ def unet_answer(
 
 @dataclass(frozen=True)
 class Condition:
-    """What stands in the place of the time embedding: the step's number and, for SDXL, what the prompt adds to each block (B, sum C)."""
+    """What a ResNet block gets in place of the time embedding."""
 
     step: int
     added: Tensor | None
+    """For SDXL: what the prompt adds to the channels of all blocks, (B, sum C)."""
 
 
 class FoldedUNet(nn.Module):
-    """`noise, prompt_states, negative_states, negative_scale, prompt_pooled, renoise -> latent`; see design of the graphs.
+    """`noise, prompt_states, negative_states, negative_scale, prompt_pooled, renoise -> latent`; the graph `generator`.
 
     noise (B, C, h, w), sides multiples of 8; states (B, 77, D); scale (B,); pooled (B, P) for SDXL only; renoise (B, S - 1, C, h, w) for S
     steps; latent (B, C, h, w) fp32. `time_ids` (1, 6): SDXL's original size, crop and target size, height first.
@@ -116,8 +117,8 @@ class FoldedUNet(nn.Module):
         self.network = copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
         with torch.no_grad():
             embedded = torch.cat([network.time_embedding(network.time_proj(torch.tensor([step.timestep]))) for step in rule.steps])
-        found = [(parent, name, child) for parent in list(self.network.modules()) for name, child in parent.named_children()]
-        resnets = [(parent, name, child) for parent, name, child in found if isinstance(child, ResnetBlock2D)]
+        children = [(parent, name, child) for parent in list(self.network.modules()) for name, child in parent.named_children()]
+        resnets = [(parent, name, child) for parent, name, child in children if isinstance(child, ResnetBlock2D)]
         ends = np.cumsum([block.conv1.out_channels for _, _, block in resnets])
         self.prompt_shift = None
         if network.config.addition_embed_type == "text_time":
@@ -125,7 +126,7 @@ class FoldedUNet(nn.Module):
         for (parent, name, block), end in zip(resnets, ends, strict=True):
             columns = slice(end - block.conv1.out_channels, end) if self.prompt_shift else None
             setattr(parent, name, FoldedResnet(block, embedded, columns))
-        for _, _, block in found:
+        for _, _, block in children:
             if isinstance(block, BasicTransformerBlock):
                 block.attn1, block.attn2 = SelfAttention(block.attn1), OneProductAttention(block.attn2, guidance, empty_states)
                 if isinstance(block.ff.net[0], GEGLU):
@@ -174,7 +175,7 @@ class FoldedUNet(nn.Module):
 
 
 class FoldedResnet(nn.Module):
-    """A ResNet block at known timesteps: its first convolution has one bias a step. `columns` of Condition.added, if any, come on top."""
+    """A ResNet block at known timesteps: its first convolution has one bias per step. `columns` of Condition.added, if any, are added."""
 
     def __init__(self, block: ResnetBlock2D, embedded: Tensor, columns: slice | None):
         super().__init__()
@@ -197,7 +198,7 @@ class FoldedResnet(nn.Module):
 
 
 class HalvedGEGLU(nn.Module):
-    """GEGLU as two products: to cut the product of both halves apart copies it, 2 % of SD 2.1's time on OpenVINO."""
+    """GEGLU as two products: splitting one product into halves copies it, which takes 2 % of SD 2.1's time on OpenVINO."""
 
     def __init__(self, both: GEGLU):
         super().__init__()
@@ -209,7 +210,7 @@ class HalvedGEGLU(nn.Module):
 
 
 class PromptShift(nn.Module):
-    """What SDXL's pooled states, image size and timestep add to every ResNet block: one product for all blocks."""
+    """What SDXL's pooled states (B, P), image size and timestep add to the channels of all ResNet blocks, (B, sum C), in one product."""
 
     def __init__(self, network: UNet2DConditionModel, projections: list[nn.Linear], embedded: Tensor, time_ids: Tensor):
         super().__init__()
@@ -226,7 +227,7 @@ class PromptShift(nn.Module):
 
 
 def check_config(network: UNet2DConditionModel) -> None:
-    """Returns for a UNet of Stable Diffusion 1.5, 2.1, XL or a cut-down one; raises InputError for another kind of conditioning."""
+    """Returns for a UNet of Stable Diffusion 1.5, 2.1, XL or a pruned one; raises InputError for another kind of conditioning."""
     config = network.config
     for key, value in UNSUPPORTED.items():
         if config.get(key) != value:

@@ -1,4 +1,4 @@
-"""The prompts and noises that variants are calibrated on, and the others that they are measured on."""
+"""The prompts and noises that variants are calibrated on, and the others that their parity is evaluated on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,55 +26,58 @@ CALIBRATION = (
     "a cup of tea",
     "a knight in shining armour standing before a dragon, fantasy art",
 )
-SCORED = (
+EVALUATION = (
     "a dog wearing a blue scarf",
     "a 3d render of a rocket in the night sky",
     "black and white photo of a lighthouse in a storm, long exposure, dramatic clouds, high contrast",
     "a bicycle",
 )
 NEGATIVES = ("blurry", "low quality, deformed, watermark", "a person", "grayscale, grainy photo")
-TEXTS = ("", *CALIBRATION, *SCORED, *NEGATIVES)
+TEXTS = ("", *CALIBRATION, *EVALUATION, *NEGATIVES)
 SCALES = (0.0, 0.25, 0.5, 1.0)
-"""Of the guidance's largest scale: weak and strong ones occur with every prompt."""
+"""Shares of the guidance's largest scale: weak and strong ones occur with every prompt."""
 
 
 @dataclass(frozen=True)
-class Cases:
-    """Inputs of the generator, batch 1 each, and an example of batch 2 for the exporter."""
+class GeneratorSamples:
+    """Inputs of the graph `generator`, by name."""
 
     calibration: list[dict[str, Tensor]]
-    scored: list[dict[str, Tensor]]
+    """Of batch 1 each."""
+    evaluation: list[dict[str, Tensor]]
+    """Of batch 1 each; of other prompts than those for calibration."""
     example: dict[str, Tensor]
+    """Of batch 2, for the ONNX exporter."""
 
 
-def generator_cases(
+def generator_samples(
     states: Mapping[str, Mapping[str, Tensor]], guidance: Guidance, latent: tuple[int, int, int], steps: int, masks: bool
-) -> Cases:
-    """Cases over the states of TEXTS for a student of `steps` steps; `latent` is (C, h, w)."""
+) -> GeneratorSamples:
+    """Samples over the text encoder's outputs for TEXTS (`states`, by prompt) for a student of `steps` steps; `latent` is (C, h, w)."""
     random = torch.Generator().manual_seed(0)
 
-    def case(number: int, prompt: str) -> dict[str, Tensor]:
-        given = {"noise": torch.randn(1, *latent, generator=random), "prompt_states": states[prompt]["states"]}
+    def sample(number: int, prompt: str) -> dict[str, Tensor]:
+        inputs = {"noise": torch.randn(1, *latent, generator=random), "prompt_states": states[prompt]["states"]}
         if steps > 1:
-            given["renoise"] = torch.randn(1, steps - 1, *latent, generator=random)
+            inputs["renoise"] = torch.randn(1, steps - 1, *latent, generator=random)
         if masks:
-            given["prompt_mask"] = _all_tokens(given["prompt_states"])
+            inputs["prompt_mask"] = _all_tokens(inputs["prompt_states"])
         if guidance.attend is not None:
-            other = states[NEGATIVES[number % len(NEGATIVES)]]["states"]
-            given["negative_states"] = other
+            negative = states[NEGATIVES[number % len(NEGATIVES)]]["states"]
+            inputs["negative_states"] = negative
             if masks:
-                given["negative_mask"] = _all_tokens(other)
+                inputs["negative_mask"] = _all_tokens(negative)
             # Out of step with the negatives: every pair occurs.
-            given["negative_scale"] = torch.tensor([guidance.max_scale * SCALES[(number // len(NEGATIVES) + number) % len(SCALES)]])
+            inputs["negative_scale"] = torch.tensor([guidance.max_scale * SCALES[(number // len(NEGATIVES) + number) % len(SCALES)]])
         if "pooled" in states[prompt]:
-            given["prompt_pooled"] = states[prompt]["pooled"]
-        return given
+            inputs["prompt_pooled"] = states[prompt]["pooled"]
+        return inputs
 
-    def cases(prompts: Sequence[str]) -> list[dict[str, Tensor]]:
-        return [case(number, prompt) for number, prompt in enumerate(prompts)]
+    def samples(prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        return [sample(number, prompt) for number, prompt in enumerate(prompts)]
 
-    calibration, scored = cases(CALIBRATION), cases(SCORED)
-    return Cases(calibration, scored, {name: torch.cat([value, value]) for name, value in scored[1].items()})
+    calibration, evaluation = samples(CALIBRATION), samples(EVALUATION)
+    return GeneratorSamples(calibration, evaluation, {name: torch.cat([value, value]) for name, value in evaluation[1].items()})
 
 
 def _all_tokens(states: Tensor) -> Tensor:

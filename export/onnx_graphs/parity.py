@@ -1,4 +1,4 @@
-"""How far a variant is from PyTorch: by its numbers, by the picture, and by what it does to the clean latent."""
+"""How far a variant is from PyTorch: in its outputs, in the image, and in the clean latent."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,38 +12,42 @@ from snoopi_rt.engines import load_engine
 from snoopi_rt.engines.base import TensorSpec
 from snoopi_rt.errors import OutputError
 
-Arrays = Mapping[str, np.ndarray]
+NamedArrays = Mapping[str, np.ndarray]
+"""The inputs or outputs of a graph by name."""
 
-# graph -> largest relative L2 distance of a build in fp32 with fp32 weights, on any engine. Measured on networks of full size with random
-# weights: text_encoder 3e-6, generator 1e-5. The decoder's answer is in whole levels of 255, some of which round the other way: 2e-5.
 FP32_TOLERANCE = {"text_encoder": 1e-4, "generator": 1e-4, "decoder": 1e-3}
-# What any other build may change in the clean latent, whose deviation is about 1 (epsilon students multiply their error by sigma / alpha
-# into it, 14.6 for SD at t = 999), and the decoder in its picture, in units of full white: 0.01 is a PSNR of 40 dB.
+"""The largest relative L2 distance of each graph in fp32 with fp32 weights, on any engine. Measured on networks of full size with random
+weights: text_encoder 3e-6, generator 1e-5. The decoder's output is in whole levels of 255, some of which round the other way: 2e-5."""
 LATENT_TOLERANCE = 0.05
-PICTURE_TOLERANCE = 0.01
-FLAT = 2.0  # levels of 255: an image whose deviation is below this shows nothing
-LOSSLESS = 99.0  # dB, said of pictures that are equal
+"""How much any other variant may change the clean latent, whose standard deviation is about 1. Epsilon students multiply their error by
+sigma / alpha into it: 14.6 for SD at t = 999."""
+IMAGE_TOLERANCE = 0.01
+"""How much a decoder may change its image, in units of full white: a PSNR of 40 dB."""
+FLAT = 2.0
+"""Levels of 255: an image with a lower standard deviation shows nothing."""
+MAX_PSNR = 99.0
+"""dB; what is reported of equal images, whose PSNR is infinite."""
 
 
 @dataclass(frozen=True)
-class View:
-    """How the outputs of a text encoder or generator are judged by the picture that they make.
+class LatentComparison:
+    """How the outputs of a text encoder or generator are judged: by the clean latent, and the image, that they lead to."""
 
-    latent(i, outputs): the clean latent that case i's outputs give. wanted: PyTorch's, by case. picture: the image of a latent.
-    """
+    to_latent: Callable[[int, NamedArrays], np.ndarray]
+    """The clean latent (1, C, h, w) for the outputs of sample i."""
+    reference: Sequence[np.ndarray]
+    """PyTorch's clean latents, by sample."""
+    decode: Callable[[np.ndarray], np.ndarray]
+    """The image (1, H, W, 3) uint8 of a latent."""
 
-    latent: Callable[[int, Arrays], np.ndarray]
-    wanted: Sequence[np.ndarray]
-    picture: Callable[[np.ndarray], np.ndarray]
-
-    def error(self, i: int, outputs: Arrays) -> float:
-        """What case i's outputs change in the clean latent, rms: such a latent has a deviation of about 1."""
-        return rms(self.latent(i, outputs) - self.wanted[i])
+    def error(self, i: int, outputs: NamedArrays) -> float:
+        """How much the outputs of sample i change the clean latent (rms), whose standard deviation is about 1."""
+        return rms(self.to_latent(i, outputs) - self.reference[i])
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was found of one variant, and what the engines said of it."""
+class Measurement:
+    """The parity of one model file, and what its engines report of it."""
 
     parity: Parity
     inputs: tuple[TensorSpec, ...]
@@ -56,11 +60,11 @@ def measure(
     path: Path,
     precision: str,
     engines: Sequence[str],
-    cases: Sequence[Arrays],
-    wanted: Sequence[Arrays],
-    view: View | None = None,
-) -> Measured:
-    """The worst distance over cases and engines of the graph in `path` from the outputs `wanted`.
+    samples: Sequence[NamedArrays],
+    reference: Sequence[NamedArrays],
+    comparison: LatentComparison | None = None,
+) -> Measurement:
+    """The largest distance over samples and engines of the outputs of the model in `path` from PyTorch's, the `reference`.
 
     Raises OutputError for NaN or infinity, and for a flat image where PyTorch's is not.
     """
@@ -69,47 +73,49 @@ def measure(
         engine = load_engine(name, path, precision)
         try:
             providers.append(engine.provider)
-            for i, (case, want) in enumerate(zip(tqdm(cases, desc=f"{name} {precision}", unit="case", leave=False), wanted, strict=True)):
-                found = engine(**{spec.name: case[spec.name] for spec in engine.inputs})
-                worst = _worse(worst, _distance(graph, name, found, want))
-                if view is not None:
-                    latent = view.latent(i, found)
-                    worst = _worse(worst, Parity(0.0, 0.0, latent_error=rms(latent - view.wanted[i])))
+            progress = tqdm(samples, desc=f"{name} {precision}", unit="sample", leave=False)
+            for i, (sample, expected) in enumerate(zip(progress, reference, strict=True)):
+                outputs = engine(**{spec.name: sample[spec.name] for spec in engine.inputs})
+                worst = _worse(worst, _distance(graph, name, outputs, expected))
+                if comparison is not None:
+                    latent = comparison.to_latent(i, outputs)
+                    worst = _worse(worst, Parity(0.0, 0.0, latent_error=rms(latent - comparison.reference[i])))
                     if i == 0:
-                        worst = _worse(worst, Parity(0.0, 0.0, psnr=psnr(view.picture(latent), view.picture(view.wanted[i]))))
+                        images = comparison.decode(latent), comparison.decode(comparison.reference[i])
+                        worst = _worse(worst, Parity(0.0, 0.0, psnr=psnr(*images)))
             specs = engine.inputs, engine.outputs
         finally:
             engine.close()
-    return Measured(worst, *specs, tuple(providers))
+    return Measurement(worst, *specs, tuple(providers))
 
 
-def rms(change: np.ndarray) -> float:
-    """The root of the mean square."""
-    return float(np.sqrt(np.mean(np.square(change, dtype=np.float64))))
+def rms(difference: np.ndarray) -> float:
+    """The root mean square."""
+    return float(np.sqrt(np.mean(np.square(difference, dtype=np.float64))))
 
 
-def relative_l2(found: np.ndarray, wanted: np.ndarray) -> float:
-    """The distance in units of the wanted array's length."""
-    found, wanted = found.astype(np.float64), wanted.astype(np.float64)
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+def relative_l2(output: np.ndarray, expected: np.ndarray) -> float:
+    """The L2 norm of the difference over that of the expected array: 0 for equal arrays, 1 for zeros."""
+    output, expected = output.astype(np.float64), expected.astype(np.float64)
+    return float(np.linalg.norm(output - expected) / np.linalg.norm(expected))
 
 
-def psnr(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Peak signal to noise ratio of two uint8 images in dB, at most LOSSLESS."""
-    error = rms(found.astype(np.float64) - wanted.astype(np.float64))
-    return LOSSLESS if error == 0 else min(LOSSLESS, float(20 * np.log10(255 / error)))
+def psnr(image: np.ndarray, expected: np.ndarray) -> float:
+    """The peak signal-to-noise ratio of a uint8 image in dB, at most MAX_PSNR."""
+    error = rms(image.astype(np.float64) - expected.astype(np.float64))
+    return MAX_PSNR if error == 0 else min(MAX_PSNR, float(20 * np.log10(255 / error)))
 
 
-def _distance(graph: str, engine: str, found: Arrays, wanted: Arrays) -> Parity:
+def _distance(graph: str, engine: str, outputs: NamedArrays, expected: NamedArrays) -> Parity:
     distance = Parity(0.0, 0.0)
-    for name, want in wanted.items():
-        have, want = found[name].astype(np.float64), want.astype(np.float64)
-        if not np.isfinite(have).all():
+    for name in expected:
+        output, reference = outputs[name].astype(np.float64), expected[name].astype(np.float64)
+        if not np.isfinite(output).all():
             raise OutputError(f"graph {graph} gives NaN or infinity on engine {engine!r}")
-        if graph == "decoder" and (have.std((1, 2, 3)) < FLAT).any() and (want.std((1, 2, 3)) >= FLAT).all():
+        if graph == "decoder" and (output.std((1, 2, 3)) < FLAT).any() and (reference.std((1, 2, 3)) >= FLAT).all():
             raise OutputError(f"graph decoder gives a flat image on engine {engine!r}")
-        image = psnr(found[name], wanted[name]) if graph == "decoder" else None
-        distance = _worse(distance, Parity(relative_l2(have, want), float(np.abs(have - want).max()), psnr=image))
+        image_psnr = psnr(outputs[name], expected[name]) if graph == "decoder" else None
+        distance = _worse(distance, Parity(relative_l2(output, reference), float(np.abs(output - reference).max()), psnr=image_psnr))
     return distance
 
 

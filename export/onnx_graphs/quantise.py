@@ -1,8 +1,8 @@
-"""int8 products: linear layers and convolutions whose weights and activations are int8 steps.
+"""int8 products: linear layers and convolutions with quantised weights and activations.
 
-A layer is replaced in the torch network, so that what a graph computes can be simulated, and exported like any other module; in the graph
-it is QuantizeLinear and DequantizeLinear around the product, which OpenVINO and TensorRT fuse. Activations have one fixed step size a
-layer, found by calibration, so a batch never changes an image.
+A layer is replaced in the torch network, so that its graph can be simulated, and exported like any other module; in the graph it is
+QuantizeLinear and DequantizeLinear around the product, which OpenVINO and TensorRT fuse. Activations have one fixed scale per layer, from
+calibration, so that a batch never changes an image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +12,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-ROWS = 64  # input rows kept of each layer and case, on which its settings are chosen
-CHANNELS = 8
-STRENGTHS = (0.5, 0.75)  # of SmoothQuant, arXiv 2211.10438, equation 4
+ROWS = 64
+"""Input rows kept of each layer and sample: its smoothing is chosen on them."""
+MIN_CHANNELS = 8
+"""Layers of fewer channels cost nothing, and see the noise or give the answer itself: they stay as they are."""
+SMOOTHING = (0.5, 0.75)
+"""Migration strengths of SmoothQuant (arXiv 2211.10438, equation 4) that are tried."""
 
 
-class Activation(nn.Module):
-    """Rounds x to 256 steps of one size: int8 around zero, or uint8 with a zero point where values are mostly of one sign.
+class QuantisedActivation(nn.Module):
+    """x rounded to 8 bits with one scale: int8 around zero, or uint8 with a zero point where values are mostly of one sign.
 
-    `smooth` (C,) divides the channels first and is multiplied into the weights: outlier channels then cost the others nothing.
+    `smooth` (C,) divides the channels first and is multiplied into the weights, so that outlier channels cost the others nothing
+    (SmoothQuant).
     """
 
     def __init__(self, low: float, high: float, smooth: Tensor | None = None):
@@ -45,8 +49,8 @@ class Activation(nn.Module):
         return ((x / self.scale).round() + zero).clamp(limits.min, limits.max).sub(zero) * self.scale
 
 
-class Steps(nn.Module):
-    """A weight as int8 steps with one size for each index of `axis`."""
+class QuantisedWeight(nn.Module):
+    """A weight in int8 with one scale per index of `axis`."""
 
     def __init__(self, weight: Tensor, axis: int):
         super().__init__()
@@ -63,28 +67,28 @@ class Steps(nn.Module):
         return self.steps.float() * self.scale.view(shape)
 
 
-class QuantizedLinear(nn.Module):
+class QuantisedLinear(nn.Module):
     """nn.Linear as an int8 product."""
 
-    def __init__(self, layer: nn.Linear, activation: Activation):
+    def __init__(self, layer: nn.Linear, activation: QuantisedActivation):
         super().__init__()
         weight = layer.weight.detach()
         if activation.reciprocal is not None:
             weight = weight / activation.reciprocal
-        # (in, out), as a graph's MatMul reads it: engines fuse no transposition behind the steps.
-        self.activation, self.weight, self.bias = activation, Steps(weight.t().contiguous(), 1), layer.bias
+        # (in, out), as a graph's MatMul reads it: engines fuse no transposition behind DequantizeLinear.
+        self.activation, self.weight, self.bias = activation, QuantisedWeight(weight.t().contiguous(), 1), layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.matmul(self.activation(x), self.weight())
         return y if self.bias is None else y + self.bias
 
 
-class QuantizedConv(nn.Module):
+class QuantisedConv(nn.Module):
     """nn.Conv2d as an int8 product."""
 
-    def __init__(self, layer: nn.Conv2d, activation: Activation):
+    def __init__(self, layer: nn.Conv2d, activation: QuantisedActivation):
         super().__init__()
-        self.activation, self.weight, self.bias = activation, Steps(layer.weight.detach(), 0), layer.bias
+        self.activation, self.weight, self.bias = activation, QuantisedWeight(layer.weight.detach(), 0), layer.bias
         self.stride, self.padding = layer.stride, layer.padding
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,93 +96,97 @@ class QuantizedConv(nn.Module):
 
 
 @dataclass
-class Seen:
-    """What went into one layer: the range of all values, the largest of each channel, and some rows."""
+class LayerStatistics:
+    """The inputs of one layer during calibration."""
 
     low: float
     high: float
     channel_max: Tensor
+    """The largest magnitude in each channel, (C,)."""
     rows: list[Tensor]
+    """Some rows of each sample, (ROWS, C)."""
 
 
-def layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers that can be quantised, by name; not those of a few channels, which cost nothing and see the noise or the answer itself."""
-    found = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    return {name: layer for name, layer in found.items() if min(layer.weight.shape[:2]) >= CHANNELS and getattr(layer, "groups", 1) == 1}
+def quantisable_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers that can be quantised, by name: all but grouped convolutions and layers of fewer than MIN_CHANNELS."""
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    return {
+        name: layer for name, layer in layers.items() if min(layer.weight.shape[:2]) >= MIN_CHANNELS and getattr(layer, "groups", 1) == 1
+    }
 
 
-def calibrate(network: nn.Module, cases: Sequence[Mapping[str, Tensor]]) -> dict[str, Seen]:
-    """What goes into each layer while the network runs on the cases."""
-    seen: dict[str, Seen] = {}
+def calibrate(network: nn.Module, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, LayerStatistics]:
+    """The statistics of each layer's inputs, by its name, while the network runs on the samples."""
+    statistics: dict[str, LayerStatistics] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            x = given[0].detach()
+    def recording(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach()
             rows = x.flatten(0, -2) if isinstance(module, nn.Linear) else x.transpose(1, -1).flatten(0, -2)
-            low, high, largest = float(rows.min()), float(rows.max()), rows.abs().amax(0)
+            low, high, channel_max = float(rows.min()), float(rows.max()), rows.abs().amax(0)
             kept = rows[torch.linspace(0, len(rows) - 1, min(ROWS, len(rows))).long()].clone()
-            if before := seen.get(name):
-                before.low, before.high = min(before.low, low), max(before.high, high)
-                before.channel_max = torch.maximum(before.channel_max, largest)
-                before.rows.append(kept)
+            if known := statistics.get(name):
+                known.low, known.high = min(known.low, low), max(known.high, high)
+                known.channel_max = torch.maximum(known.channel_max, channel_max)
+                known.rows.append(kept)
             else:
-                seen[name] = Seen(low, high, largest, [kept])
+                statistics[name] = LayerStatistics(low, high, channel_max, [kept])
 
         return record
 
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers(network).items()]
+    handles = [layer.register_forward_pre_hook(recording(name)) for name, layer in quantisable_layers(network).items()]
     try:
         with torch.no_grad():
-            for case in tqdm(cases, desc="calibrate", unit="case", leave=False):
-                network(**case)
+            for sample in tqdm(samples, desc="calibrate", unit="sample", leave=False):
+                network(**sample)
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return statistics
 
 
 @torch.no_grad()
-def quantise(network: nn.Module, seen: Mapping[str, Seen], keep: Sequence[str] = ()) -> dict[str, float]:
-    """Replaces the layers that were seen, except `keep`, in place; gives each one's relative error on its kept rows.
+def quantise(network: nn.Module, statistics: Mapping[str, LayerStatistics], keep: Sequence[str] = ()) -> dict[str, float]:
+    """Quantises in place the layers that have statistics, except `keep`; returns each one's relative error on its kept rows.
 
     Smoothing is used where it lowers that error.
     """
     errors: dict[str, float] = {}
-    # A layer that several steps share has several names.
-    places: dict[nn.Module, list[str]] = {}
-    for place, module in network.named_modules(remove_duplicate=False):
-        places.setdefault(module, []).append(place)
-    for name, layer in layers(network).items():
-        if name not in seen or name in keep:
+    # A layer that several steps of a student share has several names.
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    for name, layer in quantisable_layers(network).items():
+        if name not in statistics or name in keep:
             continue
-        quantised, errors[name] = _best(layer, seen[name])
-        for place in places[layer]:
-            parent, _, attribute = place.rpartition(".")
+        quantised, errors[name] = _quantised(layer, statistics[name])
+        for path in names[layer]:
+            parent, _, attribute = path.rpartition(".")
             setattr(network.get_submodule(parent), attribute, quantised)
     return errors
 
 
-def _best(layer: nn.Linear | nn.Conv2d, seen: Seen) -> tuple[nn.Module, float]:
+def _quantised(layer: nn.Linear | nn.Conv2d, statistics: LayerStatistics) -> tuple[nn.Module, float]:
+    """The layer's quantised form and its relative error."""
+    rows = torch.cat(statistics.rows)
     if isinstance(layer, nn.Conv2d):
-        activation = Activation(seen.low, seen.high)
-        rows = torch.cat(seen.rows)
-        return QuantizedConv(layer, activation), float((activation(rows) - rows).norm() / rows.norm().clamp(min=1e-12))
-    rows = torch.cat(seen.rows)
-    wanted = torch.nn.functional.linear(rows, layer.weight)
+        activation = QuantisedActivation(statistics.low, statistics.high)
+        return QuantisedConv(layer, activation), float((activation(rows) - rows).norm() / rows.norm().clamp(min=1e-12))
+    expected = torch.nn.functional.linear(rows, layer.weight)
     best: tuple[nn.Module, float] | None = None
-    for strength in (0.0, *STRENGTHS):
-        smooth, low, high = None, seen.low, seen.high
+    for strength in (0.0, *SMOOTHING):
+        smooth, low, high = None, statistics.low, statistics.high
         if strength:
-            largest = seen.channel_max.clamp(min=1e-5)
-            smooth = (largest**strength / layer.weight.abs().amax(0).clamp(min=1e-5) ** (1 - strength)).clamp(min=1e-5)
-            scaled = seen.channel_max / smooth
-            # Of one sign if the layer's input is: the range of a channel is not known, its largest value is.
+            channel_max = statistics.channel_max.clamp(min=1e-5)
+            smooth = (channel_max**strength / layer.weight.abs().amax(0).clamp(min=1e-5) ** (1 - strength)).clamp(min=1e-5)
+            scaled = statistics.channel_max / smooth
+            # Of one sign if the layer's input is: only the largest magnitude of a channel is known, not its range.
             high = float(scaled.max())
-            low = -high if -seen.low >= 0.25 * seen.high else float((rows / smooth).min())
-        candidate = QuantizedLinear(layer, Activation(low, high, smooth))
+            low = -high if -statistics.low >= 0.25 * statistics.high else float((rows / smooth).min())
+        candidate = QuantisedLinear(layer, QuantisedActivation(low, high, smooth))
         candidate.bias = None
-        error = float((candidate(rows) - wanted).norm() / wanted.norm().clamp(min=1e-12))
-        # Smoothing is one more product in the graph unless the engine folds it: a gain must be worth it.
+        error = float((candidate(rows) - expected).norm() / expected.norm().clamp(min=1e-12))
+        # Smoothing is one more product in the graph unless the engine folds it: it must be worth it.
         if best is None or error < 0.9 * best[1]:
             best = candidate, error
     assert best is not None

@@ -1,4 +1,4 @@
-"""How the weights of a graph lie in its file: fp32, fp16, or packed to 8 or 4 bits; one at a time, so that no second copy is held."""
+"""How the weights of a graph are stored: fp32, fp16, or packed to 8 or 4 bits; converted one at a time, so that no second copy is held."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -8,48 +8,50 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-Storage = Literal["fp32", "fp16", "int8", "int4"]
+WeightFormat = Literal["fp32", "fp16", "int8", "int4"]
 
-SMALL = 1024  # elements; smaller tensors (norms, biases) stay fp32
-BLOCK = 64  # weights that share a step size where they are packed
+SMALL = 1024
+"""Elements: smaller tensors (norms, biases) stay fp32."""
+BLOCK = 64
+"""Packed weights that share a scale."""
 BITS = {"int8": 8, "int4": 4}
 
 
-def turn_products(graph: ir.Graph) -> None:
-    """Makes every MatMul of x and Transpose(weight) one of x and a weight that is stored the other way round."""
+def store_transposed(graph: ir.Graph) -> None:
+    """Makes every MatMul of x and Transpose(weight) one of x and a weight that is stored transposed."""
     for value in list(graph.initializers.values()):
         readers = value.consumers()
         if len(readers) == 1 and readers[0].op_type == "Transpose" and len(value.shape) == 2:
-            value.const_value = _late(value.const_value, value.name, lambda array: np.ascontiguousarray(array.T), turned=True)
+            value.const_value = _lazy(value.const_value, value.name, lambda array: np.ascontiguousarray(array.T), transposed=True)
             value.shape = value.const_value.shape
             readers[0].outputs[0].replace_all_uses_with(value)
             graph.remove(readers[0], safe=True)
 
 
-def store_weights(graph: ir.Graph, storage: Storage) -> None:
-    """Changes the form of all large weights but for fp32.
+def store_weights(graph: ir.Graph, weights: WeightFormat) -> None:
+    """Stores all large weights in that format.
 
-    fp16: int8 with one scale an output channel where that loses nothing, fp16 elsewhere; engines widen both as they load. A table read by
-    Gather is looked up as int8 and scaled row by row instead, so that only the rows in use become floats.
-    int8, int4: the weights of MatMul in blocks of 8 or 4 bit steps, which ONNX Runtime and OpenVINO unpack product by product; the rest as
-    for fp16.
+    fp32: as they are. fp16: int8 with one scale per output channel where that loses nothing, fp16 elsewhere; engines widen both as they
+    load. A table read by Gather is looked up as int8 and scaled row by row instead, so that only the rows in use become floats.
+    int8, int4: the weights of MatMul in blocks of 8 or 4 bits, which ONNX Runtime and OpenVINO unpack product by product; the rest as for
+    fp16.
     """
-    if storage == "fp32":
+    if weights == "fp32":
         return
     for name, value in list(graph.initializers.items()):
         if value.dtype != ir.DataType.FLOAT or value.const_value.size < SMALL:
             continue
         readers = value.consumers()
-        kinds = {node.op_type for node in readers} if len(value.shape) == 2 else set()
-        if kinds == {"MatMul"} and storage in BITS:
-            _pack(graph, readers, value, BITS[storage])
-        elif kinds == {"Gather"} and (steps := _int8(value.const_value.numpy(), 0)):
-            _look_up(graph, readers, name, *steps)
-        elif kinds == {"MatMul"} and (steps := _int8(value.const_value.numpy(), 1)):
-            stored = [_constant(graph, f"{name}.int8", steps[0]), _constant(graph, f"{name}.scale", steps[1].reshape(-1))]
+        operators = {node.op_type for node in readers} if len(value.shape) == 2 else set()
+        if operators == {"MatMul"} and weights in BITS:
+            _pack(graph, readers, value, BITS[weights])
+        elif operators == {"Gather"} and (quantised := _lossless_int8(value.const_value.numpy(), 0)):
+            _look_up(graph, readers, name, *quantised)
+        elif operators == {"MatMul"} and (quantised := _lossless_int8(value.const_value.numpy(), 1)):
+            stored = [_constant(graph, f"{name}.int8", quantised[0]), _constant(graph, f"{name}.scale", quantised[1].reshape(-1))]
             _replace(graph, value, ir.node("DequantizeLinear", stored, {"axis": 1}))
         elif np.abs(value.const_value.numpy()).max() < np.finfo(np.float16).max:
-            half = _late(value.const_value, f"{name}.fp16", lambda array: array.astype(np.float16), ir.DataType.FLOAT16)
+            half = _lazy(value.const_value, f"{name}.fp16", lambda array: array.astype(np.float16), ir.DataType.FLOAT16)
             _replace(graph, value, ir.node("Cast", [_initializer(graph, half)], {"to": ir.DataType.FLOAT}))
         else:
             continue
@@ -57,25 +59,25 @@ def store_weights(graph: ir.Graph, storage: Storage) -> None:
 
 
 def block_scale(weight: np.ndarray, bits: int) -> np.ndarray:
-    """The sizes (out, blocks) float32 of the steps of a weight (in, out), for MatMulNBits."""
+    """The scales (out, blocks) float32 of a weight (in, out), for MatMulNBits."""
     largest = torch.from_numpy(weight).abs()
     largest = nn.functional.pad(largest, (0, 0, 0, -len(weight) % BLOCK)).unflatten(0, (-1, BLOCK)).amax(1)
     return (largest.clamp(min=1e-12) / (2 ** (bits - 1) - 1)).t().contiguous().numpy()
 
 
 def pack(weight: np.ndarray, bits: int) -> np.ndarray:
-    """Steps (out, blocks, BLOCK * bits / 8) uint8 of a weight (in, out), for MatMulNBits."""
+    """A weight (in, out) packed to (out, blocks, BLOCK * bits / 8) uint8, for MatMulNBits."""
     scale = torch.from_numpy(block_scale(weight, bits)).unsqueeze(-1)
-    turned = torch.from_numpy(weight).t().contiguous()
-    blocks = nn.functional.pad(turned, (0, -len(weight) % BLOCK)).unflatten(1, (-1, BLOCK))
-    steps = (blocks / scale).round_().add_(2 ** (bits - 1)).to(torch.uint8)
-    return (steps if bits == 8 else steps[..., 0::2] | steps[..., 1::2] << 4).numpy()
+    transposed = torch.from_numpy(weight).t().contiguous()
+    blocks = nn.functional.pad(transposed, (0, -len(weight) % BLOCK)).unflatten(1, (-1, BLOCK))
+    values = (blocks / scale).round_().add_(2 ** (bits - 1)).to(torch.uint8)
+    return (values if bits == 8 else values[..., 0::2] | values[..., 1::2] << 4).numpy()
 
 
 def _pack(graph: ir.Graph, readers: Sequence[ir.Node], value: ir.Value, bits: int) -> None:
     (inputs, outputs), source = value.const_value.shape, value.const_value
     blocks = -(-inputs // BLOCK)
-    steps = ir.LazyTensor(
+    values = ir.LazyTensor(
         lambda: ir.tensor(pack(source.numpy(), bits)),
         ir.DataType.UINT8,
         ir.Shape([outputs, blocks, BLOCK * bits // 8]),
@@ -87,9 +89,9 @@ def _pack(graph: ir.Graph, readers: Sequence[ir.Node], value: ir.Value, bits: in
         ir.Shape([outputs * blocks]),
         name=f"{value.name}.scale",
     )
-    # ONNX Runtime's 8 bit kernel is 20 times slower unless it may round each row of x to int8 blocks; its 4 bit kernel is not.
+    # ONNX Runtime's 8-bit kernel is 20 times slower unless it may round the rows of x to int8 blocks; its 4-bit kernel is not.
     attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK, "accuracy_level": 4 if bits == 8 else 0}
-    packed = [_initializer(graph, steps), _initializer(graph, scale)]
+    packed = [_initializer(graph, values), _initializer(graph, scale)]
     graph.opset_imports["com.microsoft"] = 1
     for reader in readers:
         node = ir.node("MatMulNBits", [reader.inputs[0], *packed], attributes, domain="com.microsoft")
@@ -98,24 +100,24 @@ def _pack(graph: ir.Graph, readers: Sequence[ir.Node], value: ir.Value, bits: in
         graph.remove(reader, safe=True)
 
 
-def _int8(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Steps (as `values`) and scale of a matrix whose values are int8 steps along `axis` already; None of any other matrix."""
+def _lossless_int8(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The int8 values and the scale of a matrix that was rounded to int8 along `axis` before; None of any other matrix."""
     scale = np.maximum(np.abs(values).max(1 - axis, keepdims=True), np.float32(1e-12)) / np.float32(127)
-    steps = np.rint(values / scale)
-    if np.abs(steps * scale - values).max() > 1e-6 * np.abs(values).max():
+    quantised = np.rint(values / scale)
+    if np.abs(quantised * scale - values).max() > 1e-6 * np.abs(values).max():
         return None
-    return steps.astype(np.int8), scale
+    return quantised.astype(np.int8), scale
 
 
-def _late(
+def _lazy(
     source: ir.TensorProtocol,
     name: str,
     change: Callable[[np.ndarray], np.ndarray],
     dtype: ir.DataType | None = None,
-    turned: bool = False,
+    transposed: bool = False,
 ) -> ir.LazyTensor:
-    """The tensor changed when it is written."""
-    shape = ir.Shape(list(source.shape)[:: -1 if turned else 1])
+    """The tensor, changed when it is written."""
+    shape = ir.Shape(list(source.shape)[:: -1 if transposed else 1])
     return ir.LazyTensor(lambda: ir.tensor(change(source.numpy())), dtype or source.dtype, shape, name=name)
 
 
@@ -136,14 +138,14 @@ def _replace(graph: ir.Graph, value: ir.Value, node: ir.Node) -> None:
     value.replace_all_uses_with(node.outputs[0])
 
 
-def _look_up(graph: ir.Graph, readers: Sequence[ir.Node], table: str, steps: np.ndarray, scale: np.ndarray) -> None:
-    stored, scales = _constant(graph, f"{table}.int8", steps), _constant(graph, f"{table}.scale", scale)
+def _look_up(graph: ir.Graph, readers: Sequence[ir.Node], table: str, quantised: np.ndarray, scale: np.ndarray) -> None:
+    stored, scales = _constant(graph, f"{table}.int8", quantised), _constant(graph, f"{table}.scale", scale)
     for reader in readers:
         ids, rows = reader.inputs[1], reader.outputs[0]
-        found = ir.node("Gather", [stored, ids], {"axis": 0})
-        sizes = ir.node("Gather", [scales, ids], {"axis": 0})
-        wide = ir.node("Cast", [found.outputs[0]], {"to": ir.DataType.FLOAT})
-        product = ir.node("Mul", [wide.outputs[0], sizes.outputs[0]])
-        graph.insert_before(reader, [found, sizes, wide, product])
+        row = ir.node("Gather", [stored, ids], {"axis": 0})
+        row_scale = ir.node("Gather", [scales, ids], {"axis": 0})
+        wide = ir.node("Cast", [row.outputs[0]], {"to": ir.DataType.FLOAT})
+        product = ir.node("Mul", [wide.outputs[0], row_scale.outputs[0]])
+        graph.insert_before(reader, [row, row_scale, wide, product])
         rows.replace_all_uses_with(product.outputs[0], replace_graph_outputs=True)
         graph.remove(reader, safe=True)

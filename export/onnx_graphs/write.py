@@ -1,4 +1,4 @@
-"""One torch module to one ONNX file: names, dynamic axes, compact weights, and nothing of the machine that wrote it."""
+"""One torch module to one ONNX file: named inputs and axes, compact weights, and no trace of the machine that wrote it."""
 
 import contextlib
 import io
@@ -14,9 +14,10 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from snoopi_rt.export.onnx_graphs.weight_compression import SMALL, Storage, store_weights, turn_products
+from snoopi_rt.export.onnx_graphs.weight_compression import SMALL, WeightFormat, store_transposed, store_weights
 
-OPSET = 23  # the first with Attention
+OPSET = 23
+"""The first with the operator Attention."""
 
 
 def write_graph(
@@ -25,15 +26,15 @@ def write_graph(
     outputs: Sequence[str],
     dynamic: Mapping[str, Mapping[int, str]],
     path: Path,
-    weights: Storage = "fp32",
+    weights: WeightFormat = "fp32",
     opset: int = OPSET,
     tensor_of: Callable[[str], Tensor] | None = None,
 ) -> list[Path]:
-    """Writes `module(**inputs)` to `path` with fp32 arithmetic and gives the files written, `path` first; its weights are in the second.
+    """Writes `module(**inputs)` to `path` with fp32 arithmetic; returns the files written, `path` first, its weights second.
 
-    `dynamic`: input name to {axis: axis name}; the example needs a batch of 2, since 1 would be taken for a constant. `weights`: how
-    matrices are stored, see storage.py. `tensor_of`: gives the tensors of a module on the meta device by name; they are
-    read one by one as the file is written.
+    `inputs`: an example by name, of batch 2, since 1 would be taken for a constant. `dynamic`: input name to {axis: axis name}. `weights`:
+    how matrices are stored, see weight_compression.py. `tensor_of`: gives the tensors of a module on the meta device by name; they are read
+    one by one as the file is written.
     """
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
@@ -44,15 +45,15 @@ def write_graph(
             dynamic_shapes={name: dict.fromkeys(dynamic.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs},
             opset_version=opset,
             dynamo=True,
-            optimize=tensor_of is None,  # which computes with the tensors
+            optimize=tensor_of is None,  # the optimiser computes with the tensors
         )
     model = program.model
     if tensor_of is not None:
         optimizer.inline(model)
         for name, value in model.graph.initializers.items():
             if value.const_value.raw.is_meta:
-                value.const_value = _read_late(tensor_of, name, value)
-        turn_products(model.graph)
+                value.const_value = _lazy_tensor(tensor_of, name, value)
+        store_transposed(model.graph)
     else:
         _share_views(model.graph)
     _name_axes(model.graph, dynamic)
@@ -73,7 +74,7 @@ def node_counts(path: Path) -> dict[str, int]:
     return counts
 
 
-def _read_late(tensor_of: Callable[[str], Tensor], name: str, value: ir.Value) -> ir.LazyTensor:
+def _lazy_tensor(tensor_of: Callable[[str], Tensor], name: str, value: ir.Value) -> ir.LazyTensor:
     def read() -> ir.Tensor:
         tensor = tensor_of(name)
         return ir.tensor((tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy())
@@ -82,14 +83,14 @@ def _read_late(tensor_of: Callable[[str], Tensor], name: str, value: ir.Value) -
 
 
 def _share_views(graph: ir.Graph) -> None:
-    """Leaves one of all initializers that show the same memory: each step of a student turned its matrices anew."""
+    """Leaves one of all initializers that are views of the same memory: each step of a student transposed its matrices again."""
     arrays = {name: value.const_value.numpy() for name, value in graph.initializers.items() if value.const_value.size}
-    kept: dict[tuple, ir.Value] = {}
+    first: dict[tuple, ir.Value] = {}
     for name, array in arrays.items():
         value = graph.initializers[name]
-        one = kept.setdefault((array.ctypes.data, array.shape, array.strides, array.dtype), value)
-        if one is not value:
-            value.replace_all_uses_with(one)
+        shared = first.setdefault((array.ctypes.data, array.shape, array.strides, array.dtype), value)
+        if shared is not value:
+            value.replace_all_uses_with(shared)
             del graph.initializers[name]
 
 
@@ -108,7 +109,7 @@ def _name_axes(graph: ir.Graph, dynamic: Mapping[str, Mapping[int, str]]) -> Non
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints its stages and warns about its own internals."""
+    """Silences the exporter, which prints its progress and warns about its own internals."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

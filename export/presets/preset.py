@@ -1,4 +1,4 @@
-"""What is known of one student, as data, and changed by hand."""
+"""A student as data: how it is found, called, read and decoded; and settings KEY=VALUE that change it."""
 
 import math
 from collections.abc import Sequence
@@ -12,43 +12,58 @@ from snoopi_rt.export.one_step import SCHEDULES, OneStepRule, Prediction
 
 @dataclass(frozen=True)
 class Preset:
-    """How one student is found, called, read and decoded.
-
-    weights: hub id of the student, empty where it is on no hub; file: its file there, empty where it is a diffusers folder; base: hub id of
-    the folder with all other parts, empty where `weights` has them. non_commercial: a licence that a user has to accept, or none stated.
-    timestep: one a step, 1 to 4. alpha and sigma: one a step where they are not those of `schedule` at `timestep`.
-    time_ids: SDXL's original size, crop and target size, height first. size: sides in pixels. max_tokens: of T5's prompts; CLIP's are 77.
-    vae_scaling: what the folder's AutoencoderKL must say. *_scale: the default negative scale of a kind of guidance, the other nag_* its
-    constants. from_scheduler: the fields that must agree with the scheduler's file.
-    """
+    """How one student is found, called, read and decoded. Raises InputError for values that cannot be."""
 
     name: str
     backbone: Literal["small", "pixart", "sd15", "sd21", "sdxl"]
     weights: str
+    """Hub id of the student; empty where it is on no hub."""
     licence: str
     source: str
+    """Where this row's values were read."""
     non_commercial: bool = False
+    """Whether a user must accept the licence, because it forbids commercial use or none is stated."""
     file: str = ""
+    """The student's file in `weights`; empty where that is a diffusers folder."""
     base: str = ""
+    """Hub id of the folder with all other parts; empty where `weights` has them."""
     prediction: Prediction = "epsilon"
     timestep: tuple[float, ...] = (999.0,)
+    """One for each of 1 to 4 steps, falling."""
     schedule: Literal["sd", "pixart"] = "sd"
+    """The noise schedule that alpha and sigma are taken from."""
     alpha: tuple[float, ...] = ()
+    """One per step, 0 to 1; none: that of `schedule` at `timestep`."""
     sigma: tuple[float, ...] = ()
+    """One per step, 0 to 1; none: sqrt(1 - alpha^2)."""
     input_scale: float = 1.0
+    """What the first step's noise is multiplied by, see OneStepRule."""
     time_ids: tuple[float, ...] = ()
+    """SDXL's original size, crop and target size in pixels, height first."""
     vae_scaling: float = 0.18215
+    """The scaling_factor that the folder's AutoencoderKL must have."""
     size: int = 512
+    """Sides of the image in pixels."""
     max_tokens: int = 77
+    """The longest prompt for T5 and MiniLM; CLIP's is always 77."""
     nasa_scale: float = 0.2
+    """The default negative scale with guidance nasa."""
     nag_scale: float = 2.0
+    """The default negative scale with guidance nag."""
     nag_tau: float = 2.5
+    """NAG's cap on the norm, at least 1."""
     nag_alpha: float = 0.375
+    """NAG's weight of the guided output, 0 to 1."""
     vsf_scale: float = 1.0
+    """The default negative scale with guidance vsf."""
     projected_scale: float = 1.0
+    """The default negative scale with guidance projected."""
     from_scheduler: tuple[str, ...] = ("prediction", "alpha")
+    """The fields that must agree with the folder's scheduler_config.json."""
     note: str = ""
+    """What a user should know, for example what is unverified."""
     run_with_real_weights: bool = False
+    """Whether this project has drawn images with it."""
 
     def __post_init__(self) -> None:
         steps, one = len(self.timestep), len(self.timestep) == 1
@@ -56,9 +71,9 @@ class Preset:
         self._require(list(self.timestep) == sorted(set(self.timestep), reverse=True), "the timesteps must fall from step to step")
         self._require(self.timestep[-1] >= 0, "timestep must not be negative")
         for key in ("alpha", "sigma"):
-            given = getattr(self, key)
-            self._require(len(given) in (0, steps), f"{key} has {len(given)} values for {steps} timesteps")
-            self._require(all(0 <= value <= 1 for value in given), f"{key} must lie between 0 and 1")
+            values = getattr(self, key)
+            self._require(len(values) in (0, steps), f"{key} has {len(values)} values for {steps} timesteps")
+            self._require(all(0 <= value <= 1 for value in values), f"{key} must lie between 0 and 1")
         self._require(one or self.prediction != "flow", "prediction flow is read in one step only")
         self._require(self.input_scale > 0, "input_scale must be above 0")
         self._require(len(self.time_ids) in (0, 6), "time_ids has six numbers")
@@ -78,12 +93,11 @@ class Preset:
 
     def guidance(self, kind: str) -> Guidance:
         """That kind of guidance with this student's default scale and constants. Raises InputError for an unknown kind or a wrong scale."""
-        found = find_guidance(kind)
-        scale = getattr(self, f"{kind}_scale", found.default_scale)
-        self._require(0 <= scale <= found.max_scale, f"{kind}_scale is {scale}, allowed is 0 to {found.max_scale}")
-        return replace(
-            found, default_scale=scale, fixed={name: getattr(self, f"{kind}_{name}", value) for name, value in found.fixed.items()}
-        )
+        guidance = find_guidance(kind)
+        scale = getattr(self, f"{kind}_scale", guidance.default_scale)
+        self._require(0 <= scale <= guidance.max_scale, f"{kind}_scale is {scale}, allowed is 0 to {guidance.max_scale}")
+        fixed = {name: getattr(self, f"{kind}_{name}", value) for name, value in guidance.fixed.items()}
+        return replace(guidance, default_scale=scale, fixed=fixed)
 
     def _scheduled_alpha(self, timestep: float) -> float:
         if self.prediction == "flow":

@@ -1,6 +1,6 @@
 """The embedded and the public one-step and few-step students as rows of data.
 
-What a row says was read from the sources that it names; where a number was not found there, its note says so.
+The values of a row were read from the sources that it names; where a number was not found there, its note says so.
 """
 
 import math
@@ -11,7 +11,7 @@ from snoopi_rt.export.one_step import SCHEDULES
 from snoopi_rt.export.presets.preset import Preset, override, written
 from snoopi_rt.export.presets.scheduler_check import check_scheduler
 
-__all__ = ["DEFAULT_PRESET", "PRESETS", "Preset", "check_scheduler", "default_preset", "find_preset", "find_row", "override", "table"]
+__all__ = ["DEFAULT_PRESET", "PRESETS", "Preset", "check_scheduler", "choose_preset", "default_preset", "find_preset", "override", "table"]
 
 # Negative scales: SNOOPI v3 (SD 1.5 0.1, SD 2.1 0.2, PixArt 0.5), and v1, table 8, for a student that it names; nothing is published for
 # SDXL, which takes SD 2.1's. NAG: its table 5, SD 2.1 taking SD 1.5's and PixArt alpha PixArt sigma's. vsf and projected: 1, not tuned.
@@ -252,7 +252,7 @@ PRESETS = {
     )
 }
 DEFAULT_PRESET = {"small": "small", "pixart": "pixart-dmd", "sd15": "sdxs-dreamshaper", "sd21": "sd-turbo", "sdxl": "hyper-sdxl"}
-"""What a backbone is exported as where nothing else is said."""
+"""The preset of a backbone where none is named."""
 
 
 def find_preset(name: str, backbone: str | None = None) -> Preset:
@@ -265,25 +265,25 @@ def find_preset(name: str, backbone: str | None = None) -> Preset:
 
 
 def default_preset(backbone: str) -> Preset:
-    """The student that a backbone stands for. Raises InputError for a backbone without one."""
+    """The default preset of a backbone. Raises InputError for a backbone without one."""
     if backbone not in DEFAULT_PRESET:
         raise InputError(f"backbone {backbone!r} has no preset, those with one are {', '.join(DEFAULT_PRESET)}")
     return PRESETS[DEFAULT_PRESET[backbone]]
 
 
-def find_row(backbone: str | None, preset: str | None) -> Preset:
-    """The preset of that name, else the backbone's own. Raises InputError for unknown names, and where neither is given."""
+def choose_preset(backbone: str | None, preset: str | None) -> Preset:
+    """The preset of that name, else the backbone's default. Raises InputError for unknown names, and where neither is given."""
     if preset is not None:
         return find_preset(preset, backbone)
     if backbone is None:
-        raise InputError("say what to export: --backbone NAME, or --preset NAME")
+        raise InputError("nothing to export: give --backbone NAME or --preset NAME")
     if backbone not in DEFAULT_PRESET:
         raise InputError(f"unknown backbone {backbone!r}, choose from {', '.join(DEFAULT_PRESET)}")
     return default_preset(backbone)
 
 
 def table() -> str:
-    """All presets as aligned lines, the defaults of a backbone marked with a star."""
+    """All presets as aligned lines; the default of a backbone is marked with a star."""
     rows = [("preset", "backbone", "prediction", "timestep", "error grows", "size", "nasa scale", "licence", "run with real weights")]
     for preset in PRESETS.values():
         rows.append(

@@ -1,4 +1,4 @@
-"""A preset held against the scheduler file that came with the weights."""
+"""A preset checked against the scheduler file that came with the weights."""
 
 import math
 import warnings
@@ -26,23 +26,23 @@ def check_scheduler(preset: Preset, folder: Path) -> list[str]:
         return []
     with _reading(path):
         derived = _derived(read_json(path), preset)
-    ours = _said_by(preset)
+    ours = _in_scheduler_terms(preset)
     for key in preset.from_scheduler:
         if not _close(ours[key], derived[key]):
-            said, meant = written(ours[key]), written(derived[key])
+            own, other = written(ours[key]), written(derived[key])
             raise InputError(
-                f"preset {preset.name} has {key} {said}, but {path} gives {meant}: "
-                f"--set {key}={meant} follows that file, --set {key}={said} keeps the preset's"
+                f"preset {preset.name} has {key} {own}, but {path} gives {other}: "
+                f"--set {key}={other} follows that file, --set {key}={own} keeps the preset's"
             )
     return list(preset.from_scheduler)
 
 
 def follow_scheduler(preset: Preset, folder: Path, settings: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The settings KEY=VALUE that make the preset what scheduler_config.json in the folder says, and the fields in which it is so already.
+    """The settings KEY=VALUE that make the preset agree with scheduler_config.json in the folder, and the fields that already do.
 
-    The file knows the kind of answer and the schedule, and the timesteps and the input's scale only where its spacing is "trailing", the
-    one that starts from pure noise: else the timesteps are the preset's and the noise is fed as it is. What `settings` set by hand is left
-    alone. Raises InputError as check_scheduler does, of a flow's scheduler too: which way its answer points, the file does not say.
+    The file states the prediction type and the schedule; and the timesteps and the input scale only where its spacing is "trailing", which
+    starts from pure noise: otherwise the timesteps are the preset's and the noise is fed unscaled. What `settings` set is left alone.
+    Raises InputError as check_scheduler does, also for a flow's scheduler: the file does not state the sign of its prediction.
     """
     path = folder / "scheduler_config.json"
     if not path.exists():
@@ -52,11 +52,11 @@ def follow_scheduler(preset: Preset, folder: Path, settings: Sequence[str]) -> t
     cumprod = getattr(scheduler, "alphas_cumprod", None)
     if cumprod is None or prediction == "flow":
         return [], check_scheduler(preset, folder)
-    by_hand, ours = {setting.partition("=")[0] for setting in settings}, _said_by(preset)
+    by_hand, ours = {setting.partition("=")[0] for setting in settings}, _in_scheduler_terms(preset)
     theirs: dict[str, Any] = {"prediction": prediction}
     with _reading(path):
         if scheduler.config.get("timestep_spacing") == "trailing":
-            with suppress(ValueError, IndexError):  # PNDM cannot take so few steps, and says nothing of them
+            with suppress(ValueError, IndexError):  # PNDM cannot take so few steps
                 theirs["timestep"], theirs["input_scale"] = _first_step(scheduler, len(preset.timestep))
         timesteps = preset.timestep if "timestep" in by_hand else theirs.get("timestep", preset.timestep)
         theirs["alpha"] = _alphas(cumprod, preset, timesteps)
@@ -89,7 +89,7 @@ def _alphas(cumprod: Any, preset: Preset, timesteps: Sequence[float]) -> tuple[f
 
 
 def _first_step(scheduler: Any, steps: int) -> tuple[tuple[float, ...], float]:
-    """The timesteps at which a network is called in that many steps, and the scale of the noise that it is given first."""
+    """The timesteps at which a network is called for that many steps, and the scale of its first input."""
     import torch
 
     scheduler.set_timesteps(steps)
@@ -117,7 +117,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise InputError(f"cannot read the schedule of {path}: {reason}") from error
 
 
-def _said_by(preset: Preset) -> dict[str, Any]:
+def _in_scheduler_terms(preset: Preset) -> dict[str, Any]:
     """The preset in the terms of a scheduler."""
     return {
         "prediction": preset.prediction,
@@ -137,7 +137,7 @@ def _scheduler(config: Any) -> Any:
 
 
 def _close(ours: Any, derived: Any) -> bool:
-    """Equal up to what float32 loses over a thousand products: 1e-3, a quarter of what 0.0047 in place of 0.00466 changes."""
+    """Equal up to the float32 error of a thousand products: 1e-3, a quarter of the difference between 0.0047 and 0.00466."""
     if isinstance(ours, tuple):
         return len(ours) == len(derived) and all(map(_close, ours, derived))
     return ours == derived if isinstance(ours, str) else math.isclose(ours, derived, rel_tol=1e-3)

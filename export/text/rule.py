@@ -1,4 +1,4 @@
-"""The folder of a diffusers tokenizer to tokenizer.json, and the rule by which the runtime makes ids of a prompt with it."""
+"""A diffusers tokenizer to tokenizer.json and the rule by which the runtime makes ids of a prompt."""
 
 import importlib.util
 import re
@@ -21,7 +21,7 @@ _SPECIAL = re.compile(r"<[^ ]+>")
 
 
 def clip_rule(folder: Path, out: Path, embedded: int) -> Text:
-    """The rule of a CLIP tokenizer, which is written to the file `out`: every prompt is filled to 77 tokens with the tokenizer's pad.
+    """The rule of a CLIP tokenizer, which is written to the file `out`: every prompt is padded to 77 tokens.
 
     Raises InputError where the folder holds no such tokenizer, or one of more tokens than the `embedded` of its text encoder.
     """
@@ -35,7 +35,7 @@ def clip_rule(folder: Path, out: Path, embedded: int) -> Text:
 
 
 def clip_tokenizer(folder: Path) -> "CLIPTokenizer":
-    """The tokenizer in the folder; raises InputError where there is none."""
+    """The CLIP tokenizer in the folder. Raises InputError where there is none."""
     from transformers import CLIPTokenizer
 
     if not _has(folder, "tokenizer.json") and not _has(folder, "vocab.json", "merges.txt"):
@@ -44,10 +44,10 @@ def clip_tokenizer(folder: Path) -> "CLIPTokenizer":
 
 
 def t5_rule(folder: Path, out: Path, max_tokens: int, embedded: int) -> Text:
-    """The rule of a T5 tokenizer, which is written to the file `out`: lower case, as PixArt's pipelines do it, and no padding.
+    """The rule of a T5 tokenizer, which is written to the file `out`: lower case, as in PixArt's pipelines, and no padding.
 
-    PixArt-alpha takes 120 tokens, PixArt-Sigma 300. Raises InputError as clip_rule does, EngineMissing where it can be read with
-    sentencepiece only and that is not installed.
+    PixArt-alpha takes 120 tokens, PixArt-Sigma 300. Raises InputError as clip_rule does, EngineMissing where it needs
+    sentencepiece, which is not installed.
     """
     from transformers import T5Tokenizer
 
@@ -60,7 +60,7 @@ def t5_rule(folder: Path, out: Path, max_tokens: int, embedded: int) -> Text:
 
 
 def _opened(kind: Any, folder: Path) -> Any:
-    """The tokenizer that transformers makes of the folder, whose files are read one by one first: its own errors name other causes."""
+    """The tokenizer that transformers loads from the folder. The files are checked one by one first: its own errors name other causes."""
     for name in SMALL_FILES:
         if (folder / name).exists():
             read_json(folder / name)
@@ -76,7 +76,7 @@ def _opened(kind: Any, folder: Path) -> Any:
 
 
 def _check_merges(merges: Path, vocabulary: Path) -> None:
-    """Returns where every word of the vocabulary can be made. Of a merges.txt that is cut short, tokenizers would make shorter words."""
+    """Returns if the merges make every word of the vocabulary, else raises InputError: a truncated file would split words in silence."""
     pairs = [line.split(" ") for line in read_text(merges).splitlines() if line.strip() and not line.startswith("#version")]
     if wrong := [" ".join(pair) for pair in pairs if len(pair) != 2]:
         raise InputError(f"{merges} holds {wrong[0][:40]!r}, which is no pair to merge: fetch it again")

@@ -1,6 +1,6 @@
-"""T5 as PixArt reads it: prompt ids at their true length to projected token states; and a T5 too large for memory, piece by piece.
+"""T5 for PixArt: prompt ids at their real length to projected token states; and a T5 larger than the memory, layer by layer.
 
-Nothing here computes in fp16: T5's states grow beyond 65504, and what comes of that is a black image.
+Nothing here computes in fp16: T5's states grow beyond 65504, which ends in a black image.
 """
 
 import copy
@@ -23,7 +23,7 @@ from snoopi_rt.export.weights.lora import Product
 class T5TextEncoder(nn.Module):
     """ids (B, T) to states (B, T, D): the last hidden state of a T5EncoderModel, then the network's caption projection.
 
-    Every id counts: prompts run at their true length. Raises InputError for weights in fp16.
+    Every id counts: prompts run at their real length. Raises InputError for weights in fp16.
     """
 
     def __init__(self, model: nn.Module, projection: nn.Module):
@@ -46,7 +46,7 @@ class T5TextEncoder(nn.Module):
         return self.projection(self.encoder.final_layer_norm(states))
 
     def _position_bias(self, length: int) -> Tensor:
-        """What the distance of two tokens adds to their attention, (1, heads, T, T); all beyond `reach` are alike."""
+        """The relative position bias, (1, heads, T, T); all distances beyond `reach` share one."""
         position = torch.arange(length, device=self.buckets.device)
         distance = (position - position[:, None]).clamp(-self.reach, self.reach)
         by_distance = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias(self.buckets)
@@ -54,7 +54,7 @@ class T5TextEncoder(nn.Module):
 
 
 def skeleton(folder: Path, projection: nn.Module) -> T5TextEncoder:
-    """The text encoder of a T5 folder with its parameters on the meta device, where they need no memory; T5Weights has their values.
+    """The text encoder of a T5 folder with its parameters on the meta device, where they take no memory; T5Weights has their values.
 
     Raises InputError where the folder holds no T5 or one of another width than the caption `projection` takes.
     """
@@ -71,21 +71,21 @@ def skeleton(folder: Path, projection: nn.Module) -> T5TextEncoder:
 
 
 class T5Weights:
-    """The parameters of a T5TextEncoder by name, each read from the folder's files when it is asked for, in the dtype it has there.
+    """The parameters of a T5TextEncoder by name, each read from the folder's files on demand, in the dtype that it has there.
 
-    `later`: what LoRAs add to some of them, which are then fp32.
+    `updates`: what LoRAs add to some of them, which are then fp32.
     Raises InputError as read_weights does, and for a parameter that the folder lacks.
     """
 
-    def __init__(self, folder: Path, projection: nn.Module | None = None, later: Mapping[str, Sequence[Product]] | None = None):
-        self._folder, self._later = folder, later or {}
+    def __init__(self, folder: Path, projection: nn.Module | None = None, updates: Mapping[str, Sequence[Product]] | None = None):
+        self._folder, self._updates = folder, updates or {}
         files = [folder / name for name in weight_files(path.name for path in folder.iterdir()) if not name.endswith(".json")]
         self._file_of = {key: file for file in files for key in read_weights(file)}
         self._projection = {} if projection is None else {f"projection.{name}": value for name, value in projection.state_dict().items()}
 
     def __call__(self, name: str) -> Tensor:
         weight = self._projection[name] if name in self._projection else self._mapped(name).clone()
-        for product in self._later.get(name, ()):
+        for product in self._updates.get(name, ()):
             weight = product.added(weight.float())
         return weight
 
@@ -94,25 +94,25 @@ class T5Weights:
         return self._mapped(name)[index]
 
     def _mapped(self, name: str) -> Tensor:
-        # Checkpoints hold the table that encoder and decoder share under one of two names, or under both.
+        # Checkpoints hold the embedding that encoder and decoder share under one of two names, or under both.
         names = (name, "shared.weight") if name == "encoder.embed_tokens.weight" else (name,)
         key = next((key for key in names if key in self._file_of), None)
         if key is None:
             raise InputError(f"{self._folder} holds no T5 encoder: {name} is missing")
-        # Mapped anew each time: what was read of a file would count as this process's memory for as long as it stays mapped.
+        # Mapped again each time: pages of a mapped file count as this process's memory while it stays mapped.
         return read_weights(self._file_of[key])[key]
 
 
 @torch.no_grad()
-def reference_states(folder: Path, prompts: Sequence[Tensor], later: Mapping[str, Sequence[Product]] | None = None) -> list[Tensor]:
+def reference_states(folder: Path, prompts: Sequence[Tensor], updates: Mapping[str, Sequence[Product]] | None = None) -> list[Tensor]:
     """The last hidden state (B, T, D) of a folder's T5EncoderModel for each of `prompts`, ids (B, T), in fp32.
 
-    One layer is in memory at a time, and serves all prompts. Computed by transformers' own blocks, position bias included: what exported
-    builds are measured against.
+    One layer is in memory at a time and runs on all prompts. transformers' own blocks and position bias compute it: the reference for
+    exported variants.
     """
     from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
-    config, weight_of = t5_config(folder), T5Weights(folder, later=later)
+    config, weight_of = t5_config(folder), T5Weights(folder, updates=updates)
 
     def loaded(module: nn.Module, prefix: str) -> nn.Module:
         weights = {name: weight_of(f"{prefix}.{name}").float() for name in module.state_dict()}
@@ -133,7 +133,7 @@ def reference_states(folder: Path, prompts: Sequence[Tensor], later: Mapping[str
         for i, bias in enumerate(biases):
             states[i], biases[i], _ = block(states[i], None, bias)
     norm = loaded(T5LayerNorm(config.d_model, config.layer_norm_epsilon), "encoder.final_layer_norm")
-    return [norm(each) for each in states]
+    return [norm(hidden) for hidden in states]
 
 
 def t5_config(folder: Path) -> Any:

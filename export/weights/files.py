@@ -1,4 +1,4 @@
-"""Folders of weights in diffusers layout, and tensors on disk: written beside and renamed, so that a file that is there is whole."""
+"""Tensors and folders of weights in diffusers layout on disk, written atomically: under a hidden name first, then renamed."""
 
 import errno
 import hashlib
@@ -24,24 +24,24 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file, whole or not at all."""
-    beside = path.with_name(f".{path.name}.part")
+    """Writes a safetensors file atomically."""
+    part = path.with_name(f".{path.name}.part")
     try:
-        beside.touch()
-        mode = beside.stat().st_mode  # what the user's umask says; safetensors makes files that nobody else may read
-        save_file({name: value.contiguous() for name, value in tensors.items()}, beside, metadata=dict(metadata or {}))
-        beside.chmod(mode)
-        with open(beside, "rb") as written:
+        part.touch()
+        mode = part.stat().st_mode  # by the user's umask; safetensors makes files that nobody else may read
+        save_file({name: value.contiguous() for name, value in tensors.items()}, part, metadata=dict(metadata or {}))
+        part.chmod(mode)
+        with open(part, "rb") as written:
             os.fsync(written.fileno())
-        beside.replace(path)
-    except SafetensorError as error:  # which wraps the system's own errors
+        part.replace(path)
+    except SafetensorError as error:  # wraps the system's own errors
         raise OSError(errno.EIO, str(error), str(path)) from error
     finally:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def save_diffusers(model: nn.Module, folder: Path) -> None:
-    """Writes a diffusers model as fp16 weights and then its config: a folder that has config.json is whole."""
+    """Writes a diffusers model as fp16 weights and then its config: a folder that has config.json is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / WEIGHTS, {name: value.to(torch.float16) for name, value in model.state_dict().items()})
     # Some classes register values that their own constructor does not take, and then warn about them at each load.
@@ -51,7 +51,7 @@ def save_diffusers(model: nn.Module, folder: Path) -> None:
 
 
 def require(folder: Path, made_by: str) -> Path:
-    """The folder, when it holds whole weights. Raises InputError, saying which command makes them."""
+    """The folder, if it holds complete weights. Raises InputError that names the command which makes them."""
     check_folder(folder)
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).exists():
@@ -61,8 +61,8 @@ def require(folder: Path, made_by: str) -> Path:
 
 @contextmanager
 def nothing_if_refused(*folders: Path) -> Iterator[None]:
-    """Where the block is refused, for what was asked or for a package that is missing, removes those of the folders that it made, and
-    the folders that it made for them: an empty shell would block the name for other commands."""
+    """Removes the folders that the block made if it raises InputError or EngineMissing: an empty folder would block the name for other
+    commands."""
     made = [next(path for path in (*reversed(folder.parents), folder) if not path.exists()) for folder in folders if not folder.exists()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where weights come from: a folder in diffusers layout, or a model of the Hugging Face hub, fetched into its download cache."""
+"""Where weights come from: a folder in diffusers layout, or a model of the Hugging Face hub, downloaded into its cache."""
 
 import os
 import posixpath
@@ -18,20 +18,22 @@ _WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)((?:[.-].+)
 
 @dataclass(frozen=True)
 class WeightsFolder:
-    """A local folder in diffusers layout. `revision`: the commit that was fetched, None for a user's own folder."""
+    """A local folder in diffusers layout."""
 
     path: Path
     name: str
     licence: str | None
+    """By its model card; None where that names none."""
     revision: str | None
+    """The commit that was downloaded; None for a user's own folder."""
 
 
 def find_weights(weights: str, parts: Sequence[str] = PARTS) -> WeightsFolder:
     """The folder that `weights` names: itself, or the files of hub model `owner/name` or `owner/name@revision` that the parts need.
 
-    They are fetched where missing. A part is a folder of the model, one of its files, or "." for a model whose files lie at its root; parts
-    that it does not have are left out. Of each part one set of weights is taken: full precision before variants, safetensors before .bin.
-    A file whose connection breaks goes on where it stopped; after a failure, files that were whole are not fetched again.
+    Missing files are downloaded. A part is a folder of the model, one of its files, or "." for a model whose files lie at its root; parts
+    that it does not have are left out. Each part gets one set of weights: full precision before variants, safetensors before .bin. A
+    download whose connection breaks resumes; after a failure, complete files are not downloaded again.
     Raises InputError where there is no such model, OutputError where it cannot be written, SnoopiError where the hub cannot be reached.
     """
     folder, commit, name = Path(os.path.expanduser(weights)), None, weights
@@ -74,14 +76,14 @@ def _needed(names: Sequence[str], parts: Sequence[str]) -> list[str]:
 
 
 def _fetch(name: str, revision: str | None, parts: Sequence[str]) -> tuple[Path, str]:
-    # Read by the hub's downloader, and by huggingface_hub when it was imported, which the PyTorch side did already.
+    # huggingface_hub reads the variable at import, which the PyTorch side did already, and its downloader reads it later.
     off = os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import constants, get_cached_repo_tree, snapshot_download
 
     constants.HF_HUB_DISABLE_TELEMETRY |= off == "1"
 
     with _hub_errors(name, revision):
-        # The first call also leaves the list of the model's files in the cache, so that what was fetched once is found without network.
+        # The first call also caches the list of the model's files, so that a downloaded model needs no network.
         commit = Path(snapshot_download(name, revision=revision, allow_patterns=list(_ABOUT))).name
         names = [file.path for file in get_cached_repo_tree(name, revision=commit)]
         if not _is_model(names, parts):
@@ -114,7 +116,7 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
             raise OutputError(f"hub model {name} cannot be written to {constants.HF_HUB_CACHE}: {error.strerror}") from error
-        raise SnoopiError(f"hub model {name} cannot be fetched: {_first_line(error)}; run again to go on from there") from error
+        raise SnoopiError(f"hub model {name} cannot be fetched: {_first_line(error)}; run again to resume") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The small files beside weights (configs, indexes, tokenizers), read with the care that weights get: each error names file and flaw."""
+"""The small files beside weights (configs, indexes, tokenizers), checked as weights are: every error names the file and its defect."""
 
 from pathlib import Path
 from typing import Any
@@ -8,19 +8,19 @@ from snoopi_rt.errors import InputError
 from snoopi_rt.files import is_lfs_pointer, read_bounded, reason
 from snoopi_rt.shell import quote
 
-LARGEST = 2**26
-"""Bytes: tokenizers have up to 20 MB, the index of a large checkpoint 2 MB."""
+MAX_BYTES = 2**26
+"""Of such a file: tokenizers have up to 20 MB, the index of a large checkpoint 2 MB."""
 
 
 def check_folder(path: Path) -> Path:
-    """The path of a folder that is there. Raises InputError."""
+    """The path of a folder that exists, else raises InputError."""
     if not path.is_dir():
         raise InputError(f"{quote(path)} is not a folder" if path.exists() else f"no such folder: {quote(path)}")
     return path
 
 
 def check_file(path: Path) -> Path:
-    """The path of a file that is there, can be read and is not empty. Raises InputError, also for a git-lfs pointer."""
+    """The path of a readable file that is not empty, else raises InputError, also for a git-lfs pointer."""
     try:
         if is_lfs_pointer(path):
             raise InputError(f"{path} is a git-lfs pointer and not the file itself: run `git lfs pull` in its clone, or fetch it again")
@@ -34,7 +34,7 @@ def check_file(path: Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """What a text file says, which is UTF-8 whatever the locale. Raises InputError."""
+    """A file's text, which is UTF-8 whatever the locale. Raises InputError."""
     try:
         return _read(path).decode()
     except UnicodeDecodeError as error:
@@ -42,12 +42,12 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, which is UTF-8 whatever the locale. Raises InputError, also for other JSON."""
+    """The JSON object in a file, which is UTF-8 whatever the locale. Raises InputError, also for JSON that is no object."""
     return parse_json(_read(path), path)
 
 
 def parse_json(data: bytes | str, where: object) -> dict[str, Any]:
-    """The JSON object that the text is; `where` names it in errors. Infinity may stand in it, as in diffusers' files of schedulers.
+    """The JSON object in a text; `where` names its source in errors. Infinity is allowed, as in diffusers' scheduler files.
 
     Raises InputError.
     """
@@ -56,15 +56,15 @@ def parse_json(data: bytes | str, where: object) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{where} is damaged or cut short, it is no JSON ({error}): fetch it again") from error
     if not isinstance(document, dict):
-        raise InputError(f"{where} holds {_KINDS.get(type(document), 'a number')} and not a JSON object: fetch it again")
+        raise InputError(f"{where} holds {_JSON_TYPES.get(type(document), 'a number')} and not a JSON object: fetch it again")
     return document
 
 
 def _read(path: Path) -> bytes:
     try:
-        return read_bounded(check_file(path), LARGEST)
+        return read_bounded(check_file(path), MAX_BYTES)
     except OSError as error:
         raise InputError(f"cannot read {path}: {reason(error)}") from error
 
 
-_KINDS = {list: "a list", str: "a string", type(None): "null", bool: "a truth value"}
+_JSON_TYPES = {list: "a list", str: "a string", type(None): "null", bool: "a truth value"}

@@ -94,9 +94,9 @@ def export(
     force: bool,
 ) -> None:
     """Turn a student's weights into a bundle, checked against PyTorch."""
-    from snoopi_rt.export.presets.rows import find_row
+    from snoopi_rt.export.presets.rows import choose_preset
 
-    out = out or Path(find_row(backbone, preset).name)
+    out = out or Path(choose_preset(backbone, preset).name)
     with building("export", "export", out):
         from snoopi_rt.export.exporter import ExportOptions, check_out
         from snoopi_rt.export.exporter import export as write
@@ -111,7 +111,7 @@ def export(
             _texts(prompts, kind, ignore_columns),
             prompts_only,
             force,
-            everywhere=frozenset(name for name in precisions if "=" not in name),
+            or_nearest=frozenset(name for name in precisions if "=" not in name),
         )
         check_out(out, force)  # before anything is fetched
         source = find_source(backbone, weights, preset, settings, weights_file, loras, decoder, accept_licence, _say)

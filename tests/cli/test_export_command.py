@@ -118,9 +118,9 @@ def test_a_bundle_of_two_sizes_a_tiny_decoder_and_carried_prompts_draws(folders:
         (["--backbone", "sd21", "--weights-file", "nowhere.safetensors"], "no weights file nowhere.safetensors"),
         (["--backbone", "sd21", "--lora", "nowhere.safetensors:0.5"], "nowhere.safetensors"),
         (["--backbone", "sd21", "--decoder", "/nowhere/taesd"], "/nowhere/taesd"),
-        (["--backbone", "sd21", "--prompts-only"], "a bundle without text encoder needs the prompts that it shall know"),
+        (["--backbone", "sd21", "--prompts-only"], "a bundle without text encoder needs the prompts that it is to know"),
         (["--backbone", "sd21", "--prompts", "nowhere.txt"], "nowhere.txt"),
-        ([], "say what to export: --backbone NAME, or --preset NAME"),
+        ([], "nothing to export: give --backbone NAME or --preset NAME"),
     ],
     ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
 )
@@ -190,7 +190,7 @@ def test_a_student_of_ones_own_follows_its_folders_scheduler(
     ((source, out, options),) = asked
     assert source.preset.prediction == "v" and source.provenance["preset"] == "sd-turbo prediction=v"
     assert out == Path("sd-turbo")
-    assert options.everywhere == {"int8"} and options.precision["decoder"] == ["int8", "fp16"]
+    assert options.or_nearest == {"int8"} and options.precision["decoder"] == ["int8", "fp16"]
 
 
 def test_a_command_as_short_as_it_can_be_writes_beside_the_reader_or_says_why_not(

@@ -45,8 +45,8 @@ def tiny_bundle(kind: str, root: Path) -> Bundle:
         if kind == "pixart"
         else tiny_students.stable_diffusion(folder, kind, **few)
     )
-    wishes = ExportOptions("nasa", dict.fromkeys(GRAPHS, ("fp16",)), ((64, 64),), tolerance=10.0)
-    return write(find_source(kind, weights), root / f"{kind}-bundle", wishes)
+    options = ExportOptions("nasa", dict.fromkeys(GRAPHS, ("fp16",)), ((64, 64),), tolerance=10.0)
+    return write(find_source(kind, weights), root / f"{kind}-bundle", options)
 
 
 @pytest.fixture(scope="module")

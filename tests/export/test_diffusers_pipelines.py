@@ -207,7 +207,7 @@ def asking(opened: Any) -> Iterator[DiffusionPipeline]:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"guidance_scale": 7.5}, "guidance_scale draws each step twice"),
+        ({"guidance_scale": 7.5}, "guidance_scale runs each step twice"),
         ({"negative_prompt": ["fog", "moon"]}, "negative_prompt has 2 entries for 1 prompts"),
         ({"negative_scale": [0.1, 0.2, 0.3]}, "negative_scale has 3 entries for 1 prompts"),
     ],

@@ -1,4 +1,4 @@
-"""The forms of a graph that one engine runs faster: the same numbers from the same file of weights."""
+"""Rewrites of a graph that one engine runs faster: the same numbers from the same file of weights."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from snoopi_rt.engines import installed, load_engine, ort
 from snoopi_rt.export.attention import merge_heads, split_heads
 from snoopi_rt.export.onnx_graphs.engine_rewrites import one_image_bf16, onnxruntime_operators
 from snoopi_rt.export.onnx_graphs.quantise import calibrate, quantise
-from snoopi_rt.export.onnx_graphs.weight_compression import Storage
+from snoopi_rt.export.onnx_graphs.weight_compression import WeightFormat
 from snoopi_rt.export.onnx_graphs.write import node_counts, write_graph
 from snoopi_rt.kernels import fused_attention
 
@@ -32,7 +32,7 @@ class SelfAttention(nn.Module):
         return x + self.projections[3](merge_heads(fused_attention(q, k, v, mask)))
 
 
-def written(module: nn.Module, path: Path, weights: Storage = "fp16", **inputs: Tensor) -> Path:
+def written(module: nn.Module, path: Path, weights: WeightFormat = "fp16", **inputs: Tensor) -> Path:
     write_graph(module, inputs, ("y",), {name: {0: "batch"} for name in inputs}, path, weights)
     return path
 
@@ -55,7 +55,7 @@ def test_a_graph_for_one_image_shares_the_weights_of_the_graph_for_any_number(
 
 @pytest.mark.parametrize(("head", "pads"), [(16, 0), (24, 2), (40, 2), (64, 0), (72, 2), (80, 0)])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_heads_whose_size_bf16_products_do_not_like_are_filled_with_zeros(engine: str, head: int, pads: int, tmp_path: Path) -> None:
+def test_heads_whose_size_bf16_products_do_not_like_are_padded_with_zeros(engine: str, head: int, pads: int, tmp_path: Path) -> None:
     x = torch.randn(2, 10, 2 * head)
     path, one = written(SelfAttention(head), tmp_path / "any.onnx", x=x), tmp_path / "one.onnx"
     one_image_bf16(path, one)
@@ -66,29 +66,29 @@ def test_heads_whose_size_bf16_products_do_not_like_are_filled_with_zeros(engine
 @needs_onnxruntime
 @pytest.mark.parametrize(("tokens", "weights"), [(1, "fp16"), (10, "int8"), (600, "fp32")])
 def test_attention_goes_block_by_block_in_onnx_runtime(
-    tokens: int, weights: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokens: int, weights: WeightFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(2, tokens, 48)
-    path, form = written(SelfAttention(), tmp_path / "any.onnx", weights, x=x), tmp_path / "form.onnx"
-    assert onnxruntime_operators(path, form)
-    counts = node_counts(form)
+    path, rewritten = written(SelfAttention(), tmp_path / "any.onnx", weights, x=x), tmp_path / "rewritten.onnx"
+    assert onnxruntime_operators(path, rewritten)
+    counts = node_counts(rewritten)
     assert counts["MultiHeadAttention"] == 1 and not {"Attention", "Reshape", "Transpose"} & counts.keys()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["any.onnx", "any.onnx.data", "form.onnx"]
-    np.testing.assert_allclose(answer("cpu", form, x=x), answer("cpu", path, x=x), atol=1e-5)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["any.onnx", "any.onnx.data", "rewritten.onnx"]
+    np.testing.assert_allclose(answer("cpu", rewritten, x=x), answer("cpu", path, x=x), atol=1e-5)
 
 
 @needs_onnxruntime
-def test_a_graph_without_such_operators_has_no_form_of_its_own(tmp_path: Path) -> None:
+def test_a_graph_without_such_operators_is_not_rewritten(tmp_path: Path) -> None:
     masked = {"x": torch.randn(2, 10, 48), "mask": torch.rand(2, 10) > 0.5}
     plain = {"input": torch.randn(2, 10, 16)}
     for module, inputs in (SelfAttention(), masked), (nn.Sequential(nn.Linear(16, 16)), plain):
         path = written(module, tmp_path / f"{type(module).__name__}.onnx", **inputs)
-        assert not onnxruntime_operators(path, tmp_path / "form.onnx")
-        assert not (tmp_path / "form.onnx").exists()
+        assert not onnxruntime_operators(path, tmp_path / "rewritten.onnx")
+        assert not (tmp_path / "rewritten.onnx").exists()
 
 
 @needs_onnxruntime
-def test_what_else_reads_the_tensors_around_an_attention_still_finds_them(tmp_path: Path) -> None:
+def test_what_else_reads_the_tensors_around_an_attention_still_reads_them(tmp_path: Path) -> None:
     class ReadBefore(SelfAttention):
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
             q, k, v = (split_heads(layer(x), 2) for layer in self.projections[:3])
@@ -99,16 +99,16 @@ def test_what_else_reads_the_tensors_around_an_attention_still_finds_them(tmp_pa
             z = fused_attention(*(split_heads(layer(x), 2) for layer in self.projections[:3]))
             return merge_heads(z) + z.mean()
 
-    x, form = torch.randn(2, 10, 48), tmp_path / "form.onnx"
+    x, rewritten = torch.randn(2, 10, 48), tmp_path / "rewritten.onnx"
     path = written(ReadBefore(), tmp_path / "before.onnx", x=x)
-    assert onnxruntime_operators(path, form)
-    np.testing.assert_allclose(answer("cpu", form, x=x), answer("cpu", path, x=x), atol=1e-5)
+    assert onnxruntime_operators(path, rewritten)
+    np.testing.assert_allclose(answer("cpu", rewritten, x=x), answer("cpu", path, x=x), atol=1e-5)
     assert not onnxruntime_operators(written(ReadAfter(), tmp_path / "after.onnx", x=x), tmp_path / "none.onnx")
 
 
 @needs_onnxruntime
 @pytest.mark.parametrize("shift", [0.0, 5.0], ids=["int8", "uint8"])
-def test_int8_products_are_the_same_steps_in_onnx_runtime(shift: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_products_are_the_same_in_onnx_runtime(shift: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Shared(nn.Module):
         """Three layers that read one tensor, as queries, keys and values do; one of them has no bias."""
 
@@ -121,18 +121,18 @@ def test_int8_products_are_the_same_steps_in_onnx_runtime(shift: float, tmp_path
             return torch.cat([layer(x) for layer in self.layers], -1) + self.layers[1](x).sum(-1, keepdim=True)
 
     module = Shared().eval()
-    cases = [{"x": torch.randn(2, 32, 64) + shift} for _ in range(3)]
-    quantise(module, calibrate(module, cases[:2]))
+    samples = [{"x": torch.randn(2, 32, 64) + shift} for _ in range(3)]
+    quantise(module, calibrate(module, samples[:2]))
     zeros = {layer.activation.zero.dtype for layer in module.layers}
     assert zeros == {torch.int8 if shift == 0 else torch.uint8}
-    path, form = written(module, tmp_path / "any.onnx", **cases[0]), tmp_path / "form.onnx"
-    assert onnxruntime_operators(path, form)
-    counts = node_counts(form)
+    path, rewritten = written(module, tmp_path / "any.onnx", **samples[0]), tmp_path / "rewritten.onnx"
+    assert onnxruntime_operators(path, rewritten)
+    counts = node_counts(rewritten)
     assert counts["MatMulIntegerToFloat"] == counts.get("MatMul", 0) + 3 and "DequantizeLinear" not in counts
     with torch.no_grad():
-        wanted = module(**cases[2]).numpy()
+        expected = module(**samples[2]).numpy()
     for instructions in "avx512_vnni", "avx2":
         monkeypatch.setattr(ort, "processor", lambda instructions=instructions: instructions)
-        found = answer("cpu", form, "int8", **cases[2])
+        output = answer("cpu", rewritten, "int8", **samples[2])
         # A value in the middle of two steps may round either way.
-        assert np.linalg.norm(found - wanted) < 2e-3 * np.linalg.norm(wanted)
+        assert np.linalg.norm(output - expected) < 2e-3 * np.linalg.norm(expected)

@@ -76,9 +76,9 @@ def test_the_folded_network_is_diffusers_own(kind, rule, out_channels):
     network, empty = small_network(out_channels), torch.randn(1, 2, 32)
     with torch.no_grad():
         folded = FoldedPixArt(network, RULES[rule], GUIDANCE[kind], empty, SIZE)(**inputs())
-        wanted = GuidedPixArt(network, RULES[rule], GUIDANCE[kind], empty, SIZE)(**inputs())
-    torch.testing.assert_close(folded, wanted, atol=2e-5, rtol=1e-4)
-    assert wanted.std() > 0.1
+        reference = GuidedPixArt(network, RULES[rule], GUIDANCE[kind], empty, SIZE)(**inputs())
+    torch.testing.assert_close(folded, reference, atol=2e-5, rtol=1e-4)
+    assert reference.std() > 0.1
 
 
 def test_a_different_timestep_gives_a_different_folded_network():
@@ -100,33 +100,33 @@ def generator_of(bundle, engine="cpu"):
 
 def feed(bundle, batch=2):
     states = next(s for s in bundle.graphs["generator"][0].inputs if s.name == "prompt_states").shape[2]
-    given = {name: value.numpy() for name, value in inputs(batch).items()}
+    arrays = {name: value.numpy() for name, value in inputs(batch).items()}
     for name in ("prompt_states", "negative_states"):
-        given[name] = np.random.RandomState(0).standard_normal((*given[name].shape[:2], states)).astype(np.float32)
-    return {spec.name: given[spec.name] for spec in bundle.graphs["generator"][0].inputs}
+        arrays[name] = np.random.RandomState(0).standard_normal((*arrays[name].shape[:2], states)).astype(np.float32)
+    return {spec.name: arrays[spec.name] for spec in bundle.graphs["generator"][0].inputs}
 
 
 @pytest.mark.parametrize("kind", ["nasa", "projected"])
 def test_scale_zero_equals_positive_only_bit_for_bit(bundles, kind):
-    given = feed(bundles[kind])
-    given["negative_scale"] = np.zeros(2, np.float32)
-    guided = generator_of(bundles[kind])(**given)["latent"]
-    plain = generator_of(bundles["none"])(**{k: v for k, v in given.items() if "negative" not in k})["latent"]
+    arrays = feed(bundles[kind])
+    arrays["negative_scale"] = np.zeros(2, np.float32)
+    guided = generator_of(bundles[kind])(**arrays)["latent"]
+    plain = generator_of(bundles["none"])(**{k: v for k, v in arrays.items() if "negative" not in k})["latent"]
     assert np.array_equal(guided, plain)
 
 
 def test_the_negative_acts_where_its_scale_is_not_zero(bundles):
-    given = feed(bundles["nasa"])
-    off = generator_of(bundles["nasa"])(**{**given, "negative_scale": np.zeros(2, np.float32)})["latent"]
-    on = generator_of(bundles["nasa"])(**{**given, "negative_scale": np.array([0.0, 1.0], np.float32)})["latent"]
+    arrays = feed(bundles["nasa"])
+    off = generator_of(bundles["nasa"])(**{**arrays, "negative_scale": np.zeros(2, np.float32)})["latent"]
+    on = generator_of(bundles["nasa"])(**{**arrays, "negative_scale": np.array([0.0, 1.0], np.float32)})["latent"]
     assert np.array_equal(on[0], off[0])
     assert np.abs(on[1] - off[1]).max() > 1e-4
 
 
 def test_a_batch_does_not_change_an_image(bundles):
-    given = feed(bundles["nasa"])
-    together = generator_of(bundles["nasa"])(**given)["latent"]
-    alone = generator_of(bundles["nasa"])(**{k: v[1:] for k, v in given.items()})["latent"]
+    arrays = feed(bundles["nasa"])
+    together = generator_of(bundles["nasa"])(**arrays)["latent"]
+    alone = generator_of(bundles["nasa"])(**{k: v[1:] for k, v in arrays.items()})["latent"]
     np.testing.assert_allclose(alone[0], together[1], atol=1e-5)
 
 
@@ -141,22 +141,22 @@ def test_the_timestep_is_folded_and_keys_of_both_prompts_are_one_product(bundles
 
 
 def test_the_bundle_says_its_measured_parity(bundles):
-    for graph, builds in bundles["nasa"].graphs.items():
-        for build in builds:
-            assert 0 <= build.parity.relative_l2 < (1e-2 if "tensorrt" in build.engines else 1e-3)
-            assert (build.parity.latent_error is None) == (graph == "decoder")
-            assert build.parity.psnr is not None and build.parity.psnr > 40
-            assert 0 <= build.parity.error <= build.tolerance
+    for graph, variants in bundles["nasa"].graphs.items():
+        for variant in variants:
+            assert 0 <= variant.parity.relative_l2 < (1e-2 if "tensorrt" in variant.engines else 1e-3)
+            assert (variant.parity.latent_error is None) == (graph == "decoder")
+            assert variant.parity.psnr is not None and variant.parity.psnr > 40
+            assert 0 <= variant.parity.error <= variant.tolerance
     assert bundles["nasa"].graphs["generator"][0].parity.error > 0
 
 
 def measured(bundles, change):
     """The generator's parity where PyTorch had answered `change(latent)`."""
-    given = feed(bundles["nasa"])
+    arrays = feed(bundles["nasa"])
     path = bundles["nasa"].folder / "generator-fp16.onnx"
-    wanted = change(load_engine("cpu", path)(**given)["latent"])
-    view = parity.View(lambda i, found: found["latent"], [wanted], lambda latent: latent)
-    return parity.measure("generator", path, "fp16", ["cpu"], [given], [{"latent": wanted}], view).parity
+    reference = change(load_engine("cpu", path)(**arrays)["latent"])
+    comparison = parity.LatentComparison(lambda i, outputs: outputs["latent"], [reference], lambda latent: latent)
+    return parity.measure("generator", path, "fp16", ["cpu"], [arrays], [{"latent": reference}], comparison).parity
 
 
 def test_the_latent_error_is_the_change_of_the_clean_latent(bundles):
@@ -167,14 +167,14 @@ def test_the_latent_error_is_the_change_of_the_clean_latent(bundles):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nan_and_infinity_are_refused(bundles, tmp_path, value):
-    given = feed(bundles["nasa"])
-    given["noise"][0, 0, 0, 0] = value
+    arrays = feed(bundles["nasa"])
+    arrays["noise"][0, 0, 0, 0] = value
     path = bundles["nasa"].folder / "generator-fp16.onnx"
     with pytest.raises(OutputError, match="gives NaN or infinity"):
-        parity.measure("generator", path, "fp16", ["cpu"], [given], [{"latent": np.zeros((2, 8, 16, 16), np.float32)}])
+        parity.measure("generator", path, "fp16", ["cpu"], [arrays], [{"latent": np.zeros((2, 8, 16, 16), np.float32)}])
 
 
-def test_a_build_beyond_the_tolerance_stops_the_export_and_leaves_nothing(tiny_student, tmp_path):
+def test_a_variant_beyond_the_tolerance_stops_the_export_and_leaves_nothing(tiny_student, tmp_path):
     with pytest.raises(OutputError, match=r"graph text_encoder in fp16 is .* off PyTorch on cpu, openvino, allowed is 1e-09"):
         write(find_source("small", str(tiny_student)), tmp_path / "bundle", ExportOptions(tolerance=1e-9))
     assert not list(tmp_path.iterdir())
@@ -189,8 +189,8 @@ def test_force_replaces_a_bundle_but_never_another_folder(bundles, tiny_student,
 
 
 def test_every_installed_engine_agrees(bundles):
-    given = feed(bundles["nasa"])
-    answers = [generator_of(bundles["nasa"], name)(**given)["latent"] for name in installed() if name in ("cpu", "openvino")]
+    arrays = feed(bundles["nasa"])
+    answers = [generator_of(bundles["nasa"], name)(**arrays)["latent"] for name in installed() if name in ("cpu", "openvino")]
     for answer in answers[1:]:
         np.testing.assert_allclose(answer, answers[0], atol=5e-4)
 

@@ -219,7 +219,7 @@ def test_a_file_goes_on_where_its_connection_broke(hub: Hub, tmp_path: Path) -> 
 def test_a_second_call_fetches_only_what_the_first_one_lacks(hub: Hub, tmp_path: Path) -> None:
     hub.broken = "unet/diffusion_pytorch_model.safetensors"
     assert "SnoopiError: hub model some/tiny cannot be fetched: " in (line := fetch(tmp_path, hub.url, "some/tiny"))
-    assert "\n" not in line and "500" in line and line.endswith("run again to go on from there")
+    assert "\n" not in line and "500" in line and line.endswith("run again to resume")
     whole = {name for name, _, _ in hub.sent}
     assert len(whole) > 2
     hub.broken, hub.sent = "", []

@@ -1,4 +1,4 @@
-"""How weights lie in a file, and that a graph computes with them what numpy does."""
+"""How weights are stored in a file, and that a graph computes with them what numpy does."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from snoopi_rt.engines import installed, load_engine
-from snoopi_rt.export.onnx_graphs.weight_compression import BLOCK, Storage, block_scale, pack
+from snoopi_rt.export.onnx_graphs.weight_compression import BLOCK, WeightFormat, block_scale, pack
 from snoopi_rt.export.onnx_graphs.write import node_counts, write_graph
 
 ENGINES = [name for name in installed() if name in ("cpu", "openvino")]
 # int8 and int4 steps in blocks; ONNX Runtime also rounds the other side of an 8 bit product to int8 in blocks.
-NEAR: dict[Storage, float] = {"fp32": 1e-5, "fp16": 5e-4, "int8": 0.012, "int4": 0.12}
+NEAR: dict[WeightFormat, float] = {"fp32": 1e-5, "fp16": 5e-4, "int8": 0.012, "int4": 0.12}
 
 
 class Network(nn.Module):
@@ -37,14 +37,14 @@ class Network(nn.Module):
 IDS = torch.arange(12).reshape(2, 6) * 3
 
 
-def written(network: nn.Module, storage: Storage, path: Path) -> Path:
-    write_graph(network, {"ids": IDS}, ("y",), {"ids": {0: "batch", 1: "tokens"}}, path, storage)
+def written(network: nn.Module, weights: WeightFormat, path: Path) -> Path:
+    write_graph(network, {"ids": IDS}, ("y",), {"ids": {0: "batch", 1: "tokens"}}, path, weights)
     return path
 
 
-def far(found: np.ndarray, wanted: Tensor) -> float:
-    want = wanted.detach().numpy()
-    return float(np.linalg.norm(found - want) / np.linalg.norm(want))
+def far(output: np.ndarray, expected: Tensor) -> float:
+    reference = expected.detach().numpy()
+    return float(np.linalg.norm(output - reference) / np.linalg.norm(reference))
 
 
 def unpacked(steps: np.ndarray, scale: np.ndarray, bits: int, inputs: int) -> np.ndarray:
@@ -70,19 +70,19 @@ def test_packed_weights_are_the_weights_to_half_a_step(bits: int, inputs: int) -
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("inputs", [2 * BLOCK, 100])  # 100: the last block is not full
-@pytest.mark.parametrize("storage", NEAR)
-def test_every_storage_is_near_on_every_engine(storage: Storage, inputs: int, engine: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", NEAR)
+def test_every_format_is_close_on_every_engine(weights: WeightFormat, inputs: int, engine: str, tmp_path: Path) -> None:
     network = Network(inputs)
-    path = written(network, storage, tmp_path / "network.onnx")
-    found = load_engine(engine, path, "fp32")(ids=IDS.numpy())["y"]
-    assert far(found, network(IDS)) < NEAR[storage]
-    if storage != "fp32":
-        assert far(found, network(IDS)) > 1e-6
+    path = written(network, weights, tmp_path / "network.onnx")
+    output = load_engine(engine, path, "fp32")(ids=IDS.numpy())["y"]
+    assert far(output, network(IDS)) < NEAR[weights]
+    if weights != "fp32":
+        assert far(output, network(IDS)) > 1e-6
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("storage", "bits"), [("int8", 8), ("int4", 4)])
-def test_a_packed_product_is_numpys_with_the_unpacked_weight(engine: str, storage: Storage, bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8), ("int4", 4)])
+def test_a_packed_product_is_numpys_with_the_unpacked_weight(engine: str, weights: WeightFormat, bits: int, tmp_path: Path) -> None:
     network = Network()
     weight = network.linear.weight.detach().numpy().T.copy()
     weight[:, 5] *= 30  # a large output channel has blocks of its own
@@ -91,25 +91,25 @@ def test_a_packed_product_is_numpys_with_the_unpacked_weight(engine: str, storag
         again = Network()
         again.linear.weight.copy_(torch.from_numpy(unpacked(pack(weight, bits), block_scale(weight, bits), bits, len(weight)).T))
         again.linear.bias.copy_(network.linear.bias)
-    path = written(network, storage, tmp_path / "network.onnx")
+    path = written(network, weights, tmp_path / "network.onnx")
     counts = node_counts(path)
     assert counts["MatMulNBits"] == 1 and "MatMul" not in counts
-    found = load_engine(engine, path, "fp32")(ids=IDS.numpy())["y"]
-    assert far(found, again(IDS)) < (0.01 if (engine, bits) == ("cpu", 8) else 1e-3)
+    output = load_engine(engine, path, "fp32")(ids=IDS.numpy())["y"]
+    assert far(output, again(IDS)) < (0.01 if (engine, bits) == ("cpu", 8) else 1e-3)
 
 
 def test_small_tensors_stay_fp32_and_large_ones_are_what_was_asked_for(tmp_path: Path) -> None:
-    kinds = {
-        storage: {
-            each.name: each.data_type for each in onnx.load(written(Network(), storage, tmp_path / f"{storage}.onnx")).graph.initializer
+    dtypes = {
+        weights: {
+            value.name: value.data_type for value in onnx.load(written(Network(), weights, tmp_path / f"{weights}.onnx")).graph.initializer
         }
-        for storage in NEAR
+        for weights in NEAR
     }
-    assert set(kinds["fp32"].values()) == {TensorProto.FLOAT}
-    assert {TensorProto.FLOAT16, TensorProto.FLOAT} == set(kinds["fp16"].values())
-    assert TensorProto.UINT8 in kinds["int4"].values()
-    for storage in NEAR:
-        assert all(kind == TensorProto.FLOAT for name, kind in kinds[storage].items() if name.startswith("norm"))
+    assert set(dtypes["fp32"].values()) == {TensorProto.FLOAT}
+    assert {TensorProto.FLOAT16, TensorProto.FLOAT} == set(dtypes["fp16"].values())
+    assert TensorProto.UINT8 in dtypes["int4"].values()
+    for weights in NEAR:
+        assert all(dtype == TensorProto.FLOAT for name, dtype in dtypes[weights].items() if name.startswith("norm"))
 
 
 def test_a_weight_that_fp16_cannot_hold_stays_fp32(tmp_path: Path) -> None:
@@ -117,8 +117,8 @@ def test_a_weight_that_fp16_cannot_hold_stays_fp32(tmp_path: Path) -> None:
     with torch.no_grad():
         network.conv.weight[0, 0, 0] = 1e5
     path = written(network, "fp16", tmp_path / "network.onnx")
-    kinds = {each.name: each.data_type for each in onnx.load(path).graph.initializer}
-    assert kinds["conv.weight"] == TensorProto.FLOAT
+    dtypes = {value.name: value.data_type for value in onnx.load(path).graph.initializer}
+    assert dtypes["conv.weight"] == TensorProto.FLOAT
     assert far(load_engine("cpu", path, "fp32")(ids=IDS.numpy())["y"], network(IDS)) < NEAR["fp16"]
 
 
@@ -131,20 +131,20 @@ def test_weights_that_are_int8_steps_already_stay_so_without_loss(engine: str, t
             steps[:, 0] = 127
             weight.copy_(steps * torch.linspace(0.001, 0.002, len(weight))[:, None])
     path = written(network, "fp16", tmp_path / "network.onnx")
-    assert sum(each.data_type == TensorProto.INT8 for each in onnx.load(path).graph.initializer) == 2
-    found = load_engine(engine, path, "fp32")(ids=IDS.numpy())["y"]
-    assert far(found, network(IDS)) < NEAR["fp16"]
+    assert sum(value.data_type == TensorProto.INT8 for value in onnx.load(path).graph.initializer) == 2
+    output = load_engine(engine, path, "fp32")(ids=IDS.numpy())["y"]
+    assert far(output, network(IDS)) < NEAR["fp16"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("storage", NEAR)
-def test_large_weights_lie_in_a_file_of_their_own(storage: Storage, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weights", NEAR)
+def test_large_weights_are_in_a_file_of_their_own(weights: WeightFormat, engine: str, tmp_path: Path) -> None:
     network = Network()
-    path = written(network, storage, tmp_path / "network.onnx")
+    path = written(network, weights, tmp_path / "network.onnx")
     data = path.with_name("network.onnx.data")
     assert data.stat().st_size > path.stat().st_size / 2
-    assert far(load_engine(engine, path, "fp32")(ids=IDS.numpy())["y"], network(IDS)) < NEAR[storage]
+    assert far(load_engine(engine, path, "fp32")(ids=IDS.numpy())["y"], network(IDS)) < NEAR[weights]
     again = tmp_path / "again"
     again.mkdir()
-    written(network, storage, again / "network.onnx")
+    written(network, weights, again / "network.onnx")
     assert (again / "network.onnx").read_bytes() == path.read_bytes() and (again / data.name).read_bytes() == data.read_bytes()
