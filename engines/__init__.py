@@ -14,61 +14,62 @@ from snoopi_rt.engines.threads import available_threads
 from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 
 
-class Kind(NamedTuple):
-    """Where an engine's class is ("module:Class"), the packages one of which it imports, and the first one's name.
-
-    The extra of setup.py that installs the first package has the engine's own name. `distribution` is what must be installed where a
-    package comes in several forms. `prefers_fixed_shapes`: it is fastest for shapes that it has seen before.
-    """
+class EngineInfo(NamedTuple):
+    """What is known of an engine without importing it. The extra of setup.py that installs its first package has the engine's name."""
 
     target: str
+    """Its class, "module:Class"."""
     packages: tuple[str, ...]
+    """The packages, one of which it imports."""
     label: str
+    """The first package's name for people."""
     distribution: str | None = None
+    """What must be installed, where several distributions provide the package."""
     prefers_fixed_shapes: bool = False
+    """Whether it is fastest for shapes that it has seen before."""
 
     @property
     def package(self) -> str:
-        """The first package that is there, else the first."""
+        """The first package that is installed, else the first."""
         return next((name for name in self.packages if find_spec(name) is not None), self.packages[0])
 
 
 ENGINES = {
-    "cpu": Kind("snoopi_rt.engines.ort:OrtEngine", ("onnxruntime",), "ONNX Runtime"),
-    "openvino": Kind("snoopi_rt.engines.openvino:OvEngine", ("openvino",), "OpenVINO"),
-    "cuda": Kind(
+    "cpu": EngineInfo("snoopi_rt.engines.ort:OrtEngine", ("onnxruntime",), "ONNX Runtime"),
+    "openvino": EngineInfo("snoopi_rt.engines.openvino:OvEngine", ("openvino",), "OpenVINO"),
+    "cuda": EngineInfo(
         "snoopi_rt.engines.ort:OrtEngine", ("onnxruntime",), "ONNX Runtime for CUDA", "onnxruntime-gpu", prefers_fixed_shapes=True
     ),
-    "tensorrt": Kind("snoopi_rt.engines.tensorrt:TrtEngine", ("tensorrt", "tensorrt_rtx"), "TensorRT", prefers_fixed_shapes=True),
+    "tensorrt": EngineInfo("snoopi_rt.engines.tensorrt:TrtEngine", ("tensorrt", "tensorrt_rtx"), "TensorRT", prefers_fixed_shapes=True),
 }
 
 
-def known_engine(name: str) -> Kind:
-    """What belongs to the name. Raises InputError for an unknown one."""
+def known_engine(name: str) -> EngineInfo:
+    """The engine of that name. Raises InputError, naming the known ones."""
     if name not in ENGINES:
         raise InputError(f"unknown engine {name!r}, choose from {', '.join(ENGINES)}")
     return ENGINES[name]
 
 
 def check_engine(name: str) -> None:
-    """Returns when the engine's package is there, else raises what `known_engine` raises, or EngineMissing."""
-    kind = known_engine(name)
-    spec = find_spec(kind.package)
+    """Returns if the engine's package is installed. Raises InputError for an unknown engine, else EngineMissing."""
+    info = known_engine(name)
+    spec = find_spec(info.package)
     if spec is None:
-        raise EngineMissing(f"engine {name!r} needs {kind.label}: {how_to_install(name)}")
+        raise EngineMissing(f"engine {name!r} needs {info.label}: {how_to_install(name)}")
     if spec.origin is None:
-        remark = f"{kind.label} is half uninstalled{conflict(kind.package)}"
+        remark = f"{info.label} is half uninstalled{conflict(info.package)}"
         raise EngineMissing(f"engine {name!r}: {remark}: uninstall what is left, then {how_to_install(name)}")
 
 
 def installed() -> tuple[str, ...]:
-    """The names of the engines whose package is there, in the order of ENGINES (`cuda` and `tensorrt` may still find no GPU)."""
-    return tuple(name for name, kind in ENGINES.items() if _is_there(kind))
+    """The names of the engines whose package is installed, in the order of ENGINES (`cuda` and `tensorrt` may still find no GPU)."""
+    return tuple(name for name, info in ENGINES.items() if _is_installed(info))
 
 
 def conflict(package: str = "onnxruntime") -> str:
-    """A remark where the two packages that overwrite each other's files are both installed, else nothing."""
-    if package != "onnxruntime" or not all(map(_is_distributed, ("onnxruntime", "onnxruntime-gpu"))):
+    """A remark for errors if both packages are installed that overwrite each other's files, else an empty string."""
+    if package != "onnxruntime" or not all(map(_has_distribution, ("onnxruntime", "onnxruntime-gpu"))):
         return ""
     return " (onnxruntime and onnxruntime-gpu are both installed and overwrite each other: uninstall both, then install one)"
 
@@ -86,10 +87,10 @@ def load_engine(
 ) -> Engine:
     """The model file as a callable Engine.
 
-    `precision` is the build's ("fp32", "bf16" ...), `threads` the number of CPU threads (None = see `available_threads`). `cache` keeps
-    what is compiled, for as long as the file's path, size and time and `key` are the same: give the build's hash. `axes` are the sizes
-    that free axes can have, by name, which `tensorrt` needs; it tells `progress` what it builds. Unless `mapped` weights are read into
-    memory, and the files are needed no more.
+    precision: the variant's ("fp32", "bf16" ...). threads: of the CPU; None: see `available_threads`. cache: keeps the compiled model for
+    as long as the file's path, size and time and `key` (the variant's hash) stay the same. axes: the sizes of dynamic axes, by name, which
+    `tensorrt` needs; it reports its builds to `progress`. mapped: whether weights may stay in the files; otherwise they are read into
+    memory, and the files are no longer needed.
     Raises what `check_engine` raises, and EngineError where the file cannot be loaded.
     """
     check_engine(name)
@@ -104,24 +105,24 @@ def versions() -> dict[str, str]:
     """The version of each installed engine's package."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    versions = {}
     for name in installed():
         package = ENGINES[name].package
-        found[name] = "unknown"  # such as onnxruntime out of onnxruntime-gpu
+        versions[name] = "unknown"  # such as onnxruntime out of onnxruntime-gpu
         for distribution in (ENGINES[name].distribution or package, f"{package}_cu13", f"{package}_cu12"):
             with suppress(PackageNotFoundError):
-                found[name] = version(distribution)
+                versions[name] = version(distribution)
                 break
-    return found
+    return versions
 
 
-def _is_there(kind: Kind) -> bool:
-    """Whether the package can be imported and is of the right form; a folder without files, which an uninstall left, is none."""
-    spec = find_spec(kind.package)
-    return spec is not None and spec.origin is not None and (kind.distribution is None or _is_distributed(kind.distribution))
+def _is_installed(info: EngineInfo) -> bool:
+    """Whether the package can be imported from the right distribution; an empty folder that an uninstall left does not count."""
+    spec = find_spec(info.package)
+    return spec is not None and spec.origin is not None and (info.distribution is None or _has_distribution(info.distribution))
 
 
-def _is_distributed(name: str) -> bool:
+def _has_distribution(name: str) -> bool:
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:

@@ -1,4 +1,4 @@
-"""What every engine is: named arrays in, named arrays out. Knows no prompt, latent or seed."""
+"""The protocol of engines: named arrays in, named arrays out. Knows no prompt, latent or seed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,26 +17,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """The name, shape (None = any size) and dtype (numpy's name) of one input or output.
-
-    A first axis of any size is the batch, which all inputs of a model share.
-    """
+    """One input or output."""
 
     name: str
     shape: tuple[int | None, ...]
+    """None: any size. A first axis of any size is the batch, which all inputs of a model share."""
     dtype: str
+    """numpy's name for it."""
 
     def fits(self, array: Any) -> bool:
-        """Whether the array is of the dtype and a shape that are described."""
+        """Whether the array has this dtype and a shape that is allowed."""
         return str(array.dtype) == self.dtype and self.has_shape(array.shape)
 
     def has_shape(self, shape: Sequence[int | None]) -> bool:
-        """Whether the shape is one of those that are described."""
+        """Whether the shape is allowed."""
         return len(shape) == len(self.shape) and all(size in (None, other) for size, other in zip(self.shape, shape, strict=True))
 
 
 class Axis(NamedTuple):
-    """The sizes that a free axis can have, and the one that matters most."""
+    """The sizes that a dynamic axis can have, as in TensorRT's profiles: `opt` is the one to optimise for."""
 
     min: int
     opt: int
@@ -44,7 +43,7 @@ class Axis(NamedTuple):
 
 
 Progress = Callable[[str, float], None]
-"""progress(what is done, the share of it that is done, 0 to 1)"""
+"""progress(task, share of it that is done, 0 to 1)"""
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ class EngineOptions:
     key: str = ""
     """The variant's hash, by which a compiled model is found again."""
     axes: Mapping[str, Axis] = field(default_factory=dict)
-    """The free axes by name, for engines that compile for ranges of sizes."""
-    progress: Progress = lambda what, share: None
+    """The dynamic axes by name, for engines that compile for ranges of sizes."""
+    progress: Progress = lambda task, share: None
     mapped: bool = True
     """Whether weights may stay in the model's files, mapped into memory. Otherwise they are read, and the files are no longer needed:
     overwriting a mapped file kills the process (SIGBUS)."""
@@ -71,12 +70,11 @@ class EngineOptions:
 class Engine(Protocol):
     """One loaded model. Many threads may call it; the arrays that it returns are fresh and belong to the caller.
 
-    They are numpy's, or the engine's own, which lie on its device: `np.asarray` copies those, and engines of the same kind take them as
-    they are.
+    They are numpy's, or the engine's own on its device: `np.asarray` copies those, and engines of the same kind take them as they are.
     """
 
     provider: str
-    """What the model really runs on, in the words of the package below."""
+    """What the model really runs on, as the engine's package calls it."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -88,7 +86,7 @@ class Engine(Protocol):
 
 
 def check_inputs(specs: Sequence[TensorSpec], arrays: Mapping[str, Any]) -> None:
-    """Returns when every input is there once with the right dtype and shape and all have one batch, else raises EngineError."""
+    """Returns if the arrays are exactly the inputs, of the right dtypes and shapes and of one batch size, else raises EngineError."""
     names = [spec.name for spec in specs]
     if unknown := arrays.keys() - set(names):
         raise EngineError(f"unknown input {min(unknown)!r}, the model takes {', '.join(names)}")
@@ -111,7 +109,7 @@ def check_inputs(specs: Sequence[TensorSpec], arrays: Mapping[str, Any]) -> None
 def engine_errors(doing: str) -> Iterator[None]:
     """Turns every exception of a foreign package into an EngineError of one line: the only place where that happens.
 
-    It is also what the end of the process waits for, see native.py.
+    The end of the process waits for such blocks, see native.py.
     """
     try:
         with native_code():

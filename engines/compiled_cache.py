@@ -1,4 +1,4 @@
-"""What engines make of a model and keep between starts: where, and under which name."""
+"""Compiled models that engines keep between starts: where, and under which name."""
 
 import hashlib
 import json
@@ -9,19 +9,19 @@ from typing import Protocol
 
 
 class CompiledModels(Protocol):
-    """Folders of files by name, each whole or not there. Threads and processes share them."""
+    """Folders of files by name, each complete or missing. Threads and processes share them."""
 
     def find(self, name: str) -> Path | None:
-        """The folder, which counts as used now; None where there is none, or its files are not as they were written."""
+        """The folder, which is marked as used now; None where it is missing or its files are not as they were written."""
 
     def fill(self, name: str, size: int) -> AbstractContextManager[Path | None]:
-        """A new folder, kept under the name when the block ends without an error; None where about `size` bytes cannot be kept."""
+        """A new folder, stored under the name when the block ends without an error; None where about `size` bytes cannot be stored."""
 
     def drop(self, name: str) -> None:
-        """Removes the folder: what is in it does not work."""
+        """Removes the folder, whose contents do not work."""
 
     def alone(self, name: str) -> AbstractContextManager[None]:
-        """A block that one thread of one process runs at a time for each name: for what takes minutes to compile."""
+        """A lock per name across threads and processes, for models that take minutes to compile."""
 
 
 def model_files(path: Path) -> list[Path]:
@@ -35,7 +35,7 @@ def model_files(path: Path) -> list[Path]:
 
 
 def compiled_name(path: Path, key: str, *circumstances: str) -> str:
-    """A name that changes with the model's files, `key` (what the caller knows of their contents), the processor and the circumstances.
+    """A name that changes with the model's files, `key` (the hash of their contents, if known), the processor and the circumstances.
 
     Raises OSError where there is no model file.
     """
@@ -44,7 +44,7 @@ def compiled_name(path: Path, key: str, *circumstances: str) -> str:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's model and what it can do: compiled models and measurements are of one processor."""
+    """The processor's model and features: compiled models and measurements are valid for one processor."""
     # Other lines, such as the clock, change from one start to the next.
     lasting = ("model name", "stepping", "flags", "CPU implementer", "CPU part", "CPU revision", "Features")
     try:

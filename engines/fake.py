@@ -1,4 +1,4 @@
-"""A fake engine: a numpy function in the place of a model. It carries the tests, ours and those of applications."""
+"""A fake engine: a numpy function in place of a model, for tests, ours and those of applications."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from snoopi_rt.errors import EngineError
 
 
 class FakeEngine:
-    """A function from keyword arrays to a dict of arrays that keeps the contract of an engine; `calls` counts how often it ran."""
+    """A function from keyword arrays to a dict of arrays as an Engine; `calls` counts its calls."""
 
     provider = "fake"
 

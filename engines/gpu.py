@@ -1,4 +1,4 @@
-"""One NVIDIA GPU through cuda-bindings: arrays on it, pinned memory of the host, one stream and graphs of it. No torch."""
+"""One NVIDIA GPU through cuda-bindings: arrays, pinned host memory, one stream, and CUDA graphs. No torch."""
 
 import ctypes
 import threading
@@ -11,22 +11,19 @@ import numpy as np
 from snoopi_rt.engines.base import engine_errors
 from snoopi_rt.errors import EngineError, EngineMissing, how_to_install
 
-POOL = 256 * 2**20
-"""Bytes that the driver keeps for the next array instead of giving them back at every wait, which is its default."""
+POOL_BYTES = 256 * 2**20
+"""Memory that the driver keeps for the next array, instead of releasing it at every synchronisation, which is its default."""
 
 
 class Gpu:
-    """The first GPU that CUDA_VISIBLE_DEVICES leaves, and the stream on which all engines of the process work.
-
-    One stream for all: what one graph writes, the next reads without an event between them.
-    """
+    """The first GPU in CUDA_VISIBLE_DEVICES, and the one stream of all engines of the process: no event is needed between two graphs."""
 
     _one: "Gpu | None" = None
     _opening = threading.Lock()
 
     @classmethod
     def open(cls, name: str) -> Self:
-        """The process's GPU, for the engine of that name. Raises EngineMissing (no cuda-bindings), EngineError (no driver or no GPU)."""
+        """The process's GPU; `name`: the engine's, for errors. Raises EngineMissing (no cuda-bindings), EngineError (no driver or GPU)."""
         with cls._opening:
             if cls._one is None:
                 cls._one = cls(name)
@@ -49,17 +46,17 @@ class Gpu:
             (version,) = self.call(runtime.cudaDriverGetVersion)
             (pool,) = self.call(runtime.cudaDeviceGetDefaultMemPool, 0)
             threshold = runtime.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
-            self.call(runtime.cudaMemPoolSetAttribute, pool, threshold, driver.cuuint64_t(POOL))
+            self.call(runtime.cudaMemPoolSetAttribute, pool, threshold, driver.cuuint64_t(POOL_BYTES))
             (self.stream,) = self.call(runtime.cudaStreamCreateWithFlags, runtime.cudaStreamNonBlocking)
         self.name = properties.name.decode().rstrip("\0")
         self.capability = (properties.major, properties.minor)
         self.driver = int(version)
         self._pinned: dict[int, list[int]] = defaultdict(list)
-        # One thread may take it twice: the garbage collector gives memory back at any moment.
+        # Reentrant: the garbage collector releases memory at any moment.
         self._guard = threading.RLock()
 
     def call(self, function: Any, *arguments: Any) -> tuple:
-        """What a function of the CUDA runtime gives. Raises RuntimeError with CUDA's own words."""
+        """The results of a function of the CUDA runtime. Raises RuntimeError with CUDA's message."""
         error, *values = function(*arguments)
         if int(error):
             _, text = self.cuda.cudaGetErrorString(error)
@@ -67,7 +64,7 @@ class Gpu:
         return tuple(values)
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that are free, and all."""
+        """Free and total bytes."""
         free, total = self.call(self.cuda.cudaMemGetInfo)
         return int(free), int(total)
 
@@ -76,58 +73,58 @@ class Gpu:
         self.call(self.cuda.cudaStreamSynchronize, self.stream)
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype) -> "GpuArray":
-        """A new array on the GPU, of no values yet."""
+        """An uninitialised array on the GPU."""
         return GpuArray(self, shape, dtype)
 
     def pinned(self, size: int) -> "Pinned":
-        """Memory of the host that the GPU copies from and to at full speed; given back when nothing holds it."""
-        room = 1 << max(12, (size - 1).bit_length())
+        """Pinned host memory of at least `size` bytes, released when nothing holds it."""
+        capacity = 1 << max(12, (size - 1).bit_length())
         with self._guard:
-            kept = self._pinned[room]
-            if kept:
-                return Pinned(self, kept.pop(), room)
-        (pointer,) = self.call(self.cuda.cudaHostAlloc, room, self.cuda.cudaHostAllocDefault)
-        return Pinned(self, int(pointer), room)
+            free = self._pinned[capacity]
+            if free:
+                return Pinned(self, free.pop(), capacity)
+        (pointer,) = self.call(self.cuda.cudaHostAlloc, capacity, self.cuda.cudaHostAllocDefault)
+        return Pinned(self, int(pointer), capacity)
 
-    def keep(self, pointer: int, room: int) -> None:
-        """Takes pinned memory back, for the next who asks: making it anew takes longer than a copy."""
+    def recycle(self, pointer: int, capacity: int) -> None:
+        """Takes pinned memory back for reuse: allocating it takes longer than a copy."""
         with self._guard:
-            self._pinned[room].append(pointer)
+            self._pinned[capacity].append(pointer)
 
     def copy(self, to: int, source: int, size: int) -> None:
-        """Bytes from anywhere to anywhere, in the stream's order."""
+        """Copies `size` bytes between any two addresses, in stream order."""
         self.call(self.cuda.cudaMemcpyAsync, to, source, size, self.cuda.cudaMemcpyKind.cudaMemcpyDefault, self.stream)
 
-    def recorded(self, work: Callable[[Any], None]) -> Any:
-        """What work(stream) puts on a stream, as a graph that can be launched again; nothing of it is done yet.
+    def capture(self, work: Callable[[Any], None]) -> Any:
+        """The CUDA graph of what work(stream) enqueues; it is not run yet.
 
-        The stream is one of its own: what other threads do meanwhile on the one of all engines is none of it. Raises what work raises,
-        and RuntimeError where something in it cannot be recorded.
+        It has a stream of its own, so that nothing that other threads enqueue meanwhile is captured. Raises what `work` raises, and
+        RuntimeError where something cannot be captured.
         """
         cuda = self.cuda
-        (apart,) = self.call(cuda.cudaStreamCreateWithFlags, cuda.cudaStreamNonBlocking)
+        (capturing,) = self.call(cuda.cudaStreamCreateWithFlags, cuda.cudaStreamNonBlocking)
         try:
-            self.call(cuda.cudaStreamBeginCapture, apart, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+            self.call(cuda.cudaStreamBeginCapture, capturing, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
             try:
-                work(apart)
+                work(capturing)
             except BaseException:
-                cuda.cudaStreamEndCapture(apart)  # it fails too, and says less
+                cuda.cudaStreamEndCapture(capturing)  # fails too, with a less telling error
                 raise
-            (graph,) = self.call(cuda.cudaStreamEndCapture, apart)
+            (graph,) = self.call(cuda.cudaStreamEndCapture, capturing)
             try:
                 (executable,) = self.call(cuda.cudaGraphInstantiate, graph, 0)
             finally:
                 self.call(cuda.cudaGraphDestroy, graph)
         finally:
-            self.call(cuda.cudaStreamDestroy, apart)
+            self.call(cuda.cudaStreamDestroy, capturing)
         return executable
 
     def launch(self, graph: Any) -> None:
-        """Does what `recorded` recorded."""
+        """Runs a graph of `capture`."""
         self.call(self.cuda.cudaGraphLaunch, graph, self.stream)
 
-    def forget(self, graph: Any) -> None:
-        """Frees a graph."""
+    def destroy(self, graph: Any) -> None:
+        """Frees a graph of `capture`."""
         self.call(self.cuda.cudaGraphExecDestroy, graph)
 
 
@@ -157,17 +154,17 @@ class GpuArray:
 
 
 class Pinned:
-    """A piece of pinned memory; arrays that show it hold it."""
+    """A block of pinned memory, which arrays on it keep alive."""
 
-    def __init__(self, gpu: Gpu, pointer: int, room: int) -> None:
-        self.gpu, self.pointer, self.room = gpu, pointer, room
+    def __init__(self, gpu: Gpu, pointer: int, capacity: int) -> None:
+        self.gpu, self.pointer, self.capacity = gpu, pointer, capacity
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """A view of its first bytes."""
         size = int(np.prod(shape)) * dtype.itemsize
         view: Any = (ctypes.c_char * size).from_address(self.pointer)
-        view.memory = self  # so that the array's base holds the memory
+        view.memory = self  # the array's base keeps it alive
         return np.frombuffer(view, dtype).reshape(shape)
 
     def __del__(self) -> None:
-        self.gpu.keep(self.pointer, self.room)
+        self.gpu.recycle(self.pointer, self.capacity)

@@ -1,6 +1,6 @@
-"""Blocks in the native code of a package, and the end of the process, which waits for those of other threads.
+"""Blocks in the native code of a package; the end of the process waits for those of other threads.
 
-A daemon thread that comes back from native code while the interpreter ends is unwound through that code, which aborts the process
+A daemon thread that returns from native code while the interpreter shuts down is unwound through that code, which aborts the process
 ("terminate called without an active exception").
 """
 
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 WAIT = 60.0
-"""Seconds that the end of the process waits for what runs."""
+"""Seconds that the end of the process waits at most."""
 
 
 class _Native:
-    """Which threads are in native code, and the thread that ends the process once it does."""
+    """The threads in native code, and the thread that ends the process."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -33,12 +33,12 @@ class _Native:
         me = threading.get_ident()
         with self._changed:
             if self._ending not in (None, me):
-                raise SystemExit  # which ends a thread without a word
+                raise SystemExit  # ends a thread silently
             if not self._registered:  # here, since nothing happens at import
                 self._registered = True
                 atexit.register(self._end)
                 if hasattr(os, "register_at_fork"):
-                    os.register_at_fork(after_in_child=self.__init__)  # type: ignore[misc]  # the other threads are not there
+                    os.register_at_fork(after_in_child=self.__init__)  # type: ignore[misc]  # a child has no other threads
             self._inside[me] += 1
         try:
             yield
@@ -71,9 +71,9 @@ class _Native:
 
 _native = _Native()
 native_code = _native.block
-"""A block in native code. When the process ends, no other begins in a daemon thread, and those that have begun are waited for."""
+"""A block in native code. When the process ends, no new one starts in a daemon thread, and the process waits for those that run."""
 postpone = _native.postpone
-"""postpone(error), of a signal's handler: raises the error when the thread leaves its block; False where it is in none.
+"""postpone(error), for a signal handler: raises the error when the thread leaves its block; returns False where it is in none.
 
-Foreign packages swallow an exception that a handler raises in the middle of them, or make another of it.
+Foreign packages swallow an exception that a handler raises inside them, or replace it.
 """

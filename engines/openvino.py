@@ -14,13 +14,13 @@ from snoopi_rt.engines.compiled_cache import CompiledModels, compiled_name, mode
 from snoopi_rt.errors import EngineError
 
 BF16 = ("bf16", "int8")
-"""The precisions that compute in bfloat16 where the processor can: "int8" between its integer products."""
+"""The precisions with bf16 arithmetic where the processor has it, "int8" between its integer products."""
 
 NO_BF16 = " (this processor has no bf16)"
 
 
 class OvEngine:
-    """An ONNX file or OpenVINO IR, compiled for the CPU in the arithmetic that `arithmetic` tells.
+    """An ONNX file or OpenVINO IR, compiled for the CPU with the arithmetic of `arithmetic`.
 
     A call takes an idle infer request, or makes one: as many exist as threads ever called at once.
     """
@@ -36,20 +36,22 @@ class OvEngine:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": hint,
             "INFERENCE_NUM_THREADS": options.threads,
-            # Every shape that a dynamic axis ever had leaves compiled layers behind: 5,000 of them unless bounded.
+            # Every shape of a dynamic axis leaves compiled layers behind, 5,000 of them by default.
             "CPU_RUNTIME_CACHE_CAPACITY": "1000",
-            # Else activations beside int8 weights would be rounded too, together for a whole batch.
+            # Otherwise activations beside int8 weights would be rounded too, with one scale for a whole batch.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         }
 
         def compile_model(folder: Path | None) -> Any:
-            # The whole model goes there, weights too: one without (CACHE_MODE OPTIMIZE_SIZE) loads, and then fails in its first call.
+            # The whole model is cached, weights included: one without (CACHE_MODE OPTIMIZE_SIZE) loads, and fails in its first call.
             return core.compile_model(str(path), "CPU", properties | ({} if folder is None else {"CACHE_DIR": str(folder)}))
 
         compiled = None
         if cache is not None:
             with suppress(EngineError), engine_errors("the cache is of no use"):
-                compiled = _through(cache, compiled_name(path, options.key, "openvino", openvino.__version__, hint), path, compile_model)
+                compiled = _compile_cached(
+                    cache, compiled_name(path, options.key, "openvino", openvino.__version__, hint), path, compile_model
+                )
         with engine_errors(f"engine {name!r} cannot load {path.name}"):
             compiled = compiled or compile_model(None)
             self.provider = f"CPU {compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}{remark}"
@@ -68,13 +70,13 @@ class OvEngine:
                 request = self._idle.pop()
             except IndexError:
                 request = compiled.create_infer_request()
-            feeds: dict[Any, Any] = {index: np.ascontiguousarray(arrays[spec.name]) for index, spec in enumerate(self.inputs)}
-            values = request.infer(feeds, share_inputs=True, share_outputs=True)
-            # The request's own buffers are overwritten by its next call: the caller gets copies.
+            inputs: dict[Any, Any] = {index: np.ascontiguousarray(arrays[spec.name]) for index, spec in enumerate(self.inputs)}
+            values = request.infer(inputs, share_inputs=True, share_outputs=True)
+            # The next call overwrites the request's own buffers: the caller gets copies.
             outputs = {spec.name: values[index].copy() for index, spec in enumerate(self.outputs)}
             if self._compiled is not None:
                 self._idle.append(request)
-            # Whoever closed the engine meanwhile left them to this thread, which must not free them once the process ends.
+            # If the engine was closed meanwhile, this thread holds them, and must not free them once the process ends.
             del values, request, compiled
         return outputs
 
@@ -84,13 +86,13 @@ class OvEngine:
 
 
 def import_openvino() -> Any:
-    """The module `openvino`, which reports its import to its maker where it finds `openvino_telemetry`.
+    """The module `openvino`, without the report that it sends at import if `openvino_telemetry` is installed.
 
-    It finds none, unless the application has imported that package itself; afterwards anybody can import it again.
+    That package is hidden meanwhile, unless the application has imported it itself; it can be imported again afterwards.
     """
     hidden = "openvino_telemetry" not in sys.modules
     if hidden:
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # what Python takes for a package that is not there
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # Python treats it as not installed
     try:
         import openvino
     finally:
@@ -100,13 +102,13 @@ def import_openvino() -> Any:
 
 
 def arithmetic(precision: str | None, capabilities: Collection[str]) -> tuple[str, str]:
-    """OpenVINO's precision hint for a variant's precision, and a remark where that is not what the precision stands for."""
+    """OpenVINO's precision hint for a variant's precision, and a remark if the processor does not have that arithmetic."""
     if precision not in BF16:
         return "f32", ""
     return ("bf16", "") if "BF16" in capabilities else ("f32", NO_BF16)
 
 
-def _through(cache: CompiledModels, name: str, path: Path, compile_model: Callable[[Path | None], Any]) -> Any:
+def _compile_cached(cache: CompiledModels, name: str, path: Path, compile_model: Callable[[Path | None], Any]) -> Any:
     """The model compiled before, or compiled now into the cache."""
     folder = cache.find(name)
     if folder is not None:
@@ -123,7 +125,7 @@ def _spec(port: Any) -> TensorSpec:
 
 
 def _name(port: Any) -> str:
-    """The port's own name in the graph: `any_name` may be that of an operator which only passes its tensor on."""
+    """The port's own name in the graph: `any_name` may be that of an operator which only forwards its tensor."""
     own = port.node.friendly_name
     own = own.rpartition("/sink_port_")[0] or own  # of an output
     return own if own in port.names else port.any_name

@@ -27,18 +27,18 @@ DTYPES = {
     "tensor(int8)": "int8",
     "tensor(bool)": "bool",
 }
-SMALLEST = 64 * 2**20
-"""Bytes of a model below which optimising it again takes no longer than finding it in the cache."""
+MIN_CACHED = 64 * 2**20
+"""Bytes: a smaller model is optimised again in the time that the cache takes to load it."""
 OPTIMISED = "model.onnx"
 SETTINGS = {
     # Weights may be int8 on disk with activations in float: with this, DequantizeLinear of a constant is folded at load.
     "session.disable_quant_qdq": "1",
-    # Else the idle threads of one graph spin on the cores that the next graph needs: 16 ms an image instead of 26 on two cores.
+    # Otherwise idle threads of one graph spin on the cores that the next graph needs: 26 ms per image instead of 16 on two cores.
     "session.force_spinning_stop": "1",
 }
-WIDE_INT8 = {"session.x64quantprecision": "1"}
-"""Weights become uint8: right also where products of int8 overflow (x86 without VNNI), but two to three times slower."""
-SAVED = {
+UINT8_WEIGHTS = {"session.x64quantprecision": "1"}
+"""Weights become uint8: correct also where int8 products overflow (x86 without VNNI), but two to three times slower."""
+SAVE_SETTINGS = {
     "session.optimized_model_external_initializers_file_name": f"{OPTIMISED}.data",
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
     # Weights in the layout of the processor's kernels: the next start maps them into memory instead of copying them.
@@ -47,7 +47,7 @@ SAVED = {
 
 
 class OrtEngine:
-    """An ONNX file in an ONNX Runtime session; the precision is the file's own, so that argument changes nothing here.
+    """An ONNX file in an ONNX Runtime session. The precision is the file's own: that option changes nothing here.
 
     Optimising a large model takes ONNX Runtime longer than running it, so `cpu` keeps the outcome in the cache.
     """
@@ -67,7 +67,7 @@ class OrtEngine:
         session, self._bound = None, None
         if cache is not None and name == "cpu":
             with suppress(EngineError), engine_errors("the cache is of no use"):
-                session = _kept_session(path, threads, cache, options.key, options.mapped)
+                session = _cached_session(path, threads, cache, options.key, options.mapped)
         with engine_errors(f"engine {name!r} cannot load {path.name}"):
             if name == "cuda":
                 self._bound = BoundSession(partial(_cuda_session, path, threads, options.mapped), "cuda")
@@ -91,7 +91,7 @@ class OrtEngine:
             if bound is not None:
                 return bound(arrays, self.outputs)
             values = session.run(None, arrays)
-            # Whoever closed the engine meanwhile left it to this thread, which must not free it once the process ends.
+            # If the engine was closed meanwhile, this thread holds the session, and must not free it once the process ends.
             del session
         return {spec.name: value for spec, value in zip(self.outputs, values, strict=True)}
 
@@ -102,7 +102,7 @@ class OrtEngine:
 
 
 def import_onnxruntime() -> Any:
-    """The module `onnxruntime`. It reports to its maker and leaves a database in the user's folders unless told otherwise before."""
+    """The module `onnxruntime`, without its telemetry, which would also leave a database in the user's folders."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
@@ -110,14 +110,14 @@ def import_onnxruntime() -> Any:
 
 
 def _session(path: Path, options: Any, mapped: bool, **more: Any) -> Any:
-    """A session of the model; unless `mapped` nothing of it stays in the model's files."""
+    """A session of the model; unless `mapped`, its weights are read into memory."""
     if not mapped and (weights := {file.name: file.read_bytes() for file in model_files(path)[1:]}):
         options.add_external_initializers_from_files_in_memory(list(weights), list(weights.values()), list(map(len, weights.values())))
-    return _opened(path, options, **more)
+    return _open_session(path, options, **more)
 
 
-def _opened(path: Path, options: Any, **more: Any) -> Any:
-    """A session. Without `enable_fallback` ONNX Runtime would print what is wrong and go on on the CPU, even if it is the CPU's own."""
+def _open_session(path: Path, options: Any, **more: Any) -> Any:
+    """A session. With its fallback, ONNX Runtime would print an error and continue on the CPU, even after an error of the CPU provider."""
     from onnxruntime import InferenceSession
 
     return InferenceSession(str(path), options, enable_fallback=0, **more)
@@ -127,14 +127,14 @@ def _cuda_session(path: Path, threads: int, mapped: bool, graphs: bool) -> Any:
     """A session on the GPU."""
     import onnxruntime
 
-    with redirect_stdout(io.StringIO()):  # CUDA and cuDNN out of their packages, where they are there; it prints which are not
+    with redirect_stdout(io.StringIO()):  # loads CUDA and cuDNN from their packages, and prints the missing ones
         onnxruntime.preload_dlls()
     provider = PROVIDERS["cuda"], {"enable_cuda_graph": "1"} if graphs else {}
     return _session(path, _options(threads), mapped, providers=[provider])
 
 
 def _settings() -> dict[str, str]:
-    return SETTINGS if "vnni" in processor() else {**SETTINGS, **WIDE_INT8}
+    return SETTINGS if "vnni" in processor() else {**SETTINGS, **UINT8_WEIGHTS}
 
 
 def _options(threads: int, **settings: str) -> Any:
@@ -144,25 +144,25 @@ def _options(threads: int, **settings: str) -> Any:
     options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_ALL
     options.inter_op_num_threads = 1
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # errors are raised: nothing else is to write them to standard error
+    options.log_severity_level = 4  # errors are raised, and must not be printed too
     for name, value in {**_settings(), **settings}.items():
         options.add_session_config_entry(name, value)
     return options
 
 
-def _kept_session(path: Path, threads: int, cache: CompiledModels, key: str, mapped: bool) -> Any:
-    """The session of the optimised model in the cache, which is put there if need be; None where that is not worth it or not possible."""
+def _cached_session(path: Path, threads: int, cache: CompiledModels, key: str, mapped: bool) -> Any:
+    """The session of the optimised model in the cache, put there if it is missing; None where caching it is not worth it or impossible."""
     from onnxruntime import __version__
 
     size = sum(file.stat().st_size for file in model_files(path))
-    if size < SMALLEST:
+    if size < MIN_CACHED:
         return None
-    name = compiled_name(path, key, "onnxruntime", __version__, json.dumps([_settings(), SAVED]))
+    name = compiled_name(path, key, "onnxruntime", __version__, json.dumps([_settings(), SAVE_SETTINGS]))
     session = _optimised_session(cache.find(name), threads)
     if session is None:
         cache.drop(name)
-        options = _options(threads, **SAVED)
-        # Products' weights are there twice, in the model's layout and in the processor's: about half of all weights more.
+        options = _options(threads, **SAVE_SETTINGS)
+        # The weights of products are stored twice, in the model's layout and in the processor's: half as much again.
         with cache.fill(name, size * 3 // 2) as folder:
             if folder is not None:
                 options.optimized_model_filepath = str(folder / OPTIMISED)
@@ -179,7 +179,7 @@ def _optimised_session(folder: Path | None, threads: int) -> Any:
     options = _options(threads)
     options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
     with suppress(EngineError), engine_errors("the cached model is damaged"):
-        return _opened(folder / OPTIMISED, options, providers=[PROVIDERS["cpu"]])
+        return _open_session(folder / OPTIMISED, options, providers=[PROVIDERS["cpu"]])
 
 
 def _spec(node: Any) -> TensorSpec:

@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT for RTX: an ONNX file to a plan, and the plans that are kept. Needs no GPU for the latter.
+"""TensorRT and TensorRT for RTX: an ONNX file to a plan, and cached plans. TensorRT for RTX needs no GPU to build one.
 
-Both have one Python API; TensorRT for RTX and TensorRT 11 are always strongly typed, TensorRT 10 is asked to be. A plan is code for a GPU:
-it is made here and nowhere else, and one whose digest is not what was written is made anew.
+Both have the same Python API; TensorRT for RTX and TensorRT 11 are always strongly typed, TensorRT 10 is asked to be. A plan is code for a
+GPU: it is built on the machine that runs it, and one whose digest does not match is built again.
 """
 
 import hashlib
@@ -19,52 +19,53 @@ from snoopi_rt.errors import EngineError
 
 PLAN, DIGEST = "plan", "plan.sha256"
 Profile = Mapping[str, Axis]
-"""The sizes of each free axis, by its name."""
+"""The sizes of each dynamic axis, by its name."""
 
 
-def library(package: str) -> Any:
+def import_tensorrt(package: str) -> Any:
     """The module `tensorrt` or `tensorrt_rtx`. Raises EngineError where it cannot be loaded."""
     with engine_errors("engine 'tensorrt' cannot use TensorRT"):
         return import_module(package)
 
 
 def is_rtx(trt: Any) -> bool:
-    """Whether it is TensorRT for RTX, which compiles kernels on the GPU that runs them."""
+    """Whether the module is TensorRT for RTX, which compiles kernels on the GPU that runs them."""
     return hasattr(trt, "RuntimeCache") or hasattr(trt, "IRuntimeCache")
 
 
 def profiles(axes: Mapping[str, Axis]) -> list[Profile]:
-    """One image at once, for which kernels are chosen that are fastest for one, and where there may be more, several."""
+    """A profile for one image, so that the kernels fastest for one are chosen; and if batches are larger, one for several."""
     batch = axes.get("batch", Axis(1, 1, 1))
     one = {**axes, "batch": Axis(1, 1, 1)}
     return [one] if batch.max == 1 else [one, {**axes, "batch": Axis(2, batch.max, batch.max)}]
 
 
-class KeptPlan:
-    """The plan of the model in `path` for a GPU: from the cache if it is there, whole and of this version, else built.
+class CachedPlan:
+    """The plan of the model in `path`: from the cache if it is there, undamaged and of this version, else built.
 
-    gpu: all that is known of it and its driver. streaming: weights may stay on the host. kept: whether it came from the cache.
+    gpu: describes the GPU and its driver. streaming: weights may stay on the host.
     """
 
-    kept = False
+    cached = False
+    """Whether `read` took it from the cache."""
 
     def __init__(self, trt: Any, path: Path, options: EngineOptions, gpu: str, streaming: bool = False) -> None:
         self.trt, self.path, self.options, self.streaming = trt, path, options, streaming
-        self.wanted = profiles(options.axes)
+        self.profiles = profiles(options.axes)
         made_by = (trt.__name__, trt.__version__, gpu)
-        self.name = compiled_name(path, options.key, *made_by, json.dumps([self.wanted, streaming]))
+        self.name = compiled_name(path, options.key, *made_by, json.dumps([self.profiles, streaming]))
         self._timings = hashlib.sha256(json.dumps(["timings", *made_by]).encode()).hexdigest()
 
     def read(self) -> bytes:
-        """The plan. Two who want one plan build it once. Raises EngineError where it cannot be built."""
+        """The plan, which concurrent readers build once. Raises EngineError where it cannot be built."""
         cache = self.options.cache
         if cache is None:
             return self._build(None)
         with cache.alone(self.name):
             plan = _read(cache, self.name)
-            self.kept = plan is not None
+            self.cached = plan is not None
             if plan is None:
-                plan = self._build(None if is_rtx(self.trt) else Kept(cache, self._timings))
+                plan = self._build(None if is_rtx(self.trt) else CachedBytes(cache, self._timings))
                 with cache.fill(self.name, len(plan)) as folder:
                     if folder is not None:
                         (folder / PLAN).write_bytes(plan)
@@ -72,22 +73,22 @@ class KeptPlan:
         return plan
 
     def drop(self) -> None:
-        """Forgets a plan that does not work."""
+        """Removes a plan that does not work from the cache."""
         if self.options.cache is not None:
             self.options.cache.drop(self.name)
 
-    def _build(self, timing: "Kept | None") -> bytes:
-        return build_plan(self.trt, self.path, self.wanted, self.options.progress, self.streaming, timing)
+    def _build(self, timing: "CachedBytes | None") -> bytes:
+        return build_plan(self.trt, self.path, self.profiles, self.options.progress, self.streaming, timing)
 
 
-class Kept:
-    """Bytes in the cache that grow: timings of kernels, or kernels that were compiled on the GPU."""
+class CachedBytes:
+    """Bytes in the cache that grow: TensorRT's timing cache, or kernels that were compiled on the GPU."""
 
     def __init__(self, cache: CompiledModels, name: str) -> None:
         self._cache, self._name = cache, name
 
     def read(self) -> bytes:
-        """What was written, b"" if nothing was."""
+        """What was written last, or b""."""
         folder = self._cache.find(self._name)
         try:
             return b"" if folder is None else (folder / "kept").read_bytes()
@@ -95,7 +96,7 @@ class Kept:
             return b""
 
     def write(self, data: bytes) -> None:
-        """Keeps them in the place of what was kept before."""
+        """Replaces what was written before."""
         if data and data != self.read():
             self._cache.drop(self._name)
             with self._cache.fill(self._name, len(data)) as folder:
@@ -104,9 +105,9 @@ class Kept:
 
 
 def build_plan(
-    trt: Any, path: Path, wanted: list[Profile], progress: Progress, streaming: bool = False, timing: Kept | None = None
+    trt: Any, path: Path, profiles: list[Profile], progress: Progress, streaming: bool = False, timing: CachedBytes | None = None
 ) -> bytes:
-    """The plan of an ONNX file, for each profile. Raises EngineError where TensorRT cannot read the file or build it."""
+    """The plan of an ONNX file with these profiles. Raises EngineError where TensorRT cannot read the file or build it."""
     log, errors = logger(trt)
     doing = f"engine 'tensorrt' cannot build {path.name}"
     with engine_errors(doing):
@@ -118,17 +119,17 @@ def build_plan(
             raise EngineError(f"{doing}: {logged_reason([parser.get_error(i).desc() for i in range(parser.num_errors)] + errors)}")
         for layer in (network.get_layer(i) for i in range(network.num_layers)):
             if layer.type == getattr(trt.LayerType, "ATTENTION_INPUT", None):
-                # Else a build fails where no kernel has both steps of an attention in one. Layers come as their base class.
+                # Otherwise the build fails if no kernel fuses the attention. Layers come as their base class.
                 layer.__class__ = trt.IAttentionInputLayer
                 layer.attention.decomposable = True
         config = builder.create_builder_config()
-        for profile in wanted:
+        for profile in profiles:
             config.add_optimization_profile(_profile(builder, network, profile))
         if streaming:
             config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
         if timing is not None:
-            known = config.create_timing_cache(timing.read())
-            if known is None or not config.set_timing_cache(known, ignore_mismatch=False):  # of another GPU, or damaged
+            timings = config.create_timing_cache(timing.read())
+            if timings is None or not config.set_timing_cache(timings, ignore_mismatch=False):  # of another GPU, or damaged
                 config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
         monitor = _monitor(trt, progress, f"building {path.stem}")
         config.progress_monitor = monitor
@@ -136,14 +137,14 @@ def build_plan(
         if plan is None:
             raise EngineError(f"{doing}: {logged_reason(errors)}")
         if timing is not None:
-            with suppress(Exception):  # the plan is what minutes were spent for
+            with suppress(Exception):  # the plan, which took minutes, is worth returning without them
                 timing.write(bytes(config.get_timing_cache().serialize()))
         progress(f"building {path.stem}", 1.0)
         return bytes(plan)
 
 
 def _read(cache: CompiledModels, name: str) -> bytes | None:
-    """The plan that is kept under the name; None where there is none or it is not what was written, which is then forgotten."""
+    """The cached plan of that name; None where it is missing or damaged, in which case it is removed."""
     folder = cache.find(name)
     if folder is None:
         return None
@@ -160,23 +161,23 @@ def _read(cache: CompiledModels, name: str) -> bytes | None:
 def _profile(builder: Any, network: Any, sizes: Profile) -> Any:
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
-        given = network.get_input(i)
+        tensor = network.get_input(i)
         axes = []
-        for place, size in enumerate(given.shape):
-            axis = given.get_dimension_name(place)
+        for place, size in enumerate(tensor.shape):
+            axis = tensor.get_dimension_name(place)
             if size < 0 and axis not in sizes:
-                raise EngineError(f"engine 'tensorrt' must know the sizes of axis {axis or place!r} of input {given.name!r}")
+                raise EngineError(f"engine 'tensorrt' must know the sizes of axis {axis or place!r} of input {tensor.name!r}")
             axes.append(sizes[axis] if size < 0 else Axis(size, size, size))
-        profile.set_shape(given.name, *([axis[kind] for axis in axes] for kind in range(3)))
+        profile.set_shape(tensor.name, *([axis[kind] for axis in axes] for kind in range(3)))
     return profile
 
 
 def logger(trt: Any) -> tuple[Any, list[str]]:
-    """A logger that is silent, and the list of the errors that it was told."""
+    """A silent logger, and the list of the errors that it gets."""
     errors: list[str] = []
 
     class Logger(trt.ILogger):
-        """Keeps errors, which are raised in one line, and drops the rest."""
+        """Collects errors, which are raised in one line, and drops the rest."""
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
@@ -185,13 +186,13 @@ def logger(trt: Any) -> tuple[Any, list[str]]:
     return Logger(), errors
 
 
-def _monitor(trt: Any, progress: Progress, what: str) -> Any:
+def _monitor(trt: Any, progress: Progress, task: str) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """TensorRT's phases, which lie in each other, as one share of the whole."""
+        """TensorRT's nested phases as one share of the whole."""
 
         def __init__(self) -> None:
             super().__init__()
-            # phase -> [the phase that it is a step of, its steps, those that are done]
+            # phase -> [parent phase, number of steps, steps done]
             self.phases: dict[str, list] = {}
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
@@ -200,7 +201,7 @@ def _monitor(trt: Any, progress: Progress, what: str) -> Any:
         def step_complete(self, name: str, step: int) -> bool:
             if name in self.phases:
                 self.phases[name][2] = step + 1
-                progress(what, self.share(name))
+                progress(task, self.share(name))
             return True
 
         def phase_finish(self, name: str) -> None:
@@ -217,5 +218,5 @@ def _monitor(trt: Any, progress: Progress, what: str) -> Any:
 
 
 def logged_reason(errors: list[str]) -> str:
-    """Why TensorRT failed, of what it logged."""
+    """Why TensorRT failed, by its log."""
     return reason(errors) or "TensorRT does not say why"

@@ -1,4 +1,4 @@
-"""How many threads are worth starting: what a process may use, not what the machine has."""
+"""How many threads are worth starting: as many cores as the process may use, not as the machine has."""
 
 import math
 import os
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def available_threads(root: Path = Path("/"), processors: Collection[int] | None = None) -> int:
-    """One thread a core, no more than the quota of the process's cgroups rounded up, at least 1.
+    """One thread per core, at most the CPU quota of the process's cgroups rounded up, at least 1.
 
-    Two hardware threads of one core count once: they share its arithmetic units. `processors` are those that the process may run on,
-    None = as the system says; `root` is where /proc and /sys are.
+    Two hardware threads of one core count once: they share its arithmetic units. processors: those that the process may run on; None: by
+    the system. root: where /proc and /sys are.
     """
     if processors is None:
         processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
@@ -20,7 +20,7 @@ def available_threads(root: Path = Path("/"), processors: Collection[int] | None
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """The CPU seconds a second that each cgroup above the process allows, of version 2 (cpu.max) and 1 (cfs quota)."""
+    """CPU seconds per second that each cgroup above the process allows, of version 2 (cpu.max) and 1 (cfs quota)."""
     for line in _read(root / "proc" / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):

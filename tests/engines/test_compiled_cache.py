@@ -26,7 +26,7 @@ GIVEN = {"latent": np.random.RandomState(0).standard_normal((1, 4, 3, 5)).astype
 @pytest.fixture(params=HERE)
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An engine for which no model is too small to be kept."""
-    monkeypatch.setattr(ort, "SMALLEST", 0)
+    monkeypatch.setattr(ort, "MIN_CACHED", 0)
     return request.param
 
 
@@ -84,7 +84,7 @@ def test_weights_in_a_file_beside_the_model_are_kept_too(name: str, tmp_path: Pa
 def test_a_model_that_reads_the_weights_of_another_is_as_large_as_they_are(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ort, "SMALLEST", 64 * 64 * 4)
+    monkeypatch.setattr(ort, "MIN_CACHED", 64 * 64 * 4)
     weights = onnx.numpy_helper.from_array(np.eye(64, dtype=np.float32), "w")
     value = [onnx.helper.make_tensor_value_info(side, onnx.TensorProto.FLOAT, ["batch", 64]) for side in "xy"]
     graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], "product", value[:1], value[1:], [weights])
@@ -192,7 +192,7 @@ from pathlib import Path
 import numpy as np
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import load_engine, ort
-ort.SMALLEST = 0
+ort.MIN_CACHED = 0
 resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
 engine = load_engine(sys.argv[1], Path(sys.argv[2]), "fp32", 1, Cache())
 print(engine(latent=np.ones((1, 4, 3, 5), np.float32))["image"].mean())

@@ -336,7 +336,7 @@ def test_cuda_runs_bound_and_says_nothing_of_its_own(
     path = original.folder / "generator.onnx"
     engine, plain = load_engine("cuda", path), load_engine("cpu", path)
     assert engine.provider == "CUDAExecutionProvider"
-    monkeypatch.setattr("snoopi_rt.engines.ort_binding.LANES", 2)
+    monkeypatch.setattr("snoopi_rt.engines.ort_binding.MAX_BINDINGS", 2)
     for batch in (1, 2, 3, 1):
         np.testing.assert_array_equal(engine(**feeds(batch=batch))["latent"], plain(**feeds(batch=batch))["latent"])
     with pytest.raises(EngineError, match=r"^ONNX Runtime failed: "):

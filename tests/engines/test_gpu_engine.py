@@ -36,7 +36,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.fixture
 def library(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeTrt:
     fake = FakeTrt(cuda)
-    monkeypatch.setattr(tensorrt, "library", lambda package: fake)
+    monkeypatch.setattr(tensorrt, "import_tensorrt", lambda package: fake)
     monkeypatch.setattr(tensorrt_plan, "build_plan", lambda *_: b"a plan")
     return fake
 
@@ -47,7 +47,7 @@ def opened(tmp_path: Path, cache: Cache | None = None) -> TrtEngine:
     return TrtEngine(tmp_path / "any.onnx", EngineOptions("tensorrt", "fp16", 1, cache))
 
 
-def given(batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+def inputs(batch: int, seed: int = 0) -> dict[str, np.ndarray]:
     random = np.random.RandomState(seed)
     return {
         "x": random.uniform(1, 9, (batch, 3)).round().astype(np.float32),
@@ -55,9 +55,9 @@ def given(batch: int, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def right(found: dict[str, Any], arrays: dict[str, np.ndarray]) -> bool:
+def right(outputs: dict[str, Any], arrays: dict[str, np.ndarray]) -> bool:
     y = arrays["x"] + arrays["shift"][:, None]
-    return np.array_equal(np.asarray(found["y"]), y) and np.array_equal(np.asarray(found["rows"]), y.sum(1).astype(np.uint8))
+    return np.array_equal(np.asarray(outputs["y"]), y) and np.array_equal(np.asarray(outputs["rows"]), y.sum(1).astype(np.uint8))
 
 
 def test_it_says_what_it_takes_and_what_it_runs_on(library: FakeTrt, tmp_path: Path) -> None:
@@ -70,21 +70,21 @@ def test_it_says_what_it_takes_and_what_it_runs_on(library: FakeTrt, tmp_path: P
 def test_from_the_third_call_on_equal_shapes_are_one_graph(library: FakeTrt, cuda: FakeCuda, tmp_path: Path) -> None:
     engine = opened(tmp_path)
     for seed in range(5):
-        assert right(engine(**given(1, seed)), given(1, seed))
+        assert right(engine(**inputs(1, seed)), inputs(1, seed))
     assert cuda.did == ["enqueue", "enqueue", "graph", "graph", "graph"]
-    assert right(engine(**given(3)), given(3))
+    assert right(engine(**inputs(3)), inputs(3))
     assert cuda.did[-1] == "enqueue" and library.contexts == 2
 
 
 def test_what_a_call_gave_stays_as_it_was(library: FakeTrt, tmp_path: Path) -> None:
     engine = opened(tmp_path)
-    found = [engine(**given(2, seed)) for seed in range(6)]
+    outputs = [engine(**inputs(2, seed)) for seed in range(6)]
     engine.close()
-    assert all(right(each, given(2, seed)) for seed, each in enumerate(found))
+    assert all(right(output, inputs(2, seed)) for seed, output in enumerate(outputs))
 
 
 def test_an_array_on_the_gpu_is_taken_as_it_is(library: FakeTrt, tmp_path: Path) -> None:
-    engine, arrays = opened(tmp_path), given(2)
+    engine, arrays = opened(tmp_path), inputs(2)
     y = engine(**arrays)["y"]
     assert isinstance(y, GpuArray) and y.shape == (2, 3) and y.dtype == np.float32 and len(y) == 2
     np.testing.assert_array_equal(np.asarray(engine(x=y, shift=arrays["shift"])["y"]), arrays["x"] + 2 * arrays["shift"][:, None])
@@ -93,34 +93,34 @@ def test_an_array_on_the_gpu_is_taken_as_it_is(library: FakeTrt, tmp_path: Path)
 def test_larger_shapes_move_the_memory_of_all(library: FakeTrt, cuda: FakeCuda, tmp_path: Path) -> None:
     engine = opened(tmp_path)
     for batch in (1, 1, 1, 4, 1, 1, 1, 2):
-        assert right(engine(**given(batch)), given(batch))
+        assert right(engine(**inputs(batch)), inputs(batch))
     # The first graph knew memory that was freed for the batch of 4.
     assert cuda.did == ["enqueue", "enqueue", "graph", "enqueue", "enqueue", "enqueue", "graph", "enqueue"]
 
 
-def test_only_so_many_shapes_are_kept_ready(library: FakeTrt, cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "LANES", 2)
+def test_only_so_many_contexts_are_kept(library: FakeTrt, cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "MAX_CONTEXTS", 2)
     engine = opened(tmp_path)
-    engine(**given(4))
+    engine(**inputs(4))
     for batch in (1, 1, 1, 2, 3, 1):
-        assert right(engine(**given(batch)), given(batch))
+        assert right(engine(**inputs(batch)), inputs(batch))
     assert cuda.did[-1] == "enqueue"
     gc.collect()
     held = len(cuda.memory)
     for _ in range(20):
         for batch in (1, 2, 3, 4):
-            engine(**given(batch))
+            engine(**inputs(batch))
     gc.collect()
     assert len(cuda.memory) <= held + 4 and len(cuda.graphs) <= 2
 
 
 def test_memory_is_flat_and_given_back(library: FakeTrt, cuda: FakeCuda, tmp_path: Path) -> None:
     engine = opened(tmp_path)
-    np.asarray(engine(**given(1))["y"])
+    np.asarray(engine(**inputs(1))["y"])
     gc.collect()
     before, pinned = len(cuda.memory), cuda.pinned
     for seed in range(50):
-        np.asarray(engine(**given(1, seed))["y"])
+        np.asarray(engine(**inputs(1, seed))["y"])
     gc.collect()
     assert (len(cuda.memory), cuda.pinned) == (before, pinned)
     engine.close()
@@ -128,7 +128,7 @@ def test_memory_is_flat_and_given_back(library: FakeTrt, cuda: FakeCuda, tmp_pat
     gc.collect()
     assert len(cuda.memory) == cuda.pinned and not cuda.graphs
     with pytest.raises(EngineError, match="closed"):
-        engine(**given(1))
+        engine(**inputs(1))
 
 
 @pytest.mark.parametrize("batch", [5, 0])
@@ -136,7 +136,7 @@ def test_shapes_that_no_profile_takes_are_named(library: FakeTrt, tmp_path: Path
     with pytest.raises(
         EngineError, match=rf"^engine 'tensorrt' was not built for inputs of these shapes: x \({batch}, 3\), shift \({batch},\)$"
     ):
-        opened(tmp_path)(**given(batch))
+        opened(tmp_path)(**inputs(batch))
 
 
 def test_many_threads_get_their_own_answers(library: FakeTrt, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_many_threads_get_their_own_answers(library: FakeTrt, tmp_path: Path) ->
 
     def work(first: int) -> bool:
         start.wait()
-        return all(right(engine(**given(1 + seed % 3, seed)), given(1 + seed % 3, seed)) for seed in range(first, first + 40))
+        return all(right(engine(**inputs(1 + seed % 3, seed)), inputs(1 + seed % 3, seed)) for seed in range(first, first + 40))
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(0, 400, 100)))
@@ -155,7 +155,7 @@ def test_a_plan_that_does_not_load_is_built_again_once(library: FakeTrt, tmp_pat
     monkeypatch.setattr(tensorrt_plan, "build_plan", lambda *_: next(plans))
     opened(tmp_path, Cache())
     library.refuses = {b"old"}
-    assert right(opened(tmp_path, Cache())(**given(1)), given(1))
+    assert right(opened(tmp_path, Cache())(**inputs(1)), inputs(1))
     library.refuses = {b"old", b"new", b"third"}
     monkeypatch.setattr(tensorrt_plan, "build_plan", lambda *_: b"third")
     with pytest.raises(EngineError, match=r"engine 'tensorrt' cannot load any.onnx: TensorRT does not say why"):
@@ -183,14 +183,14 @@ def test_a_plan_that_lacks_memory_is_not_built_again(library: FakeTrt, cuda: Fak
         with pytest.raises(EngineError, match=r"cannot load any\.onnx"):
             opened(tmp_path, Cache())
     library.refuses = set()
-    assert not built and right(opened(tmp_path, Cache())(**given(1)), given(1))
+    assert not built and right(opened(tmp_path, Cache())(**inputs(1)), inputs(1))
 
 
-def test_what_cannot_be_recorded_goes_on_without_a_graph(library: FakeTrt, cuda: FakeCuda, tmp_path: Path) -> None:
+def test_what_cannot_be_captured_runs_without_a_graph(library: FakeTrt, cuda: FakeCuda, tmp_path: Path) -> None:
     cuda.recordable = False
     engine = opened(tmp_path)
     for seed in range(5):
-        assert right(engine(**given(1, seed)), given(1, seed))
+        assert right(engine(**inputs(1, seed)), inputs(1, seed))
     assert cuda.did == ["enqueue"] * 5 and not cuda.graphs
 
 
@@ -198,16 +198,16 @@ def test_why_tensorrt_refuses_is_in_the_line(library: FakeTrt, tmp_path: Path) -
     engine = opened(tmp_path)
     library.fails = "the kernels ran away"
     with pytest.raises(EngineError, match=r"^TensorRT failed: the kernels ran away$"):
-        engine(**given(1))
+        engine(**inputs(1))
     library.fails, library.largest = "", 99
     with pytest.raises(EngineError, match=r"^TensorRT failed: not this shape$"):
-        engine(**given(4))
-    assert right(engine(**given(2)), given(2))
+        engine(**inputs(4))
+    assert right(engine(**inputs(2)), inputs(2))
 
 
 def test_the_driver_keeps_memory_between_calls(cuda: FakeCuda) -> None:
     Gpu.open("tensorrt")
-    assert cuda.kept == gpu.POOL
+    assert cuda.kept == gpu.POOL_BYTES
 
 
 def test_memory_may_come_back_while_memory_is_taken(cuda: FakeCuda) -> None:
@@ -223,24 +223,24 @@ def test_tensorrt_for_rtx_keeps_its_kernels_and_records_graphs_itself(
     cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rtx = FakeRtx(cuda)
-    monkeypatch.setattr(tensorrt, "library", lambda package: rtx)
+    monkeypatch.setattr(tensorrt, "import_tensorrt", lambda package: rtx)
     monkeypatch.setattr(tensorrt_plan, "build_plan", lambda *_: b"a plan")
     for start in range(2):
         engine = opened(tmp_path, Cache())
         assert engine.provider == "TensorRT for RTX 99.0 on Fake 4090"
         for seed in range(4):
-            assert right(engine(**given(1, seed)), given(1, seed))
+            assert right(engine(**inputs(1, seed)), inputs(1, seed))
         engine.close()
         assert rtx.compiled == 1, start
     assert set(cuda.did) == {"enqueue"}
 
 
 def test_what_is_kept_grows_and_survives(tmp_path: Path) -> None:
-    kept = tensorrt_plan.Kept(Cache(), "0" * 64)
+    kept = tensorrt_plan.CachedBytes(Cache(), "0" * 64)
     assert kept.read() == b""
     for data in (b"one", b"one and two"):
         kept.write(data)
-        assert tensorrt_plan.Kept(Cache(), "0" * 64).read() == data
+        assert tensorrt_plan.CachedBytes(Cache(), "0" * 64).read() == data
     kept.write(b"")  # nothing new is no reason to forget
     assert kept.read() == b"one and two"
 
@@ -277,4 +277,4 @@ def test_without_cuda_bindings_the_line_says_what_to_install(monkeypatch: pytest
 
 def test_what_was_kept_and_is_lost_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Cache, "find", lambda self, name: tmp_path)
-    assert tensorrt_plan.Kept(Cache(), "0" * 64).read() == b""
+    assert tensorrt_plan.CachedBytes(Cache(), "0" * 64).read() == b""

@@ -1,4 +1,4 @@
-"""TensorRT as far as it goes without a GPU: graphs are read and built by TensorRT for RTX, plans are kept, and what is missing is said."""
+"""TensorRT without a GPU: TensorRT for RTX reads and builds graphs, plans are cached, and errors name what is missing."""
 
 import os
 import threading
@@ -17,7 +17,7 @@ from snoopi_rt.bundle.bundle import GRAPHS, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import load_engine, tensorrt_plan
 from snoopi_rt.engines.base import Axis, EngineOptions
-from snoopi_rt.engines.tensorrt_plan import DIGEST, PLAN, KeptPlan, build_plan, logged_reason, profiles
+from snoopi_rt.engines.tensorrt_plan import DIGEST, PLAN, CachedPlan, build_plan, logged_reason, profiles
 from snoopi_rt.errors import EngineError
 from snoopi_rt.export.exporter import ExportOptions
 from snoopi_rt.export.exporter import export as write
@@ -58,12 +58,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tensorrt_reads_and_builds_every_graph_with_fp16_arithmetic(kind: str, root: Path) -> None:
     bundle = tiny_bundle(kind, root)
     built = []
-    for graph, builds in bundle.graphs.items():
-        for build in builds:
-            if "tensorrt" in build.engines:
-                assert build.precision == "fp16"
-                options = EngineOptions("tensorrt", "fp16", 1, axes=axes(bundle, graph, build))
-                plan = build_plan(trt, bundle.folder / build.files[0].path, profiles(options.axes), options.progress)
+    for graph, variants in bundle.graphs.items():
+        for variant in variants:
+            if "tensorrt" in variant.engines:
+                assert variant.precision == "fp16"
+                options = EngineOptions("tensorrt", "fp16", 1, axes=axes(bundle, graph, variant))
+                plan = build_plan(trt, bundle.folder / variant.files[0].path, profiles(options.axes), options.progress)
                 assert len(plan) > 10_000
                 built.append(graph)
     assert {"generator", "decoder"} <= set(built)
@@ -108,15 +108,15 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return done
 
 
-def kept(model: Path, cache: Cache | None, gpu: str = "some GPU", trt: Any = trt, largest: int = 2, key: str = "") -> KeptPlan:
-    return KeptPlan(trt, model, EngineOptions("tensorrt", "fp16", 1, cache, key, {"batch": Axis(1, 1, largest)}), gpu)
+def cached_plan(model: Path, cache: Cache | None, gpu: str = "some GPU", trt: Any = trt, largest: int = 2, key: str = "") -> CachedPlan:
+    return CachedPlan(trt, model, EngineOptions("tensorrt", "fp16", 1, cache, key, {"batch": Axis(1, 1, largest)}), gpu)
 
 
 def test_the_second_start_finds_the_plan(model: Path, builds: list[Path]) -> None:
-    plan = kept(model, Cache()).read()
-    assert kept(model, Cache()).read() == plan
+    plan = cached_plan(model, Cache()).read()
+    assert cached_plan(model, Cache()).read() == plan
     assert builds == [model]
-    assert kept(model, None).read() and len(builds) == 2  # without a cache there is nothing to find
+    assert cached_plan(model, None).read() and len(builds) == 2  # without a cache there is nothing to find
 
 
 class Other:
@@ -132,21 +132,21 @@ class Other:
     "change", [{"gpu": "another GPU"}, {"trt": Other()}, {"largest": 4}, {"key": "another build"}], ids=lambda change: next(iter(change))
 )
 def test_a_plan_for_other_circumstances_is_not_taken(model: Path, builds: list[Path], change: dict[str, Any]) -> None:
-    kept(model, Cache()).read()
-    kept(model, Cache(), **change).read()
+    cached_plan(model, Cache()).read()
+    cached_plan(model, Cache(), **change).read()
     assert len(builds) == 2
     os.utime(model, ns=(1, 1))
-    kept(model, Cache()).read()
+    cached_plan(model, Cache()).read()
     assert len(builds) == 3
 
 
 @pytest.mark.parametrize("damaged", [PLAN, DIGEST])
 def test_a_damaged_plan_is_never_given_and_built_again(model: Path, builds: list[Path], damaged: str) -> None:
-    plan = kept(model, Cache())
+    plan = cached_plan(model, Cache())
     first = plan.read()
-    found = Cache().find(plan.name)
-    assert found is not None
-    path, status = found / damaged, (found / damaged).stat()
+    folder = Cache().find(plan.name)
+    assert folder is not None
+    path, status = folder / damaged, (folder / damaged).stat()
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(data)
@@ -155,7 +155,7 @@ def test_a_damaged_plan_is_never_given_and_built_again(model: Path, builds: list
     assert plan.read() and len(builds) == 2
 
 
-def test_two_who_want_one_plan_build_it_once(model: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_readers_of_one_plan_build_it_once(model: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     slow, entered = tensorrt_plan.build_plan, threading.Barrier(4)
 
     def build(*arguments: Any) -> bytes:
@@ -163,7 +163,7 @@ def test_two_who_want_one_plan_build_it_once(model: Path, builds: list[Path], mo
         return slow(*arguments)
 
     def read(_: int) -> bytes:
-        plan = kept(model, Cache())
+        plan = cached_plan(model, Cache())
         entered.wait()
         return plan.read()
 
@@ -177,27 +177,27 @@ def test_a_build_that_fails_leaves_nothing_and_holds_nobody_up(model: Path, monk
     with monkeypatch.context() as broken:
         broken.setattr(tensorrt_plan, "build_plan", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            kept(model, Cache()).read()
-    assert Cache().find(kept(model, Cache()).name) is None
-    assert kept(model, Cache()).read()
+            cached_plan(model, Cache()).read()
+    assert Cache().find(cached_plan(model, Cache()).name) is None
+    assert cached_plan(model, Cache()).read()
 
 
 def test_progress_rises_to_the_whole(model: Path) -> None:
-    told: list[tuple[str, float]] = []
-    build_plan(trt, model, profiles({"batch": Axis(1, 1, 2)}), lambda what, share: told.append((what, share)))
-    assert {what for what, _ in told} == {"building double"}
-    shares = [share for _, share in told]
+    reports: list[tuple[str, float]] = []
+    build_plan(trt, model, profiles({"batch": Axis(1, 1, 2)}), lambda what, share: reports.append((what, share)))
+    assert {task for task, _ in reports} == {"building double"}
+    shares = [share for _, share in reports]
     assert len(shares) > 10 and shares[-1] == 1.0 and all(0 <= share <= 1 for share in shares)
     assert sum(after < before - 1e-9 for before, after in pairwise(shares)) <= len(shares) // 10
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TensorRT for RTX, which is never asked for timings
 def test_the_timings_of_kernels_are_kept_and_damaged_ones_begin_anew(model: Path) -> None:
-    kept_timings = tensorrt_plan.Kept(Cache(), "1" * 64)
+    timings = tensorrt_plan.CachedBytes(Cache(), "1" * 64)
     for before in (b"", b"damaged"):
-        kept_timings.write(before)
-        assert build_plan(trt, model, profiles({"batch": Axis(1, 1, 2)}), lambda what, share: None, timing=kept_timings)
-        assert len(kept_timings.read()) > len(b"damaged")
+        timings.write(before)
+        assert build_plan(trt, model, profiles({"batch": Axis(1, 1, 2)}), lambda what, share: None, timing=timings)
+        assert len(timings.read()) > len(b"damaged")
 
 
 class Refusing:
@@ -229,17 +229,17 @@ def test_a_build_that_fails_without_a_word_is_one_line_and_timings_of_another_gp
         def build_serialized_network(self, network: Any, config: Config) -> None:
             return None
 
-    kept_timings = tensorrt_plan.Kept(Cache(), "1" * 64)
-    kept_timings.write(b"of another GPU")
+    timings = tensorrt_plan.CachedBytes(Cache(), "1" * 64)
+    timings.write(b"of another GPU")
     fails = Refusing(trt, Builder=lambda log: Builder(trt.Builder(log)))
     with pytest.raises(EngineError, match=r"^engine 'tensorrt' cannot build double.onnx: TensorRT does not say why$"):
-        build_plan(fails, model, profiles({"batch": Axis(1, 1, 2)}), lambda what, share: None, timing=kept_timings)
-    assert asked == [b"of another GPU", b""] and kept_timings.read() == b"of another GPU"
+        build_plan(fails, model, profiles({"batch": Axis(1, 1, 2)}), lambda what, share: None, timing=timings)
+    assert asked == [b"of another GPU", b""] and timings.read() == b"of another GPU"
 
 
 @pytest.mark.parametrize("lost", [PLAN, DIGEST])
 def test_a_plan_of_which_a_file_is_lost_is_built_again(model: Path, builds: list[Path], lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = kept(model, Cache())
+    plan = cached_plan(model, Cache())
     first = plan.read()
     folder = Cache().find(plan.name)
     assert folder is not None
@@ -289,12 +289,12 @@ def test_without_a_gpu_the_engine_says_that_it_needs_one(model: Path) -> None:
 )
 def test_axes_are_those_that_the_bundle_promises(kind: str, graph: str, expected: dict[str, tuple[int, int, int]]) -> None:
     bundle = Bundle.load(EMBEDDED)
-    found = axes(bundle, graph, bundle.graphs[graph][0])
-    assert {name: tuple(found[name]) for name in expected} == expected
+    ranges = axes(bundle, graph, bundle.graphs[graph][0])
+    assert {name: tuple(ranges[name]) for name in expected} == expected
 
 
 def test_prompts_of_clip_are_always_whole_and_negatives_may_be_none(root: Path) -> None:
     bundle = tiny_bundle("sd21", root)
     longest = bundle.text.max_tokens
-    found = axes(bundle, "generator", bundle.graphs["generator"][0])
-    assert tuple(found["tokens"]) == (longest, longest, longest) and tuple(found["negative_tokens"]) == (1, longest, longest)
+    ranges = axes(bundle, "generator", bundle.graphs["generator"][0])
+    assert tuple(ranges["tokens"]) == (longest, longest, longest) and tuple(ranges["negative_tokens"]) == (1, longest, longest)
