@@ -1,4 +1,4 @@
-"""LoRA files merged into a network and its text encoders for good, whoever wrote them: peft, diffusers or kohya's trainer."""
+"""LoRA files of peft, diffusers or kohya's trainer, merged into a network and its text encoders."""
 
 import math
 import re
@@ -18,7 +18,7 @@ from snoopi_rt.export.weights.text_files import parse_json, read_json
 NETWORK = "network"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
-# What stands before the name of a layer, by the part of the model that it is in; None where it does not say which.
+# The part of the model by the prefix of a layer's name; None where the prefix does not tell.
 _PARTS = {
     "unet.": NETWORK,
     "transformer.": NETWORK,
@@ -34,9 +34,11 @@ _PARTS = {
 }
 _KEY = re.compile(
     rf"(?P<prefix>{'|'.join(map(re.escape, _PARTS))})"
-    r"(?P<layer>.+?)(?:\.alpha|[._]lora(?:_linear_layer)?[._](?P<half>A|B|down|up)(?:\.default)?\.weight)"
+    r"(?P<layer>.+?)(?:\.alpha|[._]lora(?:_linear_layer)?[._](?P<matrix>A|B|down|up)(?:\.default)?\.weight)"
 )
-# What diffusers and the original code call the layers of a UNet: kohya's trainer writes the latter for SDXL.
+
+# diffusers' names of a UNet's layers, and the original code's, which kohya's trainer writes for SDXL. diffusers can convert them too, but
+# drops in silence what it does not know; tests/export/test_lora.py compares the two.
 _ORIGINAL_NAMES = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
@@ -52,7 +54,7 @@ _ORIGINAL_NAMES = {
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """The file and the weight of FILE[:weight], where FILE may hold colons; the weight is 1 where none is given. Raises InputError."""
+    """The file and the weight (1 by default) of FILE[:weight], where FILE may contain colons. Raises InputError."""
     file, weight = text, 1.0
     if not Path(text).is_file() and ":" in text:
         before, _, last = text.rpartition(":")
@@ -69,38 +71,40 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 @dataclass(frozen=True)
 class Product:
-    """What a LoRA adds to the weight of a layer: scale * up (out, r) @ down (r, in), in the weight's own shape."""
+    """What a LoRA adds to the weight of a layer: scale * up @ down, in the weight's own shape."""
 
     down: Tensor
+    """(r, in), A of the paper."""
     up: Tensor
+    """(out, r), B of the paper."""
     scale: float
 
     def added(self, weight: Tensor) -> Tensor:
-        """The sum, not in place: a weight may be mapped from its file."""
+        """The sum, as a new tensor: a weight may be mapped from its file."""
         return weight + (self.scale * (self.up @ self.down)).view_as(weight).to(weight.dtype)
 
 
 def merge_loras(loras: Iterable[tuple[Path, float]], modules: Mapping[str, nn.Module]) -> dict[str, list[Product]]:
-    """Adds `weight * alpha / rank * B @ A` to each layer that a LoRA names (Hu et al. 2021, section 4.1), for good.
+    """Adds `weight * alpha / rank * B @ A` to every layer that a LoRA names (Hu et al. 2021, section 4.1).
 
-    `modules`: the parts of the model, NETWORK and those of TEXT_ENCODERS that it has. A layer on the meta device has no weight to change:
-    what is to be added to it is given back, by the parameter's name.
-    Raises InputError, before a LoRA changes anything, where its file is no safetensors file or holds anything but pairs that fit layers of
-    these modules: DoRA, LoHa, another network's layers; and where it holds nothing.
+    modules: the parts of the model, NETWORK and those of TEXT_ENCODERS that it has. Returns the products for layers on the meta device,
+    whose weights cannot be changed yet, by the parameter's name.
+    Raises InputError, before a LoRA changes anything, where its file is no safetensors file, is empty, or contains anything but pairs that
+    fit layers of these modules, such as DoRA, LoHa or another network's layers.
     """
-    later: dict[str, list[Product]] = {}
+    updates: dict[str, list[Product]] = {}
     for file, weight in loras:
         for (part, name), product in _products(file, weight, modules).items():
             layer = modules[part].get_submodule(name)
             if layer.weight.is_meta:
-                later.setdefault(f"{name}.weight", []).append(product)
+                updates.setdefault(f"{name}.weight", []).append(product)
             else:
                 layer.weight = nn.Parameter(product.added(layer.weight.detach()), requires_grad=False)
-    return later
+    return updates
 
 
 def _products(file: Path, weight: float, modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], Product]:
-    """What the file adds, by part and name of layer."""
+    """The products in the file, by part and name of layer."""
     tensors, configs = _read(file)
     kinds = " and ".join(type(module).__name__ for module in modules.values())
     spellings = {part: _spellings(module) for part, module in modules.items()}
@@ -110,8 +114,8 @@ def _products(file: Path, weight: float, modules: Mapping[str, nn.Module]) -> di
         match = _KEY.fullmatch(key)
         places = _places(match["prefix"], match["layer"], spellings) if match else []
         if match and len(places) == 1:
-            half = {"A": "down", "B": "up", None: "alpha"}.get(match["half"], match["half"])
-            pairs.setdefault(places[0], {})[half] = tensor.float()
+            matrix = {"A": "down", "B": "up", None: "alpha"}.get(match["matrix"], match["matrix"])
+            pairs.setdefault(places[0], {})[matrix] = tensor.float()
         else:
             unmatched.append(key)
     if unmatched:
@@ -121,7 +125,7 @@ def _products(file: Path, weight: float, modules: Mapping[str, nn.Module]) -> di
 
 def _product(file: Path, weight: float, module: nn.Module, name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> Product:
     shape = module.get_submodule(name).weight.shape
-    down, up = (pair.get(half, torch.empty(0, 0)).flatten(1) for half in ("down", "up"))
+    down, up = (pair.get(matrix, torch.empty(0, 0)).flatten(1) for matrix in ("down", "up"))
     rank = len(down)
     if rank == 0 or (*up.shape, down.shape[1]) != (shape[0], rank, shape[1:].numel()):
         raise InputError(f"LoRA {file} does not fit {type(module).__name__}: its pair for {name} is not one for shape {tuple(shape)}")
@@ -132,27 +136,27 @@ def _product(file: Path, weight: float, module: nn.Module, name: str, pair: Mapp
 
 
 def _spellings(module: nn.Module) -> dict[str, str]:
-    """The layers that can have a LoRA by all that their names are called in files, with underscores for dots."""
+    """The layers that can have a LoRA, by every spelling of their names in files, with underscores for dots."""
     names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     spelled: dict[str, str] = {}
     for name in names:
-        # Before peft, diffusers called the projections of CLIP as those of a UNet, and `to_out.0` without its place in the list.
+        # Before peft, diffusers named CLIP's projections like a UNet's, and `to_out.0` without its index.
         clip = re.sub(r"self_attn\.(q|k|v|out)_proj", r"self_attn.to_\1", name)
         spelled |= dict.fromkeys((_original_name(module, name), clip, name.removesuffix(".0")), name)
     spelled |= {name: name for name in names}
-    # transformers once had CLIP's text model in a module of that name.
+    # transformers once had CLIP's text model in a module `text_model`.
     spelled = {f"text_model.{spelling}": name for spelling, name in spelled.items()} | spelled
     return {spelling.replace(".", "_"): name for spelling, name in spelled.items()}
 
 
 def _places(prefix: str, layer: str, spellings: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
-    """The layers that a key means, as part and name; where its prefix names no part, in any of them."""
+    """The layers that a key may mean, as part and name; of all parts where its prefix names none."""
     spelling, part = layer.replace(".processor.", ".").replace(".", "_"), _PARTS[prefix]
-    return [(each, names[spelling]) for each, names in spellings.items() if part in (each, None) and spelling in names]
+    return [(name, layers[spelling]) for name, layers in spellings.items() if part in (name, None) and spelling in layers]
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The tensors of a LoRA, and the peft config of each part where diffusers wrote one inside or peft beside."""
+    """The tensors of a LoRA, and each part's peft config, which diffusers writes into the file and peft beside it."""
     if file.suffix != ".safetensors":
         raise InputError(f"LoRA {file} must be a .safetensors file")
     tensors = read_weights(file)
@@ -180,7 +184,7 @@ def _configured_alpha(file: Path, config: Mapping[str, Any], name: str, rank: in
 
 
 def _original_name(network: Any, name: str) -> str:
-    """What the original code calls the layer `name` of a UNet; a name of another network comes back as it is."""
+    """The original code's name of the layer `name` of a UNet; other networks' names are returned unchanged."""
     if not hasattr(network, "down_blocks"):
         return name
     for ours, theirs in _ORIGINAL_NAMES.items():
@@ -188,12 +192,12 @@ def _original_name(network: Any, name: str) -> str:
     match = re.fullmatch(r"(down|mid|up)_block(?:s\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
     if match is None:
         return name
-    side, what, index, rest = match[1], match[3], int(match[4]), match[5]
-    attends, block, layers = int(what == "attentions"), int(match[2] or 0), network.config.layers_per_block + 1
+    side, group, index, rest = match[1], match[3], int(match[4]), match[5]
+    attends, block, layers = int(group == "attentions"), int(match[2] or 0), network.config.layers_per_block + 1
     if side == "mid":
         return f"middle_block.{2 * index + attends}.{rest}"
-    if what == "downsamplers":
+    if group == "downsamplers":
         return f"input_blocks.{(block + 1) * layers}.0.op"
-    if what == "upsamplers":
+    if group == "upsamplers":
         return f"output_blocks.{(block + 1) * layers - 1}.{1 + hasattr(network.up_blocks[block], 'attentions')}.{rest}"
     return f"{'input' if side == 'down' else 'output'}_blocks.{block * layers + index + (side == 'down')}.{attends}.{rest}"
