@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from snoopi_rt.bundle.bundle import File, Parity, Variant
 from snoopi_rt.bundle.manifest import digits_apart
+from snoopi_rt.bundle.verify import Stamp, hash_file, stamp
+from snoopi_rt.cache import Cache
 from snoopi_rt.engines.openvino import NO_BF16
 from snoopi_rt.errors import InputError, OutputError
 from snoopi_rt.export.onnx_graphs.engine_rewrites import one_image_bf16, onnxruntime_operators
@@ -232,7 +235,13 @@ def _check_tolerance(graph: Graph, name: str, parity: Parity, on: str) -> None:
 
 def _files(path: Path, base: Path) -> tuple[File, ...]:
     """The model in `path` and the weights of `base`, which it reads."""
-    return tuple(File.of(file) for file in (path, base.with_name(f"{base.name}.data")) if file.exists())
+    return tuple(_hashed(file, stamp(file)) for file in (path, base.with_name(f"{base.name}.data")) if file.exists())
+
+
+@lru_cache(maxsize=8)
+def _hashed(path: Path, stamp: Stamp) -> File:
+    """The entry for a file, which is hashed once for all variants that share it."""
+    return hash_file(path, Cache())
 
 
 def _arrays(samples: Samples) -> list[NamedArrays]:

@@ -126,7 +126,7 @@ class Bundle:
     def save(self, folder: str | Path) -> "Bundle":
         """Checks the files, writes bundle.json beside them, returns the bundle as `load` sees it. Raises BundleError."""
         bundle = replace(self, folder=Path(folder))
-        bundle._check_files(None)
+        bundle._check_files(Cache())
         document = {"format": FORMATS[-1], "snoopi_rt": READ_SINCE, **to_json(self)}
         try:
             write_whole(bundle.folder / MANIFEST, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode(), durable=True)

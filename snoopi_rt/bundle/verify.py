@@ -46,18 +46,33 @@ def check_file(folder: Path, file: File, cache: Cache | None) -> list[str]:
         if status.st_size != file.size:
             require(not is_lfs_pointer(path), f"{path} is a git-lfs pointer and not the file itself: run `git lfs pull` in its clone")
             raise BundleError(f"{path} is damaged: {status.st_size} bytes instead of {file.size}")
-        key = f"{'-'.join(map(str, _stamp(status)))}-{file.sha256}.json"
-        if cache is not None and (record := _record(cache.read("hashes", key))) is not None:
+        if cache is not None and (record := _record(cache.read("hashes", _hash_key(status, file.sha256)))) is not None:
             return record
         require(sha256(path) == file.sha256, f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
-        external = external_data(path) if path.suffix == ".onnx" else []
-        if cache is not None:
-            cache.write("hashes", key, json.dumps(external).encode())
+        return _note_hash(path, status, file.sha256, cache)
     except FileNotFoundError:
         raise BundleError(f"{path} is missing") from None
     except OSError as error:
         raise BundleError(f"cannot read {path}: {reason(error)}") from error
+
+
+def hash_file(path: Path, cache: Cache) -> File:
+    """The manifest's entry for a file as it is on disk now; the cache notes its hash, so that `check_file` does not compute it again."""
+    status = path.lstat()
+    file = File(path.name, sha256(path), status.st_size)
+    _note_hash(path, status, file.sha256, cache)
+    return file
+
+
+def _note_hash(path: Path, status: os.stat_result, digest: str, cache: Cache | None) -> list[str]:
+    external = external_data(path) if path.suffix == ".onnx" else []
+    if cache is not None:
+        cache.write("hashes", _hash_key(status, digest), json.dumps(external).encode())
     return external
+
+
+def _hash_key(status: os.stat_result, digest: str) -> str:
+    return f"{'-'.join(map(str, _stamp(status)))}-{digest}.json"
 
 
 def stamp(path: Path) -> Stamp | None:

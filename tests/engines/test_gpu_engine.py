@@ -168,7 +168,7 @@ def test_weights_are_streamed_where_they_do_not_fit(library: FakeTrt, cuda: Fake
     cuda.total, cuda.free = 120, 3 << 30
     opened(tmp_path)
     # More than 32 bits can say.
-    assert library.streamed == (3 << 30) - (1 << 20) - tensorrt.MARGIN
+    assert library.streamed == (3 << 30) - (1 << 20) - tensorrt.STREAMING_MARGIN
     cuda.free = 1 << 34
     opened(tmp_path)
     assert library.streamed == 1 << 33

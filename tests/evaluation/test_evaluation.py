@@ -25,7 +25,7 @@ from snoopi_rt.export.evaluation import pixel_metrics, small
 from snoopi_rt.export.evaluation.attributes import attributes, pairs
 from snoopi_rt.export.evaluation.clean import UNRELATED, clean
 from snoopi_rt.export.evaluation.counters import Counters, spread
-from snoopi_rt.export.evaluation.domain import FlawThresholds, Domain
+from snoopi_rt.export.evaluation.domain import Domain, FlawThresholds
 from snoopi_rt.export.evaluation.judge import Judge, ranks
 from snoopi_rt.export.evaluation.natural import NaturalPrompt, natural, read_natural
 from snoopi_rt.export.evaluation.recognition import recognition

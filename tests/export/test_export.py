@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from snoopi_rt.bundle import verify
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.errors import InputError, OutputError
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt
@@ -88,10 +89,21 @@ def test_a_different_timestep_gives_a_different_folded_network():
     assert (a - b).abs().max() > 1e-3
 
 
+HASHED: list[Path] = []
+
+
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory, tiny_student):
     root = tmp_path_factory.mktemp("bundles")
-    return {kind: export(tiny_student, root / kind, "small", guidance=kind) for kind in ("nasa", "projected", "none")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "sha256", lambda path, sha256=verify.sha256: HASHED.append(path) or sha256(path))
+        return {kind: export(tiny_student, root / kind, "small", guidance=kind) for kind in ("nasa", "projected", "none")}
+
+
+def test_an_export_hashes_each_graph_once(bundles):
+    hashed = [path.name for path in HASHED if path.parent.name == ".nasa.part" and "onnx" in path.name]
+    listed = {file.path for variants in bundles["nasa"].graphs.values() for variant in variants for file in variant.files}
+    assert sorted(hashed) == sorted(listed)
 
 
 def generator_of(bundle, engine="cpu"):
