@@ -52,16 +52,7 @@ class OneStepRule:
 
         flow: the answer is x0 - noise, read by one Euler step (InstaFlow).
         """
-        x_t, answer = self.input_scale * noise.float(), answer.float()
-        match self.prediction:
-            case "epsilon":
-                return (x_t - self.sigma * answer) / self.alpha
-            case "v":
-                return self.alpha * x_t - self.sigma * answer
-            case "x0":
-                return answer
-            case "flow":
-                return x_t + answer
+        return clean_latent(self.prediction, self.input_scale * noise.float(), answer.float(), self.alpha, self.sigma)
 
     def run(self, network: "Callable[[int, Tensor], Tensor]", noise: "Tensor", renoise: "Tensor | None" = None) -> "Tensor":
         """The clean latent (B, C, h, w) in fp32 after all S steps; network(i, x_t) is the student's answer at steps[i].timestep.
@@ -76,6 +67,22 @@ class OneStepRule:
             x_t = step.alpha * x0 + step.sigma * renoise[:, i]
             x0 = step.x0(x_t, network(i + 1, x_t))
         return x0
+
+
+def clean_latent(prediction: Prediction, x_t: "Tensor", answer: "Tensor", alpha: "Tensor | float", sigma: "Tensor | float") -> "Tensor":
+    """The x0 that a network's answer to x_t = alpha * x0 + sigma * eps implies, all (B, C, h, w); alpha and sigma may be one per sample.
+
+    flow: the answer is x0 - noise, added to x_t by one Euler step.
+    """
+    match prediction:
+        case "epsilon":
+            return (x_t - sigma * answer) / alpha
+        case "v":
+            return alpha * x_t - sigma * answer
+        case "x0":
+            return answer
+        case "flow":
+            return x_t + answer
 
 
 def linear_schedule(start: float, end: float, steps: int = 1000) -> np.ndarray:

@@ -11,7 +11,7 @@ encoder=weights/small/teacher/vae
 pictures=49152 all=(--compile) students=() judged=()
 if [ "${2:-}" = --quick ]; then
     pictures=64 all=(--set steps=2 --set batch=4) judged=(--quick)
-    students=(--set collapse=0 --set warm_pairs=8 --set warm_calls=2)
+    students=(--set collapse=0 --set regression.pairs=8 --set regression.teacher_steps=2)
 fi
 emoji=$runs/emoji
 
@@ -21,6 +21,6 @@ snoopi-rt data emoji --encoder "$encoder" --out "$emoji" --count $pictures
 stage decoder --data "$emoji" --encoder "$encoder" --out "$runs/decoder"
 stage teacher --data "$emoji" --decoder "$runs/decoder" --start weights/small/teacher --out "$runs/teacher"
 stage student --teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --edits "$emoji/edits.jsonl" --recipe small \
-    --set warm_weight=1 --set vsd_weight=0 --set edit_weight=1 --set nasa_max=1 --out "$runs/student" "${students[@]}"
+    --set regression.weight=1 --set vsd.weight=0 --set edits.weight=1 --set nasa_max=1 --out "$runs/student" "${students[@]}"
 snoopi-rt export --backbone small --weights "$runs/student" --set size=256 --out "$runs/bundle" --force
 snoopi-rt eval small --bundle "$runs/bundle" --teacher "$runs/teacher" --drawings "$emoji/npm" --out "$runs/evaluation" "${judged[@]}"

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from snoopi_rt.export.backbones import find_backbone
-from snoopi_rt.export.training.distillation import Distillation
 from snoopi_rt.export.training.processes import Processes
-from snoopi_rt.export.training.recipe import DEFAULT, RECIPES
+from snoopi_rt.export.training.recipes import DEFAULT, find_recipe
 from snoopi_rt.export.training.schedule import Schedule
-from snoopi_rt.export.training.trainer import Task
+from snoopi_rt.export.training.task import Task
+from snoopi_rt.export.training.trainer import Trainer
 
 GIB = 2**30
 PROMPT = "a red fox on a mossy stone in the morning fog, seen from below"
@@ -45,20 +45,20 @@ def main(backbone: str, teacher: Path, batches: Sequence[int], negative: str | N
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder, "prompts.txt")
         prompts.write_text(f"{PROMPT}\n", encoding="utf-8")
-        recipe = replace(RECIPES[DEFAULT[backbone]], batch=batches[0], nasa_max=0.0 if negative is None else 1.0)
+        recipe = replace(find_recipe(DEFAULT[backbone]), batch=batches[0], nasa_max=0.0 if negative is None else 1.0)
         negatives = None
         if negative is not None:
             negatives = Path(folder, "negatives.txt")
             negatives.write_text(f"{negative}\n", encoding="utf-8")
         processes = Processes()
         task = Task(backbone, teacher, prompts, Path(folder, "run"), negatives=negatives)
-        run = Distillation(task, recipe, find_backbone(backbone).denoiser(), Schedule.of(teacher), processes, compiled=False)
-        run.step(0)  # the optimisers' moments and all libraries are there from now on
+        trainer = Trainer(task, recipe, find_backbone(backbone).denoiser(), Schedule.of(teacher), processes)
+        trainer.step(0)  # the optimisers' moments and all libraries are there from now on
         rows = []
         for number, batch in enumerate(batches, 1):
-            run.recipe = replace(recipe, batch=batch)
+            trainer.run.recipe = replace(recipe, batch=batch)
             forget_peak(processes.device)
-            run.step(number)
+            trainer.step(number)
             rows.append({"batch": batch, "peak": peak(processes.device)})
             click.echo(f"batch {batch:3}: {rows[-1]['peak'] / GIB:6.2f} GiB")
     largest = rows[-2:]

@@ -37,28 +37,30 @@ from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.unet import unet_answer
 from snoopi_rt.export.evaluation.statistics import frechet
 from snoopi_rt.export.presets.rows import default_preset
+from snoopi_rt.export.settings import changed
 from snoopi_rt.export.training import loop
-from snoopi_rt.export.training.distillation import Distillation
+from snoopi_rt.export.training.models import Models
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.processes import Processes
-from snoopi_rt.export.training.recipe import Recipe
+from snoopi_rt.export.training.recipe import StudentRecipe
 from snoopi_rt.export.training.schedule import Schedule
 from snoopi_rt.export.training.small.autoencoder import to_network
 from snoopi_rt.export.training.small.emoji import compose, fetch_sprites, open_pictures, read_rows
 from snoopi_rt.export.training.small.scorer import KINDS, open_scorer
 from snoopi_rt.export.training.small.teacher import schedule
 from snoopi_rt.export.training.task import Task
-from snoopi_rt.export.training.text_states import Text, TextStates, encode_prompts
+from snoopi_rt.export.training.text_states import TextBatch, TextStates, encode_prompts
+from snoopi_rt.export.training.trainer import Trainer
 from snoopi_rt.export.weights.files import fingerprint, save_diffusers, save_tensors
 
 SIDE, CHANNELS = 8, 8  # of a latent of 64 x 64 pixels
 LOW, HIGH = 1.0, 3.5
 MEAN = (LOW + HIGH) / 2
 SETTINGS: dict[str, dict[str, Any]] = {
-    "random on both": {"kappa_on": "both"},
-    "random on the frozen teacher": {"kappa_on": "frozen"},
-    "random on the LoRA teacher": {"kappa_on": "lora"},
-    **{f"fixed {kappa:g}": {"kappa_min": kappa, "kappa_max": kappa} for kappa in (1.5, MEAN, 3.0, 4.5)},
+    "random on both": {"guidance.random_on": "both"},
+    "random on the frozen teacher": {"guidance.random_on": "frozen"},
+    "random on the LoRA teacher": {"guidance.random_on": "lora"},
+    **{f"fixed {kappa:g}": {"guidance.min": kappa, "guidance.max": kappa} for kappa in (1.5, MEAN, 3.0, 4.5)},
 }
 
 
@@ -152,7 +154,7 @@ def train_teacher(name: str, grid: Grid) -> None:
     model.set_attn_processor(PlainAttention())
     print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     weights = MasterWeights(model, ema=0.999)
-    recipe = loop.Recipe(grid.teacher_steps, 64, 1e-3)
+    recipe = loop.StageRecipe(grid.teacher_steps, 64, 1e-3)
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
         chosen = torch.randint(len(latents), (recipe.batch,), generator=random)
@@ -172,31 +174,32 @@ def train_teacher(name: str, grid: Grid) -> None:
     save_diffusers(final, folder / denoiser.part)
 
 
-def distillation(name: str, setting: dict[str, Any], seed: int, grid: Grid) -> Distillation:
+def distillation(name: str, setting: dict[str, Any], seed: int, grid: Grid) -> Trainer:
     """A run that has not begun: the student is the teacher."""
     _, denoiser = ARCHITECTURES[name]
     teacher = grid.teacher(name)
-    recipe = Recipe(
-        **{
+    recipe = changed(
+        StudentRecipe(),
+        {
             "steps": grid.steps,
             "batch": 16,
             "lr": grid.lr,
             "seed": seed,
-            "kappa_min": LOW,
-            "kappa_max": HIGH,
+            "guidance.min": LOW,
+            "guidance.max": HIGH,
             "timestep": 999,
-            "beta1": 0.0,
-            "beta2": 0.99,
-            "decay_from": 0.7,
-            "ema": 0.99,
-            "lora_rank": 32,
-            "lora_alpha": 64,
+            "optimiser.beta1": 0.0,
+            "optimiser.beta2": 0.99,
+            "optimiser.decay_from": 0.7,
+            "optimiser.ema": 0.99,
+            "lora.rank": 32,
+            "lora.alpha": 64,
             "collapse": 0.0,
             **setting,
-        }
+        },
     )
     task = Task("small", teacher, grid.data / "prompts.txt", grid.work / "none", states=grid.work.parent / f"states-{name}")
-    return Distillation(task, recipe, denoiser, Schedule.of(teacher), Processes(), False)
+    return Trainer(task, recipe, denoiser, Schedule.of(teacher), Processes())
 
 
 def prepare(name: str, grid: Grid) -> None:
@@ -204,9 +207,10 @@ def prepare(name: str, grid: Grid) -> None:
     torch.set_num_threads(1)
     train_teacher(name, grid)
     if not grid.file(name, "teacher").exists():
-        run = distillation(name, {}, 0, grid)
-        own = _distance(grid, run, lambda noise, text: run.teacher_pictures(noise, text, 25))
-        start = _distance(grid, run, lambda noise, text: run.clean(noise, text, None))
+        trainer = distillation(name, {}, 0, grid)
+        models, prompts, scale = trainer.run.models, trainer.run.prompts, trainer.run.recipe.mean_guidance_scale
+        own = _distance(grid, models, lambda noise, text: models.sample_teacher(noise, text, prompts.unconditional(len(noise)), 25, scale))
+        start = _distance(grid, models, models.clean)
         _keep(grid.file(name, "teacher"), {"architecture": name, "teacher": own, "untrained": start})
 
 
@@ -215,16 +219,16 @@ def distil(name: str, setting: str, seed: int, grid: Grid) -> None:
     torch.set_num_threads(1)
     began, cpu = time.perf_counter(), time.process_time()
     found: dict[str, Any] = {"architecture": name, "kappa": setting, "seed": seed}
-    run, log = distillation(name, SETTINGS[setting], seed, grid), []
+    trainer, log = distillation(name, SETTINGS[setting], seed, grid), []
     for i in range(grid.steps):
-        scalars = run.step(i)
+        scalars = trainer.step(i)
         log.append(scalars["vsd"])
         if not all(map(math.isfinite, scalars.values())):
             found["stopped"] = i
             break
     else:
-        run.weights.publish(averaged=True)
-        found["distance"] = _distance(grid, run, lambda noise, text: run.clean(noise, text, None))
+        trainer.weights.publish(averaged=True)
+        found["distance"] = _distance(grid, trainer.run.models, trainer.run.models.clean)
         found["vsd"] = float(np.mean(log[-50:]))
     _keep(
         grid.file(name, f"{setting}, {seed}"), {**found, "seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
@@ -232,7 +236,7 @@ def distil(name: str, setting: str, seed: int, grid: Grid) -> None:
 
 
 @torch.no_grad()
-def _distance(grid: Grid, run: Distillation, draw: Callable[..., torch.Tensor]) -> float:
+def _distance(grid: Grid, models: Models, draw: Callable[..., torch.Tensor]) -> float:
     """The Frechet distance of what draw(noise, text) makes of held-out captions to real pictures."""
     scorer, decoder, captions, seen, _ = _judge(grid)
     texts = _held_out(grid, captions)
@@ -240,7 +244,7 @@ def _distance(grid: Grid, run: Distillation, draw: Callable[..., torch.Tensor]) 
     for start in range(0, len(captions), 50):
         rows = range(start, min(start + 50, len(captions)))
         text = texts.batch(rows)
-        text = Text(text.states.to(run.dtype), text.mask if run.denoiser.masked else None)
+        text = TextBatch(text.states.to(models.dtype), text.mask if models.denoiser.masked else None)
         pictures.append(decoder(draw(noise[start : rows.stop], text)).numpy())
     return frechet(scorer(np.concatenate(pictures))[0], seen)
 

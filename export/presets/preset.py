@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.guidance import Guidance, find_guidance
 from snoopi_rt.export.one_step import SCHEDULES, OneStepRule, Prediction
+from snoopi_rt.export.settings import parsed
 
 
 @dataclass(frozen=True)
@@ -133,33 +134,8 @@ def override(preset: Preset, settings: Sequence[str]) -> Preset:
 
     Raises InputError for an unknown key (naming the known ones), a value of another type, and a rule that cannot be.
     """
-    kinds, given = get_type_hints(Preset), {}
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key not in SETTABLE:
-            raise InputError(f"unknown setting {key!r}, choose from {', '.join(SETTABLE)}")
-        try:
-            given[key] = _parsed(kinds[key], value)
-        except ValueError as error:
-            raise InputError(f"setting {key} is {value!r}, which is not {error}") from None
-    return replace(preset, **given, from_scheduler=tuple(key for key in preset.from_scheduler if key not in given))
-
-
-def _parsed(kind: Any, text: str) -> Any:
-    """The value of a text. Raises ValueError that says what would be one."""
-    if kind == tuple[float, ...]:
-        return tuple(_parsed(float, part) for part in text.split(","))
-    if choices := get_args(kind):
-        if text not in choices:
-            raise ValueError(f"one of {', '.join(choices)}")
-        return text
-    try:
-        value = kind(text)
-    except ValueError:
-        raise ValueError("a whole number" if kind is int else "a number") from None
-    if not math.isfinite(value):
-        raise ValueError("a finite number")
-    return value
+    values = parsed(preset, settings, names=SETTABLE)
+    return replace(preset, **values, from_scheduler=tuple(key for key in preset.from_scheduler if key not in values))
 
 
 def written(value: Any) -> str:

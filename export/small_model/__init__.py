@@ -1,1 +1,1 @@
-"""The embedded model: its pictures and captions, its stages of training, its judge."""
+"""The embedded model: its pictures and captions, and the stages that train it before its student."""

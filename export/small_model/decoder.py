@@ -1,4 +1,4 @@
-"""The decoder stage of the small model: 16 x 16 latents to 256 x 256 pixels, trained on the pictures that the latents were made of."""
+"""The decoder stage of the small model: 16 x 16 latents to 256 x 256 pixels, trained on the pictures from which the latents were made."""
 
 import math
 from collections.abc import Callable
@@ -28,22 +28,22 @@ from snoopi_rt.export.weights.text_files import check_folder
 SIDE = 256  # pixels
 FACTOR = 16
 WINDOW = 10  # latent cells that are decoded at once, of FACTOR x FACTOR pixels each
-MARGIN = 2  # cells inside a window's sides that are not compared with the picture, except where a side is the picture's own
+MARGIN = 2  # cells along a window's sides that are not compared with the picture, unless the side is the picture's own
 
 
 @dataclass(frozen=True)
-class Recipe(loop.Recipe):
-    """The settings of this stage.
-
-    noise: deviation of what is added to the latents, so that neighbours decode alike. features: weight of the distance in early features.
-    """
+class DecoderRecipe(loop.StageRecipe):
+    """The settings of this stage. Raises InputError for values out of range."""
 
     steps: int = 6000
     batch: int = 24
     lr: float = 2e-3
     noise: float = 0.06
+    """Largest deviation of the noise added to latents, so that neighbouring ones decode alike."""
     features: float = 0.5
+    """Weight of the distance between early features."""
     pictures: int = 8192
+    """Pictures of the set to train on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,8 +53,11 @@ class Recipe(loop.Recipe):
 
 
 def compared(corners: Tensor, cells: int) -> Tensor:
-    """The pixels of windows that are compared with the picture, (B, 1, WINDOW * FACTOR, WINDOW * FACTOR) bool, for the first row and
-    column (B, 2) of windows of latents of cells x cells: all but a margin that would be decoded otherwise if the window went on there."""
+    """The pixels of windows that are compared with the picture, (B, 1, WINDOW * FACTOR, WINDOW * FACTOR) bool.
+
+    corners: first row and column of each window (B, 2) in latents of cells x cells. Left out is the margin, which would be decoded
+    differently if the window continued there.
+    """
     inside = torch.arange(WINDOW)
     first, last = corners[..., None] == 0, corners[..., None] == cells - WINDOW
     sides = ((inside >= MARGIN) | first) & ((inside < WINDOW - MARGIN) | last)
@@ -70,7 +73,7 @@ def loss(
     mask: Tensor,
     weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """The scalar loss and the L1 distance, for latents (B, 8, h, w), the pictures (B, 3, H, W) and the pixels that are compared."""
+    """The loss and the L1 distance, scalars, of latents (B, 8, h, w), pictures (B, 3, H, W) and the mask of pixels to compare."""
     drawn = torch.where(mask, decoder(latents), pictures).contiguous(memory_format=torch.channels_last)
     error = drawn.float() - pictures.float()
     share = mask.float().mean()
@@ -80,7 +83,7 @@ def loss(
 
 
 def real_pictures(folder: Path, count: int, cache: Path) -> np.ndarray:
-    """The first `count` pictures of a set at twice the size that the encoder saw, (N, 256, 256, 3) uint8, kept in the folder `cache`."""
+    """The first `count` pictures of a set at twice the size that its encoder saw, (N, 256, 256, 3) uint8, kept in the folder `cache`."""
     path = cache / f"pictures-{count}.npy"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -95,9 +98,11 @@ def real_pictures(folder: Path, count: int, cache: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def train(folder: Path, encoder: Path, out: Path, recipe: Recipe, compiled: bool = False) -> None:
-    """Trains the decoder on a set's latents and pictures and writes it to `out`, fp16; its first stages are those of the autoencoder
-    `encoder`, through which the set was seen."""
+def train(folder: Path, encoder: Path, out: Path, recipe: DecoderRecipe, compiled: bool = False) -> None:
+    """Trains the decoder on a set's latents and pictures, and writes it to `out` in fp16.
+
+    encoder: the folder of the set's autoencoder, with whose decoder stages the new decoder begins. Raises as loop.run does.
+    """
     autoencoder = load_module(check_folder(encoder), AutoencoderTiny)
     latents = TrainingSet(folder).latents[: recipe.pictures]
     inputs = {"data": fingerprint(folder / "dataset.json"), "encoder": fingerprint(encoder / WEIGHTS)}
@@ -114,7 +119,7 @@ def train(folder: Path, encoder: Path, out: Path, recipe: Recipe, compiled: bool
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
         chosen = torch.randint(len(latents), (recipe.batch,), generator=random).tolist()
-        # Windows that would begin outside begin at the edge, so that edges are seen as often as the rest.
+        # Windows that would begin outside are moved to the edge, so that edges are seen as often as the rest.
         corners = torch.randint(-MARGIN, cells - WINDOW + MARGIN + 1, (recipe.batch, 2), generator=random).clamp(0, cells - WINDOW)
         parts, targets = [], []
         for n, (y, x) in zip(chosen, corners.tolist(), strict=True):

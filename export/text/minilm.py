@@ -5,7 +5,7 @@ states of the rounded weights, which are the ones that ship.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from snoopi_rt.errors import EngineMissing, how_to_install
+from snoopi_rt.export.text.by_length import encode_by_length
 from snoopi_rt.tokenizer import Tokenizer
 
 MAX_TOKENS = 32
@@ -49,21 +50,16 @@ def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def encode(prompts: Sequence[str], batch: int = 256, progress: bool = False) -> tuple[Tensor, Tensor]:
-    """Token states (N, T, 384) fp16, zero beyond a prompt's length, and lengths (N,) int64. Raises InputError for an over-long prompt.
-
-    A batch holds prompts of one length, so that no token attends to padding.
-    """
+    """Token states (N, T, 384) fp16, zero beyond a prompt's length, and lengths (N,) int64. Raises InputError for an over-long prompt."""
     tokenizer, encoder = Tokenizer(folder() / "tokenizer.json", MAX_TOKENS, lowercase=True), load_text_encoder()
-    ids = [tokenizer(prompt)[0].tolist() for prompt in prompts]
-    lengths = torch.tensor([len(row) for row in ids])
-    states = torch.zeros(len(ids), int(lengths.max()), encoder.config.hidden_size, dtype=torch.float16)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    with tqdm(total=len(ids), desc="text states", unit="prompt", disable=not progress) as bar:
-        while order:
-            length = len(ids[order[0]])
-            now = [i for i in order[:batch] if len(ids[i]) == length]
-            order = order[len(now) :]
-            hidden = encoder(torch.tensor([ids[i] for i in now])).last_hidden_state
-            states[torch.tensor(now), :length] = hidden.to(torch.float16)
-            bar.update(len(now))
+
+    def encoded(batches: list[Tensor]) -> Iterator[Tensor]:
+        for ids in tqdm(batches, desc="text states", unit="batch", disable=not progress):
+            yield encoder(ids).last_hidden_state
+
+    rows = encode_by_length(encoded, [torch.from_numpy(tokenizer(prompt)) for prompt in prompts], batch)
+    lengths = torch.tensor([len(row) for row in rows])
+    states = torch.zeros(len(rows), int(lengths.max()), encoder.config.hidden_size, dtype=torch.float16)
+    for i, row in enumerate(rows):
+        states[i, : len(row)] = row
     return states, lengths

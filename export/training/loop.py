@@ -1,6 +1,6 @@
-"""The loop that every training stage shares: step, log, sample, save, resume exactly, stop on NaN. Knows no loss and no network.
+"""The training loop of every stage: step, log, sample, save, resume exactly, stop on NaN. It knows no loss and no network.
 
-All randomness of step i comes from `generator(seed, i)`, so a resumed run needs no random state and repeats an unbroken one bit for bit.
+All randomness of step i comes from `generator(seed, i)`, so that a resumed run repeats an unbroken one bit for bit.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,47 +22,54 @@ from torch import Tensor
 from tqdm import tqdm
 
 from snoopi_rt.errors import InputError, OutputError
+from snoopi_rt.export.settings import defaults, flattened
 from snoopi_rt.export.training.processes import Processes
-from snoopi_rt.export.training.stage_recipe import Recipe
+from snoopi_rt.export.training.stage_recipe import StageRecipe
 from snoopi_rt.export.weights.files import save_tensors
 from snoopi_rt.files import write_whole
 from snoopi_rt.interrupts import deferred
 
 
 class Resumable(Protocol):
-    """What a checkpoint holds of a stage, as flat named tensors."""
+    """A part of a stage that a checkpoint holds, as named tensors."""
 
     def state(self) -> dict[str, Tensor]: ...
     def restore(self, state: dict[str, Tensor]) -> None: ...
 
 
 SAVE_EVERY_S = 120.0  # seconds of work that a kill may cost
-SAVE_SHARE = 20  # times as long as a save took, at least: a checkpoint of SD has 14 GB
+SAVE_SHARE = 20  # at least this many times as long as a save took: a checkpoint of SD takes 14 GB
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: where it writes, its recipe, and the fingerprints of what it reads. A resumed run must have the same of both.
-
-    `keep`: how many checkpoints stay. `wrong`: why a run with these scalars must stop, or None.
-    """
+    """One training run. A resumed run must have the same recipe and inputs."""
 
     name: str
+    """What messages call it."""
     folder: Path
-    recipe: Recipe
+    """Where it writes."""
+    recipe: StageRecipe
+    """Its settings."""
     inputs: Mapping[str, str]
+    """Fingerprints of what it reads, by name."""
     sample_every: int = 1000
+    """Steps between pictures."""
     keep: int = 2
+    """How many checkpoints stay."""
     wrong: Callable[[Mapping[str, float]], str | None] = lambda scalars: None
+    """Why a run with these scalars must stop; None where it goes on."""
+    former_names: Mapping[str, str] = field(default_factory=dict)
+    """Names that settings had in older checkpoints, with their present ones."""
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The checkpoints that are there, the newest last."""
+        """The checkpoints in the folder, the newest last."""
         return sorted((self.folder / "checkpoints").glob("[0-9]*.safetensors"))
 
 
 def generator(seed: int, *place: int | str) -> torch.Generator:
-    """The random stream of one step, or of one sample in it."""
+    """The random stream of one place in a run: of a step, or of one sample in it."""
     digest = hashlib.sha256("/".join(map(str, (seed, *place))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -74,12 +81,12 @@ def run(
     sample: Callable[[Path], None],
     processes: Processes | None = None,
 ) -> None:
-    """Runs `step(i, generator)` for every step not yet done. Leaves checkpoints/, log.jsonl, tensorboard/ and samples/ in its folder.
+    """Runs `step(i, generator)` for every step left. Writes checkpoints/, log.jsonl, tensorboard/ and samples/ in the stage's folder.
 
-    `step` returns named scalars; `sample(path)` draws a picture of the present state. Of several processes the main one writes, and all
-    must get the same scalars. On the command line a signal to end is heeded after the running step, which is saved.
-    Raises OutputError on NaN or infinity, for what `stage.wrong` says and where the disk is full (the last checkpoint stays), InputError
-    where the folder's checkpoint was made by another recipe; only more steps may be asked for than before.
+    `step` returns named scalars; `sample(path)` draws a picture of the present state. With several processes the main one writes, and all
+    must get the same scalars. On the command line a signal to end takes effect after the running step, which is saved.
+    Raises OutputError on NaN or infinity, for the reason that `stage.wrong` gives and when the disk is full (the last checkpoint stays),
+    and InputError when the folder's checkpoint was made by another recipe; only the number of steps may have grown.
     """
     start = _resume(stage, parts)
     if processes is not None and not processes.main:
@@ -156,27 +163,30 @@ def _save(stage: Stage, parts: Mapping[str, Resumable], step: int) -> None:
 
 
 def _identity(stage: Stage) -> dict[str, object]:
-    return {**asdict(stage.recipe), **stage.inputs}
+    return {**flattened(stage.recipe), **stage.inputs}
 
 
 def first_step(stage: Stage) -> int:
-    """The first step that is not yet done. Raises InputError where the newest checkpoint is damaged or was made by another recipe."""
+    """The first step not yet done. Raises InputError when the newest checkpoint is damaged or was made by another recipe."""
     if not stage.checkpoints:
         return 0
     with _newest(stage) as stored:
         metadata = stored.metadata()
         before, now = json.loads(metadata["recipe"]), json.loads(json.dumps(_identity(stage)))
-    # A run may be told to go on for longer: from there its learning rate is that of the longer run.
+    if not any("." in name for name in before):  # a recipe without groups
+        before = {stage.former_names.get(name, name): value for name, value in before.items()}
+    before = {**defaults(stage.recipe), **before}  # settings that did not exist then
+    # A run may be made longer: from there on its learning rate is that of the longer run.
     if before["steps"] < now["steps"]:
         before["steps"] = now["steps"]
     if before != now:
         changed = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in sorted({*before, *now}) if before.get(k) != now.get(k))
-        raise InputError(f"{stage.folder} holds a {stage.name} of another recipe ({changed}); use the same settings or another folder")
+        raise InputError(f"{stage.folder} holds a {stage.name} of another recipe ({changed}): use the same settings or another folder")
     return int(metadata["step"])
 
 
 def _resume(stage: Stage, parts: Mapping[str, Resumable]) -> int:
-    """The first step that is to do; `parts` are as the newest checkpoint has them."""
+    """The first step to do, after `parts` were restored from the newest checkpoint."""
     start = first_step(stage)
     if stage.checkpoints:
         with _newest(stage) as stored:
@@ -188,16 +198,16 @@ def _resume(stage: Stage, parts: Mapping[str, Resumable]) -> int:
 
 @contextmanager
 def _newest(stage: Stage) -> Iterator[Any]:
-    """The newest checkpoint, opened. Raises InputError where it is damaged."""
+    """The newest checkpoint, opened. Raises InputError when it is damaged."""
     path = stage.checkpoints[-1]
     try:
         with safe_open(path, framework="pt") as stored:
             yield stored
     except (SafetensorError, KeyError) as error:
-        raise InputError(f"{path} is damaged ({error}): remove it to go on from the checkpoint before it") from error
+        raise InputError(f"{path} is damaged ({error}): remove it to resume from the checkpoint before it") from error
 
 
 def _cut_log(path: Path, step: int) -> None:
-    """Drops the lines that a killed run wrote after its last checkpoint."""
+    """Drops the lines that a killed run had written after its last checkpoint."""
     if path.exists():
         write_whole(path, b"".join(path.read_bytes().splitlines(keepends=True)[:step]))

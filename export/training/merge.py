@@ -1,4 +1,4 @@
-"""Two students of one teacher to one: the mean of their weights (SwiftBrush v2, section 3.4)."""
+"""The weighted mean of two students of one teacher (SwiftBrush v2, section 3.4)."""
 
 from pathlib import Path
 
@@ -7,16 +7,16 @@ import torch
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import find_backbone
 from snoopi_rt.export.backbones.network import check_network
-from snoopi_rt.export.training.trainer import write_beside
+from snoopi_rt.export.training.student_folder import write_student
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import CONFIG
 
 
 @torch.no_grad()
 def merge(backbone: str, first: Path, second: Path, weight: float, out: Path) -> None:
-    """Writes weight * first + (1 - weight) * second to `out`, in diffusers layout; all other parts are those of `first`.
+    """Writes weight * first + (1 - weight) * second to `out` in diffusers layout, with all other parts of `first`.
 
-    Raises InputError where the two differ in shape, and where `out` exists.
+    Raises InputError if the two differ in shape, and if `out` exists.
     """
     if out.exists():
         raise InputError(f"{out} exists: choose another folder")
@@ -33,4 +33,4 @@ def merge(backbone: str, first: Path, second: Path, weight: float, out: Path) ->
         for name, value in network.state_dict().items()
     }
     network.load_state_dict(merged, assign=True)
-    write_beside(first, denoiser.part, network, out)
+    write_student(first, denoiser.part, network, out)

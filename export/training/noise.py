@@ -1,4 +1,4 @@
-"""All that is random in a step of PG-SB: of each sample by its own number, so that it is the same on one process and on many."""
+"""All randomness of a step of PG-SB. Every sample has random streams of its own, so that one process and many draw the same."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,34 +7,46 @@ import torch
 from torch import Tensor
 
 from snoopi_rt.export.training.loop import generator
-from snoopi_rt.export.training.recipe import Recipe
+from snoopi_rt.export.training.recipe import StudentRecipe
 
-LAST = 1000  # timesteps
+TIMESTEPS = 1000
+# The names of random streams ("kappa", "lora", "pair") are part of every run: another name would be other noise.
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Of the student's step. noise and eps (B, C, h, w); t (B,); kappa, nasa: (B,) from U(0, 1); negative: (B,) numbers of negatives."""
+class StudentNoise:
+    """The random numbers of the student's step for B samples."""
 
     noise: Tensor
+    """What the student draws from, (B, C, h, w)."""
     eps: Tensor
+    """What its pictures are noised with before the teachers see them, (B, C, h, w)."""
     t: Tensor
-    kappa: Tensor
+    """The timesteps to which they are noised, (B,) int64."""
+    guidance: Tensor
+    """The guidance scale's place between its bounds, (B,) from U(0, 1)."""
     nasa: Tensor
-    negative: list[int]
+    """The negative scale as a share of the largest, (B,) from U(0, 1)."""
+    negatives: list[int]
+    """The row of each sample's negative prompt."""
 
 
 @dataclass(frozen=True)
-class LoraDraws:
-    """Of one of the LoRA teacher's steps. eps (B, C, h, w); t (B,); empty (B,): whose prompt is left out."""
+class LoraNoise:
+    """The random numbers of one of the LoRA teacher's steps for B samples."""
 
     eps: Tensor
+    """What the student's pictures are noised with, (B, C, h, w)."""
     t: Tensor
-    empty: list[bool]
+    """The timesteps to which they are noised, (B,) int64."""
+    dropped: list[bool]
+    """Whose prompt is replaced by the empty one."""
 
 
-def draw(recipe: Recipe, step: int, samples: Iterable[int], shape: tuple[int, ...], negatives: int, device: torch.device) -> Draws:
-    """The draws of some samples (numbers in the step's batch)."""
+def student_noise(
+    recipe: StudentRecipe, step: int, samples: Iterable[int], shape: tuple[int, ...], negatives: int, device: torch.device
+) -> StudentNoise:
+    """The random numbers of some samples, by their numbers in the step's batch, out of so many negative prompts."""
     # One for the whole batch, on every process the same.
     shared = torch.rand((), generator=generator(recipe.seed, step, "kappa"))
     rows = []
@@ -42,29 +54,31 @@ def draw(recipe: Recipe, step: int, samples: Iterable[int], shape: tuple[int, ..
         random = generator(recipe.seed, step, sample)
         noise, eps = torch.randn(2, *shape, generator=random)
         t = torch.randint(recipe.t_min, recipe.t_max + 1, (), generator=random)
-        kappa, nasa = torch.rand(2, generator=random)
+        own, nasa = torch.rand(2, generator=random)
         negative = torch.randint(max(negatives, 1), (), generator=random)
-        rows.append((noise, eps, t, shared if recipe.kappa_per == "batch" else kappa, nasa, negative))
-    noise, eps, t, kappa, nasa, negative = (torch.stack(column) for column in zip(*rows, strict=True))
-    return Draws(noise.to(device), eps.to(device), t.to(device), kappa.to(device), nasa.to(device), negative.tolist())
+        rows.append((noise, eps, t, shared if recipe.guidance.per == "batch" else own, nasa, negative))
+    noise, eps, t, guidance, nasa, negative = (torch.stack(column) for column in zip(*rows, strict=True))
+    return StudentNoise(noise.to(device), eps.to(device), t.to(device), guidance.to(device), nasa.to(device), negative.tolist())
 
 
-def draw_lora(recipe: Recipe, step: int, turn: int, samples: Iterable[int], shape: tuple[int, ...], device: torch.device) -> LoraDraws:
-    """The draws of some samples for turn number `turn` of the LoRA teacher in this step."""
+def lora_noise(
+    recipe: StudentRecipe, step: int, turn: int, samples: Iterable[int], shape: tuple[int, ...], device: torch.device
+) -> LoraNoise:
+    """The random numbers of some samples in one of the LoRA teacher's turns in this step."""
     rows = []
     for sample in samples:
         random = generator(recipe.seed, step, sample, "lora", turn)
         rows.append(
             (
                 torch.randn(*shape, generator=random),
-                torch.randint(LAST, (), generator=random),
-                torch.rand((), generator=random) < recipe.empty,
+                torch.randint(TIMESTEPS, (), generator=random),
+                torch.rand((), generator=random) < recipe.lora.prompt_dropout,
             )
         )
-    eps, t, empty = (torch.stack(column) for column in zip(*rows, strict=True))
-    return LoraDraws(eps.to(device), t.to(device), empty.tolist())
+    eps, t, dropped = (torch.stack(column) for column in zip(*rows, strict=True))
+    return LoraNoise(eps.to(device), t.to(device), dropped.tolist())
 
 
-def pair_noise(recipe: Recipe, pairs: Iterable[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The noise (B, C, h, w) of the pairs that a warm start is trained on, by their numbers."""
+def pair_noise(recipe: StudentRecipe, pairs: Iterable[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The noise (B, C, h, w) of pairs of noise and prompt, by their numbers."""
     return torch.stack([torch.randn(*shape, generator=generator(recipe.seed, "pair", pair)) for pair in pairs]).to(device)

@@ -1,7 +1,7 @@
-"""Full-precision master weights for a network that computes in bf16: AdamW or Muon, gradient clipping and the moving average.
+"""Full-precision master weights of a network that computes in bf16: AdamW or Muon, gradient clipping and the moving average.
 
-A network in plain bf16 runs 1.3 to 5 times faster on a CPU with bf16 units than under autocast, which casts every weight again at each
-step; but bf16 weights lose small updates. So the masters are fp32, AdamW and the moving average work on them, and the network gets a copy.
+On a CPU with bf16 units plain bf16 is 1.3 to 5 times faster than autocast, which casts every weight again at each step; but bf16 weights
+lose small updates. So the optimiser and the moving average work on fp32 masters, and the network gets a copy.
 """
 
 import math
@@ -15,8 +15,8 @@ from snoopi_rt.export.training.processes import Processes
 class MasterWeights:
     """The trainable parameters of `network` in fp32, with their optimiser and moving average.
 
-    `ema` is the decay of the moving average after warm-up (Karras-style ramp (1 + step) / (10 + step)); 0 keeps none. `muon`: the
-    matrices of transformer blocks are stepped by Muon at the RMS of an AdamW step (Liu et al. 2025), so that one learning rate serves both.
+    ema: decay of the moving average after a ramp of (1 + step) / (10 + step); 0 keeps none. clip: the largest gradient norm. muon: step the
+    matrices of transformer blocks by Muon, scaled to the RMS of an AdamW step (Liu et al. 2025), so that one learning rate serves both.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class MasterWeights:
         processes: Processes | None = None,
     ):
         self.names, self.live = zip(*((name, p) for name, p in network.named_parameters() if p.requires_grad), strict=True)
-        # In one layout, since fused optimisers take a gradient's memory as it lies: one of channels last would be read in another order.
+        # Contiguous, since fused optimisers read a gradient's memory in order, and that of a channels-last parameter in the wrong one.
         self.masters = [p.detach().float().clone(memory_format=torch.contiguous_format) for p in self.live]
         self.averages = [p.clone() for p in self.masters] if ema else []
         self.ema, self.clip, self.steps, self.processes = ema, clip, 0, processes
-        # In parts, so that the gradients of one part at a time are widened to fp32.
+        # In parts, so that fp32 gradients exist for one part at a time.
         matrices = {i for i, p in enumerate(self.live) if muon and p.ndim == 2 and "blocks." in self.names[i]}
         self.adams: list[tuple[list[int], torch.optim.Optimizer]] = [
             (part, torch.optim.AdamW([self.masters[i] for i in part], lr=0.0, betas=betas, weight_decay=weight_decay, fused=True))
@@ -48,19 +48,19 @@ class MasterWeights:
         self.sums: list[Tensor] | None = None
 
     def accumulate(self) -> None:
-        """Adds the network's gradients to a sum in fp32, which `step` takes instead of them, and clears them."""
+        """Adds the network's gradients to a sum in fp32, which `step` takes in their place, and clears them."""
         if self.sums is None:
             self.sums = [torch.zeros_like(master) for master in self.masters]
         for total, parameter in zip(self.sums, self.live, strict=True):
-            # A parameter outside the loss (a norm that the network does not reach) has no gradient.
+            # A parameter on which the loss does not depend has no gradient.
             if parameter.grad is not None:
                 total += parameter.grad
                 parameter.grad = None
 
     def step(self, lr: float) -> float:
-        """One AdamW step with the gradients that the network holds, or that were accumulated, meant over all processes; clears them.
+        """One optimiser step with the network's gradients, or those accumulated, averaged over all processes; then clears them.
 
-        Returns the gradient norm before clipping. Where that is not finite, nothing is changed.
+        Returns the gradient norm before clipping. If that is not finite, nothing changes.
         """
         if self.processes is not None and self.processes.count > 1:
             if self.sums is None:
@@ -99,7 +99,7 @@ class MasterWeights:
         return dict(zip(self.names, self.averages or self.masters, strict=True))
 
     def state(self) -> dict[str, Tensor]:
-        """All that an exact resume needs, as flat named tensors."""
+        """Everything that an exact resume needs, as named tensors."""
         tensors = {"steps": torch.tensor(self.steps)}
         for i, name in enumerate(self.names):
             tensors[f"master.{name}"] = self.masters[i]
@@ -115,7 +115,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes what `state` gave. Raises KeyError where a tensor is missing."""
+        """Restores what `state` returned. Raises KeyError for a missing tensor."""
         self.steps = int(state["steps"])
         for i, name in enumerate(self.names):
             self.masters[i].copy_(state[f"master.{name}"])
@@ -134,13 +134,13 @@ class MasterWeights:
 
 ADAM_MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
 MUON_MOMENTS = {"momentum": "momentum_buffer"}
-"""What an optimiser keeps of each parameter: the name in a checkpoint, and torch's own."""
+"""What an optimiser keeps of each parameter: its name in a checkpoint, and torch's own."""
 PART = 64 * 2**20
-"""Parameters whose fp32 gradients exist at one time: 256 MB."""
+"""Parameters whose fp32 gradients exist at the same time: 256 MB."""
 
 
 def _parts(numbers: list[int], sizes: list[int]) -> list[list[int]]:
-    """The numbers of some parameters, in groups of about PART; none where there is no number."""
+    """The numbers of some parameters, in groups of about PART elements; no group where there is no number."""
     parts: list[list[int]] = []
     room = 0
     for i in numbers:
@@ -153,7 +153,7 @@ def _parts(numbers: list[int], sizes: list[int]) -> list[list[int]]:
 
 
 def learning_rate(peak: float, step: int, steps: int, *, warmup: int = 100, decay_from: float = 0.6) -> float:
-    """Linear warm-up, flat, then a cosine fall to zero over the last part of the run."""
+    """The learning rate of a step: linear warm-up, constant, then a cosine decay to zero from that share of the run on."""
     start = int(steps * decay_from)
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""The processes that train together: one, or those that `accelerate launch` started on several GPUs and hosts."""
+"""The processes that train together: one, or those that `accelerate launch` starts on several GPUs and hosts."""
 
 import atexit
 from collections.abc import Iterable
@@ -10,28 +10,28 @@ from torch import Tensor
 
 
 class Processes:
-    """This process among all: its `device`, its `rank`, how many there are, and whether it is the one that writes (`main`).
+    """This process among all: its `device`, its `rank`, their `count`, and whether it is the one that writes (`main`).
 
-    `with processes.first()`: the main one does something before the others.
+    `with processes.first()`: the main process runs the block before the others.
     """
 
     def __init__(self) -> None:
-        # Several processes on CPUs are started by torchrun: `accelerate launch --cpu` starts one.
+        # Several processes on CPUs are started by torchrun: `accelerate launch --cpu` starts a single one.
         # The others wait while the main one encodes prompts, which may take hours, and saves.
         state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-        # Gloo's threads may hold the last tensors still; freed while the interpreter ends they abort it (pytorch/pytorch#179291).
+        # Gloo's threads may still hold the last tensors, and freeing them while the interpreter ends aborts it (pytorch/pytorch#179291).
         atexit.register(state.destroy_process_group)
         self.first = state.main_process_first
         self.device, self.rank, self.count, self.main = state.device, state.process_index, state.num_processes, state.is_main_process
 
     def mean(self, tensors: Iterable[Tensor]) -> None:
-        """Makes of each tensor its mean over all processes, in place."""
+        """Averages each tensor over all processes, in place."""
         if self.count > 1:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
                 tensor /= self.count
 
     def share(self, total: int) -> range:
-        """This process's samples of a step's `total`."""
+        """The numbers of this process's samples, of a step's `total`."""
         part = total // self.count
         return range(self.rank * part, (self.rank + 1) * part)

@@ -1,4 +1,4 @@
-"""The prompts to train on, read one after the other in constant memory."""
+"""The prompts to train on, read one by one in constant memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,17 +8,17 @@ from snoopi_rt.batch.prompt_formats import Wrong
 from snoopi_rt.errors import InputError
 
 KEYS = ("prompt", "caption", "text")
-"""Where a row has its prompt: the first of these that is there. Other columns are ignored."""
+"""The columns of a prompt: the first of these that a row has. All others are ignored."""
 
 
 def check_prompts(path: Path) -> None:
-    """Returns for a file of prompts that can be read to its end and holds one; else raises InputError."""
+    """Reads a file of prompts to its end. Raises InputError for a bad row, and where there is no prompt at all."""
     if not sum(1 for _ in read_prompts(path)):
         raise InputError(f"there is no prompt in {path}")
 
 
 def read_prompts(path: Path) -> Iterator[str]:
-    """The prompts of a file of any format that `PromptFile` reads, without empty ones.
+    """The prompts of a file of any format that `PromptFile` reads, skipping empty ones.
 
     Raises InputError for a file that cannot be read, and for a row without a prompt.
     """

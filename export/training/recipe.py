@@ -1,148 +1,210 @@
-"""The settings of PG-SB, all of them, and the recipes that papers and this project give them. Data alone: no torch."""
+"""How a student is distilled: every setting, in groups. Data alone: no torch."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.training import stage_recipe
+from snoopi_rt.export.settings import check_choices, flattened
+from snoopi_rt.export.training.stage_recipe import StageRecipe
 
-Teachers = Literal["both", "frozen", "lora", "none"]
-Weight = Literal["dmd", "swiftbrush", "epsilon", "x0"]
+RandomOn = Literal["both", "frozen", "lora", "none"]
+Weighting = Literal["dmd", "swiftbrush", "epsilon", "x0"]
 
 
 @dataclass(frozen=True)
-class Recipe(stage_recipe.Recipe):
-    """How a student is distilled. Raises InputError for values that cannot be.
+class Optimiser:
+    """AdamW of the student; the LoRA teacher shares betas, max_norm and warmup."""
 
-    batch: of one step over all processes. micro_batch: of one forward on one process, 0 is all that it has of a batch.
-    precision: of the networks; their masters, the optimisers and all arithmetic between networks are fp32. checkpointing: activations
-    are computed again in the backward pass instead of being kept.
-
-    kappa ~ U(kappa_min, kappa_max) on the teachers of kappa_on, one draw a sample or one a batch; elsewhere the mean. lora_kappa: above 0
-    it is the LoRA teacher's scale instead; at 1, as in DMD, the student learns the guided teacher and not the teacher. t_min to t_max: the
-    timesteps of the VSD gradient, and of the discriminator; weight: see pgsb.vsd_gradient. lora_rank: 0 makes the LoRA teacher a full copy.
-    lora_weighted: see pgsb.lora_loss. empty: the share of prompts that the LoRA teacher sees as the empty one, without which guidance on it
-    means nothing.
-
-    timestep: what the student is fed, -1 is the backbone's. student_rank: 0 trains all of the student, else a LoRA that is merged at the
-    end. warm_steps: so many steps first that bring the student near the teacher's own pictures of warm_pairs pairs of noise and prompt,
-    drawn in warm_calls calls at guidance kappa's mean. warm_weight: that distance's part of the loss in the steps after them (the
-    regression loss of DMD, which keeps what VSD alone forgets). nasa_max: above 0 the student runs with NASA at a scale of U(0, nasa_max)
-    and the frozen teacher has the negative in place of the empty prompt (NASA-T, v3 section 4.3), by the same share of it.
-    edit_weight: of what a negative prompt should do to a picture, at scales up to nasa_max (see edits.py). adversarial_weight: of a
-    discriminator on the frozen teacher's features, whose real pictures are those of the warm_pairs (see adversarial.py); heads_lr: its own
-    learning rate. vsd_weight: of VSD; 0 leaves it and the LoRA teacher out. clip_weight: of the clamped
-    CLIP loss, falling linearly to 0. collapse: the deviation of clean latents below which the run stops; theirs is about 1.
-    """
-
-    micro_batch: int = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
-    checkpointing: bool = False
-    kappa_min: float = 0.5
-    kappa_max: float = 4.0
-    kappa_on: Teachers = "both"
-    kappa_per: Literal["sample", "batch"] = "sample"
-    lora_kappa: float = 0.0
-    t_min: int = 20
-    t_max: int = 980
-    weight: Weight = "dmd"
-    timestep: int = -1
-    student_rank: int = 0
     beta1: float = 0.9
+    """Decay of the gradients' mean."""
     beta2: float = 0.999
+    """Decay of the squared gradients' mean."""
     weight_decay: float = 0.0
-    clip: float = 1.0
+    """Of the student alone."""
+    max_norm: float = 1.0
+    """Gradients are clipped to this norm."""
     warmup: int = 100
+    """Steps over which the learning rate rises linearly."""
     decay_from: float = 1.0
+    """Share of the run after which the student's learning rate falls along a cosine to 0."""
     ema: float = 0.999
-    lora_rank: int = 64
-    lora_alpha: int = 128
-    lora_lr: float = 1e-3
-    lora_steps: int = 1
-    lora_weighted: bool = False
-    empty: float = 0.1
-    warm_steps: int = 0
-    warm_pairs: int = 16_384
-    warm_calls: int = 10
-    warm_weight: float = 0.0
+    """Decay of the student's moving average, which is what ships; 0 keeps none and saves its memory."""
+
+
+@dataclass(frozen=True)
+class GuidanceScale:
+    """The guidance scale of the teachers, kappa ~ U(min, max): PG-SB's random scale (SNOOPI v3, section 4.2)."""
+
+    min: float = 0.5
+    """Smallest scale; 1 is no guidance."""
+    max: float = 4.0
+    """Largest scale; equal to min for a fixed one."""
+    random_on: RandomOn = "both"
+    """Teachers on which the scale is random; the others take the mean of min and max."""
+    per: Literal["sample", "batch"] = "sample"
+    """Whether every sample has a scale of its own."""
+    lora: float = 0.0
+    """Above 0: a fixed scale of the LoRA teacher. At 1, as in DMD, the student learns the guided teacher instead of the teacher."""
+
+
+@dataclass(frozen=True)
+class LoraTeacher:
+    """The LoRA teacher, which follows what the student draws."""
+
+    rank: int = 64
+    """0: a full copy of the teacher in place of a LoRA, also called a fake score network."""
+    alpha: int = 128
+    """The LoRA's scale is alpha / rank."""
+    lr: float = 1e-3
+    """Its learning rate, which does not decay."""
+    steps: int = 1
+    """Its steps per step of the student."""
+    weighted: bool = False
+    """Whether its loss is weighted by alpha_t^2, as in SwiftBrush's code; see pgsb.lora_loss."""
+    prompt_dropout: float = 0.1
+    """Share of its prompts replaced by the empty one, without which guidance on it means nothing."""
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The settings of one loss; each loss may add its own (losses/loss.py)."""
+
+    weight: float = 0.0
+    """Its weight in the student's loss; 0 leaves the loss out."""
+
+
+@dataclass(frozen=True)
+class Vsd(LossSettings):
+    """Variational score distillation (losses/vsd.py)."""
+
+    weight: float = 1.0
+    """Its weight in the student's loss; 0 leaves VSD and the training of the LoRA teacher out."""
+    weighting: Weighting = "dmd"
+    """w(t): how timesteps are weighted; see pgsb.vsd_gradient."""
+
+
+@dataclass(frozen=True)
+class Regression(LossSettings):
+    """Distance to the teacher's own pictures (losses/regression.py): DMD's regression loss, which keeps what VSD alone forgets."""
+
+    warmup_steps: int = 0
+    """So many steps first with this loss alone, at weight 1."""
+    pairs: int = 16_384
+    """Pairs of noise and prompt of which the teacher draws pictures."""
+    teacher_steps: int = 10
+    """DDIM steps in which the teacher draws them, at the mean guidance scale."""
+
+
+@dataclass(frozen=True)
+class Edits(LossSettings):
+    """What negative prompts should do to pictures (losses/edits.py)."""
+
+
+@dataclass(frozen=True)
+class Adversarial(LossSettings):
+    """A discriminator on the frozen teacher's features (losses/adversarial.py)."""
+
+    lr: float = 1e-3
+    """Learning rate of the discriminator's heads."""
+
+
+@dataclass(frozen=True)
+class Clip(LossSettings):
+    """The clamped CLIP loss (losses/clip.py), whose weight falls linearly to 0."""
+
+    threshold: float = 0.37
+    """Cosine similarity beyond which a picture is not pulled any closer to its prompt."""
+
+
+LOSS_SETTINGS: dict[str, type[LossSettings]] = {
+    "vsd": Vsd,
+    "regression": Regression,
+    "edits": Edits,
+    "adversarial": Adversarial,
+    "clip": Clip,
+}
+"""By the name of the loss; `losses.register` adds to it."""
+
+
+@dataclass(frozen=True)
+class StudentRecipe(StageRecipe):
+    """How a student is distilled. Raises InputError for values out of range."""
+
+    steps: int = 3000
+    """Optimiser steps of the whole run."""
+    batch: int = 32
+    """Samples per step, over all processes."""
+    lr: float = 1e-4
+    """Peak learning rate of the student."""
+    micro_batch: int = 0
+    """Samples per forward pass; 0 takes all that a process has of a batch."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the networks; master weights, optimisers and all arithmetic between networks are fp32."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them: less memory, more time."""
+    timestep: int = -1
+    """Timestep that the student is fed; -1 is the backbone's."""
+    student_rank: int = 0
+    """0 trains all of the student; above 0 a LoRA of that rank, merged at the end."""
+    t_min: int = 20
+    """First timestep to which VSD and the discriminator noise the student's pictures."""
+    t_max: int = 980
+    """Last of those timesteps."""
     nasa_max: float = 0.0
-    vsd_weight: float = 1.0
-    edit_weight: float = 0.0
-    adversarial_weight: float = 0.0
-    heads_lr: float = 1e-3
-    clip_weight: float = 0.0
-    clip_threshold: float = 0.37
+    """Above 0: the student runs with NASA at a scale from U(0, nasa_max) wherever it has a negative prompt."""
     collapse: float = 0.05
+    """The run stops when the deviation of the student's latents falls below this; that of real ones is about 1."""
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    guidance: GuidanceScale = field(default_factory=GuidanceScale)
+    lora: LoraTeacher = field(default_factory=LoraTeacher)
+    losses: Mapping[str, LossSettings] = field(default_factory=lambda: {name: kind() for name, kind in LOSS_SETTINGS.items()})
+    """The settings of every registered loss, by its name: `vsd.weight`, `clip.threshold`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, kind in get_type_hints(Recipe).items():
-            value = getattr(self, name)
-            if choices := get_args(kind):
-                self._require(value in choices, f"{name} is {value!r}, choose from {', '.join(choices)}")
-        for low, high in (("kappa_min", "kappa_max"), ("t_min", "t_max")):
-            self._require(getattr(self, low) <= getattr(self, high), f"{low} is above {high}")
-        self._require(self.t_min >= 0 and self.t_max <= 999, "timesteps lie between 0 and 999")
-        for name in ("empty", "beta1", "beta2", "ema", "decay_from"):
-            self._require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1")
-        counts = ("micro_batch", "student_rank", "lora_rank", "warm_steps", "warmup")
-        weights = ("vsd_weight", "warm_weight", "edit_weight", "adversarial_weight", "clip_weight")
-        for name in (*counts, *weights, "lora_kappa", "nasa_max", "collapse"):
-            self._require(getattr(self, name) >= 0, f"{name} must not be negative")
-        for name in ("warm_pairs", "warm_calls", "clip", "lora_lr", "lora_steps", "lora_alpha", "heads_lr"):
-            self._require(getattr(self, name) > 0, f"{name} must be above 0")
-        self._require(
-            self.vsd_weight + self.warm_weight > 0 or self.warm_steps == self.steps,
-            "nothing keeps the student good: set vsd_weight or warm_weight",
-        )
+        check_choices(self)
+        settings = flattened(self)
+        for low, high in (("guidance.min", "guidance.max"), ("t_min", "t_max")):
+            _require(settings[low] <= settings[high], f"{low} is above {high}")
+        _require(self.t_min >= 0 and self.t_max <= 999, "timesteps lie between 0 and 999")
+        for name in SHARES:
+            _require(0 <= settings[name] <= 1, f"{name} must lie between 0 and 1")
+        for name in (*NOT_NEGATIVE, *(f"{loss}.weight" for loss in self.losses)):
+            _require(settings[name] >= 0, f"{name} must not be negative")
+        for name in POSITIVE:
+            _require(settings[name] > 0, f"{name} must be above 0")
+        anchored = settings["vsd.weight"] + settings["regression.weight"] > 0 or settings["regression.warmup_steps"] == self.steps
+        _require(anchored, "nothing keeps the student good: set vsd.weight or regression.weight")
 
-    def _require(self, condition: bool, message: str) -> None:
-        if not condition:
-            raise InputError(f"recipe: {message}")
+    @property
+    def mean_guidance_scale(self) -> float:
+        """The mean of the random guidance scale."""
+        return (self.guidance.min + self.guidance.max) / 2
 
 
-# SNOOPI v1, table 6, and v3: AdamW, LoRA of rank 64 and scale 128, clamped CLIP loss 0.1 to 0 at tau 0.37 for those who have CLIP.
-# w(t), the timesteps and the share of empty prompts are those of SwiftBrush's trainer, since the papers do not state them.
-_SNOOPI: dict[str, Any] = {
-    "batch": 64,
-    "lr": 1e-6,
-    "weight": "swiftbrush",
-    "lora_weighted": True,
-    "checkpointing": True,
-    "ema": 0.9999,
-    "warmup": 500,
-}
-_SMALL: dict[str, Any] = {"batch": 32, "kappa_min": 1.0, "kappa_max": 3.5, "beta1": 0.0, "beta2": 0.99, "ema": 0.998}
-RECIPES = {
-    "small": Recipe(3000, lr=1e-4, **_SMALL, decay_from=0.7),
-    "snoopi-sd15": Recipe(60_000, **_SNOOPI),
-    "snoopi-sd21": Recipe(40_000, **_SNOOPI),
-    "snoopi-pixart": Recipe(50_000, **{**_SNOOPI, "batch": 32}, kappa_max=3.0),
-    "swiftbrush-sd21": Recipe(60_000, **{**_SNOOPI, "lora_alpha": 108}, kappa_min=4.5, kappa_max=4.5),
-}
-"""By name; `swiftbrush-sd21` has the fixed scale that PG-SB replaces."""
-DEFAULT = {"small": "small", "sd15": "snoopi-sd15", "sd21": "snoopi-sd21", "pixart": "snoopi-pixart"}
-"""The recipe of each backbone where none is named."""
+SHARES = ("lora.prompt_dropout", "optimiser.beta1", "optimiser.beta2", "optimiser.ema", "optimiser.decay_from")
+NOT_NEGATIVE = (
+    "micro_batch",
+    "student_rank",
+    "nasa_max",
+    "collapse",
+    "lora.rank",
+    "guidance.lora",
+    "optimiser.warmup",
+    "regression.warmup_steps",
+)
+POSITIVE = (
+    "optimiser.max_norm",
+    "lora.alpha",
+    "lora.lr",
+    "lora.steps",
+    "regression.pairs",
+    "regression.teacher_steps",
+    "adversarial.lr",
+)
 
 
-def find_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises InputError, naming the known ones."""
-    if name not in RECIPES:
-        raise InputError(f"unknown recipe {name!r}, choose from {', '.join(RECIPES)}")
-    return RECIPES[name]
-
-
-def table() -> str:
-    """All recipes side by side, a line a setting."""
-    columns = [
-        ["setting", *RECIPES],
-        *([field.name, *(f"{getattr(recipe, field.name)}" for recipe in RECIPES.values())] for field in fields(Recipe)),
-    ]
-    widths = [max(len(row[i]) for row in columns) for i in range(len(RECIPES) + 1)]
-    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in columns)
-
-
-def described(recipe: Any) -> str:
-    """Every setting of a recipe, a line each."""
-    width = max(len(field.name) for field in fields(recipe))
-    return "\n".join(f"{name:{width}}  {value}" for name, value in asdict(recipe).items())
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(f"recipe: {message}")

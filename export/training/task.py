@@ -4,42 +4,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.training.recipe import Recipe
+from snoopi_rt.export.training.recipe import StudentRecipe
+from snoopi_rt.export.training.text_states import check_states, states_key
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is distilled. teacher: a diffusers folder. student: where it starts from, none is the teacher's own weights.
-
-    prompts, negatives: files of prompts (.txt, .jsonl, .parquet); negatives for NASA-T. edits: a file of what negatives should do, see
-    edits.py. clip: a folder of a CLIPModel with its tokenizer. states: the folder of all text states, none is one in `out`.
-    """
+    """The files and folders of a run."""
 
     backbone: str
     teacher: Path
+    """A diffusers folder."""
     prompts: Path
+    """Prompts to train on: .txt, .csv, .tsv, .json, .jsonl or .parquet."""
     out: Path
+    """Where the student goes."""
     student: Path | None = None
+    """A diffusers folder that the student starts from; None for the teacher's own weights."""
     negatives: Path | None = None
+    """Negative prompts to train with (NASA-T), in the formats of `prompts`."""
     edits: Path | None = None
+    """What negative prompts should do: see edits.py."""
     clip: Path | None = None
+    """A folder with a CLIPModel and its tokenizer."""
     states: Path | None = None
+    """The folder of all text states; None for one in `out`."""
 
     def states_folder(self, name: str) -> Path:
         """Where the text states of that name are kept."""
         return (self.states or self.out / "states") / name
 
-    def check(self, recipe: Recipe) -> None:
-        """Raises InputError where the recipe asks for what is not given, or leaves out what is."""
-        if (recipe.edit_weight > 0) != (self.edits is not None):
-            raise InputError("edits need both: a file of them and an edit_weight above 0")
-        if self.negatives is not None and not recipe.vsd_weight:
-            raise InputError("NASA-T needs a vsd_weight above 0")
+    def check_states(self, file: Path, name: str) -> None:
+        """Raises InputError where the text states of that name are of another file or of another text encoder."""
+        check_states(self.states_folder(name), states_key(file, self.teacher / "text_encoder"))
+
+    def check(self, recipe: StudentRecipe) -> None:
+        """Raises InputError where the recipe asks for what is not there, or leaves out what is. Every loss checks its own."""
+        if self.negatives is not None and not recipe.losses["vsd"].weight:
+            raise InputError("NASA-T needs a vsd.weight above 0")
         if (recipe.nasa_max > 0) != (self.negatives is not None or self.edits is not None):
             raise InputError("negatives and edits need a nasa_max above 0, and a nasa_max above 0 needs one of them")
-        if recipe.adversarial_weight and not (recipe.warm_steps or recipe.warm_weight):
-            raise InputError("the discriminator needs the teacher's pictures: a warm_weight above 0")
-        if recipe.clip_weight and not recipe.vsd_weight:
-            raise InputError("the clamped CLIP loss needs a vsd_weight above 0")
-        if (recipe.clip_weight > 0) != (self.clip is not None):
-            raise InputError("the clamped CLIP loss needs both: a CLIP model and a clip_weight above 0")

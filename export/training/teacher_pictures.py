@@ -1,50 +1,38 @@
-"""What a teacher draws of given noise and prompts, kept on disk: a student that starts from them sees each many times."""
+"""What the teacher draws of pairs of noise and prompt, kept on disk, since a student sees each pair many times."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
-from snoopi_rt.export.training.text_states import shuffled
-
-if TYPE_CHECKING:
-    from snoopi_rt.export.training.distillation import Distillation
+from torch import Tensor
 
 
 class TeacherPictures:
-    """Clean latents by the number of their pair of noise and prompt, drawn when they are first asked for, in two files of a folder.
+    """Clean latents by the number of their pair, drawn when they are first asked for, in two files of a folder.
 
-    What a stopped run has drawn is kept. Several processes may share the folder: they draw different pairs.
+    draw(pairs): latents (B, C, h, w). key: tells one set of pictures from another; what a stopped run has drawn is kept. Several
+    processes may share the folder: they draw different pairs.
     """
 
-    def __init__(self, run: "Distillation", folder: Path, key: str):
+    def __init__(self, folder: Path, key: str, count: int, shape: tuple[int, ...], draw: Callable[[Sequence[int]], Tensor]):
         folder.mkdir(parents=True, exist_ok=True)
-        self._run, self._count = run, run.recipe.warm_pairs
-        self._latents = open_array(folder / f"{key}-{self._count}.npy", (self._count, *run.shape), np.float16)
-        self._drawn = open_array(folder / f"{key}-{self._count}-drawn.npy", (self._count,), np.bool_)
+        self._draw = draw
+        self._latents = open_array(folder / f"{key}-{count}.npy", (count, *shape), np.float16)
+        self._drawn = open_array(folder / f"{key}-{count}-drawn.npy", (count,), np.bool_)
+
+    def __len__(self) -> int:
+        return len(self._drawn)
 
     def latents(self, pairs: Sequence[int]) -> Tensor:
-        """The teacher's pictures of these pairs (B, C, h, w) fp32 on the run's device."""
+        """The teacher's pictures of these pairs, (B, C, h, w) fp32 on the CPU."""
         if not self._drawn[pairs].all():
-            drawn = self._run.teacher_pictures(*self._run.given(pairs), self._run.recipe.warm_calls)
-            self._latents[pairs], self._drawn[pairs] = drawn.half().cpu().numpy(), True
-        return torch.from_numpy(self._latents[pairs]).float().to(self._run.device)
-
-    def loss(self, step: int, samples: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Clean latents (B, C, h, w) of the student, and their distance to what the teacher makes of the same noise."""
-        run, first = self._run, step * self._run.recipe.batch
-        pairs = [shuffled(first + sample, self._count, run.recipe.seed) for sample in samples]
-        target = self.latents(pairs)
-        x0 = run.clean(*run.given(pairs), None)
-        loss = nn.functional.mse_loss(x0, target)
-        return x0, loss, {"warm": loss}
+            self._latents[pairs], self._drawn[pairs] = self._draw(pairs).half().cpu().numpy(), True
+        return torch.from_numpy(self._latents[pairs]).float()
 
 
 def open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """A file of zeros, which stay where nothing is written."""
+    """An array in a file, mapped for reading and writing; a new one is all zeros and takes no space where nothing is written."""
     if not path.exists():
         beside = path.with_name(f".{path.name}.part")
         np.lib.format.open_memmap(beside, mode="w+", dtype=dtype, shape=shape).flush()

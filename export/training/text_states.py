@@ -1,7 +1,7 @@
-"""What the text encoder makes of all prompts, computed once and kept on disk in shards, and read back row by row.
+"""The text states of all prompts, computed once, kept on disk in shards and read back row by row.
 
 A folder has shard-00000.safetensors and so on, each with `states` (sum T, D) bf16 and `ends` (N,) int64, and, written last, index.json.
-Row 0 of the first shard is the empty prompt. Shards that a stopped run left are kept.
+Row 0 of the first shard is the empty prompt. Shards of a stopped run are kept.
 """
 
 import itertools
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import PromptEncoder
+from snoopi_rt.export.text.by_length import encode_by_length
 from snoopi_rt.export.weights.files import save_tensors
 from snoopi_rt.export.weights.text_files import read_json
 from snoopi_rt.files import sha256, write_whole
@@ -27,38 +28,38 @@ from snoopi_rt.tokenizer import Tokenizer
 
 INDEX = "index.json"
 SHARD = 4096
-"""Prompts a shard: T5 is read from disk once a shard."""
+"""Prompts per shard: T5 is read from disk once for each."""
 TOGETHER = 64
-"""Prompts of one length that run through the text encoder together."""
+"""Prompts of one length in a batch of the text encoder."""
 FIRST = 16
-"""Prompts that the index names, for sheets of samples."""
+"""Prompts that the index names, for grids of samples."""
 OPEN = 64
-"""Shards that are held open; more than that are opened again."""
+"""Shards held open; if there are more, they are opened again and again."""
 
 
 @dataclass(frozen=True)
-class Text:
-    """Prompts of one batch: states (B, T, D), zero beyond a prompt's length, and which tokens count, (B, T) bool, None where all do."""
+class TextBatch:
+    """The prompts of a batch: states (B, T, D), zero beyond a prompt's length, and which tokens count, (B, T) bool; None if all do."""
 
     states: Tensor
     mask: Tensor | None
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Text":
-        return Text(self.states.to(device, dtype), None if self.mask is None else self.mask.to(device))
+    def to(self, device: torch.device, dtype: torch.dtype) -> "TextBatch":
+        return TextBatch(self.states.to(device, dtype), None if self.mask is None else self.mask.to(device))
 
 
-def joined(first: Text, second: Text) -> Text:
-    """The prompts of both batches, one after the other."""
+def joined(first: TextBatch, second: TextBatch) -> TextBatch:
+    """The prompts of both batches, one after the other, padded to the longer."""
     longest = max(first.states.shape[1], second.states.shape[1])
-    states = [pad(each.states, (0, 0, 0, longest - each.states.shape[1])) for each in (first, second)]
-    masks = [pad(each.mask, (0, longest - each.mask.shape[1])) for each in (first, second) if each.mask is not None]
-    return Text(torch.cat(states), torch.cat(masks) if masks else None)
+    states = [pad(batch.states, (0, 0, 0, longest - batch.states.shape[1])) for batch in (first, second)]
+    masks = [pad(batch.mask, (0, longest - batch.mask.shape[1])) for batch in (first, second) if batch.mask is not None]
+    return TextBatch(torch.cat(states), torch.cat(masks) if masks else None)
 
 
 class TextStates:
-    """The states in a folder that `encode_prompts` wrote. `len` is the number of prompts, without the empty one; `first` some of them.
+    """The states in a folder written by `encode_prompts`. `len` is the number of prompts without the empty one; `first`: the first of them.
 
-    masked: whether the network takes masks. All batches are as long as the longest prompt, so that no shape ever changes.
+    masked: whether the network takes masks. Every batch is as long as the longest prompt, so that shapes never change.
     """
 
     def __init__(self, folder: Path, masked: bool):
@@ -66,16 +67,23 @@ class TextStates:
         self.folder, self.masked, self.first = folder, masked, index["first"]
         self._count, self._shard_size, self._longest = index["count"], index["shard"], index["longest"]
         self._opened = lru_cache(OPEN)(self._open)
+        self._device, self._dtype = torch.device("cpu"), torch.bfloat16
 
     def __len__(self) -> int:
         return self._count
 
-    def batch(self, rows: Sequence[int]) -> Text:
+    def on(self, device: torch.device, dtype: torch.dtype) -> "TextStates":
+        """These states, with batches on that device in that dtype from now on."""
+        self._device, self._dtype = device, dtype
+        return self
+
+    def batch(self, rows: Sequence[int]) -> TextBatch:
         """The states of some prompts; row -1 is the empty one."""
         states = [self._row(row + 1) for row in rows]
-        padded = torch.stack([pad(each, (0, 0, 0, self._longest - len(each))) for each in states])
-        lengths = torch.tensor([[len(each)] for each in states])
-        return Text(padded, torch.arange(self._longest) < lengths if self.masked else None)
+        padded = torch.stack([pad(row, (0, 0, 0, self._longest - len(row))) for row in states])
+        lengths = torch.tensor([[len(row)] for row in states])
+        batch = TextBatch(padded, torch.arange(self._longest) < lengths if self.masked else None)
+        return batch.to(self._device, self._dtype)
 
     def _row(self, place: int) -> Tensor:
         stored, ends = self._opened(place // self._shard_size)
@@ -89,21 +97,21 @@ class TextStates:
 
 
 def check_states(folder: Path, key: str) -> bool:
-    """Whether the folder holds the states of that key, all of them. Raises InputError where it holds others."""
+    """Whether the folder holds all states of that key. Raises InputError if it holds others."""
     if not (folder / INDEX).exists():
         return False
     if read_json(folder / INDEX).get("key") != key:
-        raise InputError(f"{folder} holds the states of other prompts or of another text encoder: remove it, or take another folder")
+        raise InputError(f"{folder} holds the states of other prompts or of another text encoder: remove it or choose another folder")
     return True
 
 
 def encode_prompts(
     prompts: Callable[[], Iterable[str]], key: str, encoder: PromptEncoder, masked: bool, folder: Path, shard: int = SHARD
 ) -> TextStates:
-    """The states of the prompts, computed into `folder` where they are not there already. Memory does not grow with their number.
+    """The states of the prompts, computed into `folder` unless they are there. Memory does not grow with their number.
 
-    prompts() gives them in order; key tells one set of prompts and text encoder from another. Prompts beyond the limit of tokens are cut,
-    with a warning. Raises InputError where the folder holds other states, and where there is no prompt.
+    prompts() yields them in order; key tells one set of prompts and text encoder from another. Over-long prompts are cut, with a warning.
+    Raises InputError if the folder holds other states, and if there is no prompt.
     """
     if check_states(folder, key):
         return TextStates(folder, masked)
@@ -118,10 +126,10 @@ def encode_prompts(
             ids = [torch.from_numpy(tokenizer(text, truncate=True)) for text in texts]
             cut += sum(row.shape[1] == rule.max_tokens and not _fits(tokenizer, text) for row, text in zip(ids, texts, strict=True))
             if not _shard(folder, number).exists():
-                rows = _encoded(encoder, ids)
+                rows = [states.bfloat16() for states in encode_by_length(encoder.encode, ids, TOGETHER)]
                 ends = torch.tensor([len(row) for row in rows]).cumsum(0)
                 save_tensors(_shard(folder, number), {"states": torch.cat(rows), "ends": ends})
-            # Where no mask leaves them out, the tokens behind a prompt are part of what is said: always as many.
+            # Without a mask the tokens behind a prompt count, too, so that there are always as many.
             longest = max(longest, *(row.shape[1] if masked else rule.max_tokens for row in ids))
             first += texts[: FIRST + 1 - len(first)]
             count += len(texts)
@@ -136,9 +144,9 @@ def encode_prompts(
 
 
 def shuffled(position: int, count: int, seed: int) -> int:
-    """The prompt at a position of an endless series that goes through all `count` prompts in a new order each time.
+    """The prompt at a position in an endless series of epochs, each of which has all `count` prompts in an order of its own.
 
-    A Feistel network over the next power of four, walked until it falls below `count`: no list of all prompts is held.
+    A Feistel network over the next power of four, applied until the result falls below `count`: no list of all prompts is held.
     """
     epoch, place = divmod(position, count)
     half = max(1, (max(count - 1, 1).bit_length() + 1) // 2)
@@ -153,15 +161,15 @@ def shuffled(position: int, count: int, seed: int) -> int:
 
 
 def states_key(prompts: Path, text_encoder: Path) -> str:
-    """The key of a file of prompts under the text encoder of a folder: its configuration, and of its weights, which may take 19 GB, size
-    and time."""
+    """The key of a file of prompts and the text encoder in a folder: the encoder's configuration, and size and time of its weights, which
+    may take 19 GB."""
     files = sorted(text_encoder.iterdir()) if text_encoder.is_dir() else []
     known = [(file.name, sha256(file) if file.suffix == ".json" else [file.stat().st_size, file.stat().st_mtime_ns]) for file in files]
     return f"{sha256(prompts)} {json.dumps(known)}"
 
 
 def _mixed(*values: int) -> int:
-    """32 well mixed bits of some numbers (the finaliser of SplitMix64)."""
+    """32 well-mixed bits of some numbers (the finaliser of SplitMix64)."""
     mixed = 0
     for value in values:
         mixed = (mixed + value + 0x9E3779B97F4A7C15) & (2**64 - 1)
@@ -169,22 +177,6 @@ def _mixed(*values: int) -> int:
         mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & (2**64 - 1)
         mixed ^= mixed >> 31
     return mixed >> 32
-
-
-def _encoded(encoder: PromptEncoder, ids: list[Tensor]) -> list[Tensor]:
-    """The states (T, D) of ids (1, T) each, in their order; those of one length together."""
-    by_length = sorted(range(len(ids)), key=lambda i: ids[i].shape[1])
-    groups = [
-        group[start : start + TOGETHER]
-        for _, same in itertools.groupby(by_length, key=lambda i: ids[i].shape[1])
-        for group in [list(same)]
-        for start in range(0, len(group), TOGETHER)
-    ]
-    found: list[Tensor] = [torch.empty(0)] * len(ids)
-    for group, states in zip(groups, encoder.encode([torch.cat([ids[i] for i in group]) for group in groups]), strict=True):
-        for i, row in zip(group, states, strict=True):
-            found[i] = row.bfloat16()
-    return found
 
 
 def _fits(tokenizer: Tokenizer, text: str) -> bool:
@@ -206,7 +198,7 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _forget_others(folder: Path, key: str) -> None:
-    """Removes the shards of a stopped run over other prompts."""
+    """Removes the shards of a stopped run on other prompts."""
     file = folder / "key"
     if not file.exists() or file.read_text(encoding="utf-8") != key:
         for shard in folder.glob("shard-*"):

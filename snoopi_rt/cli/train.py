@@ -1,6 +1,5 @@
 """The commands that make a student: data and train. The PyTorch side is imported inside them."""
 
-from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from snoopi_rt.cli.options import Group, Number, Seed, completed_by
 from snoopi_rt.errors import InputError
 from snoopi_rt.shell import quote
 
-RECIPES = "snoopi_rt.export.training.recipe"
+RECIPES = "snoopi_rt.export.training.recipes"
 data_option = click.option("--data", type=folder, required=True, metavar="FOLDER", help="What `data emoji` wrote.")
 compile_option = click.option("--compile", "compiled", is_flag=True, help="Use torch.compile: faster, needs a C++ compiler.")
 
@@ -57,7 +56,7 @@ set_option = click.option(
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change a setting of the recipe, such as steps=1000; an unknown one lists all.",
+    help="Change a setting of the recipe: steps=1000, lora.rank=32. An unknown name lists all.",
 )
 
 
@@ -72,7 +71,7 @@ def decoder(data: Path, encoder: Path, out: Path, settings: tuple[str, ...], com
     with building("train decoder", "train", out):
         from snoopi_rt.export.small_model import decoder as stage
 
-        stage.train(data, encoder, out, _recipe(stage.Recipe, settings), compiled)
+        stage.train(data, encoder, out, _recipe(stage.DecoderRecipe(), settings), compiled)
 
 
 @train.command(epilog="Example: snoopi-rt train teacher --data runs/emoji --decoder runs/decoder --out runs/teacher --compile")
@@ -87,7 +86,7 @@ def teacher(data: Path, decoder: Path, start: Path | None, out: Path, settings: 
     with building("train teacher", "train", out):
         from snoopi_rt.export.small_model import teacher as stage
 
-        stage.train(data, decoder, out, _recipe(stage.Recipe, settings), compiled, start)
+        stage.train(data, decoder, out, _recipe(stage.TeacherRecipe(), settings), compiled, start)
 
 
 @train.command(
@@ -114,8 +113,8 @@ def teacher(data: Path, decoder: Path, start: Path | None, out: Path, settings: 
 @set_option
 @click.option("--student", "start", type=folder, metavar="FOLDER", help="Where the student starts from.  [default: the teacher's weights]")
 @click.option("--negatives", type=file, metavar="FILE", help="Negative prompts to train with (NASA-T), and --set nasa_max=1.")
-@click.option("--edits", type=file, metavar="FILE", help="What negatives should do (.jsonl), and --set edit_weight=1 --set nasa_max=1.")
-@click.option("--clip", type=folder, metavar="FOLDER", help="A CLIP model for the clamped CLIP loss, and --set clip_weight=0.1.")
+@click.option("--edits", type=file, metavar="FILE", help="What negatives should do (.jsonl), and --set edits.weight=1 --set nasa_max=1.")
+@click.option("--clip", type=folder, metavar="FOLDER", help="A CLIP model for the clamped CLIP loss, and --set clip.weight=0.1.")
 @click.option("--states", type=folder, metavar="FOLDER", help="Where the text states are kept, for several runs.  [default: in --out]")
 @compile_option
 def student(
@@ -137,14 +136,13 @@ def student(
     On several GPUs or hosts: `accelerate launch -m snoopi_rt train student ...`. A run that was stopped goes on where it was.
     """
     with building("train student", "train", out):
-        from snoopi_rt.export.training.recipe import DEFAULT, find_recipe
-        from snoopi_rt.export.training.trainer import Task
+        from snoopi_rt.export.training.recipes import DEFAULT, find_recipe
+        from snoopi_rt.export.training.task import Task
         from snoopi_rt.export.training.trainer import train as distil
 
         if backbone not in DEFAULT:
             raise InputError(f"backbone {backbone!r} cannot be trained here, choose from {', '.join(DEFAULT)}")
-        base = find_recipe(recipe or DEFAULT[backbone])
-        chosen = _recipe(type(base), settings, base)
+        chosen = _recipe(find_recipe(recipe or DEFAULT[backbone]), settings)
         task = Task(backbone, teacher, prompts, out, start, negatives, edits, clip, states)
         preset = distil(task, chosen, compiled, say=lambda text: click.echo(text, err=True))
     click.echo(f"the student is in {quote(out)}: snoopi-rt export --preset {preset} --weights {quote(out)} --out BUNDLE")
@@ -153,7 +151,7 @@ def student(
 @train.command(epilog="Example: snoopi-rt train recipes")
 def recipes() -> None:
     """Show every recipe of `train student` in full."""
-    from snoopi_rt.export.training.recipe import table
+    from snoopi_rt.export.training.recipes import table
 
     click.echo(table())
 
@@ -173,28 +171,11 @@ def merge(first: Path, second: Path, backbone: str, weight: float, out: Path) ->
     click.echo(f"the student is in {quote(out)}; it is exported as {quote(first)} was")
 
 
-def _switch(value: str) -> bool:
-    """Raises ValueError for what is neither true nor false."""
-    if value.lower() not in ("true", "false"):
-        raise ValueError(value)
-    return value.lower() == "true"
+def _recipe(recipe: Any, settings: tuple[str, ...]) -> Any:
+    """The recipe with its settings changed by KEY=VALUE texts. Raises InputError for an unknown name or a value of another type."""
+    from snoopi_rt.export.settings import changed, parsed
+    from snoopi_rt.export.training.recipe import StudentRecipe
+    from snoopi_rt.export.training.recipes import FORMER_NAMES
 
-
-def _recipe(kind: type, settings: tuple[str, ...], base: Any = None) -> Any:
-    """The stage's recipe, or `base`, with the given settings. Raises InputError for an unknown name or a value of another type."""
-    from snoopi_rt.request import check_seed
-
-    base = base or kind()
-    types: dict[str, type] = {field.name: type(getattr(base, field.name)) for field in fields(kind)}
-    given = {}
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key not in types:
-            raise InputError(f"unknown setting {key!r}, choose from {', '.join(types)}")
-        try:
-            given[key] = _switch(value) if types[key] is bool else types[key](value)
-        except ValueError:
-            raise InputError(f"setting {key} is {value!r}, which is not {types[key].__name__}") from None
-        if key == "seed":
-            check_seed(given[key])
-    return replace(base, **given)
+    former = FORMER_NAMES if isinstance(recipe, StudentRecipe) else None
+    return changed(recipe, parsed(recipe, settings, former=former))

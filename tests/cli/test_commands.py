@@ -17,7 +17,7 @@ from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cli.main import main
 from snoopi_rt.engines import ENGINES
 from snoopi_rt.export.presets.rows import DEFAULT_PRESET, PRESETS
-from snoopi_rt.export.training.recipe import DEFAULT, RECIPES
+from snoopi_rt.export.training.recipes import DEFAULT, RECIPES
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "tools").glob("*.py"))]

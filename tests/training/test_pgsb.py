@@ -13,13 +13,13 @@ def latent(*shape):
     return torch.randn(*shape, generator=RANDOM)
 
 
-def test_kappa_one_is_the_conditional_answer_and_zero_the_empty_one():
-    conditional, empty = latent(2, 8, 4, 4), latent(2, 8, 4, 4)
-    torch.testing.assert_close(guided(conditional, empty, torch.ones(2, 1, 1, 1)), conditional)
-    torch.testing.assert_close(guided(conditional, empty, torch.zeros(2, 1, 1, 1)), empty)
+def test_guidance_scale_one_is_the_conditional_prediction_and_zero_the_unconditional_one():
+    conditional, unconditional = latent(2, 8, 4, 4), latent(2, 8, 4, 4)
+    torch.testing.assert_close(guided(conditional, unconditional, torch.ones(2, 1, 1, 1)), conditional)
+    torch.testing.assert_close(guided(conditional, unconditional, torch.zeros(2, 1, 1, 1)), unconditional)
 
 
-def test_both_teachers_share_the_draw_of_kappa_and_the_other_takes_the_mean_or_a_scale_of_its_own():
+def test_both_teachers_share_one_random_guidance_scale_and_the_other_takes_the_mean_or_a_scale_of_its_own():
     uniform = torch.tensor([0.0, 0.25, 1.0])
     low_to_high, mean = torch.tensor([1.0, 1.5, 3.0]).view(3, 1, 1, 1), torch.full((3, 1, 1, 1), 2.0)
     for random_on, (frozen, lora) in {
@@ -28,9 +28,9 @@ def test_both_teachers_share_the_draw_of_kappa_and_the_other_takes_the_mean_or_a
         "lora": (mean, low_to_high),
         "none": (mean, mean),
     }.items():
-        found = guidance_scales(uniform, 1.0, 3.0, random_on)
-        torch.testing.assert_close(found[0], frozen)
-        torch.testing.assert_close(found[1], lora)
+        scales = guidance_scales(uniform, 1.0, 3.0, random_on)
+        torch.testing.assert_close(scales[0], frozen)
+        torch.testing.assert_close(scales[1], lora)
         for scale in (1.0, 4.5):
             own = guidance_scales(uniform, 1.0, 3.0, random_on, scale)
             torch.testing.assert_close(own[0], frozen)
@@ -44,8 +44,8 @@ CUMPROD = torch.linspace(0.999, 0.001, 1000)
 def test_the_right_answer_of_every_kind_means_the_clean_latent(prediction):
     schedule = Schedule(CUMPROD, prediction)
     x0, eps, t = latent(3, 8, 4, 4), latent(3, 8, 4, 4), torch.tensor([20, 500, 900])
-    found = schedule.x0(schedule.noised(x0, eps, t), schedule.target(x0, eps, t), t)
-    torch.testing.assert_close(found, x0, atol=1e-4, rtol=1e-4)
+    clean = schedule.x0(schedule.noised(x0, eps, t), schedule.target(x0, eps, t), t)
+    torch.testing.assert_close(clean, x0, atol=1e-4, rtol=1e-4)
 
 
 def test_without_signal_an_epsilon_student_is_refused_and_a_v_student_is_not():
@@ -74,17 +74,17 @@ def test_every_weight_is_of_epsilon_whatever_the_teachers_answer(prediction, wei
     x0, eps = latent(2, 8, 4, 4), latent(2, 8, 4, 4)
     x_t = schedule.noised(x0, eps, t)
     eps_teacher, eps_lora = latent(2, 8, 4, 4), latent(2, 8, 4, 4)
-    # The same opinions, said in the teacher's own kind of answer.
-    meant = [(x_t - sigma * each) / alpha for each in (eps_teacher, eps_lora)]
+    # The same predictions, in the teacher's own kind.
+    implied = [(x_t - sigma * predicted) / alpha for predicted in (eps_teacher, eps_lora)]
     answers = [
-        {"epsilon": each, "v": (each - sigma * x_t) / alpha, "x0": clean}[prediction]
-        for each, clean in zip((eps_teacher, eps_lora), meant, strict=True)
+        {"epsilon": predicted, "v": (predicted - sigma * x_t) / alpha, "x0": clean}[prediction]
+        for predicted, clean in zip((eps_teacher, eps_lora), implied, strict=True)
     ]
     teacher, lora = (schedule.x0(x_t, answer, t) for answer in answers)
-    far = (x0 - meant[0]).abs().mean((1, 2, 3), keepdim=True)
+    far = (x0 - implied[0]).abs().mean((1, 2, 3), keepdim=True)
     factor = {"epsilon": torch.ones_like(alpha), "swiftbrush": sigma**2, "x0": sigma / alpha, "dmd": sigma / alpha / far}[weight]
-    found = vsd_gradient(x0, teacher, lora, alpha, sigma, weight)
-    torch.testing.assert_close(found, factor * (eps_teacher - eps_lora), rtol=2e-3, atol=2e-3)
+    gradient = vsd_gradient(x0, teacher, lora, alpha, sigma, weight)
+    torch.testing.assert_close(gradient, factor * (eps_teacher - eps_lora), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("weight", ["epsilon", "swiftbrush", "x0", "dmd"])

@@ -62,8 +62,8 @@ def test_states_of_other_prompts_are_refused_and_half_of_them_are_made_anew(tmp_
     with pytest.raises(InputError, match="states of other prompts"):
         encode_prompts(lambda: PROMPTS, "other", encoder, True, tmp_path / "s")
     (tmp_path / "s" / "index.json").unlink()
-    found = encode_prompts(lambda: ["moon"], "other", encoder, True, tmp_path / "s")
-    assert torch.equal(found.batch([0]).states, encode_prompts(lambda: ["moon"], "m", encoder, True, tmp_path / "m").batch([0]).states)
+    anew = encode_prompts(lambda: ["moon"], "other", encoder, True, tmp_path / "s")
+    assert torch.equal(anew.batch([0]).states, encode_prompts(lambda: ["moon"], "m", encoder, True, tmp_path / "m").batch([0]).states)
 
 
 def test_long_prompts_are_cut_with_a_warning_and_none_is_an_error(tmp_path: Path, encoder: PromptEncoder) -> None:
@@ -79,7 +79,7 @@ def test_joined_batches_are_filled_to_the_longer_one(tmp_path: Path, encoder: Pr
     for first, second in (long, short), (short, long):
         both = joined(first, second)
         assert both.states.shape == (2, long.states.shape[1], 3) and both.mask is not None
-        assert both.mask.sum(1).tolist() == [int(each.mask.sum()) for each in (first, second)]
+        assert both.mask.sum(1).tolist() == [int(batch.mask.sum()) for batch in (first, second)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 1000])

@@ -1,148 +1,32 @@
-"""Training: stages resume exactly after a kill, stop on NaN, and the road from prompts to a picture holds together."""
+"""The stages of the small model, from drawings to a bundle that draws."""
 
-import copy
 import json
-import os
-import signal
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from snoopi_rt.errors import InputError, OutputError
-from snoopi_rt.export.small_model.teacher import Recipe as TeacherRecipe
-from snoopi_rt.export.training import loop, teachers
-from snoopi_rt.export.training.loop import Recipe, Stage, run
-from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
-from snoopi_rt.export.training.recipe import RECIPES
-from snoopi_rt.export.training.trainer import Task, train
+from snoopi_rt.errors import InputError
+from snoopi_rt.export.settings import changed
+from snoopi_rt.export.small_model.teacher import TeacherRecipe
+from snoopi_rt.export.training import loop, teacher_pair
+from snoopi_rt.export.training.recipes import find_recipe
+from snoopi_rt.export.training.task import Task
+from snoopi_rt.export.training.trainer import train
 
 ENCODER = Path(__file__).parents[2] / "weights" / "small" / "teacher" / "vae"
+
+
 TEACHER = TeacherRecipe(steps=3, batch=4, layers=2)
-
-
-def tiny_stage(
-    folder: Path, steps: int = 8, kill_at: int | None = None, poison_at: int | None = None, lr: float = 1e-2, by: int = signal.SIGKILL
-) -> None:
-    """A stage of a bf16 network of 9 parameters; may send its own process a signal or meet a NaN."""
-    torch.manual_seed(0)
-    network = nn.Linear(8, 1).bfloat16()
-    weights = MasterWeights(network)
-
-    def step(i: int, random: torch.Generator) -> dict[str, float]:
-        if i == kill_at:
-            os.kill(os.getpid(), by)
-        x = torch.randn(16, 8, generator=random).bfloat16()
-        loss = (network(x).float() - x.float().sum(1, keepdim=True)).square().mean()
-        loss.backward()
-        weights.step(lr)
-        return {"loss": float("nan") if i == poison_at else loss.item()}
-
-    stage = Stage("tiny", folder, Recipe(steps, 16, lr), {"data": "abc"}, sample_every=4)
-    loop.SAVE_EVERY_S, loop.SAVE_SHARE = 0.0, 0
-    run(stage, {"network": weights}, step, picture)
-
-
-def picture(path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(path)
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(tmp_path):
-    tiny_stage(tmp_path / "unbroken")
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\nfrom test_training import tiny_stage\n"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", f"{code}tiny_stage(Path({str(tmp_path / 'killed')!r}), kill_at=5)"], check=False, capture_output=True
-    )
-    assert killed.returncode == -signal.SIGKILL
-    tiny_stage(tmp_path / "killed")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
-    assert len(losses(tmp_path / "killed")) == 8
-
-
-def test_a_run_that_is_told_to_end_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_stage(tmp_path / "unbroken")
-    code = f"""
-import signal, sys
-from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_training import loop, run, tiny_stage
-from snoopi_rt.interrupts import Interrupted, interruptible
-with interruptible():
-    try:
-        tiny_stage(Path({str(tmp_path / "told")!r}), kill_at=5, by=signal.SIGTERM)
-    except Interrupted as signalled:
-        sys.exit(signalled.code)
-"""
-    told = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, encoding="utf-8")
-    assert told.returncode == 128 + signal.SIGTERM and "tiny stopped after 6 of 8 steps" in told.stderr, told.stderr
-    assert len(losses(tmp_path / "told")) == 6
-    tiny_stage(tmp_path / "told")
-    assert losses(tmp_path / "told") == losses(tmp_path / "unbroken")
-
-
-def test_a_finished_stage_run_again_does_nothing_more(tmp_path):
-    tiny_stage(tmp_path)
-    before = losses(tmp_path)
-    tiny_stage(tmp_path)
-    assert losses(tmp_path) == before
-
-
-def test_a_finished_stage_goes_on_when_told_more_steps_but_not_fewer(tmp_path):
-    tiny_stage(tmp_path)
-    before = losses(tmp_path)
-    tiny_stage(tmp_path, steps=10)
-    assert losses(tmp_path)[:8] == before
-    assert len(losses(tmp_path)) == 10
-    with pytest.raises(InputError, match="steps 10 -> 9"):
-        tiny_stage(tmp_path, steps=9)
-
-
-def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
-    tiny_stage(tmp_path)
-    with pytest.raises(InputError, match=r"lr 0.01 -> 0.02"):
-        tiny_stage(tmp_path, lr=2e-2)
-
-
-def test_nan_stops_the_run_with_its_step_and_keeps_the_checkpoint(tmp_path):
-    with pytest.raises(OutputError, match="stopped at step 5: loss is not finite"):
-        tiny_stage(tmp_path, poison_at=5)
-    tiny_stage(tmp_path)
-    assert len(losses(tmp_path)) == 8
-
-
-def test_masters_keep_updates_that_bf16_would_lose():
-    network = nn.Linear(1, 1, bias=False).bfloat16()
-    nn.init.ones_(network.weight)
-    weights = MasterWeights(network, weight_decay=0.0)
-    for _ in range(8):
-        network.weight.grad = torch.ones_like(network.weight)
-        weights.step(1e-4)  # bf16 has no number between 1 and 0.996
-    assert weights.masters[0].item() == pytest.approx(1 - 8e-4, rel=1e-4)
-
-
-def test_learning_rate_warms_up_and_falls_to_zero():
-    rates = [learning_rate(1.0, i, 1000, warmup=100, decay_from=0.5) for i in range(1000)]
-    assert rates[0] == 0.01 and rates[99] == 1.0 and rates[499] == 1.0
-    assert rates[-1] < 1e-4 and rates == [*sorted(rates[:100]), *sorted(rates[100:], reverse=True)]
 
 
 def distilled(root: Path, out: Path, **settings: object) -> None:
     """Three steps of PG-SB of the road's teacher."""
-    recipe = replace(RECIPES["small"], steps=3, batch=4, collapse=0.0, **settings)
+    recipe = changed(find_recipe("small"), {"steps": 3, "batch": 4, "collapse": 0.0, **settings})
     train(Task("small", root / "teacher", root / "pictures" / "prompts.txt", out), recipe)
 
 
@@ -156,7 +40,7 @@ def road(tmp_path_factory, tiny_sprites):
     write_set(root / "pictures", tiny_sprites, ENCODER, count=48, seed=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "load_sprites", lambda folder: tiny_sprites)
-        decoder.train(root / "pictures", ENCODER, root / "decoder", decoder.Recipe(steps=3, batch=4))
+        decoder.train(root / "pictures", ENCODER, root / "decoder", decoder.DecoderRecipe(steps=3, batch=4))
     teacher.train(root / "pictures", root / "decoder", root / "teacher", TEACHER)
     distilled(root, root / "student")
     return root
@@ -226,52 +110,7 @@ def test_a_decoder_recipe_that_cannot_be_is_refused(setting):
     from snoopi_rt.export.small_model import decoder
 
     with pytest.raises(InputError, match=next(iter(setting))):
-        decoder.Recipe(**setting)
-
-
-def test_a_network_whose_channels_lie_last_learns_as_any_other():
-    def trained(memory_format: torch.memory_format) -> torch.Tensor:
-        torch.manual_seed(0)
-        network = nn.Conv2d(4, 6, 3)
-        weights = MasterWeights(network)
-        network.to(memory_format=memory_format)
-        for _ in range(3):
-            x = torch.arange(200.0).view(2, 4, 5, 5).sin().contiguous(memory_format=memory_format)
-            (network(x) ** 3).sum().backward()
-            weights.step(1e-2)
-        return network.weight.detach().contiguous()
-
-    torch.testing.assert_close(trained(torch.channels_last), trained(torch.contiguous_format))
-
-
-def test_muon_steps_matrices_of_blocks_and_resumes_exactly():
-    class Network(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks, self.out = nn.ModuleList([nn.Linear(8, 8)]), nn.Linear(8, 1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.out(torch.relu(self.blocks[0](x)))
-
-    def steps(weights: MasterWeights, network: nn.Module, numbers: range) -> None:
-        for i in numbers:
-            network(torch.randn(4, 8, generator=torch.Generator().manual_seed(i))).square().mean().backward()
-            weights.step(1e-2)
-
-    torch.manual_seed(0)
-    network = Network()
-    start = copy.deepcopy(network.state_dict())
-    weights = MasterWeights(network, muon=True)
-    assert [len(part) for part, _ in weights.muons] == [1] and sum(len(part) for part, _ in weights.adams) == 3
-    steps(weights, network, range(3))
-    kept = {name: value.clone() for name, value in weights.state().items()}
-    steps(weights, network, range(3, 6))
-    other = Network()
-    other.load_state_dict(start)
-    again = MasterWeights(other, muon=True)
-    again.restore(kept)
-    steps(again, other, range(3, 6))
-    assert all(torch.equal(value, again.state()[name]) for name, value in weights.state().items())
+        decoder.DecoderRecipe(**setting)
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])
@@ -307,9 +146,9 @@ def test_the_student_learns_and_its_frozen_teacher_stays(road, monkeypatch, tmp_
 
     adapted = []
     monkeypatch.setattr(
-        teachers, "get_peft_model", lambda *given, **options: adapted.append(get_peft_model(*given, **options)) or adapted[0]
+        teacher_pair, "get_peft_model", lambda *parts, **options: adapted.append(get_peft_model(*parts, **options)) or adapted[0]
     )
-    distilled(road, tmp_path, lr=1e-3, warmup=1)
+    distilled(road, tmp_path, **{"lr": 1e-3, "optimiser.warmup": 1})
     file = "transformer/diffusion_pytorch_model.safetensors"
     before, after = load_file(road / "teacher" / file), load_file(tmp_path / file)
     assert all(not torch.equal(before[key], after[key]) for key in before if "attn1.to_q.weight" in key)

@@ -1,1 +1,1 @@
-"""Captioned pictures composed from emoji drawings: every word of a caption is true, and a caption determines its picture."""
+"""Captioned pictures composed of emoji drawings: every word of a caption is true, and a caption determines its picture."""

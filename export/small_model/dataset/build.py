@@ -2,7 +2,7 @@
 
 A folder has shard-00000.safetensors and so on, each with `latents` (N, 8, 16, 16) fp16, `states` (sum of T, 384) fp16 and `ends` (N,)
 int64; captions-00000.jsonl and so on; prompts.txt, all that PG-SB needs; edits.jsonl, what negatives should do; image_grid.png;
-NOTICE.txt; and, written last, dataset.json. Picture i depends on (seed, i) alone. Shards that a stopped run left are kept.
+NOTICE.txt; and, written last, dataset.json. Picture i depends on (seed, i) alone. Shards of a stopped run are kept.
 """
 
 import json
@@ -35,7 +35,7 @@ from snoopi_rt.request import check_seed, integer
 
 RECIPE = "recipe.json"
 SHARD = 4096  # pictures
-SIDE = 128  # pixels that the encoder sees; its latents are decoded to twice as many
+SIDE = 128  # pixels of the encoder's input; latents are decoded to twice as many
 TOGETHER = 64
 EDITS = 1  # tells the random numbers of edits from those of pictures
 
@@ -49,9 +49,9 @@ class Sample:
 
 
 def build(out: Path, encoder: Path, count: int, seed: int) -> None:
-    """Writes a set of `count` pictures, seen through the encoder of the autoencoder in the folder `encoder`; a set that is there grows.
+    """Writes a set of `count` pictures as latents of the autoencoder in the folder `encoder`; a set that is there grows.
 
-    Raises InputError where `out` already holds another set, SnoopiError where npm is missing or fails.
+    Raises InputError if `out` already holds another set, and SnoopiError if npm is missing or fails.
     """
     integer("count", count, 1)
     _facts(out, encoder, check_seed(seed))  # before anything is fetched
@@ -59,7 +59,7 @@ def build(out: Path, encoder: Path, count: int, seed: int) -> None:
 
 
 def _facts(out: Path, encoder: Path, seed: int) -> dict[str, Any]:
-    """What a set is known by. Raises InputError for an encoder that is none, and where `out` holds another set."""
+    """What identifies a set. Raises InputError for a folder that is no encoder, and if `out` holds another set."""
     load_module(check_folder(encoder), AutoencoderTiny)
     facts = {"kind": "emoji scenes", "seed": seed, "encoder": fingerprint(encoder / WEIGHTS)}
     if (out / RECIPE).exists() and read_json(out / RECIPE) != facts:
@@ -68,7 +68,7 @@ def _facts(out: Path, encoder: Path, seed: int) -> dict[str, Any]:
 
 
 def write_set(out: Path, sprites: Mapping[tuple[str, str], Image.Image], encoder: Path, count: int, seed: int) -> None:
-    """What `build` does once it has the sprites, by (thing, style)."""
+    """`build` with the sprites at hand, by (thing, style)."""
     facts = _facts(out, encoder, seed)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / RECIPE, json.dumps(facts).encode())
@@ -83,7 +83,7 @@ def write_set(out: Path, sprites: Mapping[tuple[str, str], Image.Image], encoder
             bar.update(numbers.stop - bar.n)
     write_whole(out / "prompts.txt", "".join(f"{sample.caption}\n" for sample in read_samples(out)).encode())
     edits = [draw_edit(vocabulary, np.random.default_rng([seed, EDITS, i])) for i in range(count)]
-    rows = [dict(zip(KEYS, (edit.prompt, edit.negative, edit.wanted), strict=True)) for edit in edits]
+    rows = [dict(zip(KEYS, (edit.prompt, edit.negative, edit.target), strict=True)) for edit in edits]
     write_whole(out / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     notice = "".join(f"- {drawing.package} {drawing.version}: {drawing.licence}, {drawing.upstream}\n" for drawing in TRAINED)
     write_whole(out / "NOTICE.txt", f"The pictures are made from:\n{notice}".encode())
@@ -107,7 +107,7 @@ def _write_shard(
     tokens = torch.cat([row[:length] for row, length in zip(states, lengths.tolist(), strict=True)])
     save_tensors(_shard(out, number), {"latents": torch.cat(latents), "states": tokens, "ends": lengths.cumsum(0)})
     lines = "".join(json.dumps({"caption": sample.caption, "scene": asdict(sample.scene)}) + "\n" for sample in samples)
-    # Last: a shard with its captions is whole.
+    # Written last: a shard with its captions is whole.
     write_whole(_captions(out, number), lines.encode())
 
 
@@ -133,7 +133,7 @@ def read_samples(folder: Path) -> Iterator[Sample]:
 
 
 def compose(composer: Composer, vocabulary: Vocabulary, seed: int, i: int, side: int) -> tuple[Sample, np.ndarray]:
-    """Picture i of a set (side, side, 3) uint8, and what it shows."""
+    """What picture i of a set shows, and the picture (side, side, 3) uint8."""
     rng = np.random.default_rng([seed, i])
     scene = vocabulary.draw_scene(rng)
     return Sample(caption(scene, rng), scene), composer.draw(scene, rng, side)
@@ -152,7 +152,7 @@ def encoded(network: torch.nn.Module, pictures: np.ndarray) -> Tensor:
 
 
 class TrainingSet:
-    """All pictures of a folder as latents, and their captions as token states."""
+    """All pictures of a folder as latents, and their captions as token states. Raises InputError for a folder without a set."""
 
     def __init__(self, folder: Path, longest: int = 24):
         if not (folder / "dataset.json").exists():
@@ -170,7 +170,7 @@ class TrainingSet:
         return len(self.latents)
 
     def captions(self, rows: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
-        """States (B, T, 384) bf16, zero beyond a caption's length, and mask (B, T) bf16 of 0 and 1; of the empty prompt where `empty`."""
+        """States (B, T, 384) bf16, zero beyond a caption's length, and mask (B, T) bf16 of 0 and 1; the empty prompt's where `empty`."""
         lengths = torch.where(empty, len(self._empty), self._lengths[rows])
         states = torch.zeros(len(rows), self._longest, self._states.shape[1], dtype=torch.bfloat16)
         for i, (start, length, none) in enumerate(zip(self._starts[rows].tolist(), lengths.tolist(), empty.tolist(), strict=True)):

@@ -1,4 +1,4 @@
-"""Pictures of scenes, composed from sprites: geometry, colours and flaws. One random generator decides all that a caption leaves open."""
+"""Pictures of scenes, composed of sprites: geometry, colours and flaws. One random generator decides what a caption leaves open."""
 
 from collections.abc import Mapping
 
@@ -9,17 +9,17 @@ from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE, STYLES, Sc
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, DEFAULT_BACKGROUND, NEUTRAL, things
 
 CELLS = 16
-"""Cells of a pixelated picture's side, and of its latents': finer ones the autoencoder cannot carry."""
+"""Cells along a pixelated picture's side, and along its latent's: the autoencoder cannot represent finer ones."""
 GRAINS = 32
 """Grains along a grainy picture's side."""
 
-# Middles and sides as shares of the picture's side.
+# Centres and sides as shares of the picture's side.
 ONE = (((0.5, 0.5),), 0.815)
 TWO_BESIDE = (((0.26, 0.5), (0.74, 0.5)), 0.45)
 TWO_STACKED = (((0.5, 0.26), (0.5, 0.74)), 0.45)
 THREE = (((0.5, 0.26), (0.26, 0.74), (0.74, 0.74)), 0.44)
 SIZED = {"small": 0.45, "big": 0.97}
-SHIFT, SPREAD = 0.02, 0.04  # of a thing's middle and of its side, uniformly up to so much
+SHIFT, SPREAD = 0.02, 0.04  # of a thing's centre and of its side, uniform up to this share
 SHADE = 4  # levels by which a background is lighter or darker; white is plain white
 
 
@@ -34,7 +34,7 @@ class Composer:
     def draw(self, scene: Scene, rng: np.random.Generator | None, side: int) -> np.ndarray:
         """The picture (side, side, 3) uint8. The same generator gives the same picture at every size, up to resampling.
 
-        Without a generator all is in the middle of what it could be; a scene with a flaw needs one.
+        Without a generator every random choice takes its mean, and a flaw is left out.
         """
         shade = np.array(COLOURS[scene.background or DEFAULT_BACKGROUND]) + (0 if rng is None else rng.integers(-SHADE, SHADE + 1))
         picture = Image.new("RGB", (side, side), tuple(int(level) for level in shade.clip(0, 255)))
@@ -53,11 +53,11 @@ class Composer:
         return (name, style) in self._sprites
 
     def forgetful(self) -> "Composer":
-        """One with the same sprites that keeps nothing of what it makes of them after it is gone."""
+        """A composer with the same sprites and caches of its own, which are freed with it."""
         return Composer(self._sprites)
 
     def colourable(self) -> list[str]:
-        """The things most of which is of one hue in every set, so that it can be given another; people and faces keep their own."""
+        """The things that are mostly of one hue in every set, so that it can be changed; people and faces keep their colour."""
         groups = {thing.name: thing.group for thing in things()}
         return [
             name
@@ -82,7 +82,7 @@ class Composer:
 
 
 def layout(scene: Scene) -> tuple[tuple[tuple[float, float], ...], float]:
-    """The middle of each thing and the side of all, as shares of the picture's side."""
+    """The centre of each thing and the side of all, as shares of the picture's side."""
     if len(scene.things) == 2:
         return TWO_STACKED if scene.stacked else TWO_BESIDE
     if scene.count > 1:
@@ -105,7 +105,7 @@ def _flawed(picture: Image.Image, flaw: str | None, rng: np.random.Generator) ->
 
 
 ONE_HUE = 0.4
-_NEAR = 28 / 255  # of the hue circle to either side of the commonest hue
+_NEAR = 28 / 255  # of the hue circle, to either side of the commonest hue
 
 
 def _hsv(sprite: Image.Image) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +115,7 @@ def _hsv(sprite: Image.Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _dominant(sprite: Image.Image) -> tuple[float, float, np.ndarray]:
-    """The commonest hue, the share of the drawing that has it, and how much each pixel has it (H, W)."""
+    """The commonest hue, the share of the drawing that has it, and to what degree each pixel has it (H, W)."""
     hsv, alpha = _hsv(sprite)
     vivid = np.clip((hsv[..., 1] - 0.2) / 0.15, 0, 1) * np.clip((hsv[..., 2] - 0.15) / 0.15, 0, 1)
     counts, _ = np.histogram(hsv[..., 0], 32, (0, 1), weights=vivid * alpha)
@@ -127,7 +127,7 @@ def _dominant(sprite: Image.Image) -> tuple[float, float, np.ndarray]:
 
 
 def recoloured(sprite: Image.Image, colour: str) -> Image.Image:
-    """The sprite with all that is of its commonest hue in another colour; shades within that hue stay."""
+    """The sprite with everything of its commonest hue in another colour; shades within that hue stay."""
     hue, _, has = _dominant(sprite)
     hsv, alpha = _hsv(sprite)
     weight = has * alpha

@@ -1,6 +1,6 @@
 """What a negative prompt should do to a scene: leave out what it names, and nothing else.
 
-The rows are made from the facts of scenes, as captions are: `a blurry cat` less `blurry` is `a cat`, and `a cat` less `a dog` is `a cat`.
+The rows are made from scenes, as captions are: `a blurry cat` less `blurry` is `a cat`, and `a cat` less `a dog` is `a cat`.
 """
 
 from dataclasses import replace
@@ -20,9 +20,9 @@ from snoopi_rt.export.small_model.dataset.vocabulary import (
 from snoopi_rt.export.training.edits import Edit
 
 INSTEAD_OF_WHITE = "gray"
-"""The background of a picture that is to have no white one."""
-CHANGES = 0.5  # share of rows whose negative has to do with the prompt
-LISTED = 0.4  # share of negatives that stand in a list with words that are in no picture
+"""The background of a picture that must not have a white one."""
+CHANGES = 0.5  # share of rows whose negative has anything to do with the prompt
+LISTED = 0.4  # share of negatives in a list with words that name nothing in any picture
 GENERIC = (
     "low quality",
     "ugly",
@@ -52,12 +52,12 @@ def draw_edit(vocabulary: Vocabulary, rng: np.random.Generator) -> Edit:
     while True:
         scene = vocabulary.draw_scene(rng)
         if rng.random() >= CHANGES:
-            said = _prompt(scene, rng)
-            return Edit(said, _listed(_unrelated(scene, vocabulary, rng), rng), said)
+            prompt = _prompt(scene, rng)
+            return Edit(prompt, _listed(_unrelated(scene, vocabulary, rng), rng), prompt)
         choices = _changes(scene, rng)
         if choices:
-            negative, wanted = choices[rng.integers(len(choices))]
-            return Edit(_prompt(scene, rng), _listed(negative, rng), plain_caption(wanted))
+            negative, target = choices[rng.integers(len(choices))]
+            return Edit(_prompt(scene, rng), _listed(negative, rng), plain_caption(target))
 
 
 def _prompt(scene: Scene, rng: np.random.Generator) -> str:
@@ -65,7 +65,7 @@ def _prompt(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _changes(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Scene]]:
-    """What can be taken away from the scene: the negative, and what is left. Each kind stands there once."""
+    """What can be taken away from the scene, one entry per kind: the negative, and the scene that is left."""
     changes: list[tuple[str, Scene]] = []
     if scene.flaw:
         changes.append((_flaw(scene.flaw, rng), replace(scene, flaw=None)))
@@ -100,7 +100,7 @@ def _unrelated(scene: Scene, vocabulary: Vocabulary, rng: np.random.Generator) -
 
 
 def _listed(negative: str, rng: np.random.Generator) -> str:
-    """The negative alone, or among words that people always add."""
+    """The negative alone, or in a list with words that people often add."""
     if rng.random() >= LISTED:
         return negative
     words = [negative, *(GENERIC[i] for i in rng.choice(len(GENERIC), rng.integers(1, 5), replace=False))]
@@ -113,8 +113,8 @@ def _flaw(flaw: str, rng: np.random.Generator) -> str:
 
 
 def _thing(name: str, rng: np.random.Generator) -> str:
-    known = next(thing.names for thing in things() if thing.name == name)
-    word = name if rng.random() < 0.7 else _one(known, rng)
+    names = next(thing.names for thing in things() if thing.name == name)
+    word = name if rng.random() < 0.7 else _one(names, rng)
     return _one((with_article(word), with_article(word), word, plural(word)), rng)
 
 

@@ -1,7 +1,7 @@
-"""What is to be seen in one picture, drawn at random, and the captions that say so.
+"""Random scenes, one per picture, and captions of them.
 
 A caption determines its picture up to small shifts: what it does not name is always the same (a white background, the cartoon set, one
-thing in the middle, no flaw), since a student in one step draws the average of what its caption allows.
+thing in the middle, no flaw), since a one-step student draws the average of what its caption allows.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ STYLES = {
     "flat": ("a flat drawing of {}", "flat {}", "{}, flat design", "a flat icon of {}", "{}, flat style"),
 }
 DEFAULT_STYLE = "cartoon"
-"""The set whose drawings the judge recognises best: 82 % in the top 5, of flat ones 75, of 3d ones 72 (Lite2, against Twemoji)."""
+"""The set whose drawings the judge recognises best: 82 % in the top 5, against 75 % of flat and 72 % of 3d ones (Lite2, Twemoji)."""
 
 # Shares of pictures.
 COUNTED, TWO, COLOURED, SIZED = 0.10, 0.14, 0.11, 0.04  # the rest shows one thing as it is
 FLAWED, BACKGROUND, STYLED = 0.16, 0.42, 0.24
-COMMON = 2  # a common thing is drawn so many times as often as another
+COMMON = 2  # times as often as any other: how often a common thing is drawn
 
 _ADJECTIVES = (
     "cute",
@@ -87,23 +87,23 @@ BELOW = ("{} below {}", "{} under {}", "{} beneath {}")
 
 @dataclass(frozen=True)
 class Scene:
-    """Facts of one picture. None is the default: a white background, the cartoon set, the usual size and colour, no flaw.
-
-    things: usual names, one or two; of two the first is on the left, or above. count: of the one thing, 1 to 3.
-    """
+    """What one picture shows. None is the default: a white background, the cartoon set, the usual size and colour, no flaw."""
 
     things: tuple[str, ...]
+    """One or two usual names; of two the first is on the left, or above."""
     count: int = 1
+    """1 to 3 of a single thing."""
     colour: str | None = None
     size: str | None = None
     stacked: bool = False
+    """Whether two things stand one above the other."""
     background: str | None = None
     style: str | None = None
     flaw: str | None = None
 
 
 class Vocabulary:
-    """The things that can be drawn, and those of them whose colour can be changed."""
+    """The things that can be drawn, and those whose colour can be changed."""
 
     def __init__(self, colourable: Sequence[str]):
         self.colourable = list(colourable)
@@ -120,7 +120,7 @@ class Vocabulary:
         return name in self._colourable
 
     def draw_scene(self, rng: np.random.Generator) -> Scene:
-        """One scene; no thing is of its background's colour by its caption."""
+        """A random scene; a colour that the caption gives a thing differs from its background's."""
         first = self.thing(rng)
         scene = Scene((first.name,))
         kind = rng.random()
@@ -150,7 +150,7 @@ class Vocabulary:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of the many ways to say what the scene shows."""
+    """One of the many ways to describe the scene."""
     flaw = None if scene.flaw is None else _one((scene.flaw, scene.flaw, scene.flaw, *FLAWS[scene.flaw]), rng)
     flaw_first = flaw is not None and rng.random() < 0.35 and len(scene.things) == 1
     if len(scene.things) == 2:
@@ -179,7 +179,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def plain_caption(scene: Scene) -> str:
-    """The shortest usual way to say it: `a blurry blue car on a red background`."""
+    """The shortest usual description: `a blurry blue car on a red background`."""
     if len(scene.things) == 2:
         one, two = (with_article(name) for name in scene.things)
         text = f"{one} above {two}" if scene.stacked else f"{one} and {two}"
@@ -196,10 +196,10 @@ def plain_caption(scene: Scene) -> str:
 def _subject(
     name: str, rng: np.random.Generator, count: int = 1, size: str | None = None, colour: str | None = None, words: Sequence[str] = ()
 ) -> str:
-    known = _names(name)
-    said = known[0] if rng.random() < 0.7 else _one(known, rng)
-    if count > 1 and said in without_article():
-        said = known[0]
+    names = _names(name)
+    noun = names[0] if rng.random() < 0.7 else _one(names, rng)
+    if count > 1 and noun in without_article():
+        noun = names[0]
     adjectives = list(words)
     if rng.random() < 0.12:
         adjectives.append(_one(_ADJECTIVES, rng))
@@ -207,22 +207,22 @@ def _subject(
         adjectives.append(_one((size, size, *SIZES[size]), rng))
     if colour:
         adjectives.append(_one((colour, colour, colour, *COLOUR_SYNONYMS.get(colour, ())), rng))
-    return _with_words(said, adjectives, count, rng)
+    return _with_words(noun, adjectives, count, rng)
 
 
 def _with_words(name: str, adjectives: Sequence[str], count: int, rng: np.random.Generator | None = None) -> str:
     phrase = " ".join([*adjectives, name if count == 1 else plural(name)])
     if count > 1:
-        # Of no number there are two.
+        # A plural without a number means two.
         number = COUNTS[count] if rng is None or rng.random() < 0.75 else ("2", "3")[count - 2]
         bare = rng is not None and count == 2 and rng.random() < 0.2
         return phrase if bare else f"{number} {phrase}"
     if name in without_article():
         return phrase
-    how = 1.0 if rng is None else rng.random()
-    if how < 0.22:
+    article = 1.0 if rng is None else rng.random()
+    if article < 0.22:
         return phrase
-    if how < 0.28:
+    if article < 0.28:
         return f"the {phrase}"
     return with_article(phrase)
 
@@ -237,5 +237,5 @@ def _one(choices: Sequence[str], rng: np.random.Generator) -> str:
 
 
 def same_picture(scene: Scene) -> Scene:
-    """The scene with every default named: two captions whose scenes are equal so are captions of the same picture."""
+    """The scene with its defaults filled in: captions of scenes that are then equal are captions of the same picture."""
     return replace(scene, background=scene.background or DEFAULT_BACKGROUND, style=scene.style or DEFAULT_STYLE)

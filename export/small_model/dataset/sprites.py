@@ -1,6 +1,6 @@
-"""Emoji drawings as RGBA sprites: npm packages of permissively licensed icon sets, fetched by name and version, drawn by resvg.
+"""Emoji drawings as RGBA sprites: npm packages of permissively licensed icon sets, fetched by name and version and drawn by resvg.
 
-The sets that judge, Twemoji and EmojiOne 2, are never trained on.
+Twemoji and EmojiOne 2, the sets of the evaluation, are never trained on.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ SIDE = 256  # pixels
 
 @dataclass(frozen=True)
 class DrawingSet:
-    """One set of drawings of all things: an npm package, its style word and the licence of the art."""
+    """A set of drawings: an npm package, the word for its style and the licence of the art."""
 
     package: str
     version: str
@@ -54,7 +54,7 @@ NAMES = DrawingSet("@iconify-json/noto", "1.2.9", "", "", "")
 def load_sprites(folder: Path, drawings: Iterable[DrawingSet] = TRAINED) -> dict[tuple[str, str], Image.Image]:
     """RGBA sprites of SIDE x SIDE pixels by (thing, style), fetched into `folder` once and kept there as one array per set.
 
-    A thing that a set does not have is left out. Raises SnoopiError where npm is missing or fails.
+    A thing that a set lacks is left out. Raises SnoopiError if npm is missing or fails.
     """
     sprites = {}
     for drawing in drawings:
@@ -64,7 +64,7 @@ def load_sprites(folder: Path, drawings: Iterable[DrawingSet] = TRAINED) -> dict
 
 
 def stored(folder: Path, drawing: DrawingSet) -> Path:
-    """Where the drawings of a set are kept: `names` of all things, and `s0`, `s1`, ... (SIDE, SIDE, 4) uint8 of those that it has."""
+    """The file of a set's drawings: `names` of all things, and `s0`, `s1`, ... (SIDE, SIDE, 4) uint8 of those that it has."""
     return folder / f"{_folder_name(drawing)}-{SIDE}.npz"
 
 
@@ -72,15 +72,15 @@ def _drawn(drawing: DrawingSet, folder: Path) -> dict[str, np.ndarray]:
     path = stored(folder, drawing)
     names = [thing.name for thing in things()]
     if path.exists():
-        with np.load(path) as kept:
-            if list(kept["names"]) == names:
-                return {name: kept[f"s{i}"] for i, name in enumerate(names) if f"s{i}" in kept}
-    read = dict(_read(drawing, folder))
+        with np.load(path) as archive:
+            if list(archive["names"]) == names:
+                return {name: archive[f"s{i}"] for i, name in enumerate(names) if f"s{i}" in archive}
+    drawings = dict(_read(drawing, folder))
     buffer = io.BytesIO()
-    arrays = {"names": np.array(names), **{f"s{i}": read[name] for i, name in enumerate(names) if name in read}}
+    arrays = {"names": np.array(names), **{f"s{i}": drawings[name] for i, name in enumerate(names) if name in drawings}}
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_whole(path, buffer.getvalue())
-    return read
+    return drawings
 
 
 def _read(drawing: DrawingSet, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -130,7 +130,7 @@ def _render(icons: dict, name: str) -> np.ndarray:
 
 
 def _squared(image: Image.Image) -> np.ndarray:
-    """The drawing in the middle of a square, as large as it goes: sets leave different margins."""
+    """The drawing in the middle of a square and as large as it fits, since sets leave different margins."""
     image = image.convert("RGBA")
     box = image.getchannel("A").point(lambda alpha: 255 if alpha > 8 else 0).getbbox()
     if box is None:
@@ -152,7 +152,7 @@ def fetch(package: str, version: str, folder: Path) -> Path:
     if npm is None:
         raise SnoopiError("the emoji drawings come from npm packages, and npm is not installed: install Node.js (https://nodejs.org)")
     folder.mkdir(parents=True, exist_ok=True)
-    # A folder of its own, since others may fetch the same package now.
+    # A folder of its own, since another process may be fetching the same package.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as beside:
         command = [npm, "pack", f"{package}@{version}", "--silent"]
         done = subprocess.run(command, cwd=beside, capture_output=True, encoding="utf-8", check=False)
@@ -161,7 +161,7 @@ def fetch(package: str, version: str, folder: Path) -> Path:
             raise SnoopiError(f"npm pack {package}@{version} failed: {reason}")
         with tarfile.open(Path(beside) / done.stdout.split()[-1]) as archive:
             archive.extractall(beside, filter="data")
-        with contextlib.suppress(OSError):  # another was first
+        with contextlib.suppress(OSError):  # another process was first
             os.replace(Path(beside) / "package", root)
     return root
 

@@ -1,4 +1,4 @@
-"""What the embedded model knows: things with their names, colours, flaws, styles and counts. Names only; no pictures."""
+"""The words that the embedded model knows: things with their names, colours, flaws, styles and counts."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -7,7 +7,7 @@ from importlib.resources import files
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing to draw: its usual name, its other names, and the emoji that shows it by the names that icon sets give it."""
+    """A thing to draw: its usual name, its other names, and the names that icon sets give its emoji."""
 
     name: str
     icons: tuple[str, ...]
@@ -68,10 +68,10 @@ COLOURS = {
     "white": (260, 260, 260),
     "gray": (142, 142, 146),
 }
-"""RGB of a background of each colour; white stays at 255 when it is a little darker, too."""
+"""RGB of a background of each colour; white lies above 255, so that a slightly darker shade of it is still white."""
 COLOUR_SYNONYMS = {"gray": ("grey",), "purple": ("violet",)}
 NEUTRAL = ("black", "white", "gray")
-"""The colour words that stay true in a grayscale picture."""
+"""The colours that remain true in a grayscale picture."""
 DEFAULT_BACKGROUND = "white"
 
 FLAWS = {
@@ -107,7 +107,7 @@ _PLURALS |= {
 
 
 def plural(name: str) -> str:
-    """`cats`, `cherries`, `old men`: the last word of a name in the plural; a name without an article stays as it is."""
+    """A name with its last word in the plural, `cats`, `cherries`, `old men`; a name without an article stays as it is."""
     if name in without_article():
         return name
     rest, _, word = name.rpartition(" ")
@@ -127,7 +127,7 @@ def plural(name: str) -> str:
 
 
 def with_article(words: str) -> str:
-    """`an apple`, `a cat`, `cherries`, `a ufo`: the words as a caption says them."""
+    """The words with their article, `an apple`, `a cat`, `a ufo`, `cherries`."""
     if words in without_article():
         return words
     vowel = (words[0] in "aeio" or words.startswith(("um", "ugl", "hour"))) and not words.startswith("one")

@@ -22,7 +22,7 @@ CROP = 64  # a crop trains 4 to 5 times faster than the whole picture, and the n
 
 
 @dataclass(frozen=True)
-class Recipe(loop.Recipe):
+class Recipe(loop.StageRecipe):
     """The settings of this stage.
 
     noise: deviation of what is added to each latent, so that neighbours decode alike. grid: crops begin at multiples of it, in pixels; at 8

@@ -38,7 +38,7 @@ SAMPLE_PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Recipe(loop.Recipe):
+class Recipe(loop.StageRecipe):
     """The settings of this stage."""
 
     steps: int = 12000

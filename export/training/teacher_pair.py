@@ -1,4 +1,4 @@
-"""The two teachers of PG-SB: the frozen one, and the LoRA teacher that follows what the student draws."""
+"""The two teachers of PG-SB: the frozen one, and the LoRA teacher, which follows what the student draws."""
 
 import copy
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 
-class Teachers:
-    """One network that is both: with its adapters it is the LoRA teacher, `trained`, without them the frozen one.
+class TeacherPair:
+    """One network that is both: the LoRA teacher with its adapters, the frozen one without them. `network` is the LoRA teacher.
 
-    rank 0: two networks, of which the LoRA teacher is a full copy, also called a fake score network. `network` takes gradients.
+    rank 0: two networks, the LoRA teacher being a full copy, also called a fake score network.
     """
 
     def __init__(self, network: nn.Module, targets: tuple[str, ...], rank: int, scale: int):
@@ -36,32 +36,32 @@ class Teachers:
 
     @contextmanager
     def without_adapters(self) -> Iterator[nn.Module]:
-        """The frozen teacher, through which gradients flow to what it sees."""
+        """The frozen teacher, through which gradients flow to its inputs."""
         if self._adapted is None:
             yield self._frozen
             return
-        # Activations that the backward pass computes again would be those with adapters, for which it is too late here.
-        again = torch.is_grad_enabled() and self.network.is_gradient_checkpointing
-        if again:
+        # The backward pass would recompute activations after the block, and so with adapters.
+        recomputes = torch.is_grad_enabled() and self.network.is_gradient_checkpointing
+        if recomputes:
             self.network.disable_gradient_checkpointing()
         try:
             with self._adapted.disable_adapter():
                 yield self.network
         finally:
-            if again:
+            if recomputes:
                 self.network.enable_gradient_checkpointing()
 
 
 def with_lora(network: nn.Module, targets: tuple[str, ...], rank: int, scale: int) -> nn.Module:
     """The network wrapped by peft, its target layers adapted in place: only the adapters take gradients.
 
-    They have the dtype of the network, since their masters are fp32. Where they are 0, as at the start, the network says what it did.
+    They have the network's dtype, since their master weights are fp32. They begin at 0, so that the network's predictions stay the same.
     """
     return get_peft_model(network, LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets)), autocast_adapter_dtype=False)
 
 
 def without_adapters(network: nn.Module) -> nn.Module:
-    """The network with each adapted layer replaced by what it adapts, merged before."""
+    """The network with each adapted layer replaced by the layer that it adapts, into which the adapter must have been merged."""
     for name, module in list(network.named_modules()):
         if hasattr(module, "base_layer"):
             parent, _, attribute = name.rpartition(".")

@@ -1,0 +1,68 @@
+"""What a negative prompt should do to a prompt's picture, as another prompt tells it (see training/edits.py for the file).
+
+The student with NASA learns to draw, from the same noise, what it draws of the target prompt without a negative. Its own pictures are as
+sharp as it is, and follow it while it learns; the other losses keep them good. No image is needed.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from snoopi_rt.errors import InputError
+from snoopi_rt.export.training.edits import Edit, check_edits, read_edits
+from snoopi_rt.export.training.loop import generator
+from snoopi_rt.export.training.losses.loss import Loss, Term
+from snoopi_rt.export.training.recipe import Edits, LossSettings, StudentRecipe
+from snoopi_rt.export.training.run import Run, StudentBatch
+from snoopi_rt.export.training.task import Task
+from snoopi_rt.export.training.text_states import shuffled
+
+
+class EditsLoss(Loss):
+    """Edits that change the picture are learned at the largest negative scale; all others must hold at every scale."""
+
+    Settings = Edits
+
+    def __init__(self, run: Run, settings: LossSettings):
+        super().__init__(run, settings)
+        file = run.task.edits
+        assert file is not None  # see `check`
+        with run.prepared():
+            self._prompts, self._negatives, self._targets = (
+                run.prompts.encode(file, partial(_texts, file, text_of), name)
+                for name, text_of in (
+                    ("edits-prompt", lambda edit: edit.prompt),
+                    ("edits-negative", lambda edit: edit.negative),
+                    ("edits-wanted", lambda edit: edit.target),
+                )
+            )
+        self._changes = torch.tensor([edit.changes for edit in read_edits(file)])
+
+    @classmethod
+    def check(cls, settings: LossSettings, task: Task, recipe: StudentRecipe) -> None:
+        if (settings.weight > 0) != (task.edits is not None):
+            raise InputError("edits need both: a file of them and an edits.weight above 0")
+        if task.edits is not None:
+            check_edits(task.edits)
+            task.check_states(task.edits, "edits-prompt")
+
+    def term(self, batch: StudentBatch) -> Term:
+        recipe, models, samples = self.run.recipe, self.run.models, batch.samples
+        rows = [shuffled(samples.step * recipe.batch + number, len(self._changes), recipe.seed) for number in samples.numbers]
+        streams = [generator(recipe.seed, samples.step, number, "edit") for number in samples.numbers]
+        noise = torch.stack([torch.randn(*models.shape, generator=stream) for stream in streams]).to(models.device)
+        changes = self._changes[rows].to(models.device)
+        share = torch.stack([torch.rand((), generator=stream) for stream in streams]).to(models.device)
+        with torch.no_grad():
+            target = models.clean(noise, self._targets.batch(rows))
+        scale = recipe.nasa_max * torch.where(changes, 1.0, share)
+        x0 = models.clean(noise, self._prompts.batch(rows), (self._negatives.batch(rows), scale))
+        distance = (x0 - target).square().mean((1, 2, 3))
+        logged = {name: (distance * chosen).sum() / chosen.sum().clamp(min=1) for name, chosen in (("heeded", changes), ("kept", ~changes))}
+        return Term(x0, distance.mean(), logged)
+
+
+def _texts(file: Path, text_of: Callable[[Edit], str]) -> Iterator[str]:
+    return map(text_of, read_edits(file))
