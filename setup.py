@@ -70,6 +70,8 @@ EXTRAS = {
     "diffusers": ["diffusers", "transformers", "torch"],
     "export": EXPORT,
     "train": TRAIN,
+    # What tools/compare.py runs beside this package.
+    "peers": ["openvino-genai>=2026.1", "stable-diffusion-cpp-python>=0.4.7"],
     "dev": [*EXPORT, *TRAIN, *TRITON, *RTX, *GPU, *SERVE, *RAY, *CLIENTS, *CHECKS],
 }
 

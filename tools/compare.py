@@ -1,11 +1,16 @@
-"""Times a bundle beside what else a user could run: seconds a stage, ratios, and the error in the latent.
+"""Times a bundle beside what else a user could run: seconds per stage, ratios, and the error in the latent.
 
-Each contender is alone in memory with the baseline, diffusers in fp32, and is called in turns with it: two at full size fit, ten do not.
-The peers are built from the same folder of weights: diffusers as it is (fp32, bf16), torch.compile, diffusers' own UNet as an ONNX graph in
-ONNX Runtime (what optimum does) and in OpenVINO with its own choices, static shapes and bf16 (what optimum-intel and openvino.genai do).
-PixArt has no peer outside torch. Prompt states are those of the bundle's own text encoder, given as from a cache; the stage `image` is the
-generator and the decoder, for the bundle through its pipeline. With --tiny the stage `decoder` is the tiny one, without it the full one.
+In the stages `generator`, `decoder`, `image` and `full decoder` each contender is alone in memory with the baseline, diffusers in fp32, and
+their calls are interleaved: two of full size fit, ten do not. All are made of the same folder of weights: diffusers as it is (fp32, bf16),
+torch.compile, and diffusers' own UNet as an ONNX graph in ONNX Runtime (as optimum runs it) and in OpenVINO with its own choices, static
+shapes and bf16 (as optimum-intel runs it). PixArt has no peer outside torch. Prompt states are those of the bundle's own text encoder, as
+from a cache; the stage `image` is the generator and the decoder, for the bundle through its pipeline.
 
+The stage `peers` runs openvino.genai and stable-diffusion.cpp on the same weights beside the bundle, from prompt to image, a new prompt in
+each round, all in memory at once and interleaved (tools/peers.py). It takes SD 1.5 and 2.1 in one step, and what is installed of
+`pip install ".[peers]"`; stable-diffusion.cpp is compiled then, which takes minutes.
+
+With --tiny the decoder of all is the tiny one, except in the stage `full decoder`.
 python tools/compare.py --student runs/pixart --bundle bundles/pixart --out docs/compare/pixart.json
 """
 
@@ -24,6 +29,7 @@ from typing import Any
 
 import click
 import numpy as np
+import peers
 import torch
 
 import snoopi_rt
@@ -44,23 +50,25 @@ from snoopi_rt.tokenizer import Tokenizer
 warnings.filterwarnings("ignore")
 PROMPT, NEGATIVE = "a dog wearing a blue scarf in the snow, photo", "blurry, low quality, deformed hands, watermark"
 TOKENS = 20
-"""Texts are cut to as many where the bundle does not pad them to a length of its own."""
+"""Texts are cut to this length unless the bundle pads them."""
 SEED = 1
-STAGES = ("generator", "decoder", "image", "full decoder")
-BASELINE, HALF = "diffusers fp32", "diffusers bf16"
+STAGES = ("generator", "decoder", "image", "full decoder", "peers")
+BASELINE, BF16 = "diffusers fp32", "diffusers bf16"
+OURS = "ours"
+"""The baseline of the stage `peers`."""
 Run = Callable[[], np.ndarray]
 Decode = Callable[[np.ndarray], np.ndarray]
 Contenders = dict[str, Callable[[], Callable[..., np.ndarray]]]
-"""By name what loads a contender: it is in memory as long as its answer is held."""
+"""What loads a contender, by name: it stays in memory as long as the call that it returns is held."""
 
 
 @click.command()
 @click.option("--student", type=click.Path(path_type=Path), required=True, help="The folder that the bundle was exported from.")
 @click.option("--bundle", "folder", type=click.Path(path_type=Path), required=True)
-@click.option("--tiny", type=click.Path(path_type=Path), help="A TAESD folder, for the peers' tiny decoder.")
-@click.option("--runs", default=7, help="Calls of each, in turns.")
+@click.option("--tiny", type=click.Path(path_type=Path), help="A TAESD folder, for everyone's tiny decoder.")
+@click.option("--runs", default=7, help="Timed calls of each, interleaved.")
 @click.option("--compiled/--not-compiled", default=True, help="torch.compile takes a minute or two.")
-@click.option("--stage", "stages", type=click.Choice(STAGES), multiple=True, default=STAGES, help="Only this stage; may be given again.")
+@click.option("--stage", "stages", type=click.Choice(STAGES), multiple=True, default=STAGES, help="Only this stage; can be repeated.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to write the JSON.")
 def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bool, stages: Sequence[str], out: Path) -> None:
     """Print the table and write it as JSON."""
@@ -72,32 +80,45 @@ def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bo
     shape = (latent.channels, *(side // latent.factor for side in bundle.sizes[0]))
     noise, renoise = draw_noise(SEED, shape, len(preset.rule.steps) - 1)
     scale = np.array([bundle.guidance.scale.default], np.float32)
-    given = {"noise": noise[None], "renoise": renoise[None], **states, "negative_scale": scale}
+    inputs = {"noise": noise[None], "renoise": renoise[None], **states, "negative_scale": scale}
     vae = student / "vae" if tiny is None else tiny
     document = {"bundle": bundle.name, "backbone": bundle.backbone, "texts": texts, "runs": runs, "stages": {}}
     out.parent.mkdir(parents=True, exist_ok=True)
     document["tokens"] = {name: value.shape[1] for name, value in states.items() if name.endswith("states")}
 
-    def show(stage: str, contenders: Contenders, *given: np.ndarray) -> None:
-        if stage not in stages:
-            return
-        document["stages"][stage] = measure(contenders, runs, given)
-        click.echo(f"\n{stage}\n{table(document['stages'][stage])}")
-        # After each stage: the next may take minutes, or the memory.
+    def show(stage: str, rows: dict[str, dict[str, Any]]) -> None:
+        document["stages"][stage] = rows
+        click.echo(f"\n{stage}\n{table(rows)}")
+        # After each stage: the next may take minutes, or run out of memory.
         out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
-    generate = generators(bundle, student, preset, given, compiled)
-    show("generator", generate)
-    found = generate[BASELINE]()()
-    decode = decoders(bundle, vae, found)
-    show("decoder", decode, found)
-    show("image", images(bundle, texts, generate, decode))
-    if tiny is not None:
-        show("full decoder", decoders(None, student / "vae", found), found)
+    def time_stage(stage: str, contenders: Contenders, *arrays: np.ndarray) -> None:
+        if stage in stages:
+            show(stage, measure(contenders, runs, arrays))
+
+    if set(stages) - {"peers"}:
+        generate = generators(bundle, student, preset, inputs, compiled)
+        time_stage("generator", generate)
+        latent_array = generate[BASELINE]()()
+        decode = decoders(bundle, vae, latent_array)
+        time_stage("decoder", decode, latent_array)
+        time_stage("image", images(bundle, texts, generate, decode))
+        if tiny is not None:
+            time_stage("full decoder", decoders(None, student / "vae", latent_array), latent_array)
+    if "peers" in stages:
+        for line in peers.missing():
+            click.echo(line, err=True)
+        if bundle.backbone not in peers.BACKBONES or len(preset.rule.steps) > 1 or "openvino" not in installed():
+            click.echo(f"the stage peers is for {' and '.join(peers.BACKBONES)} in one step, with OpenVINO installed", err=True)
+            return
+        job = peers.Job(student, vae, bundle.sizes[0], preset.prediction, noise, SEED)
+        with tempfile.TemporaryDirectory() as converted:
+            loads = {**our_pipelines(bundle), **peers.loaders(job, Path(converted))}
+            show("peers", interleaved(loads, runs))
 
 
 def encoded(bundle: Bundle) -> tuple[tuple[str, str], dict[str, np.ndarray]]:
-    """The prompt and the negative as they are used, and what the text encoder makes of them, by name of the generator's inputs."""
+    """The prompt and the negative as they are used, and the text encoder's outputs for them, by name of the generator's inputs."""
     text, states = bundle.text, {}
     assert text.tokenizer is not None
     tokenizer = Tokenizer(bundle.folder / text.tokenizer.path, text.max_tokens, text.lowercase, text.pad)
@@ -116,41 +137,85 @@ def cut(words: str, tokenizer: Tokenizer, to_length: bool) -> str:
     return words.strip()
 
 
-def measure(contenders: Contenders, runs: int, given: Sequence[np.ndarray] = ()) -> dict[str, dict[str, float]]:
-    """Median and minimum seconds of each, its ratio to the baseline, and the rms distance to what that gives."""
+def measure(contenders: Contenders, runs: int, arrays: Sequence[np.ndarray] = ()) -> dict[str, dict[str, Any]]:
+    """Median and minimum seconds of each, its ratio to the baseline, and the rms distance to the baseline's output."""
     baseline = contenders[BASELINE]()
-    wanted, all_base, rows = baseline(*given), [], {BASELINE: {}}
+    reference, all_base, rows = baseline(*arrays), [], {BASELINE: {}}
     for name, load in contenders.items():
         if name == BASELINE:
             continue
         gc.collect()
         run = load()
-        error = float(np.sqrt(np.mean((run(*given).astype(np.float64) - wanted.astype(np.float64)) ** 2)))
-        pairs = [(seconds(baseline, given), seconds(run, given)) for _ in range(runs)]
+        error = rms(run(*arrays), reference)
+        pairs = [(seconds(baseline, *arrays), seconds(run, *arrays)) for _ in range(runs)]
         all_base += [base for base, _ in pairs]
-        taken = [own for _, own in pairs]
+        own_seconds = [own for _, own in pairs]
         ratio = statistics.median(own / base for base, own in pairs)
-        rows[name] = {"median": statistics.median(taken), "min": min(taken), "ratio": ratio, "error": error}
+        rows[name] = {"median": statistics.median(own_seconds), "min": min(own_seconds), "ratio": ratio, "error": error}
         click.echo(f"{name}: {rows[name]['median']:.3f} s, {ratio:.3f} of the baseline", err=True)
         del run
     rows[BASELINE] = {"median": statistics.median(all_base), "min": min(all_base), "ratio": 1.0, "error": 0.0}
     return rows
 
 
-def seconds(run: Callable[..., np.ndarray], given: Sequence[np.ndarray]) -> float:
-    """What one call takes."""
+def interleaved(loads: dict[str, Callable[[], Any]], runs: int) -> dict[str, dict[str, Any]]:
+    """Median and minimum seconds from prompt to image of each, its median ratio to OURS within a round, the rms distance to our image (None
+    for other noise), and the median seconds of its parts, where it reports them. The first round is not timed."""
+    draws, timings, errors = {}, {name: [] for name in loads}, {}
+    for name, load in loads.items():
+        click.echo(f"loading {name}", err=True)
+        draws[name] = load()
+    for number in range(runs + 1):
+        prompt = f"{PROMPT} {number}"  # a new one: nobody has its states in a cache
+        pictures = {}
+        for name, draw in draws.items():
+            start = time.perf_counter()
+            pictures[name] = draw(prompt)
+            timings[name].append(time.perf_counter() - start)
+        if number == 0:
+            comparable = [name for name, draw in draws.items() if getattr(draw, "same_noise", True)]
+            errors = {name: rms(pictures[name], pictures[OURS]) for name in comparable}
+    rows = {}
+    for name, draw in draws.items():
+        taken = timings[name][1:]
+        ratio = statistics.median(own / base for own, base in zip(taken, timings[OURS][1:], strict=True))
+        rows[name] = {"median": statistics.median(taken), "min": min(taken), "ratio": ratio, "error": errors.get(name)}
+        if parts := getattr(draw, "parts", None):
+            rows[name]["parts"] = {part: statistics.median(values[1:]) for part, values in parts.items()}
+    return rows
+
+
+def our_pipelines(bundle: Bundle) -> dict[str, Callable[[], Callable[[str], np.ndarray]]]:
+    """The bundle on OpenVINO, in the generator's first precision without and with the negative, and with it in the other precisions."""
+
+    def load(precision: str, *negative: str) -> Callable[[str], np.ndarray]:
+        pipe = snoopi_rt.load(bundle, engine="openvino", precision=f"generator={precision}")
+        return lambda prompt: pipe.generate(prompt, *negative, seed=SEED).images[0]
+
+    first, *others = dict.fromkeys(variant.precision for variant in bundle.variants("generator", "openvino"))
+    loads = {OURS: partial(load, first), f"ours {first}, negative": partial(load, first, NEGATIVE)}
+    return {**loads, **{f"ours {precision}, negative": partial(load, precision, NEGATIVE) for precision in others}}
+
+
+def rms(array: np.ndarray, reference: np.ndarray) -> float:
+    """The root mean square of the difference."""
+    return float(np.sqrt(np.mean((array.astype(np.float64) - reference.astype(np.float64)) ** 2)))
+
+
+def seconds(run: Callable[..., np.ndarray], *arrays: np.ndarray) -> float:
+    """How long one call takes."""
     start = time.perf_counter()
-    run(*given)
+    run(*arrays)
     return time.perf_counter() - start
 
 
-def generators(bundle: Bundle, student: Path, preset: Preset, given: dict[str, np.ndarray], compiled: bool) -> Contenders:
+def generators(bundle: Bundle, student: Path, preset: Preset, inputs: dict[str, np.ndarray], compiled: bool) -> Contenders:
     """Every way to the clean latent, by name; those of the bundle without and with the negative prompt."""
     from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 
     pixart, rule = bundle.backbone == "pixart", preset.rule
     part, kind = ("transformer", PixArtTransformer2DModel) if pixart else ("unet", UNet2DConditionModel)
-    tensors = {name: torch.from_numpy(value) for name, value in given.items()}
+    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
 
     def network(dtype: torch.dtype) -> torch.nn.Module:
         loaded = load_module(student / part, kind, dtype=dtype)
@@ -172,40 +237,40 @@ def generators(bundle: Bundle, student: Path, preset: Preset, given: dict[str, n
         def run() -> np.ndarray:
             def answer(step: int, latent: torch.Tensor) -> torch.Tensor:
                 timestep = torch.tensor([rule.steps[step].timestep])
-                found = model(latent.to(dtype), encoder_hidden_states=states, timestep=timestep, return_dict=False, **extra)[0]
-                return found[:, : latent.shape[1]].float()
+                prediction = model(latent.to(dtype), encoder_hidden_states=states, timestep=timestep, return_dict=False, **extra)[0]
+                return prediction[:, : latent.shape[1]].float()
 
             return rule.run(answer, tensors["noise"], tensors["renoise"]).numpy()
 
         return run
 
-    found: Contenders = {BASELINE: partial(diffusers, torch.float32), HALF: partial(diffusers, torch.bfloat16)}
+    contenders: Contenders = {BASELINE: partial(diffusers, torch.float32), BF16: partial(diffusers, torch.bfloat16)}
     if compiled:
-        found["torch.compile bf16"] = partial(diffusers, torch.bfloat16, torch.compile)
+        contenders["torch.compile bf16"] = partial(diffusers, torch.bfloat16, torch.compile)
     if not pixart and len(rule.steps) == 1:
         for name, compile_peer in (("ONNX Runtime fp32 (as optimum)", in_onnxruntime), ("OpenVINO bf16 (as optimum-intel)", in_openvino)):
-            found[name] = partial(unet_peer, network, condition, rule, tensors["noise"], tensors["prompt_states"], compile_peer)
-    # As the runtime feeds it: one token at scale 0.
-    plain = {**given, "negative_states": np.zeros_like(given["negative_states"][:, :1]), "negative_scale": np.zeros(1, np.float32)}
-    for name, load in builds(bundle, "generator").items():
-        for way, feeds in (("", plain), (", negative", given)):
-            found[f"ours {name}{way}"] = partial(_latent_of, load, feeds)
-    return found
+            contenders[name] = partial(unet_peer, network, condition, rule, tensors["noise"], tensors["prompt_states"], compile_peer)
+    # Without a negative the runtime feeds one token at scale 0.
+    positive = {**inputs, "negative_states": np.zeros_like(inputs["negative_states"][:, :1]), "negative_scale": np.zeros(1, np.float32)}
+    for name, load in variants(bundle, "generator").items():
+        for suffix, arrays in (("", positive), (", negative", inputs)):
+            contenders[f"ours {name}{suffix}"] = partial(_latent_of, load, arrays)
+    return contenders
 
 
 def images(bundle: Bundle, texts: tuple[str, str], generate: Contenders, decode: Contenders) -> Contenders:
-    """From cached prompt states to the picture; the bundle's with the fastest builds that it has for OpenVINO."""
+    """From cached prompt states to the image; the bundle's with its first variants for OpenVINO."""
 
     def diffusers(name: str) -> Run:
-        latent, picture = generate[name](), decode[name]()
-        return lambda: picture(latent())
+        latent, image = generate[name](), decode[name]()
+        return lambda: image(latent())
 
     def ours(*prompts: str) -> Run:
         pipe = snoopi_rt.load(bundle, engine="openvino", low_memory=True)
         return lambda: pipe.generate(*prompts, seed=SEED).images
 
     return {
-        **{name: partial(diffusers, name) for name in (BASELINE, HALF)},
+        **{name: partial(diffusers, name) for name in (BASELINE, BF16)},
         "ours": partial(ours, texts[0]),
         "ours, negative": partial(ours, *texts),
     }
@@ -219,7 +284,7 @@ def unet_peer(
     states: torch.Tensor,
     compile_peer: Callable[[Path], Callable[[dict[str, np.ndarray]], np.ndarray]],
 ) -> Run:
-    """diffusers' UNet as a graph that takes the timestep, in an engine with its own defaults."""
+    """diffusers' UNet as a graph with the timestep as an input, in an engine with its own defaults."""
 
     class Plain(torch.nn.Module):
         def __init__(self) -> None:
@@ -239,25 +304,25 @@ def unet_peer(
             )
         gc.collect()
         peer = compile_peer(path)
-    given = {name: value.numpy() for name, value in example.items()}
-    given["sample"] = (rule.input_scale * noise).numpy()
-    return lambda: rule.x0(noise, torch.from_numpy(peer(given))).numpy()
+    arrays = {name: value.numpy() for name, value in example.items()}
+    arrays["sample"] = (rule.input_scale * noise).numpy()
+    return lambda: rule.x0(noise, torch.from_numpy(peer(arrays))).numpy()
 
 
 def in_onnxruntime(path: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
     """A session with ONNX Runtime's own choices."""
     session = import_onnxruntime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda given: session.run(None, given)[0]
+    return lambda arrays: session.run(None, arrays)[0]
 
 
 def in_openvino(path: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
     """A model compiled with OpenVINO's own choices."""
     compiled = import_openvino().Core().compile_model(str(path), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
-    return lambda given: compiled(given)[0]
+    return lambda arrays: compiled(arrays)[0]
 
 
 def decoders(bundle: Bundle | None, vae: Path, example: np.ndarray) -> Contenders:
-    """Every way from a latent to its picture, by name."""
+    """Every way from a latent to its image, by name."""
     import diffusers
 
     from snoopi_rt.export.decoder import Decoder
@@ -281,43 +346,46 @@ def decoders(bundle: Bundle | None, vae: Path, example: np.ndarray) -> Contender
 
     return {
         BASELINE: partial(eager, torch.float32),
-        HALF: partial(eager, torch.bfloat16),
+        BF16: partial(eager, torch.bfloat16),
         "OpenVINO bf16 (as optimum-intel)": in_openvino,
-        **{f"ours {name}": partial(ours, load) for name, load in (builds(bundle, "decoder").items() if bundle else ())},
+        **{f"ours {name}": partial(ours, load) for name, load in (variants(bundle, "decoder").items() if bundle else ())},
     }
 
 
-def builds(bundle: Bundle, graph: str) -> dict[str, Callable[[], Engine]]:
-    """Every build of the graph on every installed engine that it is for."""
+def variants(bundle: Bundle, graph: str) -> dict[str, Callable[[], Engine]]:
+    """Every variant of the graph on each of its installed engines."""
     return {
-        f"{engine} {build.precision}": partial(opened, bundle, build, engine)
-        for build in bundle.graphs[graph]
-        for engine in build.engines
+        f"{engine} {variant.precision}": partial(opened, bundle, variant, engine)
+        for variant in bundle.graphs[graph]
+        for engine in variant.engines
         if engine in ORDER and engine in installed()
     }
 
 
 def fastest(bundle: Bundle, graph: str) -> Engine:
-    """The graph's first build, on OpenVINO where one is for it."""
-    build = bundle.variant(graph, "openvino")
-    return opened(bundle, build, max(build.engines, key=lambda name: name == "openvino"))
+    """The graph's first variant, on OpenVINO if it has one for it."""
+    variant = bundle.variant(graph, "openvino")
+    return opened(bundle, variant, max(variant.engines, key=lambda name: name == "openvino"))
 
 
-def opened(bundle: Bundle, build: Variant, engine: str) -> Engine:
-    """One build on one engine, through the cache."""
-    return load_engine(engine, bundle.folder / build.files[0].path, build.precision, cache=Cache(), key=build.hash)
+def opened(bundle: Bundle, variant: Variant, engine: str) -> Engine:
+    """One variant on one engine, through the cache."""
+    return load_engine(engine, bundle.folder / variant.files[0].path, variant.precision, cache=Cache(), key=variant.hash)
 
 
-def _latent_of(load: Callable[[], Engine], given: dict[str, np.ndarray]) -> Run:
+def _latent_of(load: Callable[[], Engine], inputs: dict[str, np.ndarray]) -> Run:
     engine = load()
-    feeds = {spec.name: given[spec.name] for spec in engine.inputs}
-    return lambda: engine(**feeds)["latent"]
+    arrays = {spec.name: inputs[spec.name] for spec in engine.inputs}
+    return lambda: engine(**arrays)["latent"]
 
 
-def table(measured: dict[str, dict[str, float]]) -> str:
+def table(rows: dict[str, dict[str, Any]]) -> str:
     """The measurements as lines for people."""
     lines = [f"{'':36}{'median s':>10}{'min s':>10}{'ratio':>8}{'rms error':>12}"]
-    lines += [f"{name:36}{row['median']:10.3f}{row['min']:10.3f}{row['ratio']:8.3f}{row['error']:12.2g}" for name, row in measured.items()]
+    for name, row in rows.items():
+        error = "-" if row["error"] is None else f"{row['error']:.2g}"
+        parts = "".join(f"  {part} {value:.3f} s" for part, value in row.get("parts", {}).items())
+        lines.append(f"{name:36}{row['median']:10.3f}{row['min']:10.3f}{row['ratio']:8.3f}{error:>12}{parts}")
     return "\n".join(lines)
 
 
