@@ -22,7 +22,15 @@ from snoopi_rt.export.backbones import Backbone, Student, find_backbone
 from snoopi_rt.export.final_check import Extreme, draw_whole, extreme_ids
 from snoopi_rt.export.guidance import Guidance, find_guidance
 from snoopi_rt.export.onnx_graphs import calibration
-from snoopi_rt.export.onnx_graphs.parity import FP32_TOLERANCE, IMAGE_TOLERANCE, LATENT_TOLERANCE, LatentComparison, NamedArrays, rms
+from snoopi_rt.export.onnx_graphs.parity import (
+    FP32_TOLERANCE,
+    IMAGE_TOLERANCE,
+    INT8_TOLERANCE,
+    LATENT_TOLERANCE,
+    LatentComparison,
+    NamedArrays,
+    rms,
+)
 from snoopi_rt.export.onnx_graphs.variants import Graph, check_precision, write_variants
 from snoopi_rt.export.source import Source
 from snoopi_rt.files import check_place, hidden, reason
@@ -54,8 +62,8 @@ class ExportOptions:
     """Names of precisions by graph, in the order of preference; a graph without any gets the backbone's."""
     sizes: tuple[tuple[int, int], ...] = ()
     """(height, width) in pixels, the default first; none: the preset's."""
-    tolerance: float = LATENT_TOLERANCE
-    """How much a variant may change the clean latent (rms)."""
+    tolerance: float | None = None
+    """How much a variant may change the clean latent (rms); None: LATENT_TOLERANCE, and INT8_TOLERANCE for a generator in int8 by name."""
     prompts: tuple[str, ...] = ()
     """The prompts whose states the bundle carries."""
     prompts_only: bool = False
@@ -73,7 +81,7 @@ class ExportOptions:
         find_guidance(self.guidance)
         for name in (name for names in self.precision.values() for name in names):
             check_precision(name)
-        if not 0 < self.tolerance < math.inf:
+        if self.tolerance is not None and not 0 < self.tolerance < math.inf:
             raise InputError(f"tolerance {self.tolerance:g} is not a positive number")
         if self.prompts_only and not self.prompts:
             raise InputError("a bundle without text encoder needs the prompts that it is to know: --prompts FILE")
@@ -192,6 +200,7 @@ def _write_files(folder: Path, name: str, plan: Plan, student: Student, say: Cal
 def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Mapping[str, dict[str, Tensor]]) -> Iterator[Graph]:
     """The graphs of a bundle, one after the other, so that the memory of one is free before the next."""
     options, backbone = plan.options, plan.backbone
+    tolerance = LATENT_TOLERANCE if options.tolerance is None else options.tolerance
     (height, width), latent = plan.sizes[0], plan.source.latent
     shape, steps = (latent.channels, height // latent.factor, width // latent.factor), len(plan.source.preset.rule.steps)
     samples = calibration.generator_samples(states, plan.guidance, shape, steps, backbone.masks)
@@ -224,7 +233,7 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
             reference=[{name: value.numpy() for name, value in states[prompt].items()} for prompt in prompts],
             error=by_text.error,
             comparison=by_text,
-            tolerance=options.tolerance,
+            tolerance=tolerance,
             fp32_tolerance=FP32_TOLERANCE["text_encoder"],
             tensor_of=student.tensor_of,
             **shared,
@@ -239,7 +248,8 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
         reference=[{"latent": latent} for latent in reference_latents],
         error=by_latent.error,
         comparison=by_latent,
-        tolerance=options.tolerance,
+        tolerance=tolerance,
+        int8_tolerance=INT8_TOLERANCE if options.tolerance is None else None,
         fp32_tolerance=FP32_TOLERANCE["generator"],
         **shared,
     )
@@ -261,7 +271,7 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
         reference=images,
         error=lambda i, outputs: rms(outputs["image"].astype(np.float32) - images[i]["image"]) / 255,
         # A larger tolerance for the latent is one for the image too.
-        tolerance=IMAGE_TOLERANCE * max(1.0, options.tolerance / LATENT_TOLERANCE),
+        tolerance=IMAGE_TOLERANCE * max(1.0, tolerance / LATENT_TOLERANCE),
         fp32_tolerance=FP32_TOLERANCE["decoder"],
         one_image=_large(student.decoder),
         **shared,

@@ -21,6 +21,8 @@ weights: text_encoder 3e-6, generator 1e-5. The decoder's output is in whole lev
 LATENT_TOLERANCE = 0.05
 """How much any other variant may change the clean latent, whose standard deviation is about 1. Epsilon students multiply their error by
 sigma / alpha into it: 14.6 for SD at t = 999."""
+INT8_TOLERANCE = 0.25
+"""How much a generator in int8 may change it that was asked for by name: SD 2.1 with random weights has 0.18, at two thirds of the time."""
 IMAGE_TOLERANCE = 0.01
 """How much a decoder may change its image, in units of full white: a PSNR of 40 dB."""
 FLAT = 2.0

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -93,6 +93,8 @@ class Graph:
     fp32_tolerance: float
     """The largest relative L2 distance of the variant in fp32."""
     opset: int
+    int8_tolerance: float | None = None
+    """What bounds the error of int8 instead of `tolerance` where int8 is asked for by name; None: `tolerance`."""
     comparison: LatentComparison | None = None
     one_image: bool = False
     """Whether it runs one image at a time, whatever the precision."""
@@ -130,8 +132,15 @@ def write_variants(
                 if not usable and precision != "auto":
                     raise InputError(f"precision {name} of {graph.name} is for {', '.join(supported)}, which is not installed")
                 if name not in written and usable:
+                    judged = graph
+                    if name == precision == "int8" and graph.int8_tolerance is not None:
+                        judged = replace(graph, tolerance=graph.int8_tolerance)
+                        say(
+                            f"{graph.name}: int8 is asked for by name and may change the clean latent by {judged.tolerance:g}, "
+                            f"others by {graph.tolerance:g}; --tolerance sets another limit"
+                        )
                     try:
-                        written[name] = _write_precision(graph, name, folder, usable, say)
+                        written[name] = _write_precision(judged, name, folder, usable, say)
                     except (InputError, OutputError) as error:
                         if name == "fp32" or len(group) == 1:
                             raise

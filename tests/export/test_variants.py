@@ -132,6 +132,16 @@ def test_auto_goes_on_to_the_next_where_too_many_layers_are_spoilt(tmp_path: Pat
     assert off > allowed == pytest.approx(SIMULATED_SHARE * tolerance, rel=0.1) and tolerance == 0.015
 
 
+def test_int8_by_name_is_taken_at_its_own_price_and_auto_does_not_take_it(tmp_path: Path) -> None:
+    lines: list[str] = []
+    costly = replace(graph(1, 1e-3), int8_tolerance=0.25)
+    variants = write_variants(costly, ["auto", "int8"], tmp_path, ["cpu"], lines.append)
+    auto, int8 = (variant for variant in variants if variant.engines == ("cpu",))
+    assert (auto.precision, int8.precision) == ("fp16", "int8")
+    assert auto.tolerance == 1e-3 < int8.parity.error <= int8.tolerance == 0.25
+    assert any("int8 is asked for by name and may change the clean latent by 0.25, others by 0.001; --tolerance" in line for line in lines)
+
+
 def test_an_error_that_is_barely_too_large_does_not_look_like_the_limit() -> None:
     parity = Parity(0.0, 0.0, latent_error=0.0501)
     with pytest.raises(OutputError, match=r"is 0\.0501 \(latent error\) off PyTorch on cpu, allowed is 0\.05$"):
