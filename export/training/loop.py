@@ -33,8 +33,11 @@ from snoopi_rt.interrupts import deferred
 class Resumable(Protocol):
     """A part of a stage that a checkpoint holds, as named tensors."""
 
-    def state(self) -> dict[str, Tensor]: ...
-    def restore(self, state: dict[str, Tensor]) -> None: ...
+    def state(self) -> dict[str, Tensor]:
+        """All that an exact resume needs."""
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Takes what `state` returned. Raises KeyError for a missing tensor."""
 
 
 SAVE_EVERY_S = 120.0  # seconds of work that a kill may cost

@@ -45,6 +45,7 @@ class TextBatch:
     mask: Tensor | None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "TextBatch":
+        """The same on a device, the states in a dtype."""
         return TextBatch(self.states.to(device, dtype), None if self.mask is None else self.mask.to(device))
 
 
