@@ -45,6 +45,9 @@ TRAIN = [
     "scipy>=1.15",
     *FEATURES,
 ]
+# OpenCLIP brings torchvision, which has to fit torch: beside a CPU build of torch PyPI's does not import (docs/evaluation.md).
+OPEN_CLIP = ["open_clip_torch>=3.3", "torch-fidelity>=0.4"]
+EVAL = [*TORCH, *MINILM, *WEIGHTS, *OPEN_CLIP, *FEATURES, "onnxruntime>=1.24", "scipy>=1.15", "matplotlib>=3.10"]
 # For the kernels' tests; torch with CUDA brings its own.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 SERVE = ["fastapi>=0.130", "uvicorn>=0.40", "httptools>=0.6.3", "uvloop>=0.21; platform_system != 'Windows'", "prometheus-client>=0.22"]
@@ -72,6 +75,8 @@ EXTRAS = {
     "train": TRAIN,
     # What tools/compare.py runs beside this package.
     "peers": ["openvino-genai>=2026.1", "stable-diffusion-cpp-python>=0.4.7"],
+    # Not part of dev, for the same reason: the tests that need it run in CI once it is installed there, last.
+    "eval": EVAL,
     "dev": [*EXPORT, *TRAIN, *TRITON, *RTX, *GPU, *SERVE, *RAY, *CLIENTS, *CHECKS],
 }
 

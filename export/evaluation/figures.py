@@ -29,6 +29,20 @@ def plot(columns: Mapping[str, Sequence[Row]], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
+def plot_tradeoff(curves: Mapping[str, Sequence[tuple[float, float, float]]], path: Path) -> None:
+    """Writes what is removed against what is kept, a line per student; curves: (scale, removed, kept) of each."""
+    figure = _figure_class()(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot([removed for _, removed, _ in points], [kept for _, _, kept in points], marker="o", label=name)
+        for scale, removed, kept in points:
+            axes.annotate(f"{scale:g}", (removed, kept), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.set_xlabel("unwanted thing removed, of pictures that showed it")
+    axes.set_ylabel("prompt recognised, of what it is without a negative")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
 def _bars(axes: Any, rows: Sequence[Row | None], number: int, of: int, label: str) -> None:
     """Bars `number` of so many beside each other, with intervals, and a line where a goal is."""
     width = 0.8 / of

@@ -59,8 +59,8 @@ class Judge:
         return Composer({key: sprite for key, sprite in sprites.items() if key[0] in self.names})
 
     @torch.no_grad()
-    def features(self, pictures: np.ndarray, batch: int = 8) -> Tensor:
-        """(N, 1280) fp32 of pictures (N, H, W, 3) uint8, resized to what the network was trained on."""
+    def features(self, pictures: np.ndarray | Sequence[np.ndarray], batch: int = 8) -> Tensor:
+        """(N, 1280) fp32 of pictures, (H, W, 3) uint8 each, resized to what the network was trained on."""
         rows = []
         steps = range(0, len(pictures), batch)
         for start in tqdm(steps, desc=f"features ({self.name})", unit="batch", leave=False, disable=len(steps) < 5):

@@ -86,6 +86,43 @@ def open_teacher(folder: Path, decoder: Path | None = None) -> Sampler:
     )
 
 
+def open_diffusers(folder: Path, steps: int | None = None, guidance: float | None = None) -> Sampler:
+    """That of a whole text-to-image pipeline in diffusers layout, in fp32, image by image: a peer or a teacher beside a student.
+
+    steps and guidance: None takes the pipeline's own. Its noise is torch's, from each image's seed. Raises InputError.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(check_folder(folder), local_files_only=True, torch_dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is not a whole diffusers pipeline: {str(error).splitlines()[0]}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe.to(device).set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance}
+    settings = {name: value for name, value in settings.items() if value is not None}
+
+    @torch.no_grad()
+    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+        if scale is not None:
+            raise InputError("a diffusers pipeline has no negative scale: --guidance is its own")
+        pictures = []
+        for prompt, seed, unwanted in zip(prompts, seeds, _each(negative, len(prompts)), strict=True):
+            generator = torch.Generator("cpu").manual_seed(seed)
+            image = pipe(prompt, negative_prompt=unwanted, generator=generator, output_type="pil", **settings).images[0]
+            pictures.append(np.asarray(image.convert("RGB")))
+        return np.stack(pictures)
+
+    facts = {
+        "pipeline": type(pipe).__name__,
+        "weights": weights_hash(folder),
+        "engine": f"torch, {device}",
+        "precision": "fp32",
+        **settings,
+    }
+    return Sampler(draw, "teacher", getattr(pipe, "vae_scale_factor", 8), facts)
+
+
 def weights_hash(folder: Path, decoder: Path | None = None) -> str:
     """Of all weights of a folder in diffusers layout, and of a decoder's."""
     return fingerprint(*sorted(folder.glob("*/*.safetensors")), *([] if decoder is None else sorted(decoder.glob("*.safetensors"))))
@@ -103,6 +140,7 @@ def _bundle(folder: Path | None) -> Sampler:
         return np.concatenate(parts)
 
     facts = {"bundle": pipe.bundle.name, "hash": pipe.bundle.hash, "guidance": pipe.bundle.guidance.kind, "engine": pipe.engine}
+    facts["precision"] = pipe.precision
     return Sampler(draw, "student", pipe.bundle.latent.factor, facts, pipe.bundle)
 
 

@@ -1,24 +1,47 @@
 """What pictures amount to in numbers: shares and means with 95 % intervals, and distances between sets of features."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 
 NEIGHBOURS = 3
 """Kynkaanniemi et al. 2019 as OpenAI's evaluator runs it: a set's manifold is the balls to the third neighbour."""
 Z = 1.959964
 """Deviations of a normal distribution that hold 95 % of it."""
+SUBSET = 1000
+"""Images of each subset whose KID is taken (Binkowski et al. 2018)."""
+ROWS = 1000
+"""Rows that are compared with all others at once: all pairs of a large set take tens of gigabytes."""
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Features (N, D) as a normal distribution: their mean, and R with R.T @ R = covariance."""
+
+    mean: np.ndarray
+    root: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray) -> "Gaussian":
+        rows = np.asarray(rows, np.float64)
+        mean = rows.mean(0)
+        return cls(mean, np.asarray(np.linalg.qr((rows - mean) / np.sqrt(len(rows) - 1), mode="r")))
+
+    def distance(self, other: "Gaussian") -> float:
+        """The Frechet distance (Heusel et al. 2017): the trace of the root of the covariances' product is the sum of the singular values
+        of R_a @ R_b.T. Nothing is lost where there are fewer rows than columns, as it is in the product's own eigenvalues."""
+        apart = self.mean - other.mean
+        cross = np.linalg.svd(self.root @ other.root.T, compute_uv=False).sum()
+        return float(apart @ apart + (self.root**2).sum() + (other.root**2).sum() - 2 * cross)
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """The Frechet distance of two sets of features (N, D) and (M, D), taken as Gaussians (Heusel et al. 2017).
+    """The Frechet distance of two sets of features (N, D) and (M, D), taken as Gaussians.
 
     Sets smaller than about D make it larger than it is: compare only distances of sets of one size.
     """
-    a, b = (np.asarray(rows, np.float64) for rows in (a, b))
-    mean = a.mean(0) - b.mean(0)
-    # Triangles with R.T @ R = covariance: the trace of the root of the covariances' product is the sum of R_a @ R_b.T's singular values.
-    first, second = (np.asarray(np.linalg.qr((rows - rows.mean(0)) / np.sqrt(len(rows) - 1), mode="r")) for rows in (a, b))
-    cross = np.linalg.svd(first @ second.T, compute_uv=False).sum()
-    return float(mean @ mean + (first**2).sum() + (second**2).sum() - 2 * cross)
+    return Gaussian.of(a).distance(Gaussian.of(b))
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -29,11 +52,52 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(inside - 2 * ((a @ b.T / a.shape[1] + 1) ** 3).sum() / (n * m))
 
 
+def subset_kernel_distances(a: np.ndarray, b: np.ndarray, subsets: int = 100, size: int = SUBSET) -> np.ndarray:
+    """KID of random subsets of that size, drawn without replacement (Binkowski et al. 2018), (subsets,)."""
+    rng, size = np.random.RandomState(2020), min(size, len(a), len(b))
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    few = ((rows[rng.choice(len(rows), size, replace=False)] for rows in (a, b)) for _ in range(subsets))
+    return np.array([kernel_distance(*pair) for pair in few])
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """Which features lie in which balls to the k-th neighbour. balls: in how many real ones each made one lies, (N,); covered: whether
+    each real ball holds a made one, recalled: whether each real one lies in a made ball, (M,)."""
+
+    balls: np.ndarray
+    covered: np.ndarray
+    recalled: np.ndarray
+
+    @classmethod
+    def of(cls, real: np.ndarray, made: np.ndarray, k: int = NEIGHBOURS) -> "Neighbourhoods":
+        real, made = np.asarray(real, np.float64), np.asarray(made, np.float64)
+        radius_real, radius_made = _radii(real, k), _radii(made, k)
+        balls, covered, recalled = [], np.zeros(len(real), bool), np.zeros(len(real), bool)
+        for start in range(0, len(made), ROWS):
+            between = _distances(made[start : start + ROWS], real)
+            inside = between <= radius_real
+            balls.append(inside.sum(1))
+            covered |= inside.any(0)
+            recalled |= (between <= radius_made[start : start + ROWS, None]).any(0)
+        return cls(np.concatenate(balls), covered, recalled)
+
+
 def precision_recall(real: np.ndarray, made: np.ndarray) -> tuple[float, float]:
-    """The share of made features inside the manifold of the real ones, and the other way round."""
-    between = _distances(made, real)
-    radius_real, radius_made = (np.partition(_distances(rows, rows), NEIGHBOURS, axis=1)[:, NEIGHBOURS] for rows in (real, made))
-    return float((between <= radius_real).any(1).mean()), float((radius_made >= between.T).any(1).mean())
+    """The share of made features inside the manifold of the real ones, and the other way round (Kynkaanniemi et al. 2019)."""
+    neighbourhoods = Neighbourhoods.of(real, made)
+    return float((neighbourhoods.balls > 0).mean()), float(neighbourhoods.recalled.mean())
+
+
+def gaussian_discrepancy(a: np.ndarray, b: np.ndarray, sigma: float = 10.0) -> float:
+    """1000 times the squared maximum mean discrepancy of a Gaussian kernel, with each row's own term (CMMD, Jayasumana et al. 2024)."""
+
+    def similarity(x: np.ndarray, y: np.ndarray) -> float:
+        parts = (np.exp(-(_distances(x[i : i + ROWS], y) ** 2) / (2 * sigma * sigma)).sum() for i in range(0, len(x), ROWS))
+        return float(sum(parts)) / (len(x) * len(y))
+
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return 1000 * (similarity(a, a) + similarity(b, b) - 2 * similarity(a, b))
 
 
 def share_interval(successes: int, of: int) -> tuple[float, float]:
@@ -56,6 +120,38 @@ def ratio_interval(parts: np.ndarray, wholes: np.ndarray) -> tuple[float, float]
     drawn = np.random.default_rng(0).integers(len(parts), size=(2000, len(parts)))
     low, high = np.percentile(parts[drawn].sum(1) / wholes[drawn].sum(1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def bootstrap_mean(values: np.ndarray, resamples: int = 1000) -> tuple[float, float]:
+    """The 95 % interval of the mean of one value per image, (N,): percentiles over images drawn again with replacement."""
+    rng, values = np.random.default_rng(0), np.asarray(values, np.float64)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bootstrap_deviation(
+    value: float, statistic: Callable[[np.ndarray], float], rows: np.ndarray, resamples: int = 20
+) -> tuple[float, float]:
+    """The 95 % interval of statistic(rows), `value`: by the deviation over rows drawn again with replacement.
+
+    Not by percentiles: rows that are there twice make a distance larger than it is, and few resamples do for a deviation.
+    """
+    rng = np.random.default_rng(0)
+    return deviation_interval(value, np.array([statistic(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(resamples)]))
+
+
+def deviation_interval(value: float, estimates: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of a value from the deviation of its estimates on parts of the images."""
+    half = Z * np.std(estimates, ddof=1)
+    return float(value - half), float(value + half)
+
+
+def _radii(rows: np.ndarray, k: int) -> np.ndarray:
+    """The distance of each row to its k-th neighbour; to the farthest where there are fewer."""
+    k = min(k, len(rows) - 1)
+    parts = (_distances(rows[start : start + ROWS], rows) for start in range(0, len(rows), ROWS))
+    return np.concatenate([np.partition(part, k, axis=1)[:, k] for part in parts])
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
