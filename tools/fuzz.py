@@ -164,7 +164,7 @@ def main(kinds: tuple[str, ...], inputs: int, first: int, seed: int, seconds: fl
     for row in rows:
         click.echo("".join([f"{row['kind']:16}", *(f"{row.get(name, 0):9}" for name in columns)]))
     click.echo(f"seed {seed}; {', '.join(f'{name} {version}' for name, version in engines.items())}")
-    failed = [row["kind"] for row in rows for each in row["findings"] if each["what"] != "crash" or row["kind"] != "graphs"]
+    failed = [row["kind"] for row in rows for finding in row["findings"] if finding["what"] != "crash" or row["kind"] != "graphs"]
     sys.exit(1 if failed else 0)
 
 

@@ -331,12 +331,12 @@ class Rows(Kind):
 
 def require_right_rows(pipe: Pipeline, out: Path) -> int:
     """How many images the index of a batch lists; each is what its line asks for. Raises Finding."""
-    drawn, told = 0, set()
+    drawn, listed = 0, set()
     for line in (out / "index.jsonl").read_bytes().splitlines()[1:]:
         record = json.loads(line)
-        if record["row"] in told:
-            raise Finding(f"row {record['row']} is told twice")
-        told.add(record["row"])
+        if record["row"] in listed:
+            raise Finding(f"row {record['row']} is listed twice")
+        listed.add(record["row"])
         if "file" not in record:
             if not record["error"].strip() or len(record["error"].splitlines()) > 1 or len(record["error"]) > LONGEST:
                 raise Finding(f"no clear line for a row: {record['error'][:200]!r}")
@@ -345,8 +345,8 @@ def require_right_rows(pipe: Pipeline, out: Path) -> int:
         result = pipe.generate(**{name: record[name] for name in names if name in record})
         require_picture(pixels(out / record["file"]), result.images[0], f"row {record['row']}")
         drawn += 1
-    if told != set(range(1, len(told) + 1)):
-        raise Finding(f"rows {sorted(told)[:9]} are told, and others not")
+    if listed != set(range(1, len(listed) + 1)):
+        raise Finding(f"rows {sorted(listed)[:9]} are listed, and others not")
     return drawn
 
 
@@ -375,13 +375,13 @@ class Images(Kind):
         path = self.folder / f"picture{ending}"
         path.write_bytes(self._file(random, ending))
         try:
-            said = image.command(image.read_metadata(path), None)
-            shlex.split(said)
+            command = image.command(image.read_metadata(path), None)
+            shlex.split(command)
         except SnoopiError as error:
             refused(error, 2)
         else:
-            if len(said.splitlines()) > 1:
-                raise Finding(f"a command of several lines: {said[:200]!r}")
+            if len(command.splitlines()) > 1:
+                raise Finding(f"a command of several lines: {command[:200]!r}")
         out = self.folder / "out"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()

@@ -110,12 +110,12 @@ def case(kind: str, network: nn.Module, batch: int, guided: bool, dtype: torch.d
 
 
 def ways(kind: str, network: nn.Module, compiled: bool) -> dict[str, Callable[[Case], Generator]]:
-    """By name, what makes the generator of a case."""
+    """What makes the generator of a case, by name."""
     by_diffusers = partial(diffusers, kind, network)
-    found: dict[str, Callable[[Case], Generator]] = {"diffusers": by_diffusers, "ours": partial(ours, kind, network)}
+    ways: dict[str, Callable[[Case], Generator]] = {"diffusers": by_diffusers, "ours": partial(ours, kind, network)}
     if compiled:
-        found["compiled"] = lambda case: torch.compile(by_diffusers(case), mode="reduce-overhead", dynamic=False)
-    return found
+        ways["compiled"] = lambda case: torch.compile(by_diffusers(case), mode="reduce-overhead", dynamic=False)
+    return ways
 
 
 def diffusers(kind: str, network: nn.Module, case: Case) -> Generator:

@@ -45,7 +45,7 @@ def recorded(run: Run, repeats: int = 1) -> Run:
 
 
 def interleaved(runs: Mapping[str, Run], times: int) -> dict[str, float]:
-    """Median seconds of each, called in turns."""
+    """Median seconds of each, their calls interleaved."""
     for run in runs.values():
         for _ in range(WARM_UP):
             run()

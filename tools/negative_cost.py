@@ -20,7 +20,7 @@ from snoopi_rt.engines.base import Engine
 @click.command()
 @click.option("--guided", type=click.Path(path_type=Path), required=True, help="A bundle with guidance.")
 @click.option("--plain", type=click.Path(path_type=Path), required=True, help="One of the same weights without.")
-@click.option("--tokens", type=int, multiple=True, default=[20], help="Of the negative prompt; may be given several times.")
+@click.option("--tokens", type=int, multiple=True, default=[20], help="Of the negative prompt; can be repeated.")
 @click.option("--prompt-tokens", default=20)
 @click.option("--engine", default="openvino")
 @click.option("--precision", help="Of the generators.  [default: each bundle's first]")
@@ -30,27 +30,29 @@ def main(
     guided: Path, plain: Path, tokens: tuple[int, ...], prompt_tokens: int, engine: str, precision: str | None, pairs: int, out: Path | None
 ) -> None:
     """Print the median of the pairs' ratios."""
-    builds = {name: Bundle.load(folder).variant("generator", engine, precision) for name, folder in (("guided", guided), ("plain", plain))}
-    if len({build.precision for build in builds.values()}) > 1:
+    variants = {
+        name: Bundle.load(folder).variant("generator", engine, precision) for name, folder in (("guided", guided), ("plain", plain))
+    }
+    if len({variant.precision for variant in variants.values()}) > 1:
         raise click.UsageError(
-            f"the bundles' precisions differ: {', '.join(build.precision for build in builds.values())}: say --precision"
+            f"the bundles' precisions differ: {', '.join(variant.precision for variant in variants.values())}: give --precision"
         )
-    engines = {name: opened(folder, engine, builds[name]) for name, folder in (("guided", guided), ("plain", plain))}
-    document = {"engine": engine, "precision": builds["guided"].precision, "pairs": pairs, "prompt_tokens": prompt_tokens, "rows": []}
-    base = feeds(engines["guided"], prompt_tokens, 1, 0.0)
-    cases = {"no negative": base, **{f"{count} tokens": feeds(engines["guided"], prompt_tokens, count, 0.5) for count in tokens}}
-    for name, case in cases.items():
-        taken: list[tuple[float, float]] = []
+    engines = {name: opened(folder, engine, variants[name]) for name, folder in (("guided", guided), ("plain", plain))}
+    document = {"engine": engine, "precision": variants["guided"].precision, "pairs": pairs, "prompt_tokens": prompt_tokens, "rows": []}
+    base = random_inputs(engines["guided"], prompt_tokens, 1, 0.0)
+    samples = {"no negative": base, **{f"{count} tokens": random_inputs(engines["guided"], prompt_tokens, count, 0.5) for count in tokens}}
+    for name, sample in samples.items():
+        timings: list[tuple[float, float]] = []
         for number in range(pairs + 2):
-            first = seconds(engines["plain"], case)
-            second = seconds(engines["guided"], case)
+            first = seconds(engines["plain"], sample)
+            second = seconds(engines["guided"], sample)
             if number >= 2:
-                taken.append((first, second))
-        ratios = [second / first for first, second in taken]
+                timings.append((first, second))
+        ratios = [second / first for first, second in timings]
         row = {
             "negative": name,
-            "plain": statistics.median(first for first, _ in taken),
-            "guided": statistics.median(second for _, second in taken),
+            "plain": statistics.median(first for first, _ in timings),
+            "guided": statistics.median(second for _, second in timings),
             "extra": statistics.median(ratios) - 1,
         }
         document["rows"].append(row)
@@ -60,29 +62,29 @@ def main(
         out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def opened(folder: Path, engine: str, build: Variant) -> Engine:
+def opened(folder: Path, engine: str, variant: Variant) -> Engine:
     """The generator of a bundle."""
-    return load_engine(engine, folder / build.files[0].path, build.precision, cache=Cache(), key=build.hash)
+    return load_engine(engine, folder / variant.files[0].path, variant.precision, cache=Cache(), key=variant.hash)
 
 
-def feeds(generator: Engine, prompt_tokens: int, negative_tokens: int, scale: float) -> dict[str, np.ndarray]:
+def random_inputs(generator: Engine, prompt_tokens: int, negative_tokens: int, scale: float) -> dict[str, np.ndarray]:
     """Random inputs, batch 1."""
-    random, given = np.random.RandomState(0), {}
+    random, inputs = np.random.RandomState(0), {}
     lengths = {"prompt_states": prompt_tokens, "negative_states": negative_tokens}
     for spec in generator.inputs:
         shape = [1 if size is None else size for size in spec.shape]
         if spec.name in lengths:
             shape[1] = spec.shape[1] or lengths[spec.name]
-        given[spec.name] = random.standard_normal(shape).astype(np.float32)
-    given["negative_scale"][:] = scale
-    return given
+        inputs[spec.name] = random.standard_normal(shape).astype(np.float32)
+    inputs["negative_scale"][:] = scale
+    return inputs
 
 
-def seconds(generator: Engine, case: dict[str, np.ndarray]) -> float:
-    """What one call takes."""
-    given = {spec.name: case[spec.name] for spec in generator.inputs}
+def seconds(generator: Engine, sample: dict[str, np.ndarray]) -> float:
+    """How long one call takes."""
+    inputs = {spec.name: sample[spec.name] for spec in generator.inputs}
     start = time.perf_counter()
-    generator(**given)
+    generator(**inputs)
     return time.perf_counter() - start
 
 

@@ -33,10 +33,10 @@ PROMPT = "a red fox on a mossy stone in the morning fog, seen from below"
 @click.option("--teacher", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--batch", "batches", type=int, multiple=True, default=(1, 2, 3), show_default=True, help="In rising order, at least two.")
 @click.option("--negative", help="A negative prompt: NASA-T, whose attentions are our kernel on a GPU.")
-@click.option("--wanted", default=16, show_default=True, help="The batch for which a figure is stated.")
+@click.option("--for-batch", "for_batch", default=16, show_default=True, help="The batch for which a figure is stated.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(backbone: str, teacher: Path, batches: Sequence[int], negative: str | None, wanted: int, out: Path) -> None:
-    """Print and write the peak of one step at each batch, and what the line through the two largest says of the wanted one.
+def main(backbone: str, teacher: Path, batches: Sequence[int], negative: str | None, for_batch: int, out: Path) -> None:
+    """Print and write the peak of one step at each batch, and what the line through the two largest says of the for_batch one.
 
     Of small batches the peak may be that of the optimiser, which does not grow.
     """
@@ -63,14 +63,14 @@ def main(backbone: str, teacher: Path, batches: Sequence[int], negative: str | N
             click.echo(f"batch {batch:3}: {rows[-1]['peak'] / GIB:6.2f} GiB")
     largest = rows[-2:]
     slope, base = np.polyfit([row["batch"] for row in largest], [row["peak"] for row in largest], 1)
-    stated = base + slope * wanted
-    click.echo(f"{base / GIB:.2f} GiB and {slope / GIB:.2f} a sample: {stated / GIB:.1f} GiB at {wanted}")
+    stated = base + slope * for_batch
+    click.echo(f"{base / GIB:.2f} GiB and {slope / GIB:.2f} a sample: {stated / GIB:.1f} GiB at {for_batch}")
     document = {
         "backbone": backbone,
         "device": device_name(processes.device),
         "rows": rows,
         "a sample": slope,
-        "wanted": wanted,
+        "for_batch": for_batch,
         "stated": stated,
     }
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -90,14 +90,17 @@ def run(
     classes = len(MEANS)
     low, high = (LOW, HIGH) if fixed is None else (fixed, fixed)
     random = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-    b = torch.stack([0.3 * torch.randn(classes, 2, generator=each, dtype=torch.float64) for each in random]).requires_grad_()
+    b = torch.stack([0.3 * torch.randn(classes, 2, generator=generator, dtype=torch.float64) for generator in random]).requires_grad_()
     a = (0.5 * torch.eye(2, dtype=torch.float64)).expand(seeds, classes, 2, 2).clone().requires_grad_()
     old_b, old_a = b.detach().clone(), a.detach().clone()
     start = distance(b.detach(), a.detach())
     for _ in range(steps):
-        z, eps = (torch.stack([torch.randn(classes, batch, 2, generator=each, dtype=torch.float64) for each in random]) for _ in range(2))
-        t = torch.stack([torch.randint(20, 981, (classes, batch), generator=each) for each in random])
-        uniform = torch.stack([torch.rand(classes, batch, generator=each, dtype=torch.float64) for each in random])
+        z, eps = (
+            torch.stack([torch.randn(classes, batch, 2, generator=generator, dtype=torch.float64) for generator in random])
+            for _ in range(2)
+        )
+        t = torch.stack([torch.randint(20, 981, (classes, batch), generator=generator) for generator in random])
+        uniform = torch.stack([torch.rand(classes, batch, generator=generator, dtype=torch.float64) for generator in random])
         alpha, sigma = (value.view(*t.shape, 1) for value in SCHEDULE.alpha_sigma(t.flatten()))
         x0 = b.unsqueeze(2) + (a.unsqueeze(2) @ z.unsqueeze(-1)).squeeze(-1)
         with torch.no_grad():
@@ -116,8 +119,8 @@ def run(
                 parameter.grad = None
             old_b.lerp_(b, follow)
             old_a.lerp_(a, follow)
-    found = distance(b.detach(), a.detach())
-    return torch.where(found < NEAR * start, found, math.inf)
+    end = distance(b.detach(), a.detach())
+    return torch.where(end < NEAR * start, end, math.inf)
 
 
 def quantiles(distances: Tensor) -> list[float | None]:
@@ -137,18 +140,19 @@ def main(seeds: int, steps: int, batch: int, follows: tuple[float, ...], weights
     """Print the tables and write them as JSON, with a plot beside it."""
     began, rows = time.perf_counter(), []
     cells = [(weight, follow, name, rate) for weight in weights for follow in follows for name in SETTINGS for rate in RATES]
-    found: dict[tuple, Tensor] = {}
+    distances: dict[tuple, Tensor] = {}
     for weight, follow, name, rate in tqdm(cells, unit="run of all seeds"):
-        found[weight, follow, name, rate] = run(rate, follow, weight, seeds, steps, batch, **SETTINGS[name])
+        distances[weight, follow, name, rate] = run(rate, follow, weight, seeds, steps, batch, **SETTINGS[name])
     for weight in weights:
         for follow in follows:
             margins = {
-                name: max((rate for rate in RATES if found[weight, follow, name, rate].isfinite().all()), default=0.0) for name in SETTINGS
+                name: max((rate for rate in RATES if distances[weight, follow, name, rate].isfinite().all()), default=0.0)
+                for name in SETTINGS
             }
             common = min(margins.values()) or RATES[0]
             for name in SETTINGS:
-                at = found[weight, follow, name, common]
-                best = min(float(found[weight, follow, name, rate].median()) for rate in RATES)
+                at = distances[weight, follow, name, common]
+                best = min(float(distances[weight, follow, name, rate].median()) for rate in RATES)
                 finite = at[at.isfinite()]
                 rows.append(
                     {
@@ -161,7 +165,7 @@ def main(seeds: int, steps: int, batch: int, follows: tuple[float, ...], weights
                         "spread": float(finite.std()) if len(finite) > 1 else None,
                         "diverged": float((~at.isfinite()).double().mean()),
                         "best_median": best,
-                        "by_rate": {f"{rate:.4g}": quantiles(found[weight, follow, name, rate]) for rate in RATES},
+                        "by_rate": {f"{rate:.4g}": quantiles(distances[weight, follow, name, rate]) for rate in RATES},
                     }
                 )
     document = {"seeds": seeds, "steps": steps, "batch": batch, "kappa": [LOW, HIGH], "seconds": time.perf_counter() - began, "rows": rows}
@@ -192,7 +196,7 @@ def plot(rows: list[dict], path: Path) -> None:
         for row in rows:
             if (row["weight"], row["follow"]) == (weight, follow):
                 rates = [float(rate) for rate in row["by_rate"]]
-                low, middle, high = (np.array(each, dtype=float) for each in zip(*row["by_rate"].values(), strict=True))
+                low, middle, high = (np.array(quantile, dtype=float) for quantile in zip(*row["by_rate"].values(), strict=True))
                 (line,) = axes.plot(rates, middle, label=row["kappa"], linestyle="-" if row["kappa"].startswith("random") else "--")
                 axes.fill_between(rates, low, high, color=line.get_color(), alpha=0.1)
         axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="distance at the end (lines end where runs diverge)")

@@ -163,8 +163,8 @@ def train_teacher(name: str, grid: Grid) -> None:
         x0, eps = latents[chosen].float(), torch.randn(recipe.batch, CHANNELS, SIDE, SIDE, generator=random)
         t = torch.randint(1000, (recipe.batch,), generator=random)
         mask = text.mask if denoiser.masked else None
-        said = denoiser.answer(model, noise.noised(x0, eps, t).bfloat16(), t, text.states, mask, None).float()
-        loss = nn.functional.mse_loss(said, noise.target(x0, eps, t))
+        prediction = denoiser.answer(model, noise.noised(x0, eps, t).bfloat16(), t, text.states, mask, None).float()
+        loss = nn.functional.mse_loss(prediction, noise.target(x0, eps, t))
         loss.backward()
         return {"loss": loss.item(), "norm": weights.step(learning_rate(recipe.lr, i, recipe.steps))}
 

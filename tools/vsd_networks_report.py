@@ -17,9 +17,9 @@ def report(folder: Path, architectures: list[str], settings: list[str], base_set
 
     base_setting: with which the others are paired by seed; facts: what the JSON also says.
     """
-    found = [json.loads(each.read_text(encoding="utf-8")) for each in sorted(folder.glob("*.json"))]
-    ends = {each["architecture"]: each for each in found if "teacher" in each}
-    runs = [each for each in found if "seed" in each]
+    rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    ends = {row["architecture"]: row for row in rows if "teacher" in row}
+    runs = [row for row in rows if "seed" in row]
     lines, rows = [f"{'architecture':13}{'kappa':30}{'runs':>5}{'distance':>10}{'+-':>8}{'to the mean, paired':>22}{'diverged':>9}"], []
     for name in architectures:
         distances = {(run["kappa"], run["seed"]): run.get("distance", math.inf) for run in runs if run["architecture"] == name}

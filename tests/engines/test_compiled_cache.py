@@ -72,10 +72,10 @@ def test_weights_in_a_file_beside_the_model_are_kept_too(name: str, tmp_path: Pa
     graph = onnx.helper.make_graph([node], "product", value[:1], value[1:], [onnx.numpy_helper.from_array(weights, "w")])
     document = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(document, model, save_as_external_data=True, location="product.onnx.data", size_threshold=0)
-    given = np.random.RandomState(2).standard_normal((3, 64)).astype(np.float32)
+    x = np.random.RandomState(2).standard_normal((3, 64)).astype(np.float32)
     for _ in range(2):
         engine = load_engine(name, model, "fp32", 1, Cache())
-        np.testing.assert_allclose(engine(x=given)["y"], given @ weights, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(engine(x=x)["y"], x @ weights, rtol=1e-4, atol=1e-5)
         engine.close()
         for path in tmp_path.glob("product.*"):
             gone_but_for_its_date(path)

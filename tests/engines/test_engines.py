@@ -61,29 +61,29 @@ def test_it_describes_its_inputs_and_outputs(engine: Engine, original: Bundle) -
 
 @pytest.mark.parametrize(("batch", "tokens", "negative", "side"), [(1, 1, 1, 1), (2, 3, 1, 4), (3, 5, 2, 7)])
 def test_it_computes_what_numpy_computes(engine: Engine, functions: Functions, batch: int, tokens: int, negative: int, side: int) -> None:
-    given = feeds(batch, tokens, negative, side)
-    np.testing.assert_allclose(engine(**given)["latent"], functions["generator"](**given)["latent"], rtol=1e-5, atol=1e-6)
+    inputs = feeds(batch, tokens, negative, side)
+    np.testing.assert_allclose(engine(**inputs)["latent"], functions["generator"](**inputs)["latent"], rtol=1e-5, atol=1e-6)
 
 
 def test_inputs_need_not_be_contiguous(engine: Engine) -> None:
-    given = feeds()
-    strided = {**given, "noise": np.asfortranarray(given["noise"])}
-    np.testing.assert_array_equal(engine(**strided)["latent"], engine(**given)["latent"])
+    inputs = feeds()
+    strided = {**inputs, "noise": np.asfortranarray(inputs["noise"])}
+    np.testing.assert_array_equal(engine(**strided)["latent"], engine(**inputs)["latent"])
 
 
 def test_outputs_stay_valid_while_held(engine: Engine) -> None:
-    given = feeds()
-    first = engine(**given)["latent"]
+    inputs = feeds()
+    first = engine(**inputs)["latent"]
     kept = first.copy()
-    engine(**{**given, "noise": given["noise"] + 1})
+    engine(**{**inputs, "noise": inputs["noise"] + 1})
     np.testing.assert_array_equal(first, kept)
 
 
 def test_many_threads_may_call_one_engine(engine: Engine, functions: Functions) -> None:
-    given = [feeds(tokens=1 + index % 5) for index in range(40)]
-    expected = [functions["generator"](**each)["latent"] for each in given]
+    batches = [feeds(tokens=1 + index % 5) for index in range(40)]
+    expected = [functions["generator"](**inputs)["latent"] for inputs in batches]
     with ThreadPoolExecutor(8) as threads:
-        for answer, truth in zip(threads.map(lambda each: engine(**each)["latent"], given), expected, strict=True):
+        for answer, truth in zip(threads.map(lambda inputs: engine(**inputs)["latent"], batches), expected, strict=True):
             np.testing.assert_allclose(answer, truth, rtol=1e-5, atol=1e-6)
 
 
@@ -99,9 +99,9 @@ def test_many_threads_may_call_one_engine(engine: Engine, functions: Functions) 
     ],
 )
 def test_wrong_inputs_are_one_clear_line(engine: Engine, change: dict[str, np.ndarray | None], message: str) -> None:
-    given = {name: array for name, array in {**feeds(), **change}.items() if array is not None}
+    inputs = {name: array for name, array in {**feeds(), **change}.items() if array is not None}
     with pytest.raises(EngineError, match=re.escape(message)):
-        engine(**given)
+        engine(**inputs)
 
 
 def test_a_foreign_failure_becomes_an_engine_error_of_one_line() -> None:
@@ -353,8 +353,8 @@ def test_cuda_runs_bound_and_says_nothing_of_its_own(
 @pytest.mark.skipif("openvino" not in HERE, reason="needs openvino")
 def test_openvino_reports_the_precision_that_it_runs_in(original: Bundle) -> None:
     assert load_engine("openvino", original.folder / "generator.onnx", "fp32").provider == "CPU f32"
-    said = load_engine("openvino", original.folder / "generator.onnx", "bf16").provider
-    assert said in ("CPU bf16", "CPU f32 (this processor has no bf16)")
+    provider = load_engine("openvino", original.folder / "generator.onnx", "bf16").provider
+    assert provider in ("CPU bf16", "CPU f32 (this processor has no bf16)")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
@@ -385,14 +385,14 @@ def test_openvino_needs_no_more_memory_after_many_token_lengths() -> None:
     stream, after = np.random.RandomState(0), {}
     for call in range(100):
         tokens = dict(zip(("prompt", "negative"), stream.randint(1, 120, 2).tolist(), strict=True))
-        given: dict[str, np.ndarray] = {
+        inputs: dict[str, np.ndarray] = {
             "noise": np.zeros([side or 1 for side in shapes["noise"]], np.float32),
             "negative_scale": np.zeros(1, np.float32),
         }
         for side, length in tokens.items():
-            given[f"{side}_states"] = np.zeros((1, length, shapes[f"{side}_states"][2] or 0), np.float32)
-            given[f"{side}_mask"] = np.ones((1, length), bool)
-        engine(**{name: given[name] for name in shapes})
+            inputs[f"{side}_states"] = np.zeros((1, length, shapes[f"{side}_states"][2] or 0), np.float32)
+            inputs[f"{side}_mask"] = np.ones((1, length), bool)
+        engine(**{name: inputs[name] for name in shapes})
         after[call] = memory()
     assert after[99] - after[40] < 6e6
 
@@ -410,9 +410,9 @@ def test_memory_that_is_bound_gives_what_a_plain_call_gives(original: Bundle) ->
     plain = load_engine("cpu", original.folder / "generator.onnx")
     path = str(original.folder / "generator.onnx")
     bound = BoundSession(lambda graphs: onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]), "cpu")
-    given = [feeds(batch=1 + i % 3, seed=i) for i in range(9)]
-    found = [bound(arrays, plain.outputs)["latent"] for arrays in given]
-    for arrays, latent in zip(given, found, strict=True):
+    batches = [feeds(batch=1 + i % 3, seed=i) for i in range(9)]
+    latents = [bound(arrays, plain.outputs)["latent"] for arrays in batches]
+    for arrays, latent in zip(batches, latents, strict=True):
         np.testing.assert_array_equal(latent, plain(**arrays)["latent"])
 
 

@@ -138,8 +138,8 @@ def test_a_bundle_draws_what_the_diffusers_pipeline_draws(name: str, tmp_path: P
         height, width = size
         noise, renoise = draw_noise(SEED, (4, height // 8, width // 8), steps - 1)
         # LCM draws its noise inside: diffusers has no other way to hand it over.
-        given = iter(torch.from_numpy(renoise)[:, None])
-        monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *_, **__: next(given))
+        noises = iter(torch.from_numpy(renoise)[:, None])
+        monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *_, **__: next(noises))
         latents = torch.from_numpy(noise)[None]
         call = {"height": height, "width": width, "num_inference_steps": steps, "latents": latents, "output_type": "np", **case.call}
         return pipeline(PROMPT, **{**call, **change}).images * 255

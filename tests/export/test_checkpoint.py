@@ -71,11 +71,11 @@ def everything(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def assert_equal(have: torch.nn.Module, want: torch.nn.Module) -> None:
-    have_all, want_all = everything(have), everything(want)
-    assert have_all.keys() == want_all.keys()
-    for name, tensor in want_all.items():
-        assert have_all[name].dtype == tensor.dtype and torch.equal(have_all[name], tensor), name
+def assert_equal(module: torch.nn.Module, expected: torch.nn.Module) -> None:
+    tensors, expected_tensors = everything(module), everything(expected)
+    assert tensors.keys() == expected_tensors.keys()
+    for name, tensor in expected_tensors.items():
+        assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor), name
 
 
 @pytest.mark.parametrize("kind", TINY, ids=lambda kind: kind.__name__)
@@ -145,7 +145,7 @@ def test_former_names_of_diffusers_and_transformers_are_read(tmp_path: Path) -> 
     vae, clip, pixart = tiny_vae(), tiny_clip(), tiny_pixart()
     vae.save_pretrained(tmp_path / "vae")
     former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    state = {re.sub("to_(q|k|v|out.0)", lambda found: former[found[0]], name): value for name, value in vae.state_dict().items()}
+    state = {re.sub("to_(q|k|v|out.0)", lambda match: former[match[0]], name): value for name, value in vae.state_dict().items()}
     assert any(".query." in name for name in state)
     save_file(state, tmp_path / "vae" / UNET)
     assert_equal(load_module(tmp_path / "vae", AutoencoderKL), vae)
@@ -216,7 +216,7 @@ def test_a_folder_of_weights_replaces_those_of_the_base_folder(unet: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("state", "told"),
+    ("state", "message"),
     [
         (lambda state: {"model": state, "ema": dict(state)}, "2 networks that fit"),
         (lambda state: prefixed(state, "unet.") | {"vae.x": torch.zeros(1)}, "unexpected"),
@@ -226,9 +226,9 @@ def test_a_folder_of_weights_replaces_those_of_the_base_folder(unet: Path, tmp_p
     ],
     ids=["two networks", "a whole pipeline", "original layout", "no tensors", "a list"],
 )
-def test_single_files_that_do_not_fit_strictly_are_refused(state, told: str, unet: Path, tmp_path: Path) -> None:
+def test_single_files_that_do_not_fit_strictly_are_refused(state, message: str, unet: Path, tmp_path: Path) -> None:
     torch.save(state(load_file(unet / UNET)), tmp_path / "student.bin")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         load_module(unet, UNet2DConditionModel, tmp_path / "student.bin")
 
 
@@ -258,14 +258,14 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(name: str, kind: type, t
 
 
 def test_files_that_are_not_weights_are_one_clear_line(unet: Path, tmp_path: Path) -> None:
-    for name, data, told in [
+    for name, data, message in [
         ("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer and not the file itself"),
         ("cut.safetensors", (unet / UNET).read_bytes()[:-10], "not a whole safetensors file"),
         ("empty.bin", b"", "empty.bin is empty"),
         ("network.ckpt", b"", "must end in"),
     ]:
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             load_module(unet, UNet2DConditionModel, tmp_path / name)
     with pytest.raises(InputError, match="no weights file"):
         load_module(unet, UNet2DConditionModel, tmp_path / "absent.bin")

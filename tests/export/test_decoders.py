@@ -62,12 +62,12 @@ def test_image_is_that_of_diffusers_byte_by_byte(kind: str) -> None:
     vae = stretched(VAES[kind]())
     latent = latents(vae)
     image = Decoder(vae)(latent).numpy()
-    wanted = as_diffusers(vae, latent)
+    expected = as_diffusers(vae, latent)
     assert image.shape == (2, 24, 20, 3)
     assert image.dtype == np.uint8
-    assert (wanted.min(), wanted.max()) == (0, 255)
-    assert len(np.unique(wanted)) > 200
-    assert np.array_equal(image, wanted)
+    assert (expected.min(), expected.max()) == (0, 255)
+    assert len(np.unique(expected)) > 200
+    assert np.array_equal(image, expected)
 
 
 def test_taesd_reads_the_latent_as_the_generator_gives_it() -> None:
@@ -91,10 +91,10 @@ def test_decoder_graphs_take_any_batch_and_size(tmp_path: Path, kind: str, opset
     engine = load_engine("cpu", tmp_path / "decoder.onnx")
     for batch, height, width in ((1, 8, 8), (3, 5, 12)):
         latent = torch.randn(batch, 4, height, width)
-        image, wanted = engine(latent=latent.numpy())["image"], decoder(latent).numpy()
+        image, expected = engine(latent=latent.numpy())["image"], decoder(latent).numpy()
         assert image.shape == (batch, 2 * height, 2 * width, 3)
         assert image.dtype == np.uint8
-        apart = np.abs(image.astype(int) - wanted)
+        apart = np.abs(image.astype(int) - expected)
         # Where a value lies between two levels to the last bit, either is right.
         assert apart.max() <= 1
         assert apart.mean() < 1e-3

@@ -108,9 +108,9 @@ def test_every_kind_is_the_papers_formula(kind, form, masked, shape):
         mask = mask_neg = None
     empty = empty_prompt(kind, k, v)
     for scale in (0.0, 0.2, 0.5, 1.0):
-        given = (q, k, v, mask, k_neg, v_neg, mask_neg, torch.full((len(q),), scale), *empty)
+        arguments = (q, k, v, mask, k_neg, v_neg, mask_neg, torch.full((len(q),), scale), *empty)
         torch.testing.assert_close(
-            GUIDANCE[kind].attend(*given, attention=FORMS[form]).double(), from_the_papers(kind, *given), atol=2e-5, rtol=1e-5
+            GUIDANCE[kind].attend(*arguments, attention=FORMS[form]).double(), from_the_papers(kind, *arguments), atol=2e-5, rtol=1e-5
         )
 
 

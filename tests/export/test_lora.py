@@ -71,10 +71,12 @@ def assert_merged(network: nn.Module, base: nn.Module, pairs: dict[str, tuple[Te
     assert len(pairs) > 5
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            want = base.get_submodule(name).weight
+            expected = base.get_submodule(name).weight
             if name in pairs:
-                want = want + scale * torch.einsum("or...,ri...->oi...", pairs[name][1].expand(-1, -1, *want.shape[2:]), pairs[name][0])
-            torch.testing.assert_close(layer.weight, want, atol=1e-6, rtol=1e-5)
+                expected = expected + scale * torch.einsum(
+                    "or...,ri...->oi...", pairs[name][1].expand(-1, -1, *expected.shape[2:]), pairs[name][0]
+                )
+            torch.testing.assert_close(layer.weight, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -93,11 +95,11 @@ def test_a_lora_of_diffusers_merges_as_diffusers_fuses_it(rslora: bool, tmp_path
     theirs.load_lora_adapter(tmp_path, weight_name=file.name, prefix="unet")
     theirs.fuse_lora(lora_scale=0.7)
     theirs.unload_lora()
-    for name, want in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], want, atol=1e-6, rtol=1e-5)
-    given = torch.randn(1, 4, 8, 8), torch.tensor([999]), torch.randn(1, 7, 8)
+    for name, expected in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], expected, atol=1e-6, rtol=1e-5)
+    arguments = torch.randn(1, 4, 8, 8), torch.tensor([999]), torch.randn(1, 7, 8)
     with torch.no_grad():
-        torch.testing.assert_close(ours(*given).sample, theirs(*given).sample, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours(*arguments).sample, theirs(*arguments).sample, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(ours.conv_in.weight, unet.conv_in.base_layer.weight)
 
 
@@ -184,7 +186,7 @@ CONV_IN = {"unet.conv_in.lora_A.weight": A, "unet.conv_in.lora_B.weight": B}
 
 
 @pytest.mark.parametrize(
-    ("tensors", "told"),
+    ("tensors", "message"),
     [
         ({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": A}, "without a layer: 1 .lora_te_text_model_encoder"),
         ({"unet.conv_in.lora_magnitude_vector": B}, "without a layer: 1 .unet.conv_in.lora_magnitude_vector"),
@@ -197,13 +199,15 @@ CONV_IN = {"unet.conv_in.lora_A.weight": A, "unet.conv_in.lora_B.weight": B}
     ],
     ids=["text encoder", "DoRA", "DoRA of kohya", "LoHa", "bias", "another network", "half a pair", "another shape"],
 )
-def test_a_lora_that_does_not_fit_is_refused_and_nothing_is_merged(tensors: dict[str, Tensor], told: str, tmp_path: Path) -> None:
+def test_a_lora_that_does_not_fit_is_refused_and_nothing_is_merged(tensors: dict[str, Tensor], message: str, tmp_path: Path) -> None:
     network = tiny_unet()
     base = clone(network)
     save_file({key: tensor.clone() for key, tensor in (CONV_IN | tensors).items()}, tmp_path / "x.safetensors")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         merge_loras([(tmp_path / "x.safetensors", 1.0)], {NETWORK: network})
-    assert all(torch.equal(have, want) for have, want in zip(network.state_dict().values(), base.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(merged, expected) for merged, expected in zip(network.state_dict().values(), base.state_dict().values(), strict=True)
+    )
 
 
 def test_a_merge_leaves_the_file_of_the_weights_as_it_was(tmp_path: Path) -> None:
@@ -227,7 +231,7 @@ def test_file_and_weight_are_told_apart_also_with_colons_in_the_path(tmp_path: P
     plain, colon = tmp_path / "x.safetensors", tmp_path / "style:0.5"
     plain.touch()
     colon.touch()
-    for text, want in [
+    for text, expected in [
         (f"{plain}", (plain, 1.0)),
         (f"{plain}:0.8", (plain, 0.8)),
         (f"{plain}:-1", (plain, -1.0)),
@@ -235,8 +239,8 @@ def test_file_and_weight_are_told_apart_also_with_colons_in_the_path(tmp_path: P
         (f"{colon}", (colon, 1.0)),
         (f"{colon}:2", (colon, 2.0)),
     ]:
-        assert parse_lora(text) == want
-    for text, told in [
+        assert parse_lora(text) == expected
+    for text, message in [
         (f"{plain}:strong", f"no LoRA file {plain}:strong"),
         (f"{plain}:", f"no LoRA file {plain}:"),
         (f"{tmp_path}/absent:0.5", f"no LoRA file {tmp_path}/absent: give"),
@@ -244,7 +248,7 @@ def test_file_and_weight_are_told_apart_also_with_colons_in_the_path(tmp_path: P
         (f"{plain}:inf", "must be a finite number"),
         ("C:\\loras\\x.safetensors", "no LoRA file C:"),
     ]:
-        with pytest.raises(InputError, match=told.replace("\\", ".")):
+        with pytest.raises(InputError, match=message.replace("\\", ".")):
             parse_lora(text)
 
 
@@ -275,10 +279,10 @@ def test_a_lora_of_network_and_text_encoders_is_merged_into_all_of_them(kind: st
     parts = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     if kind == "sd15":
         del parts["text_encoder_2"]
-    wanted, layers, about = {}, {}, {}
+    expected_of, layers, about = {}, {}, {}
     for part, of in parts.items():
         model = of.from_pretrained(folder / part)
-        wanted[part] = {name: value.clone() for name, value in model.state_dict().items()}
+        expected_of[part] = {name: value.clone() for name, value in model.state_dict().items()}
         targets = ["to_q", "to_out.0", "conv1"] if part == "unet" else [*CLIP_LAYERS, *["text_projection"] * (part == "text_encoder_2")]
         config = LoraConfig(r=3, lora_alpha=8, target_modules=targets, init_lora_weights=False)
         inject_adapter_in_model(config, model)
@@ -286,7 +290,7 @@ def test_a_lora_of_network_and_text_encoders_is_merged_into_all_of_them(kind: st
         about[f"{part}_lora_adapter_metadata"] = config.to_dict()
         for name, layer in model.named_modules():
             if hasattr(layer, "get_delta_weight"):
-                wanted[part][f"{name}.weight"] += 0.7 * layer.get_delta_weight("default").detach()
+                expected_of[part][f"{name}.weight"] += 0.7 * layer.get_delta_weight("default").detach()
     (StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline).save_lora_weights(tmp_path, **layers, **about)
     file = tmp_path / "pytorch_lora_weights.safetensors"
     if spelling == "kohya":
@@ -296,11 +300,11 @@ def test_a_lora_of_network_and_text_encoders_is_merged_into_all_of_them(kind: st
     encoder = student.text_encoder
     models = [encoder.model] if kind == "sd15" else [encoder.model_1, encoder.model_2]
     network = student.reference(GUIDANCE["none"], torch.zeros(1, 1, 1)).network
-    for model, want in zip([network, *models], wanted.values(), strict=True):
-        found = model.state_dict()
-        assert found.keys() == want.keys()
-        for name, value in want.items():
-            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+    for model, expected in zip([network, *models], expected_of.values(), strict=True):
+        merged = model.state_dict()
+        assert merged.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(merged[name], value, atol=1e-5, rtol=1e-5)
 
 
 def test_a_lora_of_pixarts_t5_is_added_wherever_its_weights_are_read(tmp_path: Path) -> None:
@@ -316,13 +320,13 @@ def test_a_lora_of_pixarts_t5_is_added_wherever_its_weights_are_read(tmp_path: P
     with torch.no_grad():
         before = model(ids).last_hidden_state
         weight += 0.5 * b @ a
-        want = model(ids).last_hidden_state
+        expected = model(ids).last_hidden_state
     assert student.tensor_of is not None
     torch.testing.assert_close(student.tensor_of(f"{layer}.weight"), weight.detach())
     network = PixArtTransformer2DModel.from_pretrained(folder / "transformer")
     (states,) = student.encode([ids])
-    torch.testing.assert_close(states["states"], network.caption_projection(want).detach(), atol=1e-5, rtol=1e-4)
-    assert (want - before).abs().max() > 1e-3
+    torch.testing.assert_close(states["states"], network.caption_projection(expected).detach(), atol=1e-5, rtol=1e-4)
+    assert (expected - before).abs().max() > 1e-3
 
 
 def test_a_lora_without_tensors_or_for_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -41,10 +41,10 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("schedule", "t", "cumprod", "alpha", "sigma", "gain"), PUBLISHED)
 def test_schedules_give_the_published_numbers(schedule, t, cumprod, alpha, sigma, gain):
-    found = rule("epsilon", t, schedule=schedule)
+    one_step = rule("epsilon", t, schedule=schedule)
     assert SCHEDULES[schedule][t] == pytest.approx(cumprod, rel=3e-6)
-    assert (found.alpha, found.sigma) == (pytest.approx(alpha, abs=6e-6), pytest.approx(sigma, abs=6e-6))
-    assert found.error_gain == pytest.approx(gain, rel=5e-4)
+    assert (one_step.alpha, one_step.sigma) == (pytest.approx(alpha, abs=6e-6), pytest.approx(sigma, abs=6e-6))
+    assert one_step.error_gain == pytest.approx(gain, rel=5e-4)
 
 
 @pytest.mark.parametrize(("schedule", "config"), [("sd", SD), ("pixart", PIXART)])
@@ -68,8 +68,8 @@ def test_one_step_is_the_clean_sample_of_ddpm(prediction, theirs, t, schedule, c
     noise = noises(*SHAPE)
     answer = toy(noise, t)
     expected = scheduler.step(answer, t, noise).pred_original_sample
-    found = rule(prediction, t, schedule=schedule).run(lambda _, x_t: toy(x_t, t), noise)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    latent = rule(prediction, t, schedule=schedule).run(lambda _, x_t: toy(x_t, t), noise)
+    torch.testing.assert_close(latent, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
@@ -80,16 +80,16 @@ def test_an_euler_student_is_a_rule_whose_input_is_scaled_by_sigma():
     noise = noises(*SHAPE)
     x = noise * scheduler.init_noise_sigma
     expected = scheduler.step(toy(scheduler.scale_model_input(x, t), float(t)), t, x).prev_sample
-    found = rule("epsilon", 999, input_scale=math.sqrt(1 - SCHEDULES["sd"][999])).run(lambda _, x_t: toy(x_t, 999), noise)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    latent = rule("epsilon", 999, input_scale=math.sqrt(1 - SCHEDULES["sd"][999])).run(lambda _, x_t: toy(x_t, 999), noise)
+    torch.testing.assert_close(latent, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     raw = rule("epsilon", 999).run(lambda _, x_t: toy(x_t, 999), noise)
     assert (raw - expected).abs().max() > 1e-3 * expected.abs().max()  # the two conventions are not interchangeable
 
 
 def test_instaflow_is_one_euler_step_from_noise():
     noise = noises(*SHAPE)
-    found = OneStepRule("flow", 1000.0, 0.0, 1.0).run(lambda _, x_t: toy(x_t, 1000), noise)
-    assert torch.equal(found, noise + toy(noise, 1000))
+    latent = OneStepRule("flow", 1000.0, 0.0, 1.0).run(lambda _, x_t: toy(x_t, 1000), noise)
+    assert torch.equal(latent, noise + toy(noise, 1000))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
@@ -104,8 +104,8 @@ def test_few_steps_are_diffusers_lcm_scheduler(timesteps, prediction):
         expected = scheduler.step(toy(expected, float(t)), t, expected, generator=generator).prev_sample
     again = torch.Generator().manual_seed(7)
     renoise = torch.stack([torch.randn(SHAPE, generator=again) for _ in timesteps[1:]], 1)
-    found = rule(prediction, *timesteps).run(lambda i, x_t: toy(x_t, timesteps[i]), noise, renoise)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    latent = rule(prediction, *timesteps).run(lambda i, x_t: toy(x_t, timesteps[i]), noise, renoise)
+    torch.testing.assert_close(latent, expected, rtol=1e-4, atol=1e-4)
     other = rule(prediction, *timesteps).run(lambda i, x_t: toy(x_t, timesteps[i]), noise, renoise.flip(1) + 1)
     assert (other - expected).abs().max() > 0.1
 
@@ -132,15 +132,15 @@ def test_a_later_step_is_called_with_its_own_number_and_its_own_noise():
 
 def test_a_half_precision_answer_is_read_in_float32():
     noise = noises(*SHAPE)
-    found = rule("epsilon", 999, schedule="pixart").run(lambda _, x_t: toy(x_t, 999).half(), noise.half())
-    assert found.dtype == torch.float32
+    latent = rule("epsilon", 999, schedule="pixart").run(lambda _, x_t: toy(x_t, 999).half(), noise.half())
+    assert latent.dtype == torch.float32
     expected = rule("epsilon", 999, schedule="pixart").x0(noise.half().double(), toy(noise.half(), 999).half())
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(latent, expected)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0", "flow"])
 def test_error_gain_is_the_measured_growth_of_an_error(prediction):
-    found = rule(prediction, 399)
+    one_step = rule(prediction, 399)
     noise, answer = noises(*SHAPE).double(), noises(*SHAPE, seed=1).double()
-    change = found.x0(noise, answer + 0.25) - found.x0(noise, answer)
-    assert change.abs().mean() == pytest.approx(0.25 * found.error_gain, rel=1e-4)
+    change = one_step.x0(noise, answer + 0.25) - one_step.x0(noise, answer)
+    assert change.abs().mean() == pytest.approx(0.25 * one_step.error_gain, rel=1e-4)

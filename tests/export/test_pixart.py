@@ -40,20 +40,22 @@ def inputs(masked: bool = False, latent=(4, 8, 8), steps: int = 1) -> dict[str, 
     def draw(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, generator=random)
 
-    given = {"noise": draw(*latent), "prompt_states": 2 * draw(5, WIDTH), "negative_states": 2 * draw(3, WIDTH)}
-    given["negative_scale"] = torch.tensor(SCALES)
+    arguments = {"noise": draw(*latent), "prompt_states": 2 * draw(5, WIDTH), "negative_states": 2 * draw(3, WIDTH)}
+    arguments["negative_scale"] = torch.tensor(SCALES)
     if masked:
-        given["prompt_mask"] = torch.arange(5) < torch.tensor([5, 3, 1, 4])[:, None]
-        given["negative_mask"] = torch.arange(3) < torch.tensor([3, 3, 2, 1])[:, None]
+        arguments["prompt_mask"] = torch.arange(5) < torch.tensor([5, 3, 1, 4])[:, None]
+        arguments["negative_mask"] = torch.arange(3) < torch.tensor([3, 3, 2, 1])[:, None]
     if steps > 1:
-        given["renoise"] = draw(steps - 1, *latent)
-    return given
+        arguments["renoise"] = draw(steps - 1, *latent)
+    return arguments
 
 
-def by_diffusers(made, rule: OneStepRule, kind: str, given: dict[str, Tensor], size=(64, 64)) -> Tensor:
+def by_diffusers(made, rule: OneStepRule, kind: str, arguments: dict[str, Tensor], size=(64, 64)) -> Tensor:
     """The latent by diffusers' own network with the paper's formula in every attention."""
-    made.set_attn_processor(PaperAttention(kind, given["negative_states"], given["negative_scale"], EMPTY, given.get("negative_mask")))
-    batch, conditions = len(given["noise"]), {"resolution": None, "aspect_ratio": None}
+    made.set_attn_processor(
+        PaperAttention(kind, arguments["negative_states"], arguments["negative_scale"], EMPTY, arguments.get("negative_mask"))
+    )
+    batch, conditions = len(arguments["noise"]), {"resolution": None, "aspect_ratio": None}
     if made.config.use_additional_conditions:
         conditions = {
             "resolution": torch.tensor([size]).float().expand(batch, -1),
@@ -61,10 +63,10 @@ def by_diffusers(made, rule: OneStepRule, kind: str, given: dict[str, Tensor], s
         }
 
     def answer(step: int, latent: Tensor) -> Tensor:
-        mask = given.get("prompt_mask")
+        mask = arguments.get("prompt_mask")
         return made(
             latent,
-            given["prompt_states"],
+            arguments["prompt_states"],
             torch.full((batch,), rule.steps[step].timestep),
             conditions,
             encoder_attention_mask=None if mask is None else mask.float(),
@@ -72,19 +74,19 @@ def by_diffusers(made, rule: OneStepRule, kind: str, given: dict[str, Tensor], s
         )[0][:, : latent.shape[1]]
 
     with torch.no_grad():
-        return rule.run(answer, given["noise"], given.get("renoise"))
+        return rule.run(answer, arguments["noise"], arguments.get("renoise"))
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_folded_network_is_diffusers_own_with_the_papers_formula_in_every_layer(kind, masked):
-    made, given = network(), inputs(masked)
-    wanted = by_diffusers(made, RULES["epsilon"], kind, given)
+    made, arguments = network(), inputs(masked)
+    expected = by_diffusers(made, RULES["epsilon"], kind, arguments)
     with torch.no_grad():
-        folded = FoldedPixArt(made, RULES["epsilon"], GUIDANCE[kind], EMPTY, (64, 64))(**given)
-    torch.testing.assert_close(folded, wanted, atol=2e-5, rtol=1e-4)
-    none = by_diffusers(made, RULES["epsilon"], "none", given)
-    changed = (wanted - none).flatten(1).abs().amax(1)
+        folded = FoldedPixArt(made, RULES["epsilon"], GUIDANCE[kind], EMPTY, (64, 64))(**arguments)
+    torch.testing.assert_close(folded, expected, atol=2e-5, rtol=1e-4)
+    none = by_diffusers(made, RULES["epsilon"], "none", arguments)
+    changed = (expected - none).flatten(1).abs().amax(1)
     assert changed[0] == 0 and (changed[1:] > 1e-2).all()
 
 
@@ -93,19 +95,19 @@ def test_the_folded_network_is_diffusers_own_with_the_papers_formula_in_every_la
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_and_form_of_pixart_is_folded(rule, out_channels, sample_size):
     made = network(sample_size, out_channels=out_channels)
-    given = inputs(latent=(4, 8, 12), steps=len(RULES[rule].steps))
-    wanted = by_diffusers(made, RULES[rule], "nasa", given, (64, 96))
+    arguments = inputs(latent=(4, 8, 12), steps=len(RULES[rule].steps))
+    expected = by_diffusers(made, RULES[rule], "nasa", arguments, (64, 96))
     with torch.no_grad():
-        folded = FoldedPixArt(made, RULES[rule], GUIDANCE["nasa"], EMPTY, (64, 96))(**given)
-    torch.testing.assert_close(folded, wanted, atol=5e-5, rtol=1e-4)
-    assert wanted.std() > 0.1
+        folded = FoldedPixArt(made, RULES[rule], GUIDANCE["nasa"], EMPTY, (64, 96))(**arguments)
+    torch.testing.assert_close(folded, expected, atol=5e-5, rtol=1e-4)
+    assert expected.std() > 0.1
 
 
 def test_a_different_timestep_and_a_different_size_give_a_different_folded_network():
-    made, given = network(128), inputs()
+    made, arguments = network(128), inputs()
     with torch.no_grad():
         first, *others = (
-            FoldedPixArt(made, OneStepRule("x0", t, 0.0, 1.0), GUIDANCE["nasa"], EMPTY, size)(**given)
+            FoldedPixArt(made, OneStepRule("x0", t, 0.0, 1.0), GUIDANCE["nasa"], EMPTY, size)(**arguments)
             for t, size in ((400, (64, 64)), (399, (64, 64)), (400, (64, 72)))
         )
     assert all((other - first).abs().max() > 1e-4 for other in others)
@@ -129,40 +131,40 @@ def graph_of(form: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     def graph(kind: str) -> Path:
         path = folder / f"{kind}.onnx"
         if not path.exists():
-            given = {name: value for name, value in inputs(masked).items() if kind != "none" or "negative" not in name}
+            arguments = {name: value for name, value in inputs(masked).items() if kind != "none" or "negative" not in name}
             module = FoldedPixArt(network(num_layers=blocks), X0, GUIDANCE[kind], EMPTY, (64, 64), *attends)
-            write_graph(module, given, ("latent",), dynamic_axes(((64, 64),), False), path, opset=opset)
+            write_graph(module, arguments, ("latent",), dynamic_axes(((64, 64),), False), path, opset=opset)
         return path
 
     return graph
 
 
-def run(path: Path, given: dict[str, Tensor], engine: str = "cpu") -> np.ndarray:
+def run(path: Path, arguments: dict[str, Tensor], engine: str = "cpu") -> np.ndarray:
     opened = load_engine(engine, path)
-    return opened(**{spec.name: given[spec.name].numpy() for spec in opened.inputs})["latent"]
+    return opened(**{spec.name: arguments[spec.name].numpy() for spec in opened.inputs})["latent"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_graph_is_the_papers_formula_and_at_scale_zero_the_graph_without_negatives_bit_for_bit(form, graph_of, kind):
     _, _, masked, blocks = FORMS[form]
-    given = inputs(masked)
-    found = run(graph_of(kind), given)
-    np.testing.assert_allclose(found, by_diffusers(network(num_layers=blocks), X0, kind, given).numpy(), atol=2e-5, rtol=1e-4)
-    plain = run(graph_of("none"), given)
-    assert np.array_equal(found[0], plain[0])  # its scale is 0
-    off = run(graph_of(kind), {**given, "negative_scale": torch.zeros(len(SCALES))})
+    arguments = inputs(masked)
+    latent = run(graph_of(kind), arguments)
+    np.testing.assert_allclose(latent, by_diffusers(network(num_layers=blocks), X0, kind, arguments).numpy(), atol=2e-5, rtol=1e-4)
+    plain = run(graph_of("none"), arguments)
+    assert np.array_equal(latent[0], plain[0])  # its scale is 0
+    off = run(graph_of(kind), {**arguments, "negative_scale": torch.zeros(len(SCALES))})
     assert np.array_equal(off, plain)
 
 
 def test_every_engine_agrees(form, graph_of):
-    given = inputs(FORMS[form][2])
-    np.testing.assert_allclose(run(graph_of("nasa"), given, "openvino"), run(graph_of("nasa"), given), atol=5e-5, rtol=1e-4)
+    arguments = inputs(FORMS[form][2])
+    np.testing.assert_allclose(run(graph_of("nasa"), arguments, "openvino"), run(graph_of("nasa"), arguments), atol=5e-5, rtol=1e-4)
 
 
 def test_a_batch_does_not_change_an_image(form, graph_of):
-    given = inputs(FORMS[form][2])
-    together = run(graph_of("nasa"), given)
-    alone = run(graph_of("nasa"), {name: value[2:3] for name, value in given.items()})
+    arguments = inputs(FORMS[form][2])
+    together = run(graph_of("nasa"), arguments)
+    alone = run(graph_of("nasa"), {name: value[2:3] for name, value in arguments.items()})
     np.testing.assert_allclose(alone[0], together[2], atol=1e-5)
 
 

@@ -109,9 +109,9 @@ def test_every_row_is_complete(preset):
     ],
 )
 def test_negative_scales_are_the_papers(name, kind, scale, fixed):
-    found = find_preset(name).guidance(kind)
-    assert (found.default_scale, dict(found.fixed)) == (scale, fixed)
-    assert found.attend.keywords == fixed
+    guidance = find_preset(name).guidance(kind)
+    assert (guidance.default_scale, dict(guidance.fixed)) == (scale, fixed)
+    assert guidance.attend.keywords == fixed
 
 
 @pytest.mark.parametrize("backbone", DEFAULT_PRESET)

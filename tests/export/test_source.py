@@ -108,8 +108,8 @@ class HubAnswer(BaseHTTPRequestHandler):
             self.refuse(404, "RepoNotFound")
         elif "/gated" in path:
             self.refuse(403, "GatedRepo")
-        elif found := re.fullmatch(r"/api/models/some/\w+/revision/(.+)", path):
-            if found[1] in ("main", "v1", COMMIT):
+        elif match := re.fullmatch(r"/api/models/some/\w+/revision/(.+)", path):
+            if match[1] in ("main", "v1", COMMIT):
                 self.answer(json.dumps({"id": "some/tiny", "sha": COMMIT, "siblings": []}).encode())
             else:
                 self.refuse(404, "RevisionNotFound")
@@ -119,8 +119,8 @@ class HubAnswer(BaseHTTPRequestHandler):
                 for name, data in self.server.files.items()
             ]
             self.answer(json.dumps(entries).encode())
-        elif found := re.fullmatch(rf"/some/\w+/resolve/{COMMIT}/(.+)", path):
-            self.send_file(found[1])
+        elif match := re.fullmatch(rf"/some/\w+/resolve/{COMMIT}/(.+)", path):
+            self.send_file(match[1])
         else:
             self.refuse(404, "EntryNotFound")
 
@@ -187,18 +187,18 @@ def held(folder: str) -> set[str]:
 
 def test_a_hub_model_is_fetched_by_parts_and_found_again_without_network(hub: Hub, tmp_path: Path) -> None:
     done = run(tmp_path, hub.url, "some/tiny")
-    found = json.loads(done.stdout)
+    fetched = json.loads(done.stdout)
     assert "100%" in done.stderr, "a progress bar"
-    assert found == {"path": found["path"], "name": "some/tiny", "licence": "openrail++", "revision": COMMIT}
-    assert held(found["path"]) == WANTED
-    assert (Path(found["path"]) / "unet/diffusion_pytorch_model.safetensors").read_bytes() == BIG
+    assert fetched == {"path": fetched["path"], "name": "some/tiny", "licence": "openrail++", "revision": COMMIT}
+    assert held(fetched["path"]) == WANTED
+    assert (Path(fetched["path"]) / "unet/diffusion_pytorch_model.safetensors").read_bytes() == BIG
     assert {name for name, _, _ in hub.sent} == WANTED and len(hub.sent) == len(WANTED)
     hub.shutdown()
     hub.server_close()
-    assert fetch(tmp_path, hub.url, "some/tiny") == found
-    assert fetch(tmp_path, hub.url, "some/tiny", ("unet",), HF_HUB_OFFLINE="1") == found
+    assert fetch(tmp_path, hub.url, "some/tiny") == fetched
+    assert fetch(tmp_path, hub.url, "some/tiny", ("unet",), HF_HUB_OFFLINE="1") == fetched
     # The bundle's provenance names the commit: with it the same weights are found again.
-    assert fetch(tmp_path, hub.url, f"some/tiny@{COMMIT}", HF_HUB_OFFLINE="1") == found
+    assert fetch(tmp_path, hub.url, f"some/tiny@{COMMIT}", HF_HUB_OFFLINE="1") == fetched
 
 
 @pytest.mark.parametrize("prelude", ["", "import huggingface_hub"])
@@ -210,10 +210,10 @@ def test_the_hub_is_not_told_what_is_installed_here_nor_who_runs_it(hub: Hub, tm
 
 def test_a_file_goes_on_where_its_connection_broke(hub: Hub, tmp_path: Path) -> None:
     hub.cut, hub.cuts = 11_000_000, 1
-    found = fetch(tmp_path, hub.url, "some/tiny", ("unet",))
+    fetched = fetch(tmp_path, hub.url, "some/tiny", ("unet",))
     first, second = (sent for sent in hub.sent if sent[0].endswith("model.safetensors"))
     assert first[1:] == (0, 11_000_000) and 0 < second[1] <= 11_000_000 and second[1] + second[2] == len(BIG)
-    assert (Path(found["path"]) / "unet/diffusion_pytorch_model.safetensors").read_bytes() == BIG
+    assert (Path(fetched["path"]) / "unet/diffusion_pytorch_model.safetensors").read_bytes() == BIG
 
 
 def test_a_second_call_fetches_only_what_the_first_one_lacks(hub: Hub, tmp_path: Path) -> None:
@@ -223,8 +223,8 @@ def test_a_second_call_fetches_only_what_the_first_one_lacks(hub: Hub, tmp_path:
     whole = {name for name, _, _ in hub.sent}
     assert len(whole) > 2
     hub.broken, hub.sent = "", []
-    found = fetch(tmp_path, hub.url, "some/tiny")
-    assert held(found["path"]) == WANTED and {name for name, _, _ in hub.sent} == WANTED - whole
+    fetched = fetch(tmp_path, hub.url, "some/tiny")
+    assert held(fetched["path"]) == WANTED and {name for name, _, _ in hub.sent} == WANTED - whole
 
 
 def test_root_parts_and_single_files_of_a_hub_model_are_parts_too(hub: Hub, tmp_path: Path) -> None:
@@ -235,15 +235,15 @@ def test_root_parts_and_single_files_of_a_hub_model_are_parts_too(hub: Hub, tmp_
         "student.bin": b"x",
         "deep/a.bin": b"x",
     }
-    found = fetch(tmp_path, hub.url, "some/tiny@v1", (".",))
-    assert held(found["path"]) == {"config.json", "diffusion_pytorch_model.safetensors"} and found["licence"] is None
-    found = fetch(tmp_path, hub.url, f"some/tiny@{COMMIT}", ("deep/a.bin",))
-    assert "deep/a.bin" in held(found["path"]) and "student.bin" not in held(found["path"])
+    fetched = fetch(tmp_path, hub.url, "some/tiny@v1", (".",))
+    assert held(fetched["path"]) == {"config.json", "diffusion_pytorch_model.safetensors"} and fetched["licence"] is None
+    fetched = fetch(tmp_path, hub.url, f"some/tiny@{COMMIT}", ("deep/a.bin",))
+    assert "deep/a.bin" in held(fetched["path"]) and "student.bin" not in held(fetched["path"])
 
 
 def test_everything_that_can_be_wrong_with_a_hub_model_is_one_clear_line(hub: Hub, tmp_path: Path) -> None:
     hub.files = {"README.md": b"# a data set", "data.csv": b"1"}
-    for arguments, told in [
+    for arguments, message in [
         (("some/absent",), "no folder and no hub model 'some/absent': check the name; a private model needs `hf auth login`"),
         (
             ("some--tiny/x",),
@@ -256,7 +256,7 @@ def test_everything_that_can_be_wrong_with_a_hub_model_is_one_clear_line(hub: Hu
             "hub model some/tiny is not in diffusers layout: it has none of unet, vae; name one that is",
         ),
     ]:
-        assert fetch(tmp_path, hub.url, *arguments) == f"InputError: {told}"
+        assert fetch(tmp_path, hub.url, *arguments) == f"InputError: {message}"
 
 
 @pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["no network", "offline mode"])

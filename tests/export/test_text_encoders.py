@@ -32,9 +32,9 @@ PROMPTS = [
 LENGTHS = (1, 2, 17, 129, 300)
 
 
-def relative(found: Tensor | np.ndarray, wanted: Tensor) -> float:
-    assert found.shape == wanted.shape
-    return float(np.linalg.norm(np.asarray(found) - wanted.numpy()) / np.linalg.norm(wanted.numpy()))
+def relative(output: Tensor | np.ndarray, expected: Tensor) -> float:
+    assert output.shape == expected.shape
+    return float(np.linalg.norm(np.asarray(output) - expected.numpy()) / np.linalg.norm(expected.numpy()))
 
 
 def on_cpu(
@@ -103,8 +103,8 @@ def test_clip_ids_are_those_of_transformers_for_any_prompt(folders: dict[str, Pa
     assert (rule.max_tokens, rule.lowercase, rule.pad) == (77, False, theirs.pad_token_id)
     ours = tokens(rule, tmp_path)
     for prompt in PROMPTS:
-        wanted = theirs(prompt, padding="max_length", max_length=77, truncation=True).input_ids
-        assert ours(prompt, truncate=True).tolist() == [wanted]
+        expected = theirs(prompt, padding="max_length", max_length=77, truncation=True).input_ids
+        assert ours(prompt, truncate=True).tolist() == [expected]
     with pytest.raises(InputError, match="the limit is 77"):
         ours(PROMPTS[-1])
 
@@ -138,8 +138,8 @@ def test_clip_states_are_those_of_the_diffusers_pipeline(folders: dict[str, Path
     )
     tokenizer = tokens(clip_rule(folders["!"], tmp_path / "tokenizer.json", 10**6), tmp_path)
     for prompt in PROMPTS:
-        wanted, _ = pipe.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
-        assert relative(ClipTextEncoder(model)(torch.from_numpy(tokenizer(prompt, truncate=True))), wanted) < 1e-6
+        expected, _ = pipe.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
+        assert relative(ClipTextEncoder(model)(torch.from_numpy(tokenizer(prompt, truncate=True))), expected) < 1e-6
 
 
 @pytest.mark.parametrize("eos", [2, 515], ids=["old config", "new config"])
@@ -155,18 +155,18 @@ def test_sdxl_states_and_pooled_state_are_those_of_the_diffusers_pipeline(folder
     encoder = SdxlTextEncoder(*models, eos=515, pads=(515, 0))
     tokenizer = tokens(clip_rule(folders[EOS], tmp_path / "tokenizer.json", 10**6), tmp_path)
     for prompt in (prompt.replace("!", "") for prompt in PROMPTS):
-        wanted, _, wanted_pooled, _ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
+        expected, _, wanted_pooled, _ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
         states, pooled = encoder(torch.from_numpy(tokenizer(prompt, truncate=True)))
         assert states.shape == (1, 77, 32 + 48)
-        assert relative(states, wanted) < 1e-6
+        assert relative(states, expected) < 1e-6
         assert relative(pooled, wanted_pooled) < 1e-6
 
 
 def test_an_exclamation_mark_in_a_prompt_stays_a_word_in_sdxl() -> None:
     encoder = SdxlTextEncoder(nn.Identity(), nn.Identity(), eos=9, pads=(9, 0))
     ids = torch.tensor([[8, 0, 1, 9, 9, 9], [8, 1, 9, 2, 9, 9], [8, 9, 9, 9, 9, 9], [8, 1, 2, 3, 4, 9]])
-    wanted = [[8, 0, 1, 9, 0, 0], [8, 1, 9, 2, 9, 0], [8, 9, 0, 0, 0, 0], [8, 1, 2, 3, 4, 9]]
-    assert encoder._padded_for_second(ids).tolist() == wanted
+    expected = [[8, 0, 1, 9, 0, 0], [8, 1, 9, 2, 9, 0], [8, 9, 0, 0, 0, 0], [8, 1, 2, 3, 4, 9]]
+    assert encoder._padded_for_second(ids).tolist() == expected
     other = SdxlTextEncoder(nn.Identity(), nn.Identity(), eos=9, pads=(7, 0))
     assert other._padded_for_second(torch.tensor([[8, 1, 9, 7, 7], [8, 1, 2, 3, 9]])).tolist() == [[8, 1, 9, 0, 0], [8, 1, 2, 3, 9]]
 
@@ -181,8 +181,8 @@ def test_clip_graphs_take_any_batch(tmp_path: Path, opset: int) -> None:
     assert relative(graph(ids)["states"], one(ids)) < 1e-5
     both = SdxlTextEncoder(clip_model(num_hidden_layers=2), clip_model(True, eos_token_id=2, num_hidden_layers=2), eos=515, pads=(515, 0))
     graph = on_cpu(both, ids[:2], {0: "batch"}, ["states", "pooled"], tmp_path / "both.onnx", opset)
-    for found, wanted in zip(graph(ids).values(), both(ids), strict=True):
-        assert relative(found, wanted) < 1e-5
+    for output, expected in zip(graph(ids).values(), both(ids), strict=True):
+        assert relative(output, expected) < 1e-5
 
 
 # ---- T5
@@ -231,8 +231,8 @@ def pixart_ids(folder: Path, prompt: str, max_tokens: int) -> list[int]:
     """The real ids of a prompt as PixArt's pipelines make them."""
     from transformers import T5Tokenizer
 
-    found = T5Tokenizer.from_pretrained(folder)(prompt.lower().strip(), padding="max_length", max_length=max_tokens, truncation=True)
-    return found.input_ids[: sum(found.attention_mask)]
+    output = T5Tokenizer.from_pretrained(folder)(prompt.lower().strip(), padding="max_length", max_length=max_tokens, truncation=True)
+    return output.input_ids[: sum(output.attention_mask)]
 
 
 @pytest.mark.parametrize("max_tokens", [120, 300])
@@ -283,8 +283,8 @@ def test_t5_at_a_prompts_own_length_equals_the_padded_diffusers_pipeline(
         padded, mask, _, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, device="cpu", clean_caption=False)
         assert padded.shape[1] == 120
         ids = torch.from_numpy(ours(prompt, truncate=True))
-        wanted = projection(padded[:, mask[0].bool()])
-        assert relative(T5TextEncoder(model, projection)(ids), wanted) < 1e-5
+        expected = projection(padded[:, mask[0].bool()])
+        assert relative(T5TextEncoder(model, projection)(ids), expected) < 1e-5
 
 
 @pytest.mark.parametrize("changes", [{}, {"feed_forward_proj": "relu", "relative_attention_num_buckets": 8}], ids=["v1.1", "v1.0"])
@@ -329,8 +329,8 @@ def test_t5_stays_finite_where_fp16_overflows(projection: nn.Module) -> None:
 
 def test_t5_in_fp16_is_refused_and_would_be_wrong(projection: nn.Module) -> None:
     model, ids = large_t5()
-    wanted = model(ids).last_hidden_state
-    assert not relative(model.half()(ids).last_hidden_state.float(), wanted) < 0.5
+    expected = model(ids).last_hidden_state
+    assert not relative(model.half()(ids).last_hidden_state.float(), expected) < 0.5
     with pytest.raises(InputError, match="T5 overflows in fp16"):
         T5TextEncoder(model, projection)(ids)
 
@@ -357,9 +357,9 @@ def test_t5_skeleton_needs_no_memory_and_its_weights_are_found_by_name(t5_folder
     empty, full = skeleton(t5_folder, projection), T5TextEncoder(t5_model(), projection)
     assert {value.device.type for value in empty.parameters()} == {"meta"}
     weight_of = T5Weights(t5_folder, projection)
-    wanted = dict(full.named_parameters())
-    assert wanted.keys() == dict(empty.named_parameters()).keys()
-    for name, value in wanted.items():
+    expected = dict(full.named_parameters())
+    assert expected.keys() == dict(empty.named_parameters()).keys()
+    for name, value in expected.items():
         assert torch.equal(weight_of(name), value), name
     rows = torch.tensor([5, 0, 63])
     assert torch.equal(weight_of.rows("encoder.embed_tokens.weight", rows), full.encoder.embed_tokens.weight[rows])
@@ -397,5 +397,5 @@ def test_t5_skeleton_exports_and_its_graph_is_filled_one_weight_at_a_time(t5_fol
 
     write_graph(empty, {"ids": ids}, ["states"], axes, tmp_path / "t5.onnx", tensor_of=tensor_of)
     assert sorted(read) == sorted(name for name, _ in empty.named_parameters())
-    found = load_engine("cpu", tmp_path / "t5.onnx")(ids=ids.numpy())["states"]
-    assert relative(found, T5TextEncoder(t5_model(), projection)(ids)) < 1e-5
+    output = load_engine("cpu", tmp_path / "t5.onnx")(ids=ids.numpy())["states"]
+    assert relative(output, T5TextEncoder(t5_model(), projection)(ids)) < 1e-5

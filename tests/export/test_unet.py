@@ -51,83 +51,83 @@ def inputs(unet: str, steps: int = 1) -> dict[str, Tensor]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, generator=random)
 
-    given = {"noise": draw(4, 8, 8), "prompt_states": 2 * draw(7, width(unet)), "negative_states": 2 * draw(7, width(unet))}
-    given["negative_scale"] = torch.tensor(SCALES)
+    arguments = {"noise": draw(4, 8, 8), "prompt_states": 2 * draw(7, width(unet)), "negative_states": 2 * draw(7, width(unet))}
+    arguments["negative_scale"] = torch.tensor(SCALES)
     if unet == "sdxl":
-        given["prompt_pooled"] = draw(24)
+        arguments["prompt_pooled"] = draw(24)
     if steps > 1:
-        given["renoise"] = draw(steps - 1, 4, 8, 8)
-    return given
+        arguments["renoise"] = draw(steps - 1, 4, 8, 8)
+    return arguments
 
 
 def folded(unet: str, network: Any, rule: OneStepRule, kind: str) -> nn.Module:
     return FoldedUNet(network, rule, GUIDANCE[kind], empty(unet), TIME_IDS if unet == "sdxl" else None).eval()
 
 
-def by_diffusers(unet: str, network: Any, rule: OneStepRule, kind: str, given: dict[str, Tensor]) -> Tensor:
+def by_diffusers(unet: str, network: Any, rule: OneStepRule, kind: str, arguments: dict[str, Tensor]) -> Tensor:
     """The latent by diffusers' own network with the paper's formula in every attention."""
-    network.set_attn_processor(PaperAttention(kind, given["negative_states"], given["negative_scale"], empty(unet)))
+    network.set_attn_processor(PaperAttention(kind, arguments["negative_states"], arguments["negative_scale"], empty(unet)))
     added = {}
     if unet == "sdxl":
-        added = {"text_embeds": given["prompt_pooled"], "time_ids": TIME_IDS.expand(len(SCALES), -1)}
+        added = {"text_embeds": arguments["prompt_pooled"], "time_ids": TIME_IDS.expand(len(SCALES), -1)}
 
     def answer(step: int, latent: Tensor) -> Tensor:
-        states = given["prompt_states"]
+        states = arguments["prompt_states"]
         return network(latent, rule.steps[step].timestep, states, added_cond_kwargs=added, return_dict=False)[0]
 
     with torch.no_grad():
-        return rule.run(answer, given["noise"], given.get("renoise"))
+        return rule.run(answer, arguments["noise"], arguments.get("renoise"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("unet", UNETS)
 def test_the_folded_network_is_diffusers_own_with_the_papers_formula_in_every_layer(unet, kind):
-    network, given = tiny_students.unet(unet), inputs(unet)
-    wanted = by_diffusers(unet, network, RULES["epsilon"], kind, given)
+    network, arguments = tiny_students.unet(unet), inputs(unet)
+    expected = by_diffusers(unet, network, RULES["epsilon"], kind, arguments)
     with torch.no_grad():
-        found = folded(unet, network, RULES["epsilon"], kind)(**given)
-    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
-    none = by_diffusers(unet, network, RULES["epsilon"], "none", given)
-    changed = (wanted - none).flatten(1).abs().amax(1)
+        latent = folded(unet, network, RULES["epsilon"], kind)(**arguments)
+    torch.testing.assert_close(latent, expected, atol=2e-5, rtol=1e-4)
+    none = by_diffusers(unet, network, RULES["epsilon"], "none", arguments)
+    changed = (expected - none).flatten(1).abs().amax(1)
     assert changed[0] == 0 and (changed[1:] > 1e-3).all()
 
 
 @pytest.mark.parametrize("unet", UNETS)
 def test_several_steps_share_all_weights_and_each_has_its_own_timestep(unet):
-    network, given, rule = tiny_students.unet(unet), inputs(unet, 3), RULES["three steps"]
-    wanted = by_diffusers(unet, network, rule, "nasa", given)
+    network, arguments, rule = tiny_students.unet(unet), inputs(unet, 3), RULES["three steps"]
+    expected = by_diffusers(unet, network, rule, "nasa", arguments)
     module = folded(unet, network, rule, "nasa")
     with torch.no_grad():
-        found = module(**given)
-    torch.testing.assert_close(found, wanted, atol=5e-5, rtol=1e-4)
-    stored = {each.untyped_storage().data_ptr() for each in network.parameters()}
-    own = [name for name, each in module.named_parameters() if each.untyped_storage().data_ptr() not in stored]
+        latent = module(**arguments)
+    torch.testing.assert_close(latent, expected, atol=5e-5, rtol=1e-4)
+    stored = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    own = [name for name, parameter in module.named_parameters() if parameter.untyped_storage().data_ptr() not in stored]
     # The convolutions' biases; of SDXL the one product that stands for all blocks' and what is left of the first.
     assert all((".conv1." in name and name.endswith("bias")) or name.startswith("prompt_shift.") for name in own)
     same = OneStepRule("epsilon", 999, 0.3, 0.954, later=tuple(OneStepRule("epsilon", 999, s.alpha, s.sigma) for s in rule.later))
     with torch.no_grad():
-        assert (folded(unet, network, same, "nasa")(**given) - found).abs().max() > 1e-3
+        assert (folded(unet, network, same, "nasa")(**arguments) - latent).abs().max() > 1e-3
 
 
 def test_a_negatives_keys_are_normalised_as_a_prompts_are():
-    network, given = tiny_students.unet("sd21"), inputs("sd21")
+    network, arguments = tiny_students.unet("sd21"), inputs("sd21")
     for name, module in network.named_modules():
         if name.endswith("attn2"):
             size = module.to_q.out_features // module.heads
             module.norm_q, module.norm_k = (nn.LayerNorm(size, elementwise_affine=False) for _ in range(2))
-    wanted = by_diffusers("sd21", network, X0, "nasa", given)
+    expected = by_diffusers("sd21", network, X0, "nasa", arguments)
     with torch.no_grad():
-        found = folded("sd21", network, X0, "nasa")(**given)
-        plain = folded("sd21", tiny_students.unet("sd21"), X0, "nasa")(**given)
-    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
-    assert (found - plain).abs().max() > 1e-3
+        latent = folded("sd21", network, X0, "nasa")(**arguments)
+        plain = folded("sd21", tiny_students.unet("sd21"), X0, "nasa")(**arguments)
+    torch.testing.assert_close(latent, expected, atol=2e-5, rtol=1e-4)
+    assert (latent - plain).abs().max() > 1e-3
 
 
 def test_folding_leaves_the_network_as_it_was():
-    network, given = tiny_students.unet("sdxl"), inputs("sdxl")
-    before = by_diffusers("sdxl", network, X0, "nasa", given)
-    folded("sdxl", network, X0, "nasa")(**given)
-    assert torch.equal(by_diffusers("sdxl", network, X0, "nasa", given), before)
+    network, arguments = tiny_students.unet("sdxl"), inputs("sdxl")
+    before = by_diffusers("sdxl", network, X0, "nasa", arguments)
+    folded("sdxl", network, X0, "nasa")(**arguments)
+    assert torch.equal(by_diffusers("sdxl", network, X0, "nasa", arguments), before)
 
 
 @pytest.mark.parametrize(
@@ -155,45 +155,45 @@ def graph_of(folder: Path) -> Callable[[str, str], Path]:
     def graph(unet: str, kind: str) -> Path:
         path = folder / f"{unet}-{kind}.onnx"
         if not path.exists():
-            given = {name: value for name, value in inputs(unet).items() if kind != "none" or "negative" not in name}
+            arguments = {name: value for name, value in inputs(unet).items() if kind != "none" or "negative" not in name}
             module = folded(unet, tiny_students.unet(unet, **ONE_LAYER), X0, kind)
-            write_graph(module, given, ("latent",), dynamic_axes(((64, 64),), False), path)
+            write_graph(module, arguments, ("latent",), dynamic_axes(((64, 64),), False), path)
         return path
 
     return graph
 
 
-def run(path: Path, given: dict[str, Tensor], engine: str = "cpu") -> np.ndarray:
+def run(path: Path, arguments: dict[str, Tensor], engine: str = "cpu") -> np.ndarray:
     opened = load_engine(engine, path)
-    return opened(**{spec.name: given[spec.name].numpy() for spec in opened.inputs})["latent"]
+    return opened(**{spec.name: arguments[spec.name].numpy() for spec in opened.inputs})["latent"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("unet", UNETS)
 def test_the_graph_is_the_papers_formula_and_at_scale_zero_the_graph_without_negatives_bit_for_bit(graph_of, unet, kind):
-    given = inputs(unet)
-    found, plain = run(graph_of(unet, kind), given), run(graph_of(unet, "none"), given)
-    wanted = by_diffusers(unet, tiny_students.unet(unet, **ONE_LAYER), X0, kind, given)
-    np.testing.assert_allclose(found, wanted.numpy(), atol=2e-5, rtol=1e-4)
-    assert np.array_equal(found[0], plain[0])  # its scale is 0
-    assert np.array_equal(run(graph_of(unet, kind), {**given, "negative_scale": torch.zeros(len(SCALES))}), plain)
+    arguments = inputs(unet)
+    latent, plain = run(graph_of(unet, kind), arguments), run(graph_of(unet, "none"), arguments)
+    expected = by_diffusers(unet, tiny_students.unet(unet, **ONE_LAYER), X0, kind, arguments)
+    np.testing.assert_allclose(latent, expected.numpy(), atol=2e-5, rtol=1e-4)
+    assert np.array_equal(latent[0], plain[0])  # its scale is 0
+    assert np.array_equal(run(graph_of(unet, kind), {**arguments, "negative_scale": torch.zeros(len(SCALES))}), plain)
 
 
 @pytest.mark.parametrize("unet", UNETS)
 def test_every_engine_agrees_and_a_batch_does_not_change_an_image(graph_of, unet):
-    given = inputs(unet)
-    together = run(graph_of(unet, "nasa"), given)
-    np.testing.assert_allclose(run(graph_of(unet, "nasa"), given, "openvino"), together, atol=5e-5, rtol=1e-4)
-    alone = run(graph_of(unet, "nasa"), {name: value[2:3] for name, value in given.items()})
+    arguments = inputs(unet)
+    together = run(graph_of(unet, "nasa"), arguments)
+    np.testing.assert_allclose(run(graph_of(unet, "nasa"), arguments, "openvino"), together, atol=5e-5, rtol=1e-4)
+    alone = run(graph_of(unet, "nasa"), {name: value[2:3] for name, value in arguments.items()})
     np.testing.assert_allclose(alone[0], together[2], atol=1e-5)
 
 
 @pytest.mark.parametrize("unet", UNETS)
 def test_the_timestep_is_folded_into_the_convolutions(graph_of, unet):
     network = tiny_students.unet(unet, **ONE_LAYER)
-    convolutions = [each for each in network.modules() if isinstance(each, nn.Conv2d)]
-    blocks = [each for each in network.modules() if isinstance(each, BasicTransformerBlock)]
-    linear = [name for name, each in network.named_modules() if isinstance(each, nn.Linear) and "emb" not in name]
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    blocks = [module for module in network.modules() if isinstance(module, BasicTransformerBlock)]
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and "emb" not in name]
     for kind in ("nasa", "none"):
         counts = node_counts(graph_of(unet, kind))
         assert not {"Sin", "Cos"} & counts.keys()
@@ -206,12 +206,12 @@ def test_the_timestep_is_folded_into_the_convolutions(graph_of, unet):
 
 
 def test_a_graph_of_two_steps_holds_every_weight_once(folder):
-    network, given = tiny_students.unet("sd21", **ONE_LAYER), inputs("sd21", 2)
+    network, arguments = tiny_students.unet("sd21", **ONE_LAYER), inputs("sd21", 2)
     module, path = folded("sd21", network, TWO_STEPS, "nasa"), folder / "two.onnx"
-    write_graph(module, given, ("latent",), dynamic_axes(((64, 64),), False), path)
+    write_graph(module, arguments, ("latent",), dynamic_axes(((64, 64),), False), path)
     with torch.no_grad():
-        np.testing.assert_allclose(run(path, given), module(**given).numpy(), atol=5e-5, rtol=1e-4)
-    matrices = [numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer]
-    matrices = [each for each in matrices if each.ndim > 1]
+        np.testing.assert_allclose(run(path, arguments), module(**arguments).numpy(), atol=5e-5, rtol=1e-4)
+    matrices = [numpy_helper.to_array(matrix) for matrix in onnx.load(path).graph.initializer]
+    matrices = [matrix for matrix in matrices if matrix.ndim > 1]
     # A matrix may lie turned: the same numbers in another order.
-    assert len(matrices) == len({np.sort(each, axis=None).tobytes() for each in matrices})
+    assert len(matrices) == len({np.sort(matrix, axis=None).tobytes() for matrix in matrices})
