@@ -359,7 +359,7 @@ def pixels(file: Any) -> np.ndarray:
 
 
 class Images(Kind):
-    """Images of ours and of others: what `info` says of them, and whether a batch that finds one in its folder goes on."""
+    """Images of ours and of others: what `info` says of them, and whether a batch that finds one in its folder continues."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -161,7 +161,7 @@ def convert_for_genai(job: Job, folder: Path) -> None:
     save_openvino(TextEncoder(), text_encoder, "last_hidden_state", folder / "text_encoder", read(job.student / "text_encoder"))
     save_openvino(UNet(), unet, "out_sample", folder / "unet", read(job.student / "unet"))
     config = read(job.vae)
-    if config["_class_name"] == "AutoencoderTiny":  # in the words of an AutoencoderKL, which is what genai reads
+    if config["_class_name"] == "AutoencoderTiny":  # genai reads the config of an AutoencoderKL
         config = {"_class_name": "AutoencoderKL", "latent_channels": config["latent_channels"], "scaling_factor": config["scaling_factor"]}
         config["block_out_channels"] = read(job.vae)["decoder_block_out_channels"]
     save_openvino(Decoder(), {"latent_sample": latent}, "sample", folder / "vae_decoder", config)

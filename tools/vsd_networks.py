@@ -3,7 +3,7 @@
 A transformer in PixArt's manner and a UNet with cross-attention in Stable Diffusion's, of at most 2 M parameters each, learn the emoji
 pictures at 64 x 64 pixels as teachers; then every setting of kappa distils each of them with the same seeds. Measured is the Frechet
 distance of the student's pictures of held-out captions to real ones, in the features of a scorer, beside what the teacher itself reaches
-in 25 steps and the untrained student in one. Each core works on a run of its own. One command, that goes on where it was stopped:
+in 25 steps and the untrained student in one. Each core works on a run of its own. One command, which resumes after an interruption:
 
     python tools/vsd_networks.py --data runs/emoji --vae weights/small/teacher/vae --scorers weights/small/scorers \
         --work runs/vsd_networks --out docs/vsd_networks.json

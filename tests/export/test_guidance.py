@@ -23,7 +23,7 @@ SHAPES = [
     (3, 2, 7, 5, 11, 40),  # nothing aligned, negative longer than the prompt
 ]
 KINDS = ["nasa", "nag", "vsf", "projected"]
-FORMS = {"written out": attention, "fused": fused_attention, "turned": transposed_attention}
+IMPLEMENTATIONS = {"written out": attention, "fused": fused_attention, "transposed": transposed_attention}
 
 
 def tensors(batch, heads, queries, t, u, size):
@@ -84,22 +84,22 @@ def from_the_papers(kind, q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, sca
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
 def test_attention_equals_torch(form, shape):
     q, k, v, mask, *_ = tensors(*shape)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-    torch.testing.assert_close(FORMS[form](q, k, v, mask), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(IMPLEMENTATIONS[form](q, k, v, mask), expected, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
 def test_a_fully_masked_branch_gives_zero(form):
     q, k, v, mask, *_ = tensors(*SHAPES[1])
-    assert torch.equal(FORMS[form](q, k, v, torch.zeros_like(mask)), torch.zeros_like(q))
+    assert torch.equal(IMPLEMENTATIONS[form](q, k, v, torch.zeros_like(mask)), torch.zeros_like(q))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_the_papers_formula(kind, form, masked, shape):
     q, k, v, mask, k_neg, v_neg, mask_neg = tensors(*shape)
@@ -110,7 +110,10 @@ def test_every_kind_is_the_papers_formula(kind, form, masked, shape):
     for scale in (0.0, 0.2, 0.5, 1.0):
         arguments = (q, k, v, mask, k_neg, v_neg, mask_neg, torch.full((len(q),), scale), *empty)
         torch.testing.assert_close(
-            GUIDANCE[kind].attend(*arguments, attention=FORMS[form]).double(), from_the_papers(kind, *arguments), atol=2e-5, rtol=1e-5
+            GUIDANCE[kind].attend(*arguments, attention=IMPLEMENTATIONS[form]).double(),
+            from_the_papers(kind, *arguments),
+            atol=2e-5,
+            rtol=1e-5,
         )
 
 
@@ -127,12 +130,14 @@ def test_every_image_of_a_batch_has_its_own_scale(kind):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_scale_zero_equals_positive_only_bit_for_bit(kind, form, shape):
     q, k, v, mask, *negative = tensors(*shape)
-    guided = GUIDANCE[kind].attend(q, k, v, mask, *negative, torch.zeros(len(q)), *empty_prompt(kind, k, v), attention=FORMS[form])
-    assert torch.equal(guided, FORMS[form](q, k, v, mask))
+    guided = GUIDANCE[kind].attend(
+        q, k, v, mask, *negative, torch.zeros(len(q)), *empty_prompt(kind, k, v), attention=IMPLEMENTATIONS[form]
+    )
+    assert torch.equal(guided, IMPLEMENTATIONS[form](q, k, v, mask))
 
 
 @pytest.mark.parametrize("alpha", [0.125, 0.3, 0.375])  # one half would be exact by luck
@@ -142,14 +147,23 @@ def test_nag_is_off_at_scale_zero_whatever_its_constants(alpha):
     assert torch.equal(z, attention(q, k, v, mask))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_branches_without_any_token_never_give_nan(kind, form):
     q, k, v, mask, k_neg, v_neg, mask_neg = tensors(*SHAPES[2])
     none, none_neg = torch.zeros_like(mask), torch.zeros_like(mask_neg)
     for masks in ((mask, none_neg), (none, mask_neg), (none, none_neg)):
         z = GUIDANCE[kind].attend(
-            q, k, v, masks[0], k_neg, v_neg, masks[1], torch.tensor([0.0, 0.5, 1.0]), *empty_prompt(kind, k, v), attention=FORMS[form]
+            q,
+            k,
+            v,
+            masks[0],
+            k_neg,
+            v_neg,
+            masks[1],
+            torch.tensor([0.0, 0.5, 1.0]),
+            *empty_prompt(kind, k, v),
+            attention=IMPLEMENTATIONS[form],
         )
         assert torch.isfinite(z).all()
 

@@ -18,7 +18,7 @@ from snoopi_rt.errors import InputError
 from snoopi_rt.export.weights.hub import WeightsFolder, find_weights, weight_files
 
 COMMIT = "a" * 40
-# More than one chunk of the client: it goes on after the last whole one.
+# More than one chunk of the client: it resumes after the last complete one.
 BIG = bytes(range(256)) * 44_000
 
 FILES = {

@@ -213,5 +213,5 @@ def test_a_graph_of_two_steps_holds_every_weight_once(folder):
         np.testing.assert_allclose(run(path, arguments), module(**arguments).numpy(), atol=5e-5, rtol=1e-4)
     matrices = [numpy_helper.to_array(matrix) for matrix in onnx.load(path).graph.initializer]
     matrices = [matrix for matrix in matrices if matrix.ndim > 1]
-    # A matrix may lie turned: the same numbers in another order.
+    # A matrix may be stored transposed: the same numbers in another order.
     assert len(matrices) == len({np.sort(matrix, axis=None).tobytes() for matrix in matrices})
