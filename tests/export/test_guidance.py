@@ -23,7 +23,7 @@ SHAPES = [
     (3, 2, 7, 5, 11, 40),  # nothing aligned, negative longer than the prompt
 ]
 KINDS = ["nasa", "nag", "vsf", "projected"]
-IMPLEMENTATIONS = {"written out": attention, "fused": fused_attention, "transposed": transposed_attention}
+ATTENTIONS = {"written out": attention, "fused": fused_attention, "transposed": transposed_attention}
 
 
 def tensors(batch, heads, queries, t, u, size):
@@ -84,24 +84,24 @@ def from_the_papers(kind, q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, sca
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("form", IMPLEMENTATIONS)
-def test_attention_equals_torch(form, shape):
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_equals_torch(name, shape):
     q, k, v, mask, *_ = tensors(*shape)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-    torch.testing.assert_close(IMPLEMENTATIONS[form](q, k, v, mask), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(ATTENTIONS[name](q, k, v, mask), expected, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", IMPLEMENTATIONS)
-def test_a_fully_masked_branch_gives_zero(form):
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_a_fully_masked_branch_gives_zero(name):
     q, k, v, mask, *_ = tensors(*SHAPES[1])
-    assert torch.equal(IMPLEMENTATIONS[form](q, k, v, torch.zeros_like(mask)), torch.zeros_like(q))
+    assert torch.equal(ATTENTIONS[name](q, k, v, torch.zeros_like(mask)), torch.zeros_like(q))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("form", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_the_papers_formula(kind, form, masked, shape):
+def test_every_kind_is_the_papers_formula(kind, name, masked, shape):
     q, k, v, mask, k_neg, v_neg, mask_neg = tensors(*shape)
     q, k_neg, v_neg = q[:, :, :5], k_neg, 4 * v_neg  # loops are slow; and large negatives reach NAG's cap
     if not masked:
@@ -110,7 +110,7 @@ def test_every_kind_is_the_papers_formula(kind, form, masked, shape):
     for scale in (0.0, 0.2, 0.5, 1.0):
         arguments = (q, k, v, mask, k_neg, v_neg, mask_neg, torch.full((len(q),), scale), *empty)
         torch.testing.assert_close(
-            GUIDANCE[kind].attend(*arguments, attention=IMPLEMENTATIONS[form]).double(),
+            GUIDANCE[kind].attend(*arguments, attention=ATTENTIONS[name]).double(),
             from_the_papers(kind, *arguments),
             atol=2e-5,
             rtol=1e-5,
@@ -130,14 +130,12 @@ def test_every_image_of_a_batch_has_its_own_scale(kind):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("form", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_scale_zero_equals_positive_only_bit_for_bit(kind, form, shape):
+def test_scale_zero_equals_positive_only_bit_for_bit(kind, name, shape):
     q, k, v, mask, *negative = tensors(*shape)
-    guided = GUIDANCE[kind].attend(
-        q, k, v, mask, *negative, torch.zeros(len(q)), *empty_prompt(kind, k, v), attention=IMPLEMENTATIONS[form]
-    )
-    assert torch.equal(guided, IMPLEMENTATIONS[form](q, k, v, mask))
+    guided = GUIDANCE[kind].attend(q, k, v, mask, *negative, torch.zeros(len(q)), *empty_prompt(kind, k, v), attention=ATTENTIONS[name])
+    assert torch.equal(guided, ATTENTIONS[name](q, k, v, mask))
 
 
 @pytest.mark.parametrize("alpha", [0.125, 0.3, 0.375])  # one half would be exact by luck
@@ -147,9 +145,9 @@ def test_nag_is_off_at_scale_zero_whatever_its_constants(alpha):
     assert torch.equal(z, attention(q, k, v, mask))
 
 
-@pytest.mark.parametrize("form", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_branches_without_any_token_never_give_nan(kind, form):
+def test_branches_without_any_token_never_give_nan(kind, name):
     q, k, v, mask, k_neg, v_neg, mask_neg = tensors(*SHAPES[2])
     none, none_neg = torch.zeros_like(mask), torch.zeros_like(mask_neg)
     for masks in ((mask, none_neg), (none, mask_neg), (none, none_neg)):
@@ -163,7 +161,7 @@ def test_branches_without_any_token_never_give_nan(kind, form):
             masks[1],
             torch.tensor([0.0, 0.5, 1.0]),
             *empty_prompt(kind, k, v),
-            attention=IMPLEMENTATIONS[form],
+            attention=ATTENTIONS[name],
         )
         assert torch.isfinite(z).all()
 

@@ -114,19 +114,19 @@ def test_a_different_timestep_and_a_different_size_give_a_different_folded_netwo
 
 
 # How attention is computed, opset, masks, blocks: as for the public checkpoints, and as for the backbone `small`.
-FORMS = {"pixart": ((fused_attention, transposed_attention), 23, False, 2), "small": ((attention, attention), 20, True, 1)}
+BACKBONES = {"pixart": ((fused_attention, transposed_attention), 23, False, 2), "small": ((attention, attention), 20, True, 1)}
 X0 = OneStepRule("x0", 400, 0.0, 1.0)
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def form(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=BACKBONES)
+def backbone(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def graph_of(form: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def graph_of(backbone: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The graph of a kind of guidance, written once."""
-    folder, (attends, opset, masked, blocks) = tmp_path_factory.mktemp(form), FORMS[form]
+    folder, (attends, opset, masked, blocks) = tmp_path_factory.mktemp(backbone), BACKBONES[backbone]
 
     def graph(kind: str) -> Path:
         path = folder / f"{kind}.onnx"
@@ -145,8 +145,8 @@ def run(path: Path, arguments: dict[str, Tensor], engine: str = "cpu") -> np.nda
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_graph_is_the_papers_formula_and_at_scale_zero_the_graph_without_negatives_bit_for_bit(form, graph_of, kind):
-    _, _, masked, blocks = FORMS[form]
+def test_the_graph_is_the_papers_formula_and_at_scale_zero_the_graph_without_negatives_bit_for_bit(backbone, graph_of, kind):
+    _, _, masked, blocks = BACKBONES[backbone]
     arguments = inputs(masked)
     latent = run(graph_of(kind), arguments)
     np.testing.assert_allclose(latent, by_diffusers(network(num_layers=blocks), X0, kind, arguments).numpy(), atol=2e-5, rtol=1e-4)
@@ -156,20 +156,20 @@ def test_the_graph_is_the_papers_formula_and_at_scale_zero_the_graph_without_neg
     assert np.array_equal(off, plain)
 
 
-def test_every_engine_agrees(form, graph_of):
-    arguments = inputs(FORMS[form][2])
+def test_every_engine_agrees(backbone, graph_of):
+    arguments = inputs(BACKBONES[backbone][2])
     np.testing.assert_allclose(run(graph_of("nasa"), arguments, "openvino"), run(graph_of("nasa"), arguments), atol=5e-5, rtol=1e-4)
 
 
-def test_a_batch_does_not_change_an_image(form, graph_of):
-    arguments = inputs(FORMS[form][2])
+def test_a_batch_does_not_change_an_image(backbone, graph_of):
+    arguments = inputs(BACKBONES[backbone][2])
     together = run(graph_of("nasa"), arguments)
     alone = run(graph_of("nasa"), {name: value[2:3] for name, value in arguments.items()})
     np.testing.assert_allclose(alone[0], together[2], atol=1e-5)
 
 
-def test_modulations_are_in_norms_and_projections_and_keys_of_both_prompts_are_one_product(form, graph_of):
-    attends, _, _, blocks = FORMS[form]
+def test_modulations_are_in_norms_and_projections_and_keys_of_both_prompts_are_one_product(backbone, graph_of):
+    attends, _, _, blocks = BACKBONES[backbone]
     fused = attends[0] is fused_attention
     for kind in ("nasa", "none"):
         counts, written_out = node_counts(graph_of(kind)), blocks * (1 + (kind == "nasa") + (not fused))
