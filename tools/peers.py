@@ -66,8 +66,9 @@ def installed() -> list[str]:
 
 def missing() -> Iterator[str]:
     """A line for each peer whose package is not installed."""
-    for name in PACKAGES.keys() - set(installed()):
-        yield f"{name} is left out: pip install {PACKAGES[name]}"
+    for name, package in PACKAGES.items():
+        if name not in installed():
+            yield f"{name} is left out: pip install {package}"
 
 
 def loaders(job: Job, folder: Path) -> dict[str, Callable[[], Peer]]:
