@@ -182,7 +182,7 @@ def test_a_decoder_of_another_factor_than_promised_is_found_out(
 
 
 def test_an_export_that_cannot_draw_leaves_nothing(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(final_check, "ANOTHER", -1.0)  # what no text encoder can be near to
+    monkeypatch.setattr(final_check, "MAX_DISTANCE", -1.0)  # what no text encoder can be near to
     with pytest.raises(OutputError, match="the bundle would draw something else"):
         exporter.export(find_source("sd15", str(student), "pgsb-sd15"), tmp_path / "bundle", WISHES)
     assert not list(tmp_path.iterdir())
