@@ -50,7 +50,8 @@ OPEN_CLIP = ["open_clip_torch>=3.3", "torch-fidelity>=0.4"]
 EVAL = [*TORCH, *MINILM, *WEIGHTS, *OPEN_CLIP, *FEATURES, "onnxruntime>=1.24", "scipy>=1.15", "matplotlib>=3.10"]
 # For the kernels' tests; torch with CUDA brings its own.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
-SERVE = ["fastapi>=0.130", "uvicorn>=0.40", "httptools>=0.6.3", "uvloop>=0.21; platform_system != 'Windows'", "prometheus-client>=0.22"]
+SERVE = ["fastapi>=0.130", "uvicorn>=0.40", "httptools>=0.6.3", "uvloop>=0.21; platform_system != 'Windows'"]
+SERVE += ["prometheus-client>=0.22", "cachetools>=5.5"]
 RAY = ["ray[data,serve]>=2.50"]
 # The official client, a fuzzer of OpenAPI documents, and what drives the browser in which the page is tested.
 CLIENTS = ["openai>=2", "httpx>=0.28", "aiohttp>=3.12", "schemathesis>=4", "playwright>=1.50"]
@@ -97,6 +98,6 @@ setup(
         "snoopi_rt.export.evaluation": ["*.txt", "*.jsonl"],
     },
     entry_points={"console_scripts": ["snoopi-rt = snoopi_rt.__main__:run"]},
-    install_requires=["numpy>=1.26", "tokenizers>=0.20", "pillow>=10", "click>=8.2", "filelock>=3.16"],
+    install_requires=["numpy>=1.26", "tokenizers>=0.20", "pillow>=10", "click>=8.2", "filelock>=3.16", "platformdirs>=4.2"],
     extras_require=EXTRAS,
 )

@@ -1,26 +1,26 @@
-"""The errors of the whole project. Every part may import them.
+"""The errors of the whole project. Every package may import them.
 
 SnoopiError
 ├── EngineError         an engine cannot load or run a model
 │   └── EngineMissing   ... because its package is not installed (also ImportError)
 ├── BundleError         a bundle is not what its bundle.json promises
-├── InputError          the caller asked for something impossible (also ValueError)
+├── InputError          the caller's input is invalid (also ValueError)
 ├── Cancelled           the deadline has passed, or the caller no longer waits
 └── OutputError         a result is unusable (NaN) or cannot be written
 """
 
-LONGEST_LINE = 1000
+MAX_LINE = 1000
 """Characters of an error."""
 
 
 def one_line(text: str) -> str:
-    """The text in one line, without its middle where that is long: names out of anybody's files and requests stand in errors."""
+    """The text in one line, shortened in the middle if it is long: errors contain names from untrusted files and requests."""
     line = " ".join(part for part in map(str.strip, text.splitlines()) if part)
-    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE * 2 // 3]} ... {line[-LONGEST_LINE // 4 :]}"
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE * 2 // 3]} ... {line[-MAX_LINE // 4 :]}"
 
 
 class SnoopiError(Exception):
-    """A known error: one line that says what was asked, what is wrong and what to do."""
+    """A known error: one line with the input, what is wrong with it, and what to do."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -39,18 +39,18 @@ class BundleError(SnoopiError):
 
 
 class InputError(SnoopiError, ValueError):
-    """The caller asked for something that cannot be."""
+    """The caller's input is invalid."""
 
 
 class Cancelled(SnoopiError):
-    """The caller's time is over, or the caller waits no more."""
+    """The deadline has passed, or the caller no longer waits."""
 
 
 class OutputError(SnoopiError):
-    """What came out cannot be used or cannot be written."""
+    """A result is unusable or cannot be written."""
 
 
 def how_to_install(extra: str = "") -> str:
-    """The command that installs snoopi-rt with an extra, for errors: from a clone, as long as the name is not on PyPI."""
+    """The command that installs snoopi-rt with an extra, for errors: in a clone, because snoopi-rt is not on PyPI."""
     package = f'".[{extra}]"' if extra else "."
     return f"pip install {package} in the clone of snoopi-rt"

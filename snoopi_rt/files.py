@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, then renamed; the SHA-256 of a file; and files of others, read with care."""
+"""Atomic writes (to a temporary file that is then renamed), SHA-256 of files, and careful reading of untrusted ones."""
 
 import errno
 import hashlib
@@ -14,14 +14,14 @@ from snoopi_rt.shell import quote
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 
-LONG = 100
-"""Bytes of a name beside which there is room on every file system: some take 143 in all, most 255."""
+MAX_NAME = 100
+"""Bytes of a file name that can be extended on every file system: some allow 143, most 255."""
 
 
 def write_whole(path: Path, data: bytes, durable: bool = False, new: bool = False) -> None:
-    """Writes the file so that nobody ever sees a part of it; `durable` also survives a power cut, `new` replaces nothing.
+    """Writes the file atomically; `durable` also survives a power failure, `new` never replaces a file.
 
-    Raises OSError, of which FileExistsError says that `new` found a file there.
+    Raises OSError, with `new` FileExistsError if the file exists.
     """
     temporary = _temporary(path)
     try:
@@ -39,7 +39,7 @@ def write_whole(path: Path, data: bytes, durable: bool = False, new: bool = Fals
 
 
 def remove_remains(folder: Path) -> None:
-    """Removes what `write_whole` left in a folder when its process was killed. Nobody else may be writing into it."""
+    """Removes what `write_whole` left in a folder when its process was killed. Nobody else may be writing to it."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if _TEMPORARY.fullmatch(entry.name):
@@ -48,9 +48,9 @@ def remove_remains(folder: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Returns where a file can be written to the path, its folder made if need be, so that nobody waits for one that cannot.
+    """Checks in advance that a file can be written to the path, if need be after creating its folder.
 
-    Raises OSError: for names that are too long, and for the nearest folder that is there, where it takes no file.
+    Raises OSError for names that are too long, and if the nearest existing folder is not writable.
     """
     folder, names = path.parent, [path.name]
     while not os.path.lexists(folder):
@@ -61,22 +61,22 @@ def check_place(path: Path) -> None:
     for place in (*(folder / name for name in names), path, _temporary(path)):
         with suppress(FileNotFoundError):
             os.lstat(place)
-    # Tried, not asked for: a removed current folder or an unchangeable one says that it can be written.
+    # Tried, not queried: a removed working directory and an immutable folder claim to be writable.
     probe = _temporary(folder / path.name)
     os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     os.unlink(probe)
 
 
 def hidden(path: Path, ending: str) -> Path:
-    """A hidden name beside the path, the same one at each call: `.NAME` and the ending, or less of a NAME that leaves no room."""
+    """A hidden name beside the path, always the same: `.NAME` and the ending, with a hash in place of a NAME that is too long."""
     name = path.name
-    if len(os.fsencode(name)) > LONG:
+    if len(os.fsencode(name)) > MAX_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
     return path.with_name(f".{name}{ending}")
 
 
 def _temporary(path: Path) -> Path:
-    """A new name beside the path; not made of the path's own, which may be of the longest legal length."""
+    """A new name beside the path; not derived from it, because that may already have the maximal length."""
     return path.with_name(f".{secrets.token_hex(8)}.tmp")
 
 
@@ -84,12 +84,12 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 
 def _rename_new(source: Path, path: Path) -> None:
-    """Gives a file a name that nothing has. Raises FileExistsError."""
+    """Renames a file, never replacing another. Raises FileExistsError."""
     try:
-        os.link(source, path)  # which, unlike a rename, never replaces anything
+        os.link(source, path)  # unlike a rename this never replaces a file
     except FileExistsError:
         raise
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
         source.replace(path)
@@ -102,9 +102,9 @@ def sha256(path: Path) -> str:
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """The file, to be read. Raises OSError, also for what is no regular file: a pipe would block, a device never end."""
+    """The file, opened for reading. Raises OSError, also if it is not a regular file: a pipe would block, a device never end."""
     try:
-        _check_regular(os.stat(path), path)  # before it is opened: that alone can make a device act
+        _check_regular(os.stat(path), path)  # before opening, which alone can trigger a device
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except ValueError as error:  # a null character
         raise OSError(errno.EINVAL, str(error), os.fspath(path)) from error
@@ -117,7 +117,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file that has at most `limit`. Raises OSError."""
+    """The content of a regular file of at most `limit` bytes. Raises OSError."""
     with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -126,7 +126,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def reason(error: OSError) -> str:
-    """Why the system refused, in a few words: packages raise OSErrors that do not have them where Python's have."""
+    """The reason in a few words, also of OSErrors from packages that do not set strerror."""
     return error.strerror or next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
@@ -138,6 +138,6 @@ def _check_regular(status: os.stat_result, path: Path) -> None:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether the file is what a clone without git-lfs has in the place of a large one. Raises OSError."""
+    """Whether the file is a pointer that a clone without git-lfs has in place of a large file. Raises OSError."""
     with open_regular(path) as file:
         return file.read(len(_LFS)) == _LFS

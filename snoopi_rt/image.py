@@ -1,4 +1,4 @@
-"""Images on disk, with the text that makes them again: PNG text chunks, or JSON in the EXIF description of JPEG and WebP."""
+"""Image files with the metadata to draw them again: PNG text chunks, or JSON in the EXIF description of JPEG and WebP."""
 
 import io
 import json
@@ -17,12 +17,12 @@ from snoopi_rt.shell import join, quote
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 READ = ("PNG", "JPEG", "WEBP")
-LARGEST = 2**28
-"""Bytes of an image whose metadata are read: Pillow takes all of a WebP into memory."""
+MAX_BYTES = 2**28
+"""Bytes of an image whose metadata are read: Pillow loads all of a WebP into memory."""
 DESCRIPTION = 0x010E
 """EXIF's ImageDescription."""
-MARK = "snoopi_rt"
-"""The key that every image of ours has: the version that made it."""
+VERSION_KEY = "snoopi_rt"
+"""The metadata key that all our images have: the version that drew them."""
 Condition = Literal["missing", "whole", "damaged", "foreign"]
 OPTIONS = {
     "negative_prompt": "--neg",
@@ -32,15 +32,15 @@ OPTIONS = {
     "engine": "--engine",
     "precision": "--precision",
 }
-Taken = Literal["refuse", "replace", "count"]
-"""What becomes of a name that is taken: an error, a replaced file, or NAME-2, NAME-3 and so on."""
+IfExists = Literal["refuse", "replace", "count"]
+"""What to do if the file exists: raise an error, replace it, or use NAME-2, NAME-3 and so on."""
 SWITCHES = {"truncate": "--truncate", "side_by_side": "--side-by-side"}
 
 
 def encode(image: np.ndarray, format: str, metadata: Mapping[str, str], quality: int = 95) -> bytes:
-    """The file of a uint8 (H, W, 3) image in one of FORMATS; quality, 0 to 100, is that of JPEG and WebP.
+    """A uint8 (H, W, 3) image encoded in one of FORMATS; quality, 0 to 100, applies to JPEG and WebP.
 
-    Raises OutputError for more metadata (64 kB) or pixels than JPEG and WebP can hold.
+    Raises OutputError for more metadata (64 kB) or pixels than JPEG and WebP support.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -57,25 +57,25 @@ def encode(image: np.ndarray, format: str, metadata: Mapping[str, str], quality:
     try:
         picture.save(data, format, quality=quality, exif=exif)
     except (OSError, ValueError) as error:
-        raise OutputError(f"{format} cannot hold it ({error}): ask for png") from error
+        raise OutputError(f"{format} cannot hold it ({error}): use png") from error
     return data.getvalue()
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """The images (n, H, W, 3) as one, row by row; places without one are white."""
+    """The images (n, H, W, 3) in a grid, row by row; empty cells are white."""
     count, height, width, _ = images.shape
     rows = -(-count // columns)
-    places = np.full((rows * columns, height, width, 3), 255, np.uint8)
-    places[:count] = images
-    return places.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+    cells = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    cells[:count] = images
+    return cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
-def save(image: np.ndarray, path: Path, metadata: Mapping[str, str], taken: Taken = "refuse") -> Path:
-    """Writes a uint8 (H, W, 3) image whole or not at all, in the format of the name's ending, and returns its path.
+def save(image: np.ndarray, path: Path, metadata: Mapping[str, str], if_exists: IfExists = "refuse") -> Path:
+    """Writes a uint8 (H, W, 3) image atomically, in the format of the file's ending; returns its path.
 
-    Makes folders that are missing. `taken`: what becomes of a file that is there. Raises as `check_writable` does, and OutputError.
+    Creates missing folders. Raises what `check_writable` raises, and OutputError.
     """
-    check_writable(path, taken)
+    check_writable(path, if_exists)
     try:
         file = encode(image, FORMATS[path.suffix.lower()], metadata)
     except OutputError as error:
@@ -83,22 +83,22 @@ def save(image: np.ndarray, path: Path, metadata: Mapping[str, str], taken: Take
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot make the folder {quote(path.parent)}: {reason(error)}") from error
-    chosen, number = path, 1
+        raise OutputError(f"cannot create the folder {quote(path.parent)}: {reason(error)}") from error
+    original, number = path, 1
     while True:
         try:
-            write(file, path, new=taken != "replace")
+            write(file, path, new=if_exists != "replace")
             return path
         except FileExistsError as error:
-            if taken != "count":
-                raise _taken(path) from error
+            if if_exists != "count":
+                raise _exists(path) from error
         while os.path.lexists(path):
             number += 1
-            path = chosen.with_stem(f"{chosen.stem}-{number}")
+            path = original.with_stem(f"{original.stem}-{number}")
 
 
 def write(file: bytes, path: Path, new: bool = False) -> None:
-    """Writes an encoded image whole or not at all. Raises OutputError, and FileExistsError where it is to be `new` and is not."""
+    """Writes an encoded image atomically. Raises OutputError, and with `new` FileExistsError if the file exists."""
     try:
         write_whole(path, file, new=new)
     except FileExistsError:
@@ -107,31 +107,31 @@ def write(file: bytes, path: Path, new: bool = False) -> None:
         raise OutputError(f"cannot write {quote(path)}: {reason(error)}") from error
 
 
-def check_writable(path: Path, taken: Taken = "refuse") -> None:
-    """Returns when an image can be saved there, so that nobody waits for one that cannot.
+def check_writable(path: Path, if_exists: IfExists = "refuse") -> None:
+    """Checks in advance that an image can be saved there.
 
-    Raises InputError for an unknown ending and an existing file that is not to be replaced; OutputError for a name that is too long and a
-    folder that can be neither written nor made.
+    Raises InputError for an unknown ending and for an existing file that is not to be replaced; OutputError for a name that is too long
+    and a folder that can be neither written nor created.
     """
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"{quote(path)} must end in {', '.join(FORMATS)}")
     if os.path.isdir(path):
         raise OutputError(f"cannot write {quote(path)}: it is a folder")
-    if os.path.lexists(path) and taken == "refuse":
-        raise _taken(path)
+    if os.path.lexists(path) and if_exists == "refuse":
+        raise _exists(path)
     try:
         check_place(path)
     except OSError as error:
         raise OutputError(f"cannot write {quote(path)}: {reason(error)}") from error
 
 
-def _taken(path: Path) -> InputError:
-    return InputError(f"{quote(path)} is there already: choose another name, or --force to replace it")
+def _exists(path: Path) -> InputError:
+    return InputError(f"{quote(path)} already exists: choose another name, or replace it with --force")
 
 
 def condition(path: Path, size: int | None = None) -> Condition:
-    """How the file that the path leads to is: "missing", also without a byte; "whole" where it begins and ends as its name promises and has
-    that size; "damaged" where it begins so, or with zeros, and ends otherwise; "foreign" for anything else, such as a folder.
+    """The condition of an image file: "missing" or empty; "whole" if its beginning, end and size fit its format; "damaged" if only its
+    beginning fits, or is zeros; "foreign" for anything else, such as a folder.
     """
     try:
         with open_regular(path) as file:
@@ -152,7 +152,7 @@ def condition(path: Path, size: int | None = None) -> Condition:
 
 
 def _ends(format: str, begin: bytes, end: bytes, length: int) -> tuple[bool, bool]:
-    """Whether a file begins as one of that format, and also ends so."""
+    """Whether a file begins as one in that format, and whether it also ends as one."""
     if format == "png":
         ours, complete = begin[:8] == b"\x89PNG\r\n\x1a\n", end == b"IEND\xaeB`\x82"
     elif format == "jpeg":
@@ -163,25 +163,25 @@ def _ends(format: str, begin: bytes, end: bytes, length: int) -> tuple[bool, boo
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The text that `save` put into the image. Raises InputError where there is no image, or none of ours."""
+    """The metadata that `save` wrote. Raises InputError if the file is not an image, or not one of ours."""
     try:
         with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size > LARGEST:
-                raise OSError(f"it has more than {LARGEST} bytes")
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise OSError(f"it has more than {MAX_BYTES} bytes")
             texts = _texts(file)
     except OSError as error:
         raise InputError(f"{quote(path)} cannot be read: {reason(error)}") from error
-    if MARK not in texts:
-        raise InputError(f"{quote(path)} does not say how it was made: it is not from snoopi-rt, or its metadata was removed")
+    if VERSION_KEY not in texts:
+        raise InputError(f"{quote(path)} has no metadata of snoopi-rt: it was drawn by another program, or its metadata was removed")
     return texts
 
 
 def _texts(file: BinaryIO) -> dict[str, str]:
-    """The texts in an image of the formats that we write, whose pixels are not decoded. Raises OSError where it is none of them."""
+    """The text metadata of an image in a format that we write; its pixels are not decoded. Raises OSError for any other file."""
     from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, about sizes and damage: the pixels are not read
+        warnings.simplefilter("ignore")  # Pillow warns of sizes and damage, but the pixels are not read
         try:
             with Image.open(file, formats=READ) as picture:
                 if picture.format == "PNG":
@@ -189,22 +189,22 @@ def _texts(file: BinaryIO) -> dict[str, str]:
                 else:
                     texts = parse_json(picture.getexif().get(DESCRIPTION, "{}"))
         except UnidentifiedImageError:
-            raise OSError("it is no whole PNG, JPEG or WebP image") from None
+            raise OSError("it is not a valid PNG, JPEG or WebP image") from None
         except OSError:
             raise
-        except Exception:  # Pillow raises whatever goes wrong in an odd file; and a description of somebody else is no JSON
+        except Exception:  # Pillow raises errors of any kind for odd files, and other programs' descriptions are not JSON
             return {}
     return {key: str(value) for key, value in texts.items() if isinstance(value, str)} if isinstance(texts, dict) else {}
 
 
 def command(metadata: Mapping[str, str], bundle: str | Path | None) -> str:
-    """The shell command that makes the image again with the bundle in that folder, None: the embedded one."""
+    """The shell command that draws the image again with the bundle in that folder; None means the embedded one."""
     words = []
     for option, value in [*((option, metadata.get(key)) for key, option in OPTIONS.items()), ("--bundle", bundle)]:
         if value is not None:
             words += [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
     words += [option for key, option in SWITCHES.items() if key in metadata]
     prompt = metadata.get("prompt", "")
-    if prompt == "-":  # alone it is standard input, and outer white space changes nothing
+    if prompt == "-":  # alone it means standard input; outer white space is ignored
         prompt = " -"
     return join(["snoopi-rt", "generate", *([*words, "--", prompt] if prompt.startswith("-") else [prompt, *words])])

@@ -1,4 +1,4 @@
-"""The one reader of JSON and numbers that somebody else wrote: bounded in size, depth and range, from regular files only."""
+"""The one reader of untrusted JSON and numbers: bounded in size, depth and range, from regular files only."""
 
 import json
 import math
@@ -8,18 +8,18 @@ from typing import Any
 
 from snoopi_rt.files import read_bounded
 
-DEPTH = 32
-"""How deep lists and objects may be nested: bundle.json, the deepest document there is, needs 7."""
-DIGITS = 40
-"""The longest integer: far more than any that has a meaning here, far less than what takes long to convert or print."""
+MAX_DEPTH = 32
+"""How deep lists and objects may be nested: bundle.json, the deepest document, needs 7."""
+MAX_DIGITS = 40
+"""Digits of an integer: far more than needed, far fewer than take long to convert or print."""
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 def parse_json(data: bytes | str, nan_is_null: bool = False, infinity: bool = False) -> Any:
-    """What the JSON text says. `nan_is_null`: NaN, which JSON does not have and pandas writes, counts as null; `infinity` is read too.
+    """The value of a JSON text. `nan_is_null`: NaN, which is not JSON but pandas writes it, counts as null; `infinity` allows it.
 
-    Raises ValueError, in one line, for what is no JSON in UTF-8, a key that an object has twice, a nesting beyond DEPTH, a number beyond
-    DIGITS or a float's range, NaN, infinity, and text that is not Unicode.
+    Raises ValueError, in one line, for invalid JSON or UTF-8, a duplicate key, a nesting beyond MAX_DEPTH, a number beyond
+    MAX_DIGITS or a float's range, NaN, infinity, and text that is not Unicode.
     """
 
     def constant(name: str) -> float | None:
@@ -32,7 +32,7 @@ def parse_json(data: bytes | str, nan_is_null: bool = False, infinity: bool = Fa
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         document = json.loads(
-            text, parse_int=parse_integer, parse_float=_real, parse_constant=constant, object_pairs_hook=_without_repetition
+            text, parse_int=parse_integer, parse_float=_real, parse_constant=constant, object_pairs_hook=_without_duplicates
         )
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte {error.start})") from None
@@ -43,12 +43,12 @@ def parse_json(data: bytes | str, nan_is_null: bool = False, infinity: bool = Fa
 
 
 def read_json(path: Path, limit: int) -> Any:
-    """What a JSON file of at most `limit` bytes says. Raises OSError as `read_bounded` does, ValueError as `parse_json` does."""
+    """The value in a JSON file of at most `limit` bytes. Raises OSError as `read_bounded` does, ValueError as `parse_json` does."""
     return parse_json(read_bounded(path, limit))
 
 
 def parse_number(text: str) -> int | float | None:
-    """The number that the text is, None for NaN. Raises ValueError for anything else, as well as for infinity."""
+    """The number in a text, None for NaN. Raises ValueError for anything else, and for infinity."""
     text = text.strip()
     if text.lower() == "nan":
         return None
@@ -58,9 +58,9 @@ def parse_number(text: str) -> int | float | None:
 
 
 def parse_integer(text: str) -> int:
-    """The integer that the digits are. Raises ValueError for more than DIGITS of them."""
-    if len(text) > DIGITS:
-        raise ValueError(f"the number {text[:10]}... has {len(text)} digits, at most {DIGITS} are read")
+    """The integer in a text. Raises ValueError for more than MAX_DIGITS digits."""
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"the number {text[:10]}... has {len(text)} digits, at most {MAX_DIGITS} are read")
     return int(text)
 
 
@@ -71,19 +71,19 @@ def _real(text: str) -> float:
     return value
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice[:40]!r} is there twice")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"duplicate key {duplicate[:40]!r}")
     return document
 
 
 def _check(document: Any) -> None:
-    """Raises ValueError for what is nested too deep, and for text that is not Unicode. Without recursion: that is what it guards."""
+    """Raises ValueError for values nested too deep, and for text that is not Unicode. Without recursion, against which it guards."""
     level: list[Any] = [document]
-    for _ in range(DEPTH):
+    for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for value in level:
             if isinstance(value, str):
@@ -110,4 +110,4 @@ def _check_text(text: str) -> None:
         raise ValueError("half of a surrogate pair, which is not Unicode text") from None
 
 
-_TOO_DEEP = f"nested more than {DEPTH} deep"
+_TOO_DEEP = f"nested more than {MAX_DEPTH} deep"

@@ -23,12 +23,12 @@ from snoopi_rt.errors import BundleError, Cancelled, InputError, OutputError
 from snoopi_rt.prompt_encoder import Conditioning, PromptEncoder, States
 from snoopi_rt.request import FIELDS, Request, image_size, integer, parse_requests, prompt_text, shown
 from snoopi_rt.result import Result
-from snoopi_rt.runtime.auto_engine import choose
+from snoopi_rt.runtime.auto_engine import choose_engine
 from snoopi_rt.runtime.deadline import AllSet, Deadline, Event
-from snoopi_rt.runtime.inputs import generator_feeds, in_batches
+from snoopi_rt.runtime.inputs import generator_inputs, in_batches
 from snoopi_rt.runtime.lazy_engine import LazyEngine
 from snoopi_rt.runtime.precision import format_precision, select_variants
-from snoopi_rt.runtime.shape_ranges import axes
+from snoopi_rt.runtime.shape_ranges import shape_ranges
 from snoopi_rt.runtime.tiling import decode_tiled
 from snoopi_rt.runtime.vocabulary import Matcher
 
@@ -76,7 +76,7 @@ class Pipeline:
             return open_engine("text_encoder")
 
         text, cache = variants.get("text_encoder"), Cache() if cache is None else cache
-        self._prompts = PromptEncoder(bundle, text, open_text_encoder, cache, "" if text is None else _runs_on(text, engine))
+        self._prompts = PromptEncoder(bundle, text, open_text_encoder, cache, "" if text is None else runs_on(text, engine))
         self._matcher = None if bundle.vocabulary is None else Matcher(bundle.vocabulary)
         if not low_memory:
             self._generator.open()
@@ -331,7 +331,7 @@ class Pipeline:
         deadline.check("generator")
         with _timed(timings, "generator"):
             inputs = self._generator.open().inputs
-            latent: Any = self._generator(**generator_feeds(batch, states, inputs, self.bundle.latent, size, self._longest))["latent"]
+            latent: Any = self._generator(**generator_inputs(batch, states, inputs, self.bundle.latent, size, self._longest))["latent"]
             rows, columns = (side // self.bundle.latent.factor for side in size)
             self._require_shape("generator", latent, (len(batch), self.bundle.latent.channels, rows, columns))
             if isinstance(latent, np.ndarray):
@@ -405,7 +405,7 @@ def load(
     cache = Cache()
     chosen: str | Mapping[str, str] | None = precision
     if engine == "auto":
-        choice = choose(opened, cache, precision)
+        choice = choose_engine(opened, cache, precision)
         engine, chosen = choice.engine, choice.precision if precision is None else precision
     return open_pipeline(opened, engine, chosen, threads, cache, low_memory, progress, weights)
 
@@ -432,10 +432,11 @@ def open_pipeline(
 
     def open_engine(graph: str) -> Engine:
         variant = variants[graph]
-        name = _runs_on(variant, engine)
+        name = runs_on(variant, engine)
         path = bundle.folder / variant.files[0].path
+        ranges = shape_ranges(bundle, graph, variant)
         bundle.check_again(variant.files)
-        opened = load_engine(name, path, variant.precision, threads, cache, variant.hash, axes(bundle, graph, variant), progress, mapped)
+        opened = load_engine(name, path, variant.precision, threads, cache, variant.hash, ranges, progress, mapped)
         try:
             bundle.check_again(variant.files)  # else what was opened may be another file
             variant.check_graph(opened.inputs, opened.outputs)
@@ -447,7 +448,8 @@ def open_pipeline(
     return Pipeline(bundle, open_engine, engine, precision, cache, low_memory)
 
 
-def _runs_on(variant: Variant, engine: str) -> str:
+def runs_on(variant: Variant, engine: str) -> str:
+    """The engine that runs the variant of a pipeline on `engine`: a text encoder may run on another."""
     return engine if engine in variant.engines else TEXT_ENGINE
 
 

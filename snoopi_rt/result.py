@@ -73,8 +73,8 @@ class Result:
 
         prompts, scales = zip(*((request.prompt, request.negative_scale) for request in self.requests), strict=True)
         paths = image_paths(path, None, prompts, self.seeds, scales)
-        taken: image.Taken = "count" if is_folder(path) else "replace"
-        return [image.save(self.images[i], each, self.metadata(i), taken) for i, each in enumerate(paths)]
+        if_exists: image.IfExists = "count" if is_folder(path) else "replace"
+        return [image.save(self.images[i], path, self.metadata(i), if_exists) for i, path in enumerate(paths)]
 
     def __len__(self) -> int:
         return len(self.images)

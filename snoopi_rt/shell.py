@@ -1,4 +1,4 @@
-"""Foreign text as a shell reads it and a terminal may show it: prompts, paths and metadata are printed through these."""
+"""Quoting and escaping of untrusted text for shells and terminals: prompts, paths and metadata are printed through these."""
 
 import json
 import re
@@ -13,23 +13,23 @@ _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\", "'": "\\'"}
 
 
 def quote(text: str | Path) -> str:
-    """One word that bash, zsh and ksh read back as the same text, and that holds nothing a terminal obeys or cannot show."""
+    """One word that bash, zsh and ksh read back as the same text, without control or unprintable characters."""
     text = str(text)
     if _PLAIN.fullmatch(text):
         return text
-    if all(map(_is_shown, text)):
+    if all(map(_is_printable, text)):
         return "'" + text.replace("'", "'\"'\"'") + "'"
     return f"$'{''.join(map(_escaped, text))}'"
 
 
 def join(words: Iterable[str | Path]) -> str:
-    """The command line of these words."""
+    """The words as a command line."""
     return " ".join(map(quote, words))
 
 
 def visible(line: str) -> str:
-    """The text with whatever a terminal would obey or cannot show written as a shell reads it back: `$'\\033'`; the rest as it is."""
-    parts = ((shown, "".join(part)) for shown, part in groupby(line, _is_shown))
+    """The text with control and unprintable characters escaped as a shell reads them back, such as `$'\\033'`."""
+    parts = ((shown, "".join(part)) for shown, part in groupby(line, _is_printable))
     return "".join(part if shown else f"$'{''.join(map(_escaped, part))}'" for shown, part in parts)
 
 
@@ -38,8 +38,8 @@ def json_line(value: Any) -> str:
     return json.dumps(value).replace("\x7f", "\\u007f")  # the one control character that json leaves
 
 
-def _is_shown(char: str) -> bool:
-    """Whether it is no control, direction or other invisible character, and standard output has it."""
+def _is_printable(char: str) -> bool:
+    """Whether it is printable, not a control or direction character, and in the encoding of standard output."""
     if not char.isprintable():
         return False
     try:
@@ -52,7 +52,7 @@ def _is_shown(char: str) -> bool:
 def _escaped(char: str) -> str:
     if char in _NAMED:
         return _NAMED[char]
-    if _is_shown(char) and char != "!":  # an interactive bash looks ! up in its history
+    if _is_printable(char) and char != "!":  # an interactive bash looks ! up in its history
         return char
     byte_of_a_path = "\udc80" <= char <= "\udcff"
     return "".join(f"\\{byte:03o}" for byte in char.encode("utf-8", "surrogateescape" if byte_of_a_path else "surrogatepass"))

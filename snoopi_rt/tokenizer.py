@@ -1,4 +1,4 @@
-"""A prompt to token ids: tokenizer.json and the bundle's text rule. Knows no model."""
+"""Prompts to token ids, by tokenizer.json and the bundle's text rule. Knows no model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,35 +12,34 @@ from snoopi_rt.engines.messages import why
 from snoopi_rt.engines.native import native_code
 from snoopi_rt.errors import BundleError, InputError
 
-SHOWN = 200
+MAX_SHOWN = 200
 """Characters of a prompt that an error shows."""
 
 
 class PromptTooLong(InputError):
-    """PromptTooLong(tokens, limit): a prompt of more tokens than the bundle takes."""
+    """PromptTooLong(tokens, limit): a prompt with more tokens than the bundle supports."""
 
-    def told(self, remedy: str) -> str:
-        """The message with what to do about it in the words of one door."""
+    def with_remedy(self, remedy: str) -> str:
+        """The message, with a remedy in the words of the caller's interface."""
         tokens, limit = self.args
         return f"prompt has {tokens} tokens, the limit is {limit}: shorten it, or {remedy}"
 
     def __str__(self) -> str:
-        return self.told("truncate (--truncate on the command line)")
+        return self.with_remedy("truncate (--truncate on the command line)")
 
 
 class Tokenizer:
-    """The tokenizer.json at `path`, without the padding and truncation that it may have been saved with. Threads may share it."""
+    """The tokenizer.json at `path`, without the padding and truncation with which it may have been saved. Thread-safe."""
 
     def __init__(self, path: Path, max_tokens: int, lowercase: bool, pad: int | None = None) -> None:
         self._path, self._tokenizer = path, _opened(path)
         self.max_tokens, self._lowercase, self._pad = max_tokens, lowercase, pad
 
     def __call__(self, prompt: str, truncate: bool = False) -> np.ndarray:
-        """The ids, int64 (1, T), special tokens included; with `pad` T is the limit, else the prompt's own length.
+        """The ids, int64 (1, T), including special tokens; with `pad` T is the limit, otherwise the prompt's length.
 
         `truncate` cuts to the limit but keeps a special token at the end.
-        Raises InputError for text that is not Unicode, without a token, and for a prompt beyond the limit; BundleError where the
-        tokenizer fails.
+        Raises InputError for text that is not Unicode, has no tokens, or is beyond the limit; BundleError if the tokenizer fails.
         """
         text = text_rule(prompt, self._lowercase)
         try:
@@ -51,7 +50,7 @@ class Tokenizer:
             encoding = self._tokenizer.encode(text)
         ids, limit = encoding.ids, self.max_tokens
         if not ids:
-            raise InputError(f"prompt {prompt[:SHOWN]!r} has no token that the bundle knows")
+            raise InputError(f"prompt {prompt[:MAX_SHOWN]!r} has no tokens")
         if len(ids) > limit:
             if not truncate:
                 raise PromptTooLong(len(ids), limit)
@@ -63,10 +62,7 @@ class Tokenizer:
 
 
 def highest_id(path: Path) -> int:
-    """The highest id that the tokenizer.json at `path` can give, those of added tokens and around every prompt included.
-
-    Raises BundleError.
-    """
+    """The highest id of the tokenizer.json at `path`, including added and special tokens. Raises BundleError."""
     tokenizer = _opened(path)
     with _errors(path):
         return max(*tokenizer.get_vocab(with_added_tokens=True).values(), *tokenizer.encode("").ids, 0, 0)
@@ -84,12 +80,12 @@ def _opened(path: Path) -> Any:
 
 @contextmanager
 def _errors(path: Path) -> Iterator[None]:
-    """Turns what the package raises, bare exceptions and the panics of its native code, into a BundleError of one line."""
+    """Turns the package's errors, plain exceptions and panics of its native code, into a BundleError of one line."""
     try:
         with native_code():
             yield
     except BaseException as error:
-        # A panic is no Exception, and its class cannot be imported.
+        # A panic is not an Exception, and its class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise BundleError(f"{path} is not a tokenizer: {why(error)}") from error

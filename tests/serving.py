@@ -13,7 +13,8 @@ httpx = pytest.importorskip("httpx")
 import uvicorn  # noqa: E402
 
 from snoopi_rt.server import connection  # noqa: E402
-from snoopi_rt.server.app import Settings, application  # noqa: E402
+from snoopi_rt.server.app import application  # noqa: E402
+from snoopi_rt.server.settings import Settings  # noqa: E402
 
 
 @contextmanager

@@ -112,9 +112,9 @@ def test_clear_deletes_nothing_behind_a_link_that_others_could_plant(kept: Path,
 def test_a_folder_that_cannot_be_used_says_why(kept: Path, tmp_path: Path) -> None:
     assert Cache().problem() is None
     kept.chmod(0o777)
-    assert Cache().problem() == "it belongs to another user, or others can write into it"
+    assert Cache().problem() == "it belongs to another user, or other users can write to it"
     (tmp_path / "file").write_bytes(b"")
-    assert Cache(tmp_path / "file" / "cache").problem() == "it cannot be made: Not a directory"
+    assert Cache(tmp_path / "file" / "cache").problem() == "it cannot be created: Not a directory"
 
 
 def test_readers_never_see_half_a_file() -> None:

@@ -129,9 +129,9 @@ def test_a_part_of_a_result_is_a_result(pipe: Pipeline) -> None:
 
 
 def test_no_stage_begins_after_the_timeout(slow: Pipeline) -> None:
-    with pytest.raises(Cancelled, match=r"^the timeout of 0.05 s is over before generator$"):
+    with pytest.raises(Cancelled, match=r"^the timeout of 0.05 s expired before generator$"):
         slow.generate("a cat", timeout=0.05)
-    with pytest.raises(Cancelled, match=r"^the timeout of 0.05 s is over before decoder$"):
+    with pytest.raises(Cancelled, match=r"^the timeout of 0.05 s expired before decoder$"):
         slow.generate("a cat", timeout=0.05)  # the prompt is known by now
     assert len(slow.generate("a cat", timeout=30).images) == 1
 

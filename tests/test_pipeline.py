@@ -24,7 +24,7 @@ from snoopi_rt.engines.base import TensorSpec
 from snoopi_rt.engines.fake import FakeEngine
 from snoopi_rt.errors import BundleError, EngineError, EngineMissing, InputError, OutputError
 from snoopi_rt.pipeline import Pipeline
-from snoopi_rt.runtime.auto_engine import Measured, remember
+from snoopi_rt.runtime.auto_engine import Measurement, remember
 from snoopi_rt.runtime.inputs import draw_noise
 
 HERE = [name for name in installed() if name in ("cpu", "openvino")]
@@ -218,7 +218,7 @@ def test_only_the_inputs_that_the_generator_lists_are_fed(original: Bundle, fake
 def test_an_input_that_nobody_knows_is_refused(original: Bundle, fakes: dict[str, FakeEngine]) -> None:
     inputs = [*fakes["generator"].inputs, TensorSpec("depth_map", (None,), "float32")]
     fakes["generator"] = FakeEngine(lambda: {}, inputs, [])
-    with pytest.raises(BundleError, match="the generator takes 'depth_map', which this snoopi-rt cannot give"):
+    with pytest.raises(BundleError, match="the generator takes 'depth_map', which this snoopi-rt does not provide"):
         Pipeline(original, fakes.__getitem__, "cpu")("a cat")
 
 
@@ -362,7 +362,7 @@ def test_auto_runs_the_builds_that_were_measured_here_unless_others_are_asked_fo
     with snoopi_rt.load(bundle) as pipe:
         assert pipe.precision == "fp32"
     precision = {"text_encoder": "fp32", "generator": "int8", "decoder": "fp32"}
-    remember(bundle, Cache(), {name: Measured(precision, 0.1)})
+    remember(bundle, Cache(), {name: Measurement(precision, 0.1)})
     with snoopi_rt.load(bundle) as pipe:
         assert (pipe.engine, pipe.precision) == (name, "text_encoder=fp32,generator=int8,decoder=fp32")
     with snoopi_rt.load(bundle, precision="generator=fp32") as pipe:
@@ -389,7 +389,7 @@ def test_load_refuses_threads_below_one_and_unknown_engines(original: Bundle) ->
 
 def test_an_engine_that_the_bundle_does_not_serve_lists_those_that_it_serves(original: Bundle) -> None:
     for precision in (None, "fp32"):
-        with pytest.raises(BundleError, match="bundle 'tiny' has no generator for engine 'cuda', it serves cpu, openvino"):
+        with pytest.raises(BundleError, match="bundle 'tiny' has no generator for engine 'cuda', it supports cpu, openvino"):
             snoopi_rt.load(original, "cuda", precision)
 
 

@@ -93,7 +93,7 @@ def test_a_batch_loses_nothing_when_a_worker_is_killed(tmp_path: Path, place: di
         assert np.abs(np.asarray(opened).astype(int) - expected).max() <= 2  # it was drawn with others
     # What is there is not drawn again.
     again = subprocess.run([sys.executable, "-m", "snoopi_rt", *arguments], env=place, capture_output=True)
-    assert f"0 drawn, {ROWS} there before".encode() in again.stdout
+    assert f"0 drawn, {ROWS} already there".encode() in again.stdout
 
 
 def test_a_bundle_that_the_workers_do_not_have_is_one_line(tmp_path: Path, place: dict[str, str]) -> None:

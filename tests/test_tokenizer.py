@@ -111,5 +111,5 @@ def test_a_prompt_without_a_token_is_an_input_error(original: Bundle, tmp_path: 
     (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
     tokenizer = Tokenizer(tmp_path / "tokenizer.json", 6, True)
     assert tokenizer("a fox").tolist() == [[3]]
-    with pytest.raises(InputError, match=r"^prompt 'fox' has no token that the bundle knows$"):
+    with pytest.raises(InputError, match=r"^prompt 'fox' has no tokens$"):
         tokenizer("fox")

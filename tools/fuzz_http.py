@@ -18,8 +18,9 @@ from mutations import ODD, TEXTS, damaged_bytes, damaged_json
 
 from snoopi_rt import image
 from snoopi_rt.pipeline import load
-from snoopi_rt.server.app import Settings, application
+from snoopi_rt.server.app import application
 from snoopi_rt.server.connection import connections
+from snoopi_rt.server.settings import Settings
 
 DRAW = "/v1/images/generations"
 PATHS = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snoopi_rt.batch.prompt_file import PromptFile
-from snoopi_rt.batch.prompt_formats import Wrong
+from snoopi_rt.batch.prompt_formats import InvalidRow
 from snoopi_rt.errors import InputError
 
 KEYS = ("prompt", "negative_prompt", "wanted_prompt")
@@ -33,7 +33,7 @@ def read_edits(path: Path) -> Iterator[Edit]:
     """The rows of a file of any format that `PromptFile` reads, with the columns KEYS. Raises InputError naming the first bad row."""
     with PromptFile(path, names=KEYS) as file:
         for place, record in file.records():
-            texts = [] if isinstance(record, Wrong) else [record.get(key) for key in KEYS]
+            texts = [] if isinstance(record, InvalidRow) else [record.get(key) for key in KEYS]
             if not all(isinstance(text, str) and text.strip() for text in texts) or not texts:
                 raise InputError(f"{file.word} {place} of {path} has no text for {', '.join(KEYS)}")
             yield Edit(*map(str, texts))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from snoopi_rt.batch.prompt_file import STANDARD_INPUT, PromptFile
-from snoopi_rt.batch.prompt_formats import Wrong
+from snoopi_rt.batch.prompt_formats import InvalidRow
 from snoopi_rt.errors import InputError
 
 KEYS = ("prompt", "caption", "text")
@@ -26,7 +26,7 @@ def read_prompts(path: Path) -> Iterator[str]:
         raise InputError("prompts to train on must be in a file: they are read again when a run is resumed")
     with PromptFile(path, names=KEYS) as file:
         for place, record in file.records():
-            if isinstance(record, Wrong):
+            if isinstance(record, InvalidRow):
                 raise InputError(f"{file.word} {place} of {path}: {record}")
             values = [record[key] for key in KEYS if key in record]
             prompt = next((value for value in values if value is not None), "" if values else None)

@@ -1,4 +1,4 @@
-"""The one reader of prompt files, for every command: what may be in them, and the rows as jobs of `Pipeline.generate`."""
+"""The one reader of prompt files, for every command: validation, and the rows as keyword arguments of a request."""
 
 import hashlib
 import io
@@ -15,29 +15,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from snoopi_rt.batch.prompt_formats import KINDS, NUMBERS, Record, Wrong, columns, guess, records
+from snoopi_rt.batch.prompt_formats import FORMATS, NUMBERS, InvalidRow, Record, columns, detect_format, records
 from snoopi_rt.errors import EngineMissing, InputError
 from snoopi_rt.files import open_regular, reason
 from snoopi_rt.json_reader import parse_number
 from snoopi_rt.request import FIELDS, prompt_text
 
 STANDARD_INPUT = Path("-")
-LARGEST_INPUT = 2**30
-"""Bytes of standard input, which are kept in a temporary file meanwhile: a batch reads its rows more than once."""
+MAX_INPUT = 2**30
+"""Bytes of standard input, which is copied to a temporary file because a batch reads its rows more than once."""
 _INDEX = re.compile(r"Unnamed: \d+(\.\d+)*|__index_level_\d+__")
-"""The columns that pandas makes of an index; the first one without a name is one, too."""
+"""The columns that pandas writes for an index; so is a first column without a name."""
 
 
 class Row(NamedTuple):
-    """number: from 1, of rows; blank lines and comments are none. place: where the row is, for people. job: or what is wrong with it."""
+    """A row of a prompt file."""
 
     number: int
+    """From 1; blank lines and comments do not count."""
     place: str
-    job: dict[str, Any] | Wrong
+    """For people, such as "line 3"."""
+    fields: dict[str, Any] | InvalidRow
+    """Request fields by name, or why the row cannot be read."""
 
 
-class Contents(NamedTuple):
-    """How many rows a file has, and whether one of them has a negative prompt."""
+class Summary(NamedTuple):
+    """The number of rows, and whether any has a negative prompt."""
 
     rows: int
     negative: bool
@@ -46,21 +49,21 @@ class Contents(NamedTuple):
 class PromptFile:
     """A .txt, .csv, .tsv, .json, .jsonl or .parquet file, or standard input for "-", open until `close`.
 
-    kind: the format, by its ending without the dot; None takes the file's own, in any case, and of standard input what it looks like.
-    ignore_columns: skip those that are not among `names`.
-    Raises InputError for a file that is no regular one, cannot be read, or whose kind is unknown.
+    format: a file ending without the dot; by default the file's own, in any case, and for standard input it is detected.
+    ignore_columns: skip columns that are not among `names`.
+    Raises InputError for a file that is not regular, cannot be read, or has an unknown format.
     """
 
-    def __init__(self, path: Path, kind: str | None = None, ignore_columns: bool = False, names: Collection[str] = FIELDS) -> None:
+    def __init__(self, path: Path, format: str | None = None, ignore_columns: bool = False, names: Collection[str] = FIELDS) -> None:
         self.path, self._ignore_columns, self._names = path, ignore_columns, names
-        self._contents: Contents | None = None
-        if kind is not None and kind not in KINDS:
-            raise InputError(f"unknown format {kind!r} of prompts, choose from {', '.join(KINDS)}")
+        self._summary: Summary | None = None
+        if format is not None and format not in FORMATS:
+            raise InputError(f"unknown prompt format {format!r}, choose from {', '.join(FORMATS)}")
         with self._errors():
             self._file = _spooled() if path == STANDARD_INPUT else open_regular(path)
         try:
             with self._errors():
-                self.kind = kind or self._own_kind()
+                self.format = format or self._own_format()
                 self._stamp, self.sha256 = self._stamped(), self._digest()
         except BaseException:
             self._file.close()
@@ -68,63 +71,64 @@ class PromptFile:
 
     @property
     def name(self) -> str:
-        """What the file is called in errors."""
+        """The file's name in errors."""
         return "standard input" if self.path == STANDARD_INPUT else str(self.path)
 
     @property
     def word(self) -> str:
-        """What a record's place is called."""
-        return "row" if self.kind in ("json", "parquet") else "line"
+        """What its records are called in errors: lines or rows."""
+        return "row" if self.format in ("json", "parquet") else "line"
 
-    def judge(self) -> Contents:
-        """What is in the file, judged as a whole before anything is drawn.
+    def check(self) -> Summary:
+        """A summary of the file, which is validated as a whole before anything is drawn.
 
-        Raises InputError for unknown columns, unless they are to be ignored, for none of prompts, and where there is no row.
+        Raises InputError for unknown columns, unless they are ignored, for a file without a column of prompts, and for one without rows.
         """
-        if self._contents is not None:
-            return self._contents
+        if self._summary is not None:
+            return self._summary
         with self._errors():
-            seen, count, negative = dict.fromkeys(columns(self._file, self.kind)), 0, False
-        wrong: list[str] = []
+            seen, count, negative = dict.fromkeys(columns(self._file, self.format)), 0, False
+        invalid: list[str] = []
         for place, record in self.records():
             count += 1
             if isinstance(record, dict):
                 seen.update(dict.fromkeys(record))
                 negative = negative or _is_text(record.get("negative_prompt"))
-            elif not wrong:
-                wrong = [f"{self.word} {place}: {record}"]
+            elif not invalid:
+                invalid = [f"{self.word} {place}: {record}"]
         if not seen:
-            raise InputError(": ".join([f"{self.name} holds no prompt", *wrong]))
-        # The order of the columns is that of their first appearance: only the very first may go without a name.
+            raise InputError(": ".join([f"{self.name} contains no prompt", *invalid]))
+        # In order of first appearance: only the very first column may have no name.
         unknown = [name for place, name in enumerate(seen) if name not in self._names and not _is_index(place, name)]
         known = ", ".join(self._names)
         if "prompt" not in seen:
-            raise InputError(f"{self.name} has no column 'prompt' but {', '.join(map(repr, list(seen)[:10]))}: known are {known}")
+            raise InputError(f"{self.name} has no column 'prompt' but {', '.join(map(repr, list(seen)[:10]))}: expected {known}")
         if unknown and not self._ignore_columns:
-            raise InputError(f"{self.name} has the unknown column {unknown[0]!r}: known are {known}; --ignore-columns skips others")
-        self._contents = Contents(count, negative)
-        return self._contents
+            raise InputError(f"{self.name} has the unknown column {unknown[0]!r}: expected {known}; --ignore-columns skips others")
+        self._summary = Summary(count, negative)
+        return self._summary
 
     def rows(self) -> Iterator[Row]:
-        """The rows in order, without what was not given. Raises InputError as `judge` and `records` do."""
-        self.judge()
+        """The rows in order; null and empty fields are left out. Raises InputError as `check` and `records` do."""
+        self.check()
         for number, (place, record) in enumerate(self.records(), 1):
-            yield Row(number, f"{self.word} {place}", record if isinstance(record, Wrong) else _job(record, self.kind in ("csv", "tsv")))
+            fields = record if isinstance(record, InvalidRow) else _fields(record, self.format in ("csv", "tsv"))
+            yield Row(number, f"{self.word} {place}", fields)
 
     def records(self) -> Iterator[Record]:
-        """The rows as they are in the file. Raises InputError where it is not what its kind promises, or is changed meanwhile."""
+        """The rows as they are in the file. Raises InputError if it is not in its format, or changes while it is read."""
         with self._errors():
-            for record in records(self._file, self.kind, self._names):
+            for record in records(self._file, self.format, self._names):
                 self._check_unchanged()
                 yield record
 
-    def _own_kind(self) -> str:
+    def _own_format(self) -> str:
         if self.path == STANDARD_INPUT:
-            return guess(self._file.read(2**16))
-        kind = self.path.suffix.lower().removeprefix(".")
-        if kind not in KINDS:
-            raise InputError(f"it is not one of {', '.join(f'.{each}' for each in KINDS)}: --prompts-format says which")
-        return kind
+            return detect_format(self._file.read(2**16))
+        format = self.path.suffix.lower().removeprefix(".")
+        if format not in FORMATS:
+            raise InputError(f"it is not one of {', '.join(f'.{name}' for name in FORMATS)}: give --prompts-format")
+        return format
 
     def close(self) -> None:
         self._file.close()
@@ -132,7 +136,7 @@ class PromptFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def _check_unchanged(self) -> None:
@@ -140,7 +144,7 @@ class PromptFile:
         if stamp != self._stamp:
             place = self._file.tell()
             if self._digest() != self.sha256:
-                raise InputError("it was changed while it was read: start again")
+                raise InputError("it changed while it was read: start again")
             self._file.seek(place)
             self._stamp = stamp
 
@@ -154,7 +158,7 @@ class PromptFile:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Names the file in every error."""
+        """Adds the file's name to every error."""
         try:
             yield
         except EngineMissing as error:
@@ -162,7 +166,7 @@ class PromptFile:
         except InputError as error:
             raise InputError(f"cannot read {self.name}: {error}") from error
         except OSError as error:
-            hint = f" (what comes through a pipe is read from standard input: - < {self.path})" if self._is_pipe() else ""
+            hint = f" (read a pipe from standard input: - < {self.path})" if self._is_pipe() else ""
             raise InputError(f"cannot read {self.name}: {reason(error)}{hint}") from error
 
     def _is_pipe(self) -> bool:
@@ -172,24 +176,24 @@ class PromptFile:
             return False
 
 
-def texts_of(job: dict[str, Any] | Wrong) -> list[str]:
-    """The prompt of a row and its negative prompt, if it has one. Raises InputError for a row that is wrong."""
-    if isinstance(job, Wrong):
-        raise InputError(job)
-    negative = job.get("negative_prompt", "")
-    return [prompt_text(text) for text in ([job["prompt"], negative] if _is_text(negative) else [job["prompt"]])]
+def texts_of(fields: dict[str, Any] | InvalidRow) -> list[str]:
+    """The prompt of a row, and its negative prompt if it has one. Raises InputError for an invalid row."""
+    if isinstance(fields, InvalidRow):
+        raise InputError(fields)
+    negative = fields.get("negative_prompt", "")
+    return [prompt_text(text) for text in ([fields["prompt"], negative] if _is_text(negative) else [fields["prompt"]])]
 
 
 def _spooled() -> io.BufferedReader:
-    """What standard input has, as a file. Raises InputError and OSError."""
+    """Standard input, copied to a temporary file. Raises InputError and OSError."""
     if sys.stdin is None:
         raise InputError("there is no standard input")
     file: Any = tempfile.TemporaryFile()  # noqa: SIM115 (the PromptFile closes it)
     try:
         while part := sys.stdin.buffer.read(io.DEFAULT_BUFFER_SIZE):
             file.write(part)
-            if file.tell() > LARGEST_INPUT:
-                raise InputError(f"it has more than {LARGEST_INPUT} bytes")
+            if file.tell() > MAX_INPUT:
+                raise InputError(f"it has more than {MAX_INPUT} bytes")
         file.seek(0)
     except BaseException:
         file.close()
@@ -198,7 +202,7 @@ def _spooled() -> io.BufferedReader:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it says something: blank text is none."""
+    """Whether it is text that is not blank."""
     return isinstance(value, str) and value.strip() != ""
 
 
@@ -206,22 +210,22 @@ def _is_index(place: int, name: str) -> bool:
     return _INDEX.fullmatch(name) is not None or (place == 0 and not name)
 
 
-def _job(record: dict[str, Any], cells: bool) -> dict[str, Any] | Wrong:
-    """What a record says of a request, without what is null or NaN: that was not given. `cells`: all values are text."""
-    job = {}
+def _fields(record: dict[str, Any], cells: bool) -> dict[str, Any] | InvalidRow:
+    """A record's request fields; null and NaN count as not given. `cells`: all values are text."""
+    fields = {}
     for name in FIELDS:
         value = record.get(name)
         if name in NUMBERS:
             value = _number(name, value, cells)
         if value is not None:
-            job[name] = value
-    return job if "prompt" in job else Wrong("no prompt")
+            fields[name] = value
+    return fields if "prompt" in fields else InvalidRow("no prompt")
 
 
 def _number(name: str, value: Any, cell: bool) -> Any:
-    """The number that is meant, None for NaN; what is none stays as it is, and `generate` says so."""
+    """The value as a number, None for NaN; anything else is returned as it is, for `generate` to refuse."""
     if cell and isinstance(value, str):
-        # Where spreadsheets separate cells by semicolons they write 0,5 and 7,0; but 1,000 may be a thousand.
+        # Spreadsheets that separate cells by semicolons write 0,5 and 7,0; but 1,000 may be a thousand.
         decimal = value.count(",") == 1 if name == "negative_scale" else re.fullmatch(r"\s*\d+,0\s*", value)
         text = value.replace(",", ".") if decimal else value
         with suppress(ValueError):

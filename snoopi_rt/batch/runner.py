@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from snoopi_rt import image
 from snoopi_rt.batch.prompt_file import PromptFile
-from snoopi_rt.batch.prompt_formats import LONGEST, Wrong
+from snoopi_rt.batch.prompt_formats import MAX_LINE, InvalidRow
 from snoopi_rt.errors import InputError, OutputError
 from snoopi_rt.files import check_place, open_regular, reason, remove_remains
 from snoopi_rt.json_reader import parse_json
@@ -101,7 +101,7 @@ class Batch:
         """Raises InputError once for what would be wrong in every row, and for a scale that no row would use."""
         check_seed(self.seed)
         scale, negative = self.scale, (self.negative or "").strip()
-        if not prompts.judge().negative and scale is not None and not negative:
+        if not prompts.check().negative and scale is not None and not negative:
             raise InputError(f"negative scale {scale} without a negative prompt: neither a row nor --neg gives one")
         # Where rows have negative prompts, the scale is judged beside one of them.
         parse_requests("prompt", negative or (None if scale is None else "negative"), scale, self.seed, 1, pipe.bundle.guidance)
@@ -135,10 +135,10 @@ class Batch:
     ) -> Iterator[Job]:
         """The jobs that are still to be drawn; of the other rows it is noted what became of them."""
         for number, _, row in prompts.rows():
-            job = row if isinstance(row, Wrong) else self._request(number, row, pipe)
-            state = job if isinstance(job, Wrong) else self._state(number, job, pipe, index)
+            job = row if isinstance(row, InvalidRow) else self._request(number, row, pipe)
+            state = job if isinstance(job, InvalidRow) else self._state(number, job, pipe, index)
             if state == "draw":
-                assert not isinstance(job, Wrong)
+                assert not isinstance(job, InvalidRow)
                 yield number, job
                 continue
             if state == "kept":
@@ -272,12 +272,12 @@ class _Index:
         if not self._path.is_file() or self._path.stat().st_size == 0:  # a power cut may leave its name alone
             return
         with open_regular(self._path) as file:
-            first = _record(file.readline(LONGEST))
+            first = _record(file.readline(MAX_LINE))
             if "batch" not in first:
                 raise InputError(f"{self._path} is not an index of snoopi-rt")
             if first != json.loads(json.dumps(self._identity)):
                 raise InputError(f"{self._path.parent} holds another batch (other prompts, bundle or settings): choose another folder")
-            while line := file.readline(LONGEST):
+            while line := file.readline(MAX_LINE):
                 record = _record(line)
                 row = record.get("row")
                 if type(row) is not int or record.get("file") != self._image_path(row).name:

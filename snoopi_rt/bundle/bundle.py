@@ -1,6 +1,6 @@
-"""What an exported folder promises: frozen dataclasses <-> bundle.json, and the check that the folder keeps it.
+"""A bundle: what bundle.json promises as frozen dataclasses, and the checks that its folder keeps those promises.
 
-Knows no engine package and no array. `bundle.json` is written last and whole: a folder that has it is complete.
+Knows no engine package and no array. `bundle.json` is written last and atomically: a folder that has it is complete.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ from typing import Any
 from snoopi_rt.bundle.compatibility import check_shapes, check_tokens
 from snoopi_rt.bundle.manifest import (
     GRAPHS,
-    LARGEST_SIDE,
     MANIFEST,
-    MOST_IMAGES,
+    MAX_IMAGES,
+    MAX_SIDE,
     File,
     Guidance,
     Latent,
@@ -56,21 +56,21 @@ __all__ = [
 ]
 
 FORMATS = (1, 2)
-"""Format 2 has the keys NEW and is else as format 1; the last one is written."""
+"""Format 2 is format 1 with the optional keys NEW; the last one is written."""
 NEW = ("vocabulary", "examples")
 READ_SINCE = "0.1.0"
-"""The first snoopi-rt that reads the last format: what an older one tells its user to install."""
+"""The first snoopi-rt that reads the last format: what an older one tells its users to install."""
 
 TEXT_ENGINE = "cpu"
-"""Where a text encoder runs that has no variant for the engine of the others."""
+"""Runs a text encoder that has no variant for the engine of the other graphs."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A whole bundle. `folder` and `hash` (SHA-256 of bundle.json) are known once it is on disk.
+    """A bundle. `folder` and `hash` (SHA-256 of bundle.json) are set once it is on disk.
 
-    The graph `text_encoder` and the tokenizer may be left out where `prompts` carries what the generator needs. For people: `vocabulary`
-    is what a narrow model knows, None: anything; `examples` are prompts that show the model well.
+    The graph `text_encoder` and the tokenizer may be missing if `prompts` carries the states that the generator needs. For people:
+    `vocabulary` lists what a narrow model can draw, None means anything; `examples` are prompts that show the model well.
     """
 
     name: str
@@ -97,13 +97,13 @@ class Bundle:
         require(set(self.graphs) == set(needed), f"the graphs must be {', '.join(needed)}, not {', '.join(self.graphs) or 'none'}")
         require(encoding == (self.text.tokenizer is not None), "a bundle has a text_encoder and a tokenizer, or neither and prompts")
         require(all(self.graphs.values()), "every graph needs a variant")
-        require_range("max_batch", self.max_batch, 1, MOST_IMAGES)
+        require_range("max_batch", self.max_batch, 1, MAX_IMAGES)
         for side in (side for size in self.sizes for side in size):
-            require_range("a side of a size", side, 0, LARGEST_SIDE)
+            require_range("a side of a size", side, 0, MAX_SIDE)
         fitting = all(side > 0 and side % self.latent.factor == 0 for size in self.sizes for side in size)
         require(bool(self.sizes) and fitting, f"every size must be a multiple of {self.latent.factor}")
         for text in self.prompts.texts if self.prompts else ():
-            require(text == text_rule(text, self.text.lowercase) != "", f"the prompt {text!r} is not as the text rule leaves it")
+            require(text == text_rule(text, self.text.lowercase) != "", f"the prompt {text!r} is not normalized by the text rule")
         for text in self.examples:
             known = encoding or text_rule(text, self.text.lowercase) in (self.prompts.texts if self.prompts else ())
             require(bool(text.strip()) and known, f"the example {text!r} is no prompt of this bundle")
@@ -114,9 +114,9 @@ class Bundle:
 
     @classmethod
     def load(cls, folder: str | Path, cache: Cache | None = None) -> "Bundle":
-        """The bundle in the folder, its files checked; hashes that the cache knows for (size, times, inode) are trusted.
+        """The bundle in the folder, its files verified; hashes that the cache has for a file's size, times and inode are trusted.
 
-        Raises BundleError for anything that is not as promised.
+        Raises BundleError if anything is not as bundle.json promises.
         """
         cache = Cache() if cache is None else cache
         bundle = cls._read(Path(folder), cache)
@@ -124,7 +124,7 @@ class Bundle:
         return bundle
 
     def save(self, folder: str | Path) -> "Bundle":
-        """Checks the files, writes bundle.json beside them, returns the bundle as `load` sees it. Raises BundleError."""
+        """Checks the files and writes bundle.json beside them; returns the bundle as `load` reads it. Raises BundleError."""
         bundle = replace(self, folder=Path(folder))
         bundle._check_files(Cache())
         document = {"format": FORMATS[-1], "snoopi_rt": READ_SINCE, **to_json(self)}
@@ -135,50 +135,52 @@ class Bundle:
         return self._read(bundle.folder, Cache())
 
     def check(self) -> None:
-        """Returns when the files are still those that were promised; hashes that the cache knows are trusted. Raises BundleError."""
+        """Raises BundleError unless the files are still those that bundle.json promises; hashes in the cache are trusted."""
         self._check_files(Cache())
 
     def verify(self) -> None:
-        """Hashes every file again, whatever the cache knows. Raises BundleError."""
+        """Hashes every file again, whatever the cache contains. Raises BundleError."""
         self._check_files(None)
 
     def check_again(self, files: Iterable[File]) -> None:
-        """Returns where the files, which are about to be opened or have just been, are still those of the bundle; else BundleError.
+        """Raises BundleError unless the files, which are about to be opened or have just been, are still those of the bundle.
 
-        Only those that changed since they were last looked at are hashed.
+        Only files that changed since the last check are hashed.
         """
         for file in files:
             if self.stamps.get(file.path) != stamp(self.folder / file.path):
                 self._check_file(file, None)
 
     def engines(self) -> tuple[str, ...]:
-        """The engines that have variants of every graph, as `variants` tells them."""
-        named = {engine for variants in self.graphs.values() for variant in variants for engine in variant.engines}
-        return tuple(sorted(engine for engine in named if all(self.variants(graph, engine) for graph in self.graphs)))
+        """The engines that can run every graph, see `variants`."""
+        names = {engine for variants in self.graphs.values() for variant in variants for engine in variant.engines}
+        return tuple(sorted(engine for engine in names if all(self.variants(graph, engine) for graph in self.graphs)))
 
     def variants(self, graph: str, engine: str) -> tuple[Variant, ...]:
-        """The graph's variants for the engine; a text encoder that has none for it runs on `cpu`: it is used once a prompt."""
+        """The graph's variants for the engine; a text encoder that has none runs on `cpu`, since it runs only once per prompt."""
         for name in (engine, TEXT_ENGINE) if graph == "text_encoder" else (engine,):
-            if suiting := tuple(variant for variant in self.graphs[graph] if name in variant.engines):
-                return suiting
+            if suitable := tuple(variant for variant in self.graphs[graph] if name in variant.engines):
+                return suitable
         return ()
 
     def variant(self, graph: str, engine: str, precision: str | None = None) -> Variant:
-        """The graph's variant for the engine: the one in that precision, or the first where none is given.
+        """The graph's variant for the engine, in that precision or by default the first.
 
-        Raises BundleError where the graph has no variant for the engine, InputError where it has none in that precision.
+        Raises BundleError if the graph has no variant for the engine, InputError if it has none in that precision.
         """
-        suiting = self.variants(graph, engine)
-        if not suiting:
-            raise BundleError(f"bundle {self.name!r} has no {graph} for engine {engine!r}, it serves {', '.join(self.engines()) or 'none'}")
-        found = next((variant for variant in suiting if precision in (None, variant.precision)), None)
-        if found is None:
-            known = ", ".join(variant.precision for variant in suiting)
+        suitable = self.variants(graph, engine)
+        if not suitable:
+            raise BundleError(
+                f"bundle {self.name!r} has no {graph} for engine {engine!r}, it supports {', '.join(self.engines()) or 'none'}"
+            )
+        variant = next((variant for variant in suitable if precision in (None, variant.precision)), None)
+        if variant is None:
+            known = ", ".join(variant.precision for variant in suitable)
             raise InputError(f"bundle {self.name!r} has no {graph} in precision {precision!r} for engine {engine!r}, choose from {known}")
-        return found
+        return variant
 
     def described(self) -> str:
-        """What the bundle holds, as lines for people."""
+        """A description for people, in several lines."""
         scale = self.guidance.scale
         lines = [
             f"{self.name}: backbone {self.backbone}, licence {self.licence}",
@@ -187,15 +189,15 @@ class Bundle:
             f"guidance {self.guidance.kind}, scale {scale.min} to {scale.max}, default {scale.default}",
         ]
         if self.prompts is not None:
-            only = "" if "text_encoder" in self.graphs else " and no text encoder for others"
-            lines[2] += f", carries the states of {len(self.prompts.texts)}{only}"
+            only = "" if "text_encoder" in self.graphs else ", and no text encoder for others"
+            lines[2] += f", includes the states of {len(self.prompts.texts)}{only}"
         if self.vocabulary is not None:
-            lines.append(f"knows {len(self.vocabulary.objects)} objects")
+            lines.append(f"can draw {len(self.vocabulary.objects)} objects")
         if self.examples:
             lines.append(f"examples: {', '.join(map(quote, self.examples))}")
         if self.tile is not None:
             side, overlap = self.tile.size * self.latent.factor, self.tile.overlap * self.latent.factor
-            lines[1] += f", decoded in tiles of {side}x{side} that share {overlap} pixels"
+            lines[1] += f", decoded in tiles of {side}x{side} that overlap by {overlap} pixels"
         lines += [f"{graph}: {variant.described()}" for graph, variants in self.graphs.items() for variant in variants]
         lines += legend(
             (variant.precision, engine) for variants in self.graphs.values() for variant in variants for engine in variant.engines
@@ -234,7 +236,7 @@ class Bundle:
 
 
 def _document(data: bytes) -> dict[str, Any]:
-    """The document without its two keys about the format. Raises ValueError (no JSON) or BundleError (no format of this version)."""
+    """The document without its two keys about the format. Raises ValueError for invalid JSON, BundleError for an unknown format."""
     document = parse_json(data)
     require(isinstance(document, dict), "not a JSON object")
     number, since = document.pop("format", None), document.pop("snoopi_rt", None)

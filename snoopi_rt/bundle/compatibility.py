@@ -1,4 +1,4 @@
-"""Whether the parts of a bundle fit each other: tokenizer and text encoder, and the shapes from graph to graph and in the manifest."""
+"""Whether the parts of a bundle fit together: the tokenizer and the text encoder, and the shapes of its graphs."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from snoopi_rt.bundle.bundle import Bundle
 
 Shape = tuple[int | Collection[int] | None, ...]
-"""What each axis may be: a number, one of several, or, with None, anything."""
+"""The allowed sizes of each axis: one, several, or with None any."""
 
 
 _TEXT = {
@@ -28,7 +28,7 @@ _TEXT = {
 
 
 def check_shapes(bundle: "Bundle") -> None:
-    """Returns where all shapes that the manifest lists fit its latent, its sizes and each other; raises BundleError."""
+    """Raises BundleError unless all shapes that bundle.json lists fit its latent, its sizes and each other."""
     latent, tile = bundle.latent, bundle.tile
     sides = [{size[axis] // latent.factor for size in bundle.sizes} for axis in (0, 1)]
     decoded = sides if tile is None else [{min(side, tile.size) for side in axis} for axis in sides]
@@ -46,45 +46,45 @@ def check_shapes(bundle: "Bundle") -> None:
             }
             for name in shapes.keys() & expected.keys():
                 _require_fit(variant, name, shapes[name], expected[name])
-            for name in shapes.keys() & _TEXT.keys():  # what a text encoder gives, generators take
+            for name in shapes.keys() & _TEXT.keys():  # the text encoder's outputs are the generator's inputs
                 kind, axes = _TEXT[name]
                 width = shapes[name][-1] if shapes[name] else None
                 _require_fit(variant, name, shapes[name], (*[None] * axes, widths.setdefault(kind, width)))
 
 
 def check_tokens(bundle: "Bundle", cache: Cache | None) -> None:
-    """Returns where the text encoder has an embedding for every token of the tokenizer; raises BundleError.
+    """Raises BundleError unless the text encoder has an embedding for every token of the tokenizer.
 
-    Else one engine fails at the prompt that has such a token, and another draws something in silence. What the cache knows is trusted.
+    Otherwise one engine would fail at a prompt with such a token, and another would silently draw something. Cached counts are trusted.
     """
     tokenizer = bundle.text.tokenizer
     if tokenizer is None:
         return
     for model in _encoders(bundle):
-        highest, embedded = _counted(bundle, tokenizer, model, cache)
+        highest, embedded = _token_counts(bundle, tokenizer, model, cache)
         if embedded is None:
             continue
         require(
             highest < embedded,
             f"{bundle.folder / tokenizer.path} has token ids up to {highest}, {model.path} has embeddings for {embedded}: "
-            "they are not of one model",
+            "they do not belong to the same model",
         )
         pad = bundle.text.pad or 0
-        require(pad < embedded, f"prompts are filled with token id {pad}, {model.path} has embeddings for {embedded}")
+        require(pad < embedded, f"prompts are padded with token id {pad}, {model.path} has embeddings for {embedded}")
 
 
 def _encoders(bundle: "Bundle") -> Iterator[File]:
     return (variant.files[0] for variant in bundle.graphs.get("text_encoder", ()) if variant.format == "onnx")
 
 
-def _counted(bundle: "Bundle", tokenizer: File, model: File, cache: Cache | None) -> tuple[int, int | None]:
-    """The highest id of the tokenizer, and how many the model has embeddings for."""
+def _token_counts(bundle: "Bundle", tokenizer: File, model: File, cache: Cache | None) -> tuple[int, int | None]:
+    """The highest token id of the tokenizer, and the number of the model's embeddings."""
     key = f"tokens-{tokenizer.sha256}-{model.sha256}.json"
     try:
         highest, embedded = parse_json((cache.read("hashes", key) if cache is not None else None) or b"null")
         if type(highest) is int and type(embedded) in (int, type(None)):
             return highest, embedded
-    except (TypeError, ValueError):  # nothing is noted, or it is damaged
+    except (TypeError, ValueError):  # not in the cache, or damaged
         pass
     highest, embedded = highest_id(bundle.folder / tokenizer.path), embedded_tokens(bundle.folder / model.path)
     if cache is not None:
@@ -94,9 +94,9 @@ def _counted(bundle: "Bundle", tokenizer: File, model: File, cache: Cache | None
 
 def _require_fit(variant: Variant, name: str, shape: tuple[int | None, ...], expected: Shape) -> None:
     fits = len(shape) == len(expected) and all(
-        have is None or want is None or have == want or (isinstance(want, Collection) and have in want)
-        for have, want in zip(shape, expected, strict=True)
+        size is None or allowed is None or size == allowed or (isinstance(allowed, Collection) and size in allowed)
+        for size, allowed in zip(shape, expected, strict=True)
     )
     if not fits:
-        written = ", ".join("any" if want is None else str(want if isinstance(want, int) else sorted(want)) for want in expected)
-        raise BundleError(f"{variant.files[0].path} has {name} of shape {list(shape)}, which does not fit the other parts: ({written})")
+        shapes = ("any" if allowed is None else str(allowed if isinstance(allowed, int) else sorted(allowed)) for allowed in expected)
+        raise BundleError(f"{variant.files[0].path} has {name} of shape {list(shape)}, the other parts need ({', '.join(shapes)})")

@@ -1,4 +1,4 @@
-"""What bundle.json says, part by part, as frozen dataclasses that refuse what cannot be. Knows no engine package and no array."""
+"""The parts of bundle.json as frozen dataclasses that refuse invalid values. Knows no engine package and no array."""
 
 import hashlib
 import json
@@ -16,39 +16,39 @@ from snoopi_rt.files import sha256
 
 MANIFEST = "bundle.json"
 GRAPHS = ("text_encoder", "generator", "decoder")
-LARGEST_SIDE, MOST_IMAGES, MOST_TOKENS = 2**15, 2**12, 2**17
-"""Of an image in pixels, of a batch, of a prompt."""
+MAX_SIDE, MAX_IMAGES, MAX_TOKENS = 2**15, 2**12, 2**17
+"""Pixels of a side of an image, images of a batch, tokens of a prompt."""
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 HASH = re.compile("[0-9a-f]{64}")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises BundleError with the message where the condition does not hold."""
+    """Raises BundleError with the message unless the condition holds."""
     if not condition:
         raise BundleError(message)
 
 
-def require_range(name: str, value: int, least: int, most: int) -> None:
-    """Raises BundleError where the integer is outside the range: beyond it nothing can be meant, and much would overflow."""
-    require(least <= value <= most, f"{name} must be {'positive and at most' if least == 1 else f'from {least} to'} {most}, got {value}")
+def require_range(name: str, value: int, low: int, high: int) -> None:
+    """Raises BundleError for an integer outside the range: it makes no sense, and would overflow elsewhere."""
+    require(low <= value <= high, f"{name} must be {'positive and at most' if low == 1 else f'from {low} to'} {high}, got {value}")
 
 
 def digits_apart(one: float, other: float) -> int:
-    """How many digits, at least two, two figures need to look different: an error of 0.0501 is beyond 0.05."""
+    """How many digits, at least two, two numbers need to look different: 0.0501 is beyond 0.05."""
     return next((digits for digits in range(2, 9) if f"{one:.{digits}g}" != f"{other:.{digits}g}"), 2)
 
 
 def text_rule(prompt: str, lowercase: bool) -> str:
-    """The text that is tokenized and looked up: without outer white space, in lower case where the bundle says so.
+    """The prompt as it is tokenized and looked up: stripped, and lower-cased if the bundle says so.
 
-    As diffusers' T5 pipelines do it; CLIP's and BERT's tokenizers drop outer white space themselves.
+    As diffusers' T5 pipelines do it; the tokenizers of CLIP and BERT strip prompts themselves.
     """
     return (prompt.lower() if lowercase else prompt).strip()
 
 
 def legend(names: Iterable[tuple[str, str]]) -> list[str]:
-    """A line for each precision of (precision, engine) that says more than its name, in the words of `info`, `bench` and the README."""
+    """A line for each (precision, engine) whose precision needs an explanation."""
     engines: dict[tuple[str, str], list[str]] = {}
     for precision, engine in sorted(set(names)):
         engines.setdefault((precision, meaning(precision, engine)), []).append(engine)
@@ -56,14 +56,14 @@ def legend(names: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def meaning(precision: str, engine: str) -> str:
-    """What the name of a precision stands for on an engine."""
+    """What a precision means on an engine."""
     if engine in ("cuda", "tensorrt"):
         return f"{precision} arithmetic"
-    between = "bf16" if engine == "openvino" else "fp32"
+    activations = "bf16" if engine == "openvino" else "fp32"
     return {
         "bf16": "fp16 weights, bf16 arithmetic",
         "fp16": "fp16 weights, fp32 arithmetic",
-        "int8": f"int8 products, {between} between them",
+        "int8": f"int8 matrix products, otherwise {activations}",
         "int8-weights": "int8 weights, fp32 arithmetic",
         "int4-weights": "int4 weights, fp32 arithmetic",
     }.get(precision, precision)
@@ -71,7 +71,7 @@ def meaning(precision: str, engine: str) -> str:
 
 @dataclass(frozen=True)
 class File:
-    """One file of the folder: a plain name, its SHA-256 in hexadecimal, its size in bytes."""
+    """A file of the folder: its plain name, its SHA-256 in hexadecimal, its size in bytes."""
 
     path: str
     sha256: str
@@ -80,20 +80,20 @@ class File:
     def __post_init__(self) -> None:
         plain = PLAIN_NAME.fullmatch(self.path) is not None and self.path != MANIFEST
         require(plain, f"{self.path!r} is not a plain file name inside the bundle")
-        # A part of the names of what the cache notes about the file.
+        # Cache entries are named after it.
         require(HASH.fullmatch(self.sha256) is not None, f"{self.path}: {self.sha256!r} is not a SHA-256 in hexadecimal")
         require_range(f"the size of {self.path}", self.size, 0, INT64)
 
     @classmethod
     def of(cls, path: Path) -> "File":
-        """The entry for a file as it is on disk now."""
+        """The entry of a file as it is on disk."""
         return cls(path.name, sha256(path), path.stat().st_size)
 
 
 @dataclass(frozen=True)
 class Text:
-    """How a prompt becomes ids: tokenizer.json (None: the bundle knows its own prompts only), the longest prompt in tokens, and whether
-    it is lower-cased first. `pad` fills every prompt to that length with this id, as CLIP wants it; None leaves its own length.
+    """How a prompt becomes ids: tokenizer.json (None: the bundle draws only the prompts it includes), the largest number of tokens, and
+    whether prompts are lower-cased first. `pad`: the id that pads every prompt to that length, as CLIP needs; None pads nothing.
     """
 
     tokenizer: File | None
@@ -102,7 +102,7 @@ class Text:
     pad: int | None = None
 
     def __post_init__(self) -> None:
-        require_range("max_tokens", self.max_tokens, 1, MOST_TOKENS)
+        require_range("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         require_range("pad", self.pad or 0, 0, INT32)
 
 
@@ -120,19 +120,19 @@ class Latent:
 
 @dataclass(frozen=True)
 class Tile:
-    """A latent larger than `size` pixels is decoded in tiles of that size that share `overlap` pixels, which bounds the memory."""
+    """Latents larger than `size` pixels are decoded in tiles of that size that overlap by `overlap` pixels, which bounds the memory."""
 
     size: int
     overlap: int
 
     def __post_init__(self) -> None:
-        require_range("the size of a tile", self.size, 1, LARGEST_SIDE)
-        require(0 <= self.overlap < self.size, f"tiles of {self.size} latent pixels cannot share {self.overlap}")
+        require_range("the size of a tile", self.size, 1, MAX_SIDE)
+        require(0 <= self.overlap < self.size, f"tiles of {self.size} latent pixels cannot overlap by {self.overlap}")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The range of a guidance scale and the value used where none is given."""
+    """The range of a guidance scale, and its default."""
 
     default: float
     min: float
@@ -144,7 +144,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the generator uses a negative prompt; `fixed` holds the constants of that kind that are in the graph."""
+    """How the generator uses a negative prompt; `fixed` holds the constants of that kind, which are part of the graph."""
 
     kind: Literal["nasa", "nag", "vsf", "projected", "none"]
     scale: Scale
@@ -153,21 +153,21 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts whose states the bundle carries, after the text rule, in the order of the .npz file that holds them."""
+    """The prompts whose states the bundle includes, normalized by the text rule, in the order of the .npz file that holds them."""
 
     file: File
     texts: tuple[str, ...]
 
     def __post_init__(self) -> None:
         require(self.file.path.endswith(".npz"), f"prompts must be in an .npz file, not {self.file.path}")
-        require(bool(self.texts) and len(set(self.texts)) == len(self.texts), "the prompts that a bundle carries must be there, each once")
+        require(bool(self.texts) and len(set(self.texts)) == len(self.texts), "a bundle that includes prompts must list each of them, once")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a narrow model knows, in the words of its prompts: objects with their synonyms, colours, artifacts, styles, counts ("two").
+    """What a narrow model can draw: objects with their synonyms, colours, artifacts, styles and counts ("two").
 
-    related: words with spaces between them that it does not know, by the object that means most nearly the same.
+    related: by object, words separated by spaces that the model does not know and whose meaning is closest to that object.
     """
 
     objects: dict[str, tuple[str, ...]]
@@ -180,13 +180,13 @@ class Vocabulary:
     def __post_init__(self) -> None:
         require(bool(self.objects), "a vocabulary needs objects")
         for name in self.related or ():
-            require(name in self.objects, f"words are related to {name!r}, which is no object of the vocabulary")
+            require(name in self.objects, f"words are related to {name!r}, which is not an object of the vocabulary")
         words = (*self.objects, *(word for synonyms in self.objects.values() for word in synonyms))
         for kind in (words, self.colours, self.artifacts, self.styles, self.counts):
-            require(all(word == word.strip() != "" for word in kind), "a word of the vocabulary is empty, or has white space around it")
+            require(all(word == word.strip() != "" for word in kind), "a word of the vocabulary is empty or not stripped")
 
     def described(self) -> str:
-        """All of it as lines for people; synonyms stand in brackets."""
+        """A listing for people; synonyms are in brackets."""
         objects = [f"{name} ({', '.join(synonyms)})" if synonyms else name for name, synonyms in self.objects.items()]
         kinds = {"objects": objects, "colours": self.colours, "artifacts": self.artifacts, "styles": self.styles, "counts": self.counts}
         lines = (f"{kind} ({len(words)}): {', '.join(words)}" for kind, words in kinds.items() if words)
@@ -195,10 +195,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Parity:
-    """The measured distance of a graph from PyTorch's answer.
+    """The measured error of a graph against PyTorch.
 
-    `latent_error` is what a variant changes in the clean latent, rms, a clean latent having a deviation of about 1; `psnr` is that of the
-    image in dB, a finite number. None where not measured.
+    `latent_error` is the RMS error of the clean latent, whose standard deviation is about 1; `psnr` is that of the image in dB, a finite
+    number. None if not measured.
     """
 
     relative_l2: float
@@ -207,26 +207,26 @@ class Parity:
     psnr: float | None = None
 
     def __post_init__(self) -> None:
-        require(abs(self.psnr or 0) <= 1000, f"psnr {self.psnr} is no figure in dB")
+        require(abs(self.psnr or 0) <= 1000, f"psnr {self.psnr} is not a plausible number of dB")
 
     @property
     def error(self) -> float:
-        """What a variant is judged by: the latent error, else the picture's, rms in units of full white, else the relative L2."""
+        """The error that counts: of the latent, or else of the image, RMS relative to full white, or else the relative L2."""
         if self.latent_error is not None:
             return self.latent_error
         return self.relative_l2 if self.psnr is None else 10 ** (-self.psnr / 20)
 
     def judged(self, digits: int = 2) -> str:
-        """That figure and what it is."""
-        kind = "relative L2" if self.psnr is None else "rms of full white"
+        """That error and its kind."""
+        kind = "relative L2" if self.psnr is None else "RMS of full white"
         return f"{self.error:.{digits}g} ({'latent error' if self.latent_error is not None else kind})"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One form of a graph: the engines that it suits and its files, the first of which is the one to open.
+    """One variant of a graph: the engines that it is for, and its files, the first of which is opened.
 
-    `tolerance` is the largest `error` that it was allowed; `max_batch` bounds the batch where this variant, unlike others, needs it.
+    `tolerance` is the largest error that it was allowed; `max_batch` limits the batch of this variant if it needs that.
     """
 
     engines: tuple[str, ...]
@@ -242,15 +242,15 @@ class Variant:
     def __post_init__(self) -> None:
         require(bool(self.engines and self.files and self.inputs and self.outputs), "a variant needs engines, files, inputs and outputs")
         names = [file.path for file in self.files]
-        for what, given in ("file", names), ("input", [s.name for s in self.inputs]), ("output", [s.name for s in self.outputs]):
-            require(len(set(given)) == len(given), f"a variant lists one {what} twice: {', '.join(given)}")
+        for kind, listed in ("file", names), ("input", [s.name for s in self.inputs]), ("output", [s.name for s in self.outputs]):
+            require(len(set(listed)) == len(listed), f"a variant lists the same {kind} twice: {', '.join(listed)}")
         main = Path(names[0])
         if self.format == "onnx":
             require(main.suffix == ".onnx", f"the first file of an onnx variant must be an .onnx file, not {main}")
         else:
             complete = main.suffix == ".xml" and str(main.with_suffix(".bin")) in names
             require(complete, f"an openvino-ir variant must list an .xml file and its .bin, not {', '.join(names)}")
-        require_range(f"{main}: max_batch", 1 if self.max_batch is None else self.max_batch, 1, MOST_IMAGES)
+        require_range(f"{main}: max_batch", 1 if self.max_batch is None else self.max_batch, 1, MAX_IMAGES)
         for spec in (*self.inputs, *self.outputs):
             require(
                 all(size is None or 0 < size <= INT32 for size in spec.shape), f"{main}: {spec.name} has an impossible shape {spec.shape}"
@@ -260,17 +260,17 @@ class Variant:
 
     @cached_property
     def hash(self) -> str:
-        """The SHA-256 of everything said about this variant, its files' hashes included."""
+        """The SHA-256 of this variant's entry in bundle.json, including the hashes of its files."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def check_graph(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
-        """Returns where an opened graph takes and gives what is promised, as far as its engine tells; else raises BundleError."""
+        """Raises BundleError unless an opened graph has the inputs and outputs that bundle.json promises, as far as its engine tells."""
         name = self.files[0].path
-        for what, promised, opened in ("input", self.inputs, inputs), ("output", self.outputs, outputs):
+        for kind, promised, opened in ("input", self.inputs, inputs), ("output", self.outputs, outputs):
             specs = {spec.name: spec for spec in opened}
             known = ", ".join(sorted(spec.name for spec in promised))
             require(
-                ", ".join(sorted(specs)) == known, f"{name} has the {what}s {', '.join(sorted(specs))}, where {MANIFEST} promises {known}"
+                ", ".join(sorted(specs)) == known, f"{name} has the {kind}s {', '.join(sorted(specs))}, where {MANIFEST} promises {known}"
             )
             for spec in promised:
                 other = specs[spec.name]
@@ -279,11 +279,11 @@ class Variant:
                 )
                 require(
                     fits and other.dtype == spec.dtype,
-                    f"{name}: {what} {spec.name!r} is {other.dtype} {other.shape}, where {MANIFEST} promises {spec.dtype} {spec.shape}",
+                    f"{name}: {kind} {spec.name!r} is {other.dtype} {other.shape}, where {MANIFEST} promises {spec.dtype} {spec.shape}",
                 )
 
     def described(self) -> str:
-        """What the variant is and how far it is from PyTorch, for people."""
+        """A description for people, with its error against PyTorch."""
         size = sum(file.size for file in self.files) / 1e6
         parity = self.parity
         figures = [f"relative L2 to PyTorch {parity.relative_l2:.1e}"]
@@ -291,7 +291,7 @@ class Variant:
             figures.insert(0, f"latent error {parity.latent_error:.1e}")
         if parity.psnr is not None:
             figures.append(f"PSNR {parity.psnr:.1f} dB")
-        figures.append(f"judged {parity.judged()} of at most {self.tolerance:.2g}")
+        figures.append(f"tolerance {self.tolerance:.2g}, measured {parity.judged()}")
         if self.max_batch is not None:
             figures.append(f"batch up to {self.max_batch}")
         return f"{self.format} for {', '.join(self.engines)}, {size:.1f} MB, precision {self.precision}, {', '.join(figures)}"

@@ -1,6 +1,6 @@
-"""What must be known of an ONNX file without the onnx package: which other files it reads, and how many tokens it has embeddings for.
+"""What must be known about an ONNX file without the onnx package: the external files it reads, and the number of its token embeddings.
 
-Walks the protobuf wire format only where tensors can be; tensor contents are skipped, not read.
+Parses the protobuf wire format only where tensors can be; tensor contents are skipped, not read.
 """
 
 import os
@@ -12,8 +12,8 @@ from typing import BinaryIO
 from snoopi_rt.errors import BundleError
 from snoopi_rt.files import open_regular, reason
 
-# Message -> field number -> message inside, as in onnx.proto.
-INSIDE = {
+# Message -> field number -> nested message, as in onnx.proto.
+NESTED = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
@@ -24,24 +24,24 @@ INSIDE = {
     "tensor": {13: "entry"},
 }
 
-PAGE, LONGEST_NAME = 2**16, 2**20
-"""Bytes that are read at once, and of the longest name of a file, an operator or a tensor."""
+PAGE, MAX_NAME = 2**16, 2**20
+"""Bytes that are read at once, and of the name of a file, an operator or a tensor."""
 KEEPS_IDS = frozenset({"Cast", "Concat", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze", "Where"})
-"""The operators behind which token ids are still token ids."""
+"""Operators whose outputs are still token ids."""
 KEEPS_ROWS = frozenset({"Cast", "DequantizeLinear", "Identity"})
 LOOKS_UP = frozenset({"Gather", "GatherBlockQuantized"})
 
 
 def external_data(path: Path) -> list[str]:
-    """The names of the files that the ONNX file's tensors point to. Raises BundleError where it is no ONNX file."""
+    """The names of the files that the ONNX file's tensors refer to. Raises BundleError if it is not an ONNX file."""
     with _opened(path) as data:
         return sorted(set(_locations(data, "model", 0, len(data))))
 
 
 def embedded_tokens(path: Path, ids: str = "ids") -> int | None:
-    """For how many token ids the graph has embeddings: the rows of the smallest table that it looks its input `ids` up in.
+    """The number of token ids with embeddings: the rows of the smallest table in which the graph looks up its input `ids`.
 
-    None where it looks them up in none. Raises BundleError where it is no ONNX file.
+    None if there is no such table. Raises BundleError if it is not an ONNX file.
     """
     with _opened(path) as data:
         graph = next(((begin, end) for field, begin, end in _fields(data, 0, len(data)) if field == 7), (0, 0))
@@ -52,19 +52,19 @@ def embedded_tokens(path: Path, ids: str = "ids") -> int | None:
             elif field == 5:
                 name, dims = _tensor(data, begin, end)
                 rows[name] = dims[0] if len(dims) > 1 else None
-        known, found = {ids}, []
+        id_tensors, sizes = {ids}, []
         for operator, inputs, outputs in nodes:
-            if operator in LOOKS_UP and inputs[1] in known and (count := rows.get(inputs[0])) is not None:
-                found.append(count)
+            if operator in LOOKS_UP and inputs[1] in id_tensors and (count := rows.get(inputs[0])) is not None:
+                sizes.append(count)
             if operator in KEEPS_ROWS and inputs[0] in rows:
                 rows[outputs[0]] = rows[inputs[0]]
-            if operator in KEEPS_IDS and known.intersection(inputs):
-                known.update(outputs)
-        return min(found, default=None)
+            if operator in KEEPS_IDS and id_tensors.intersection(inputs):
+                id_tensors.update(outputs)
+        return min(sizes, default=None)
 
 
 class _Bytes:
-    """A file's bytes by their place. They are read: a mapped file that is cut short meanwhile ends the process (SIGBUS)."""
+    """A file's bytes by position. They are read and not mapped: truncating a mapped file kills the process (SIGBUS)."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._size = file, os.fstat(file.fileno()).st_size
@@ -73,17 +73,17 @@ class _Bytes:
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, place: int) -> int:
-        at = place - self._start
-        if not 0 <= at < len(self._page):
-            self._file.seek(place)
-            self._start, self._page, at = place, self._file.read(PAGE), 0
-        return self._page[at]
+    def __getitem__(self, position: int) -> int:
+        offset = position - self._start
+        if not 0 <= offset < len(self._page):
+            self._file.seek(position)
+            self._start, self._page, offset = position, self._file.read(PAGE), 0
+        return self._page[offset]
 
     def text(self, start: int, end: int) -> str:
-        """The text between two places. Raises ValueError where it is longer than any name, or no UTF-8."""
-        if end - start > LONGEST_NAME:
-            raise ValueError("a name that is none")
+        """The text between two positions. Raises ValueError if it is longer than MAX_NAME, or not UTF-8."""
+        if end - start > MAX_NAME:
+            raise ValueError("a name that is too long")
         self._file.seek(start)
         return self._file.read(end - start).decode()
 
@@ -128,13 +128,13 @@ def _tensor(data: _Bytes, start: int, end: int) -> tuple[str, list[int]]:
 
 def _locations(data: _Bytes, message: str, start: int, end: int) -> Iterator[str]:
     for field, first, last in _fields(data, start, end):
-        inside = INSIDE[message].get(field)
-        if inside == "entry":
+        nested = NESTED[message].get(field)
+        if nested == "entry":
             entry = {number: data.text(begin, stop) for number, begin, stop in _fields(data, first, last)}
             if entry.get(1) == "location":
                 yield entry.get(2, "")
-        elif inside is not None:
-            yield from _locations(data, inside, first, last)
+        elif nested is not None:
+            yield from _locations(data, nested, first, last)
 
 
 def _fields(data: _Bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:

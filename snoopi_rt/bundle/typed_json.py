@@ -1,6 +1,6 @@
-"""Frozen dataclasses to and from JSON by their annotations: what is missing, unknown or of another type is an error that says where.
+"""Frozen dataclasses to and from JSON by their annotations: a missing, unknown or mistyped key is an error that names it.
 
-A field with a default may be missing: that is how a document written before the field was there is read.
+A field with a default may be missing, so that documents written before the field existed can be read.
 """
 
 import json
@@ -13,7 +13,7 @@ from snoopi_rt.errors import BundleError
 
 T = TypeVar("T")
 UNSAVED = {"saved": False}
-"""The metadata of a field that is no part of the document."""
+"""The metadata of a field that is not part of the document."""
 
 
 def to_json(value: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A bundle's files as they are on disk: the manifest's text, and whether each file is the one that was promised."""
+"""A bundle's files on disk: reading bundle.json, and checking that each file is the one it promises."""
 
 import hashlib
 import json
@@ -14,39 +14,39 @@ from snoopi_rt.errors import BundleError
 from snoopi_rt.files import is_lfs_pointer, read_bounded, reason, sha256
 from snoopi_rt.json_reader import parse_json
 
-LARGEST_MANIFEST = 2**24
-"""Bytes: that of a bundle which carries 100,000 prompts of a hundred characters has 12 million."""
+MAX_MANIFEST = 2**24
+"""Bytes: 100,000 prompts of a hundred characters take 12 million."""
 Stamp = tuple[int, ...]
-FOLDERS = 4
-"""How many folders of one bundle are remembered: it may have been copied, and the copy removed."""
+MAX_FOLDERS = 4
+"""How many folders of a bundle are remembered: it may have been copied, and the copy removed."""
 
 
 def read_manifest(folder: Path) -> bytes:
-    """The bytes of the folder's bundle.json. Raises BundleError where there is none."""
+    """The bytes of the folder's bundle.json. Raises BundleError if there is none."""
     path = folder / MANIFEST
     try:
         require(folder.is_dir(), f"no bundle at {folder}: {'it is not a folder' if folder.exists() else 'no such folder'}")
         require(path.exists(), f"no bundle at {folder}: it has no {MANIFEST}")
         require(not path.is_symlink(), f"{path} is a symbolic link")
-        return read_bounded(path, LARGEST_MANIFEST)
+        return read_bounded(path, MAX_MANIFEST)
     except OSError as error:
         raise BundleError(f"cannot read {path}: {reason(error)}") from error
 
 
 def check_file(folder: Path, file: File, cache: Cache | None) -> list[str]:
-    """The external data that the file names; a hash that the cache knows for the file's stamp is trusted.
+    """The names of the file's external data. A hash in the cache is trusted if the file's stamp is unchanged.
 
-    Raises BundleError where it is not the file that was promised.
+    Raises BundleError if it is not the file that bundle.json promises.
     """
     path = folder / file.path
     try:
         status = path.lstat()
-        require(not stat.S_ISLNK(status.st_mode), f"{path} is a symbolic link, which a bundle may not hold")
+        require(not stat.S_ISLNK(status.st_mode), f"{path} is a symbolic link, which a bundle may not contain")
         require(stat.S_ISREG(status.st_mode), f"{path} is not a file")
         if status.st_size != file.size:
-            require(not is_lfs_pointer(path), f"{path} is a git-lfs pointer and not the file itself: run `git lfs pull` in its clone")
+            require(not is_lfs_pointer(path), f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its clone")
             raise BundleError(f"{path} is damaged: {status.st_size} bytes instead of {file.size}")
-        if cache is not None and (record := _record(cache.read("hashes", _hash_key(status, file.sha256)))) is not None:
+        if cache is not None and (record := _names(cache.read("hashes", _hash_key(status, file.sha256)))) is not None:
             return record
         require(sha256(path) == file.sha256, f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
         return _note_hash(path, status, file.sha256, cache)
@@ -76,7 +76,7 @@ def _hash_key(status: os.stat_result, digest: str) -> str:
 
 
 def stamp(path: Path) -> Stamp | None:
-    """What changes with the file at a path; None where there is none."""
+    """A tuple that changes whenever the file at the path changes; None if there is no file."""
     try:
         return _stamp(path.lstat())
     except OSError:
@@ -84,33 +84,33 @@ def stamp(path: Path) -> Stamp | None:
 
 
 def _stamp(status: os.stat_result) -> Stamp:
-    # The time of the last change cannot be set, and a new file often gets the inode of one that was removed.
+    # ctime cannot be set by users, and a new file often reuses the inode of a removed one.
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def remember_folder(folder: Path, hash: str, cache: Cache) -> None:
-    """Notes where the bundle with that hash of its bundle.json lies, for `find_folder`."""
-    known = _record(cache.read("bundles", f"{hash}.json")) or []
-    with suppress(OSError):  # a current folder that was removed
+    """Remembers the folder of the bundle with that hash of its bundle.json, for `find_folder`."""
+    known = _names(cache.read("bundles", f"{hash}.json")) or []
+    with suppress(OSError):  # the working directory was removed
         path = os.path.abspath(folder)
         if known[:1] != [path]:
             folders = [path, *(other for other in known if other != path)]
-            cache.write("bundles", f"{hash}.json", json.dumps(folders[:FOLDERS]).encode())
+            cache.write("bundles", f"{hash}.json", json.dumps(folders[:MAX_FOLDERS]).encode())
 
 
 def find_folder(hash: str, cache: Cache) -> Path | None:
-    """A folder where the bundle with that hash was loaded from and still is, or None."""
-    if HASH.fullmatch(hash) is None:  # a picture may say anything
+    """A folder from which the bundle with that hash was loaded and where it still is, or None."""
+    if HASH.fullmatch(hash) is None:  # it comes from an image's metadata
         return None
-    for folder in map(Path, _record(cache.read("bundles", f"{hash}.json")) or []):
+    for folder in map(Path, _names(cache.read("bundles", f"{hash}.json")) or []):
         with suppress(BundleError, ValueError):
             if hashlib.sha256(read_manifest(folder)).hexdigest() == hash:
                 return folder
     return None
 
 
-def _record(data: bytes | None) -> list[str] | None:
-    """The names that were noted; None where nothing is noted, or the note is damaged."""
+def _names(data: bytes | None) -> list[str] | None:
+    """The list of names in a cache entry; None if it is missing or damaged."""
     try:
         names = parse_json(data or b"null")
     except ValueError:

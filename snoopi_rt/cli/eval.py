@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from snoopi_rt.cli.export import building, folder
-from snoopi_rt.cli.options import Group, Integer, Number, complete_bundle, named_folder
+from snoopi_rt.cli.options import Group, Integer, Number, complete_bundle, folder_path, named_folder
+from snoopi_rt.cli.torch_command import torch_command
 from snoopi_rt.errors import InputError
 from snoopi_rt.shell import quote, visible
 
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from snoopi_rt.export.evaluation.measures import Plan
 
 out_option = click.option(
-    "--out", type=folder, default=Path("evaluation"), metavar="FOLDER", help="Where to write.  [default: evaluation]", show_default=False
+    "--out",
+    type=folder_path,
+    default=Path("evaluation"),
+    metavar="FOLDER",
+    help="Where to write.  [default: evaluation]",
+    show_default=False,
 )
 
 
@@ -34,10 +39,10 @@ def evaluate() -> None:
     help="A bundle, or a student's weights; several stand beside each other.  [default: the embedded bundle]",
 )
 @click.option(
-    "--teacher", type=folder, metavar="FOLDER", help="Drawn in 25 steps and measured alike; distances are compared with the teacher's."
+    "--teacher", type=folder_path, metavar="FOLDER", help="Drawn in 25 steps and measured alike; distances are compared with the teacher's."
 )
-@click.option("--decoder", type=folder, metavar="FOLDER", help="Of the teacher's latents.  [default: its own vae]")
-@click.option("--drawings", type=folder, metavar="FOLDER", help="Where the emoji drawings are kept.  [default: npm in --out]")
+@click.option("--decoder", type=folder_path, metavar="FOLDER", help="Of the teacher's latents.  [default: its own vae]")
+@click.option("--drawings", type=folder_path, metavar="FOLDER", help="Where the emoji drawings are kept.  [default: npm in --out]")
 @click.option("--quick", is_flag=True, help="A few pictures of each kind: to see that it runs.")
 @out_option
 def small(students: tuple[str, ...], teacher: Path | None, decoder: Path | None, drawings: Path | None, quick: bool, out: Path) -> None:
@@ -50,7 +55,7 @@ def small(students: tuple[str, ...], teacher: Path | None, decoder: Path | None,
         raise InputError("each bundle needs a name of its own: --bundle NAME=FOLDER gives it one")
     if decoder is not None and teacher is None:
         raise InputError("--decoder goes with --teacher")
-    with building("eval small", "train", out):
+    with torch_command("eval small", "train", out):
         from snoopi_rt.export.evaluation.report import unmet
         from snoopi_rt.export.evaluation.small import QUICK, Extent
         from snoopi_rt.export.evaluation.small import evaluate as measure
@@ -103,7 +108,7 @@ def subjects(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-reference_option = click.option("--reference", type=folder, metavar="FOLDER", help="Real images.")
+reference_option = click.option("--reference", type=folder_path, metavar="FOLDER", help="Real images.")
 
 
 @evaluate.command(epilog="Example: snoopi-rt eval hps --bundle my-bundle --prompts HPDv2/benchmark --version 2.1")
@@ -169,14 +174,14 @@ def every(**options: Any) -> None:
 @click.option("--scales", metavar="X,...", help="Negative scales.  [default: a quarter, a half, one and two of the bundle's]")
 @click.option("--seeds", type=Integer(1), default=4, metavar="N", help="Of each pair.  [default: 4]")
 @click.option("--limit", type=Integer(1), metavar="N", help="At most so many pairs, evenly.")
-@click.option("--labelled", type=folder, metavar="FOLDER", help="Labelled pictures, for the classifier's own error.")
+@click.option("--labelled", type=folder_path, metavar="FOLDER", help="Labelled pictures, for the classifier's own error.")
 @click.option("--tune", is_flag=True, help="Choose each bundle's default scale on half of the prompts, report the other half.")
 @click.option("--weights", "weights", multiple=True, metavar="clip-b32=PATH|ID", help="Where the classifier's weights are.")
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched and made, and stop.")
 @out_option
 def negatives(bundles: tuple[str, ...], scales: str | None, dry_run: bool, out: Path, **options: Any) -> None:
     """What negative prompts remove, keep, and do to pictures that do not show it."""
-    with building("eval negatives", "eval", out):
+    with torch_command("eval negatives", "eval", out):
         from snoopi_rt.export.evaluation.measures import Subject
         from snoopi_rt.export.evaluation.negatives_run import NegativesPlan, dry_run_negatives, evaluate_negatives
         from snoopi_rt.export.evaluation.weight_files import parse_weights
@@ -203,7 +208,7 @@ def _numbers(text: str | None) -> tuple[float, ...]:
 @click.option("--whole", "network", metavar="NAME", help="Instead: what the network of those weights costs at its true size.")
 def check(network: str | None) -> None:
     """Run every measure with random weights against plain formulas: needs no weights, takes a minute."""
-    with building("eval check", "eval", Path()):
+    with torch_command("eval check", "eval", Path()):
         from snoopi_rt.export.evaluation.check import check as run
         from snoopi_rt.export.evaluation.check import whole
         from snoopi_rt.export.evaluation.weight_files import WEIGHTS
@@ -219,7 +224,7 @@ def check(network: str | None) -> None:
 
 def _measure(command: str, measures: tuple[str, ...], options: dict[str, Any]) -> None:
     out = options.pop("out")
-    with building(f"eval {command}", "eval", out):
+    with torch_command(f"eval {command}", "eval", out):
         from snoopi_rt.export.evaluation.measures import dry_run
         from snoopi_rt.export.evaluation.measures import evaluate as run
 

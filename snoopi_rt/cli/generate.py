@@ -1,4 +1,4 @@
-"""The command that draws: a prompt, or a file of them."""
+"""`snoopi-rt generate`: one prompt, or a file of them."""
 
 import sys
 import time
@@ -19,10 +19,10 @@ from snoopi_rt.cli.options import (
     prompt_file_options,
     ray_options,
     ray_workers,
+    report_compiling,
     threads_option,
-    told,
 )
-from snoopi_rt.cli.prompt import example, read_prompt
+from snoopi_rt.cli.prompt_input import example, read_prompt
 from snoopi_rt.errors import InputError
 from snoopi_rt.shell import quote
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Scales(click.ParamType):
-    """X, or several with commas between them, to numbers, each once."""
+    """One scale, or several separated by commas, without duplicates."""
 
     name = "X[,X...]"
 
@@ -51,32 +51,32 @@ class Scales(click.ParamType):
     "--prompts",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Instead of PROMPT, one image per row: .txt, .csv, .tsv, .json, .jsonl or .parquet; - is standard input.",
+    help="Instead of PROMPT, draw one image per row of a .txt, .csv, .tsv, .json, .jsonl or .parquet file; - is standard input.",
 )
 @prompt_file_options
-@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Where the images of --prompts and their index go.")
-@click.option("--neg", metavar="TEXT", help="The negative prompt: what not to draw.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Output folder for --prompts: the images and their index.")
+@click.option("--neg", metavar="TEXT", help="Negative prompt: what not to draw.")
 @click.option(
     "--neg-scale",
     "scales",
     type=Scales(),
     metavar="X[,X...]",
-    help="How strongly it counts; several draw the same seed at each.  [default: the bundle's]",
+    help="Strength of the negative prompt; several draw the same seed at each.  [default: the bundle's]",
 )
-@click.option("--seed", type=Seed(), metavar="N", help="The first image's seed; the next has N + 1.  [default: drawn, and printed]")
-@click.option("-n", "count", type=int, default=1, metavar="N", help="How many images; more than one are written as NAME-SEED.")
-@click.option("-o", "--output", metavar="FILE|FOLDER/|-", help="The file, a folder, or standard output.  [default: PROMPT-SEED]")
+@click.option("--seed", type=Seed(), metavar="N", help="Seed of the first image; the next has N + 1.  [default: random, and printed]")
+@click.option("-n", "count", type=int, default=1, metavar="N", help="Number of images; several are named NAME-SEED.")
+@click.option("-o", "--output", metavar="FILE|FOLDER/|-", help="File, folder, or standard output.  [default: PROMPT-SEED]")
 @click.option(
     "--format",
     type=click.Choice(["png", "jpg", "jpeg", "webp"], case_sensitive=False),
-    help="The file's format.  [default: from the name, else png]",
+    help="Image format.  [default: from the file's ending, or else png]",
 )
-@click.option("--side-by-side", is_flag=True, help="One file with the image without --neg, then with it.")
-@click.option("--open", "show", is_flag=True, help="Show the image.")
+@click.option("--side-by-side", is_flag=True, help="Write one image that shows the result without --neg, then with it.")
+@click.option("--open", "show", is_flag=True, help="Open the image in a viewer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per image.")
 @click.option("--size", type=Size(), help="Width and height in pixels, such as 768x512.  [default: the bundle's first]")
-@click.option("--truncate", is_flag=True, help="Cut a prompt that is too long.")
-@click.option("--force", is_flag=True, help="Replace a file of the name that -o gives.")
+@click.option("--truncate", is_flag=True, help="Cut prompts that are too long.")
+@click.option("--force", is_flag=True, help="Overwrite the file that -o names.")
 @bundle_option
 @engine_option
 @precision_option
@@ -85,7 +85,7 @@ class Scales(click.ParamType):
 def generate(
     prompt: str | None,
     prompts: Path | None,
-    kind: str | None,
+    prompts_format: str | None,
     ignore_columns: bool,
     out: Path | None,
     neg: str | None,
@@ -108,9 +108,9 @@ def generate(
     workers: tuple[int, int] | None,
     gpus: float | None,
 ) -> None:
-    """Draw PROMPT into an image file, or the rows of a file into a folder; a folder that was left half done is finished.
+    """Draw PROMPT to an image file, or every row of a prompt file to a folder; an interrupted folder is resumed.
 
-    PROMPT - is standard input, which is also read where there is none; if it is empty, one of the bundle's examples is drawn.
+    With - or no PROMPT it is read from standard input; if that is empty, one of the bundle's examples is drawn.
     """
     load_options: dict[str, Any] = {"bundle": bundle, "engine": engine, "precision": precision, "threads": threads}
     if prompts is not None or out is not None:
@@ -119,12 +119,12 @@ def generate(
 
         if prompt is not None:
             raise InputError(
-                "--out goes with --prompts: one PROMPT has -o" if prompts is None else "give a PROMPT, or --prompts FILE, not both"
+                "--out goes with --prompts: use -o for one PROMPT" if prompts is None else "give a PROMPT or --prompts FILE, not both"
             )
         from snoopi_rt.request import seeds_from
 
         if prompts is None or out is None:
-            raise InputError("--prompts FILE and --out FOLDER go together; -o is for one PROMPT")
+            raise InputError("--prompts FILE and --out FOLDER go together; use -o for one PROMPT")
         for option, used in (
             ("-n", count != 1),
             ("-o", output),
@@ -134,27 +134,27 @@ def generate(
             ("--force", force),
         ):
             if used:
-                raise InputError(f"{option} is for one PROMPT: of --prompts, each row is one image, listed in index.jsonl")
+                raise InputError(f"{option} is for one PROMPT: with --prompts each row is one image, listed in index.jsonl")
         if len(scales or ()) > 1:
-            raise InputError("several scales are for one PROMPT: of --prompts, each row is one image")
+            raise InputError("several scales are for one PROMPT: with --prompts each row is one image")
         workers_on_ray = ray_workers(ray, workers, gpus, threads)
         with ExitStack() as stack:
             with progress_line("reading prompts"):
-                rows = stack.enter_context(PromptFile(prompts, kind, ignore_columns))
-                count = rows.judge().rows
+                prompt_file = stack.enter_context(PromptFile(prompts, prompts_format, ignore_columns))
+                count = prompt_file.check().rows
             if str(out) == "-":
-                raise InputError("--out is a folder: a batch does not go to standard output")
+                raise InputError("--out is a folder: a batch cannot be written to standard output")
             seeds_from(seed or 0, max(count, 1))
-            batch = Batch(rows, out, seed or 0, neg, scales[0] if scales else None, size, truncate, format or "png")
+            batch = Batch(prompt_file, out, seed or 0, neg, scales[0] if scales else None, size, truncate, format or "png")
             _draw_batch(batch, count, load_options, workers_on_ray)
         return
-    if kind is not None or ignore_columns:
+    if prompts_format is not None or ignore_columns:
         raise InputError("--prompts-format and --ignore-columns go with --prompts FILE")
     if ray:
-        raise InputError("--ray is for --prompts: one PROMPT is drawn sooner here")
+        raise InputError("--ray is for --prompts: one PROMPT is drawn faster without it")
     ray_workers(ray, workers, gpus, threads)
     from snoopi_rt.bundle.bundle import Bundle
-    from snoopi_rt.cli.output import Drawing, Files, tell, warn
+    from snoopi_rt.cli.output import Files, ImageSet, report, warn
     from snoopi_rt.cli.output import show as show_picture
     from snoopi_rt.pipeline import EMBEDDED, load
     from snoopi_rt.request import MAX_IMAGES, integer, seeds_from
@@ -164,21 +164,21 @@ def generate(
     text = read_prompt(prompt)
     if text is None:
         text = example(Bundle.load(bundle or EMBEDDED), seeds[0])
-        click.echo(f"no prompt, so an example: {quote(text)}", err=True)
+        click.echo(f"no prompt given, drawing an example: {quote(text)}", err=True)
     if side_by_side and not (neg or "").strip():
-        raise InputError("--side-by-side shows the image without and with the negative prompt: give --neg TEXT")
+        raise InputError("--side-by-side compares the image without and with a negative prompt: give --neg TEXT")
     if output == "-" and show:
-        raise InputError("--open shows a file: -o - writes none")
-    drawing = Drawing(text, neg, scales or (None,), seeds, size, truncate, side_by_side)
-    files = Files(output, format, drawing, force)
-    with progress_line() as progress, load(**load_options, low_memory=True, progress=told(progress)) as pipe:
-        files.check_format(drawing.check(pipe), drawing)
+        raise InputError("--open needs a file: -o - writes none")
+    images = ImageSet(text, neg, scales or (None,), seeds, size, truncate, side_by_side)
+    files = Files(output, format, images, force)
+    with progress_line() as progress, load(**load_options, low_memory=True, progress=report_compiling(progress)) as pipe:
+        files.check_format(images.check(pipe), images)
         progress["doing"], written = "drawing", []
-        for index, picture in enumerate(drawing.pictures(pipe)):
+        for index, picture in enumerate(images.pictures(pipe)):
             if index == 0:
-                warn(picture.facts["warnings"], pipe.bundle)
+                warn(picture.fields["warnings"], pipe.bundle)
             path = files.save(index, picture)
-            tell(picture, path, as_json, scaled=len(drawing.scales) > 1 and not side_by_side)
+            report(picture, path, as_json, show_scale=len(images.scales) > 1 and not side_by_side)
             written += [] if path is None else [path]
             progress["doing"] = f"drawing, {index + 1} written"
     for path in written if show else ():
@@ -192,30 +192,30 @@ def _draw_batch(batch: "Batch", count: int, load_options: dict[str, Any], worker
     batch.check_folder()
     draw: Draw = draw_here
     with progress_line() as progress:
-        pipe = load(**load_options, low_memory=workers is not None, progress=told(progress))
+        pipe = load(**load_options, low_memory=workers is not None, progress=report_compiling(progress))
         if workers is None:
             pipe.warmup()
         else:
             from snoopi_rt.batch.ray import draw_on_ray, start_ray
 
             start_ray()
-            # Elsewhere this process's folder is another.
-            there = {
+            # Workers have another working directory.
+            worker_options = {
                 "bundle": str(Path(load_options["bundle"]).resolve()) if load_options["bundle"] else None,
                 "threads": load_options["threads"] or 1,
             }
-            draw = partial(draw_on_ray, load_options | there, workers)
+            draw = partial(draw_on_ray, load_options | worker_options, workers)
     start = time.monotonic()
     with pipe, click.progressbar(length=count, label="images", show_pos=True, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         outcome = batch.run(pipe, bar.update, draw)
     seconds = time.monotonic() - start
-    pace = f" ({outcome.drawn / seconds:.1f} images a second)" if outcome.drawn else ""
-    click.echo(f"{outcome.drawn} drawn{pace}, {outcome.kept} there before, in {quote(batch.out)}")
+    pace = f" ({outcome.drawn / seconds:.1f} images per second)" if outcome.drawn else ""
+    click.echo(f"{outcome.drawn} drawn{pace}, {outcome.kept} already there, in {quote(batch.out)}")
     if outcome.warned:
         from snoopi_rt.cli.output import warn
 
         rows_warned = "1 row" if outcome.warned == 1 else f"{outcome.warned} rows"
-        warn([f"{rows_warned} ask for what the model does not know, listed in index.jsonl; {outcome.warning}"], pipe.bundle)
+        warn([f"{rows_warned} ask for something the model cannot draw, listed in index.jsonl; {outcome.warning}"], pipe.bundle)
     if outcome.failed:
         rows_failed = "1 row" if outcome.failed == 1 else f"{outcome.failed} rows"
         click.echo(f"error: {rows_failed} could not be drawn: see error in {quote(batch.out / 'index.jsonl')}", err=True)

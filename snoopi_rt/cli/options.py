@@ -1,4 +1,4 @@
-"""Options and words that several commands share."""
+"""Options, parameter types and progress output that several commands share."""
 
 import glob
 import math
@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -19,8 +20,11 @@ from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 if TYPE_CHECKING:
     from snoopi_rt.batch.ray import Workers
 
-PATIENCE = 2.0
-"""Seconds without a word on standard error."""
+PROGRESS_SECONDS = 2.0
+"""Seconds between two progress lines."""
+RECIPES = "snoopi_rt.export.training.recipes"
+file_path = click.Path(dir_okay=False, path_type=Path)
+folder_path = click.Path(file_okay=False, path_type=Path)
 
 
 class Group(click.Group):
@@ -35,7 +39,7 @@ Completion = Callable[[click.Context, click.Parameter, str], list[CompletionItem
 
 
 def completed_by(names: Callable[[], Iterable[str]]) -> Completion:
-    """Completes an option's value to one of the names, which are looked up only when a shell asks."""
+    """Completes an option's value to one of the names, which are computed only when a shell asks."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(name) for name in names() if name.startswith(incomplete)]
@@ -73,7 +77,7 @@ class Size(click.ParamType):
 
 
 class Seed(click.ParamType):
-    """A seed by the one rule that they have everywhere."""
+    """A seed, validated as everywhere else."""
 
     name = "N"
 
@@ -89,13 +93,13 @@ class Seed(click.ParamType):
 
 
 class Integer(click.IntRange):
-    """An integer, by the name that people know."""
+    """An integer in a range, called "integer" in errors."""
 
     name = "integer"
 
 
 class Number(click.FloatRange):
-    """A number that is one: click's own take NaN and infinity."""
+    """A finite number: click's own type accepts NaN and infinity."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
@@ -105,9 +109,9 @@ class Number(click.FloatRange):
 
 
 def _not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """An empty value is a variable of a shell that was not set: nobody means the default by it."""
+    """Refuses an empty value: it comes from an unset shell variable, and does not mean the default."""
     if value == "":
-        raise InputError(f"{param.opts[0]} names no folder")
+        raise InputError(f"{param.opts[0]} is empty: give a folder")
     return value
 
 
@@ -116,21 +120,31 @@ bundle_option = click.option(
     metavar="FOLDER",
     callback=_not_empty,
     shell_complete=complete_bundle,
-    help="The bundle's folder.  [default: the one that came with snoopi-rt]",
+    help="Folder of the bundle.  [default: the embedded bundle]",
 )
 engine_option = click.option(
     "--engine",
     default="auto",
     metavar="NAME",
     shell_complete=completed_by(lambda: ("auto", *engines())),
-    help="cpu, openvino, cuda or tensorrt, if the bundle serves it; auto: the fastest by bench, else cpu.",
+    help="cpu, openvino, cuda or tensorrt, if the bundle supports it; auto: the fastest that `bench` measured, or else cpu.",
 )
 precision_option = click.option(
     "--precision",
     metavar="NAME",
-    help="A precision of the bundle, such as fp32, or one a graph: generator=int8,decoder=fp16.  [default: the bundle's first]",
+    help="Precision of the bundle, such as fp32, or one per graph: generator=int8,decoder=fp16.  [default: the bundle's first]",
 )
-threads_option = click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: one for each core it may use]")
+threads_option = click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: one per available core]")
+
+
+backbone_option = click.option(
+    "--backbone",
+    default="small",
+    metavar="NAME",
+    shell_complete=completed_by(lambda: import_module(RECIPES).DEFAULT),
+    help="small, pixart, sd15 or sd21.",
+)
+out_option = click.option("--out", type=folder_path, required=True, metavar="FOLDER", help="Output folder.")
 
 
 class Range(click.ParamType):
@@ -141,28 +155,30 @@ class Range(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
-        least, dash, most = value.partition("-")
+        low, dash, high = value.partition("-")
         try:
-            found = int(least), int(most if dash else least)
+            limits = int(low), int(high if dash else low)
         except ValueError:
-            found = 0, 0
-        if not 1 <= found[0] <= found[1]:
-            raise InputError(f"{value!r} is not a number of processes, such as 4 or 1-8")
-        return found
+            limits = 0, 0
+        if not 1 <= limits[0] <= limits[1]:
+            raise InputError(f"{value!r} is not a number of workers, such as 4 or 1-8")
+        return limits
 
 
 def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--ray, --workers and --gpus."""
-    gpus = click.option("--gpus", type=Number(0), metavar="X", help="With --ray: GPUs per worker; 0.5: two workers share one.")
-    workers = click.option("--workers", type=Range(), metavar="N[-MAX]", help="With --ray: processes that draw.  [default: 1]")
-    ray = click.option("--ray", is_flag=True, help="Draw on a Ray cluster: $RAY_ADDRESS, else one on this machine.")
+    gpus = click.option("--gpus", type=Number(0), metavar="X", help="With --ray: GPUs per worker; 0.5 means two workers share one.")
+    workers = click.option(
+        "--workers", type=Range(), metavar="N[-MAX]", help="With --ray: number of workers; autoscaled between N and MAX.  [default: 1]"
+    )
+    ray = click.option("--ray", is_flag=True, help="Draw on the Ray cluster at $RAY_ADDRESS, or else on a local one.")
     return ray(workers(gpus(command)))
 
 
 def ray_workers(ray: bool, workers: tuple[int, int] | None, gpus: float | None, threads: int | None) -> "Workers | None":
-    """What the options say; None without --ray. A process takes `threads` CPUs, one where nothing is said.
+    """The workers that the options describe; None without --ray. A worker takes `threads` CPUs, by default one.
 
-    Raises InputError for options that need --ray, EngineMissing without its package.
+    Raises InputError for options that need --ray, EngineMissing if Ray is not installed.
     """
     if not ray:
         if workers is not None or gpus is not None:
@@ -175,32 +191,32 @@ def ray_workers(ray: bool, workers: tuple[int, int] | None, gpus: float | None, 
     return Workers(*(workers or (1, 1)), cpus=threads or 1, gpus=gpus or 0)
 
 
-def told(progress: dict[str, str]) -> Callable[[str, float], None]:
-    """Tells `progress_line` of what an engine compiles."""
+def report_compiling(progress: dict[str, str]) -> Callable[[str, float], None]:
+    """A callback that shows in a `progress_line` what an engine is compiling."""
 
-    def tell(what: str, share: float) -> None:
-        progress["doing"] = f"{what}, {share:.0%}"
+    def report(step: str, share: float) -> None:
+        progress["doing"] = f"{step}, {share:.0%}"
 
-    return tell
+    return report
 
 
 def prompt_file_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--prompts-format and --ignore-columns."""
-    ignored = click.option("--ignore-columns", is_flag=True, help="Skip columns that are not known, instead of refusing the file.")
-    kinds = click.Choice(["txt", "csv", "tsv", "json", "jsonl", "parquet"])
-    kind = click.option(
-        "--prompts-format", "kind", type=kinds, help="The format of the prompts.  [default: from the name; of - by its content]"
+    ignore_columns = click.option("--ignore-columns", is_flag=True, help="Skip unknown columns instead of refusing the file.")
+    formats = click.Choice(["txt", "csv", "tsv", "json", "jsonl", "parquet"])
+    prompts_format = click.option(
+        "--prompts-format", type=formats, help="Format of the prompts.  [default: from the file's ending; detected for -]"
     )
-    return kind(ignored(command))
+    return prompts_format(ignore_columns(command))
 
 
 def named_folder(text: str) -> tuple[str, Path]:
-    """The name and the folder of [NAME=]FOLDER; without a name it is the folder's own. A folder may have an equals sign in its name.
+    """The name and the folder of [NAME=]FOLDER; the name defaults to the folder's. A folder's name may contain an equals sign.
 
-    Raises InputError for an empty one.
+    Raises InputError for an empty folder.
     """
     if not text or text.endswith("="):
-        raise InputError("--bundle names no folder")
+        raise InputError("--bundle is empty: give a folder")
     name, equals, path = text.partition("=") if not Path(text).is_dir() else ("", "", text)
     folder = Path(path if equals else text).resolve()
     return (name if equals else folder.name), folder
@@ -208,14 +224,14 @@ def named_folder(text: str) -> tuple[str, Path]:
 
 @contextmanager
 def progress_line(doing: str = "loading") -> Iterator[dict[str, str]]:
-    """Says every two seconds on standard error what is being done: quick work is silent, slow work is not."""
+    """Prints every two seconds on standard error what is being done, so that quick work is silent and slow work is not."""
     progress, done, start = {"doing": doing}, threading.Event(), time.monotonic()
 
-    def talk() -> None:
-        while not done.wait(PATIENCE):
+    def report() -> None:
+        while not done.wait(PROGRESS_SECONDS):
             click.echo(f"{progress['doing']} ({time.monotonic() - start:.0f} s)", err=True)
 
-    threading.Thread(target=talk, daemon=True).start()
+    threading.Thread(target=report, daemon=True).start()
     try:
         yield progress
     finally:
@@ -223,8 +239,8 @@ def progress_line(doing: str = "loading") -> Iterator[dict[str, str]]:
 
 
 def discard(*streams: IO[str]) -> None:
-    """Sends what is still printed nowhere: nobody reads it any more, and Python would complain of that at its end."""
-    with open(os.devnull, "wb") as nowhere:
+    """Redirects the streams to nowhere: their reader is gone, and Python would report that when it exits."""
+    with open(os.devnull, "wb") as devnull:
         for stream in streams:
             with suppress(OSError, ValueError):
-                os.dup2(nowhere.fileno(), stream.fileno())
+                os.dup2(devnull.fileno(), stream.fileno())

@@ -1,4 +1,4 @@
-"""The command that serves bundles over HTTP. FastAPI and uvicorn are imported inside it."""
+"""`snoopi-rt serve`. FastAPI and uvicorn are imported inside it."""
 
 import os
 import sys
@@ -22,86 +22,85 @@ from snoopi_rt.errors import EngineMissing, InputError, how_to_install
     multiple=True,
     metavar="[NAME=]FOLDER",
     shell_complete=complete_bundle,
-    help="One or more; the first is the default.  [default: the embedded]",
+    help="A bundle to serve; repeatable, the first is the default.  [default: the embedded bundle]",
 )
 @engine_option
-@click.option("--precision", metavar="NAME", help="A precision of the bundles, or one a graph.  [default: the bundle's first]")
-@click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: one for each core it may use]")
+@click.option("--precision", metavar="NAME", help="Precision of the bundles, or one per graph.  [default: the bundle's first]")
+@click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: one per available core]")
 @click.option(
-    "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="What clients must send.  [default: $SNOOPI_RT_API_KEY]"
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File with the bearer token that clients must send.  [default: $SNOOPI_RT_API_KEY]",
 )
-@click.option("--max-batch", type=Integer(1), default=16, metavar="N", help="Images of waiting requests drawn in one call; 1: none.")
+@click.option("--max-batch", type=Integer(1), default=16, metavar="N", help="Images of waiting requests drawn in one call; 1: no batching.")
 @click.option("--batch-wait", type=Number(0, 1000), default=0.0, metavar="MS", help="How long a batch waits for more requests.")
-@click.option("--queue", type=Integer(1), default=256, metavar="N", help="Images that may wait; then 429.")
-@click.option("--max-images", type=Integer(1), default=16, metavar="N", help="Images of one request.")
-@click.option("--timeout", type=Number(0, 10**9, min_open=True), default=60.0, metavar="S", help="Seconds of one request.")
-@click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="A web page's origin that may call.  [default: none]")
+@click.option("--queue", type=Integer(1), default=256, metavar="N", help="Images that may wait; beyond that, 429.")
+@click.option("--max-images", type=Integer(1), default=16, metavar="N", help="Images per request.")
+@click.option("--timeout", type=Number(0, 10**9, min_open=True), default=60.0, metavar="S", help="Seconds per request.")
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="Origin of a web page that may call; repeatable.  [default: none]")
 @click.option(
     "--allowed-host",
-    "hosts",
+    "allowed_hosts",
     multiple=True,
     metavar="NAME",
-    help="Another name by which it may be called without a key.",
+    help="Another host name that may be used without an API key; repeatable.",
 )
 @click.option(
     "--weights",
     type=click.Choice(["auto", "memory", "mapped"]),
     default="auto",
-    help="memory: files may be copied over a served bundle; mapped: less memory for large bundles; auto: memory up to 2 GiB.",
+    help="memory: a served bundle's files may be overwritten; mapped: less memory for large bundles; auto: memory up to 2 GiB.",
 )
-@click.option("--root-path", default="", metavar="PATH", help="The path below which a proxy shows the server, such as /images.")
-@click.option("--truncate", is_flag=True, help="Cut prompts that are too long, where a request does not say otherwise.")
-@click.option("--lenient", is_flag=True, help="Draw the nearest size, and take an unknown model name for the first bundle.")
-@click.option("--log-json", is_flag=True, help="Log lines of JSON at a terminal too.")
-@click.option("--log-prompts", is_flag=True, help="Write prompts into the log.")
+@click.option("--root-path", default="", metavar="PATH", help="Path under which a proxy exposes the server, such as /images.")
+@click.option("--truncate", is_flag=True, help="Cut prompts that are too long, unless the request says otherwise.")
+@click.option("--lenient", is_flag=True, help="Draw the nearest supported size, and use the first bundle for an unknown model name.")
+@click.option("--log-json", is_flag=True, help="Log JSON lines at a terminal too.")
+@click.option("--log-prompts", is_flag=True, help="Include prompts in the log.")
 @ray_options
 def serve(
+    host: str,
+    port: int,
     bundles: tuple[str, ...],
     engine: str,
     precision: str | None,
     threads: int | None,
     api_key_file: Path | None,
+    batch_wait: float,
+    weights: str,
+    log_json: bool,
     ray: bool,
     workers: tuple[int, int] | None,
     gpus: float | None,
-    **options: Any,
+    **settings: Any,
 ) -> None:
-    """Serve bundles over HTTP, in the words of OpenAI's image API."""
-    scale = ray_workers(ray, workers, gpus, threads)
-    if scale is not None and threads is None:
+    """Serve bundles over HTTP, compatible with OpenAI's image API."""
+    ray_settings = ray_workers(ray, workers, gpus, threads)
+    if ray_settings is not None and threads is None:
         threads = 1
     try:
-        from snoopi_rt.server.app import Settings, read_key
         from snoopi_rt.server.serve import serve as run
+        from snoopi_rt.server.settings import Settings, read_key
     except ImportError as error:
         raise EngineMissing(f"serve needs {error.name}: {how_to_install('serve')}") from error
     from snoopi_rt.pipeline import load
 
     if engine != "auto":
         known_engine(engine)
-    named: list[tuple[str, str | None]] = [(name, str(folder)) for name, folder in map(named_folder, bundles)] or [("small", None)]
-    if len(dict(named)) < len(named):
-        raise InputError("two bundles have one name: --bundle NAME=FOLDER gives them others")
-    load_options: dict[str, Any] = {"engine": engine, "precision": precision, "threads": threads, "weights": options["weights"]}
-    settings = Settings(
-        models={name: partial(load, folder, **load_options) for name, folder in named},
+    folders: list[tuple[str, str | None]] = [(name, str(folder)) for name, folder in map(named_folder, bundles)] or [("small", None)]
+    if len(dict(folders)) < len(folders):
+        raise InputError("two bundles have the same name: rename one with --bundle NAME=FOLDER")
+    load_options: dict[str, Any] = {"engine": engine, "precision": precision, "threads": threads, "weights": weights}
+    server_settings = Settings(
+        models={name: partial(load, folder, **load_options) for name, folder in folders},
         key=read_key(api_key_file, os.environ.get("SNOOPI_RT_API_KEY")),
-        together=options["max_batch"],
-        batch_wait=options["batch_wait"] / 1000,
-        queue=options["queue"],
-        most=options["max_images"],
-        timeout=options["timeout"],
-        prompts_in_log=options["log_prompts"],
-        origins=options["origins"],
-        hosts=options["hosts"],
-        truncate=options["truncate"],
-        lenient=options["lenient"],
-        root=options["root_path"],
+        batch_wait=batch_wait / 1000,
+        **settings,
     )
-    log_json = options["log_json"] or not sys.stderr.isatty()
-    if scale is None:
-        run(settings, options["host"], options["port"], log_json)
+    log_json = log_json or not sys.stderr.isatty()
+    if ray_settings is None:
+        run(server_settings, host, port, log_json)
     else:
         from snoopi_rt.server.ray import serve_on_ray
 
-        serve_on_ray(settings, scale, options["host"], options["port"], log_json)
+        serve_on_ray(server_settings, ray_settings, host, port, log_json)

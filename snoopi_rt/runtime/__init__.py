@@ -1,1 +1,1 @@
-"""What a pipeline is made of: inputs, engines opened when needed, deadlines, tiles, and the choice of engine and precision."""
+"""The parts of a pipeline: inputs, lazily opened engines, deadlines, tiling, and the choice of engine and precision."""

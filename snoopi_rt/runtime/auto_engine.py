@@ -1,4 +1,4 @@
-"""Which engine `auto` means on this machine, and in which precisions: what was measured to be fastest, else the first that is installed."""
+"""The engine and the precisions that `auto` means on this machine: the fastest that was measured, or else the first installed."""
 
 import json
 from contextlib import suppress
@@ -25,29 +25,29 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The fastest variant of each graph on one engine, by its precision, and the seconds that an image takes with them."""
+class Measurement:
+    """The precision of the fastest variant of each graph on an engine, and the seconds per image with those."""
 
     precision: dict[str, str]
     seconds: float
 
 
-def choose(bundle: Bundle, cache: Cache, precision: str | None = None) -> Choice:
-    """The engine and precisions, of engines that have the `precision` that was asked for, if one has.
+def choose_engine(bundle: Bundle, cache: Cache, precision: str | None = None) -> Choice:
+    """The engine and precisions for `auto`; engines that have the requested precision come first.
 
-    Raises EngineMissing where no engine is installed, BundleError where the bundle serves none that is.
+    Raises EngineMissing if no engine is installed, BundleError if the bundle supports none of those that are.
     """
-    here = set(installed()) & set(bundle.engines())
-    measured = {engine: found for engine, found in measurements(bundle, cache).items() if engine in here}
+    available = set(installed()) & set(bundle.engines())
+    measured = {engine: measurement for engine, measurement in measurements(bundle, cache).items() if engine in available}
     for engine in sorted(measured, key=lambda name: measured[name].seconds):
-        if _has(bundle, engine, precision):
+        if _supports(bundle, engine, precision):
             return Choice(engine, measured[engine].precision)
     candidates = usable(bundle)
-    engine = next((name for name in candidates if _has(bundle, name, precision)), candidates[0])
+    engine = next((name for name in candidates if _supports(bundle, name, precision)), candidates[0])
     return Choice(engine, {graph: bundle.variant(graph, engine).precision for graph in bundle.graphs})
 
 
-def _has(bundle: Bundle, engine: str, precision: str | None) -> bool:
+def _supports(bundle: Bundle, engine: str, precision: str | None) -> bool:
     with suppress(BundleError, InputError):
         select_variants(bundle, engine, precision)
         return True
@@ -55,41 +55,43 @@ def _has(bundle: Bundle, engine: str, precision: str | None) -> bool:
 
 
 def usable(bundle: Bundle) -> list[str]:
-    """The installed engines that the bundle serves, of those that work on every machine; raises as `choose` does."""
-    here = [name for name in ORDER if name in installed()]
-    if not here:
+    """The installed engines that the bundle supports and that work on every machine. Raises as `choose_engine` does."""
+    available = [name for name in ORDER if name in installed()]
+    if not available:
         check_engine(ORDER[0])
-    candidates = [name for name in here if name in bundle.engines()]
+    candidates = [name for name in available if name in bundle.engines()]
     if not candidates:
-        raise BundleError(f"bundle {bundle.name!r} serves {', '.join(bundle.engines()) or 'no engine'}, installed are {', '.join(here)}")
+        raise BundleError(
+            f"bundle {bundle.name!r} supports {', '.join(bundle.engines()) or 'no engine'}, installed are {', '.join(available)}"
+        )
     return candidates
 
 
-def measurements(bundle: Bundle, cache: Cache) -> dict[str, Measured]:
-    """What each engine took with this bundle on this machine as it is now; what cannot be read was not measured."""
+def measurements(bundle: Bundle, cache: Cache) -> dict[str, Measurement]:
+    """The measurements of this bundle on this machine as it is now, by engine; unreadable ones are ignored."""
     try:
         document = json.loads(cache.read("measurements", _file(bundle)) or b"{}")
-        # Told last: it costs some milliseconds, and most bundles were not measured.
+        # Compared last: it takes some milliseconds, and most bundles were not measured.
         if not document or document["machine"] != machine():
             return {}
         records = document["engines"].items()
     except (AttributeError, KeyError, TypeError, ValueError):
         return {}
-    found = {}
+    measured = {}
     for engine, record in records:
         with suppress(BundleError, KeyError, TypeError, ValueError):
-            found[engine] = _measured(bundle, engine, record)
-    return found
+            measured[engine] = _measurement(bundle, engine, record)
+    return measured
 
 
-def remember(bundle: Bundle, cache: Cache, measured: dict[str, Measured]) -> None:
-    """Keeps measurements beside those of other engines on this machine."""
-    engines = {engine: asdict(found) for engine, found in {**measurements(bundle, cache), **measured}.items()}
+def remember(bundle: Bundle, cache: Cache, measured: dict[str, Measurement]) -> None:
+    """Stores measurements beside those of other engines on this machine."""
+    engines = {engine: asdict(measurement) for engine, measurement in {**measurements(bundle, cache), **measured}.items()}
     cache.write("measurements", _file(bundle), json.dumps({"machine": machine(), "engines": engines}).encode())
 
 
 def machine() -> dict[str, Any]:
-    """All that makes a measurement worthless when it changes: processor, threads and the engines' versions."""
+    """What invalidates measurements when it changes: processor, threads and the engines' versions."""
     return {"processor": processor(), "threads": available_threads(), "engines": versions()}
 
 
@@ -97,9 +99,9 @@ def _file(bundle: Bundle) -> str:
     return f"{bundle.hash}.json"
 
 
-def _measured(bundle: Bundle, engine: str, record: dict[str, Any]) -> Measured:
-    """The measurement; raises BundleError, KeyError, TypeError or ValueError where it is none of this bundle's variants."""
+def _measurement(bundle: Bundle, engine: str, record: dict[str, Any]) -> Measurement:
+    """The measurement in a record. Raises BundleError, KeyError, TypeError or ValueError if it does not fit the bundle."""
     precision = {graph: bundle.variant(graph, engine, record["precision"][graph]).precision for graph in bundle.graphs}
     if type(record["seconds"]) is not float:
         raise TypeError("seconds must be a number")
-    return Measured(precision, record["seconds"])
+    return Measurement(precision, record["seconds"])

@@ -1,4 +1,4 @@
-"""How fast a bundle is on this machine: every engine and every variant of each graph by stage, cold start and peak memory."""
+"""How fast a bundle is on this machine: latency per stage of every engine and variant, cold start and peak memory."""
 
 import os
 import re
@@ -20,14 +20,14 @@ from snoopi_rt.engines import check_engine
 from snoopi_rt.errors import BundleError, EngineError, EngineMissing
 from snoopi_rt.pipeline import STAGES, Pipeline, open_pipeline
 from snoopi_rt.request import integer
-from snoopi_rt.runtime.auto_engine import Measured, choose, measurements, remember
+from snoopi_rt.runtime.auto_engine import Measurement, choose_engine, measurements, remember
 from snoopi_rt.runtime.precision import format_names, format_precision, select_variants
 from snoopi_rt.shell import join
 
 PROMPT, NEGATIVE = "a red apple on a blue background", "blurry"
-RUNS, SECONDS, LEAST = 20, 30.0, 3
-"""Where no number of images is given: RUNS for a figure, or as many as fit into SECONDS, but LEAST."""
-COLD = """
+RUNS, MAX_SECONDS, MIN_RUNS = 20, 30.0, 3
+"""By default RUNS images per measurement, or as many as fit into MAX_SECONDS, but at least MIN_RUNS."""
+COLD_START = """
 from snoopi_rt.cli.main import main
 try:
     main(prog_name="snoopi-rt")
@@ -37,39 +37,39 @@ finally:
     except OSError:
         pass
 """
-"""The command line as a program that tells its peak memory itself: on Linux, what `wait4` tells begins with the parent's."""
+"""The command line as a program that prints its own peak memory: on Linux, that of `wait4` includes the parent's."""
 
 
 Variants = dict[str, Variant]
 Timings = dict[str, dict[str, list[float]]]
-"""Seconds by way ("plain", "negative"), then by stage or "total"."""
+"""Seconds by kind of image ("plain", "negative"), then by stage or "total"."""
 
 
 def bench(
-    bundle: Bundle, engines: list[str], precision: str | None, threads: int | None, runs: int | None, say: Callable[[str], None]
+    bundle: Bundle, engines: list[str], precision: str | None, threads: int | None, runs: int | None, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """A document of the measurements (see `measure_engine` and `cold_start`).
+    """The measurements as a JSON document, see `measure_engine` and `cold_start`.
 
-    Without a precision every variant is measured; the fastest of each graph, and the image time with them, are kept for engine "auto".
-    "auto": the engine that "auto" takes from now on and its precisions, "remembered": whether that is by these measurements.
-    `say` is told about each step. Raises what `load` and `Pipeline.generate` raise.
+    Without a precision every variant is measured; the fastest of each graph, and the time per image with them, are stored for engine
+    "auto". "auto": the engine that "auto" uses from now on, and its precisions; "remembered": whether these measurements decide that.
+    `report` is called with a line before each step. Raises what `load` and `Pipeline.generate` raise.
     """
     if runs is not None:
         integer("runs", runs, 1)
     for engine in engines:
         check_engine(engine)
-    # Before the first is measured: that takes a while.
+    # Checked before the first is measured, which takes a while.
     selected = {engine: select_variants(bundle, engine, precision) for engine in engines}
     results: dict[str, dict[str, Any]] = {}
     for engine, fixed in selected.items():
         variants = {graph: [fixed[graph]] if precision else list(bundle.variants(graph, engine)) for graph in fixed}
-        found = measure_engine(bundle, engine, variants, threads, runs, say)
-        say(f"{engine}: two cold starts")
-        chosen = ",".join(f"{graph}={name}" for graph, name in found["precision"].items())
-        results[engine] = {**found, "cold_start": cold_start(bundle.folder, engine, chosen, threads, _prompt(bundle, 0))}
+        result = measure_engine(bundle, engine, variants, threads, runs, report)
+        report(f"{engine}: two cold starts")
+        chosen = ",".join(f"{graph}={name}" for graph, name in result["precision"].items())
+        results[engine] = {**result, "cold_start": cold_start(bundle.folder, engine, chosen, threads, _prompt(bundle, 0))}
     cache, measured = Cache(), {}
     if precision is None and threads is None:
-        measured = {engine: Measured(found["precision"], found["plain"]["total"]["p50"]) for engine, found in results.items()}
+        measured = {engine: Measurement(result["precision"], result["plain"]["total"]["p50"]) for engine, result in results.items()}
         remember(bundle, cache, measured)
     remembered = bool(measured) and measurements(bundle, cache).items() >= measured.items()
     return {
@@ -85,78 +85,86 @@ def bench(
 
 def _auto(bundle: Bundle, cache: Cache) -> dict[str, Any]:
     try:
-        return asdict(choose(bundle, cache))
-    except (BundleError, EngineMissing):  # only engines that auto never takes by itself were measured
+        return asdict(choose_engine(bundle, cache))
+    except (BundleError, EngineMissing):  # none of the measured engines is ever chosen by auto
         return {"engine": None, "precision": {}}
 
 
 def measure_engine(
-    bundle: Bundle, engine: str, variants: dict[str, list[Variant]], threads: int | None, runs: int | None, say: Callable[[str], None]
+    bundle: Bundle, engine: str, variants: dict[str, list[Variant]], threads: int | None, runs: int | None, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What each variant takes, the fastest of each graph, and what an image takes with those, plain and with a negative prompt.
+    """The time of each variant, the fastest of each graph, and the time per image with those, plain and with a negative prompt.
 
-    "variants": by graph and precision the p50 and p95 in seconds; "precision": the fastest by graph; "plain" and "negative": p50 and p95 by
-    stage and in "total"; "provider"; "runs": how many images each of the two figures is of.
+    "variants": p50 and p95 in seconds by graph and precision; "precision": the fastest by graph; "plain" and "negative": p50 and p95 by
+    stage and in "total"; "provider"; "runs": the number of images of each kind.
     """
     rounds = max(map(len, variants.values()))
-    taken: dict[str, dict[str, dict[str, float]]] = {graph: {} for graph in variants}
+    latencies: dict[str, dict[str, dict[str, float]]] = {graph: {} for graph in variants}
     with tempfile.TemporaryDirectory() as scratch:
-        # Too small for the compiled form of a large model: that of variants that lose is nobody's.
+        # Too small for a large compiled model: nobody needs those of variants that lose.
         cache = Cache(Path(scratch), limit=2**28)
 
         def measure_variants(chosen: Variants, series: int) -> tuple[Timings, str]:
-            say(f"{engine}: images with {format_precision(chosen)}")
+            report(f"{engine}: images with {format_precision(chosen)}")
             narrowed = replace(bundle, graphs={graph: (variant,) for graph, variant in chosen.items()})
             with open_pipeline(narrowed, engine, None, threads, cache) as pipe:
                 return measure(pipe, runs, series), pipe.provider
 
         for round in range(rounds):
-            places = {graph: min(round, len(each) - 1) for graph, each in variants.items()}
+            places = {graph: min(round, len(variants[graph]) - 1) for graph in variants}
             chosen = {graph: variants[graph][place] for graph, place in places.items()}
-            # The same prompts as long as the text encoder is the same: a large one need not run for those that are in the cache.
+            # The same prompts while the text encoder is the same: cached ones need not be encoded again.
             timings, provider = measure_variants(chosen, places.get("text_encoder", 0))
             for graph, variant in chosen.items():
-                taken[graph].setdefault(variant.precision, _percentiles(timings["plain"][graph]))
-        best = {graph: min(each, key=lambda variant: taken[graph][variant.precision]["p50"]) for graph, each in variants.items()}
+                latencies[graph].setdefault(variant.precision, _percentiles(timings["plain"][graph]))
+        best = {graph: min(variants[graph], key=lambda variant: latencies[graph][variant.precision]["p50"]) for graph in variants}
         if rounds > 1:
             timings, provider = measure_variants(best, rounds)
     ways = {way: {stage: _percentiles(seconds) for stage, seconds in stages.items()} for way, stages in timings.items()}
     precision = {graph: variant.precision for graph, variant in best.items()}
-    return {"provider": provider, "variants": taken, "precision": precision, **ways, "runs": len(timings["plain"]["total"])}
+    return {"provider": provider, "variants": latencies, "precision": precision, **ways, "runs": len(timings["plain"]["total"])}
+
+
+def bench_prompts(bundle: Bundle) -> tuple[str, str | None]:
+    """A prompt and a negative prompt that the bundle can draw; None if it supports no negative prompts."""
+    if "text_encoder" not in bundle.graphs:
+        first, last = _prompt(bundle, 0), _prompt(bundle, -1)
+        return first, None if bundle.guidance.kind == "none" else last
+    return PROMPT, None if bundle.guidance.kind == "none" else NEGATIVE
 
 
 def measure(pipe: Pipeline, runs: int | None, series: int = 0) -> Timings:
-    """The seconds of each run by stage, "plain" and with a "negative", taken in turns so that both meet the same machine.
+    """The seconds of each run by stage, "plain" and with a "negative" prompt, alternating so that both meet the same conditions.
 
-    Every prompt of a series is a new one, so the text encoder runs for every image; the negative prompt is encoded once, before.
+    Every prompt of a series is new, so the text encoder runs for every image; the negative prompt is encoded once, beforehand.
     """
     bundle, first = pipe.bundle, 10_000 * series
-    ways: dict[str, str | None] = {"plain": None}
+    negatives: dict[str, str | None] = {"plain": None}
     if bundle.guidance.kind != "none":
-        ways["negative"] = NEGATIVE if "text_encoder" in bundle.graphs else _prompt(bundle, first)
-    for negative in ways.values():
+        negatives["negative"] = NEGATIVE if "text_encoder" in bundle.graphs else _prompt(bundle, first)
+    for negative in negatives.values():
         pipe.generate(_prompt(bundle, first), negative, seed=0, truncate=True)
-    timings: Timings = {way: {stage: [] for stage in (*STAGES, "total")} for way in ways}
+    timings: Timings = {way: {stage: [] for stage in (*STAGES, "total")} for way in negatives}
     start = time.perf_counter()
     for run in range(RUNS if runs is None else runs):
-        if runs is None and run >= LEAST and time.perf_counter() - start > SECONDS * len(ways):
+        if runs is None and run >= MIN_RUNS and time.perf_counter() - start > MAX_SECONDS * len(negatives):
             break
-        for place, (way, negative) in enumerate(ways.items(), 1):
-            prompt = _prompt(bundle, first + len(ways) * run + place)
+        for place, (way, negative) in enumerate(negatives.items(), 1):
+            prompt = _prompt(bundle, first + len(negatives) * run + place)
             for stage, seconds in pipe.generate(prompt, negative, seed=run, truncate=True).timings.items():
                 timings[way][stage].append(seconds)
     return timings
 
 
 def cold_start(folder: Path, engine: str, precision: str | None, threads: int | None, prompt: str = PROMPT) -> dict[str, float | None]:
-    """The seconds from process start to written PNG with an empty cache ("first") and again with what that left there.
+    """The seconds from process start to written PNG with an empty cache ("first") and with the one it filled ("again").
 
-    Also the first one's peak memory in bytes and that of the second ("peak_again"), None where the system does not say.
+    Also the peak memory of both in bytes ("peak_memory", "peak_again"), None if the system does not report it.
     """
     words = ["generate", prompt, "--bundle", str(folder), "--engine", engine, "--force", "--truncate"]
     words += [] if precision is None else ["--precision", precision]
     words += [] if threads is None else ["--threads", str(threads)]
-    # Beside the real cache: compiled models take gigabytes, and the system's folder for temporary files may lie in memory.
+    # Inside the real cache: compiled models take gigabytes, and the system's temporary folder may be in memory.
     real = Cache()
     with tempfile.TemporaryDirectory(dir=None if real.problem() else real.path) as scratch:
         words += ["--output", str(Path(scratch) / "image.png")]
@@ -167,14 +175,14 @@ def cold_start(folder: Path, engine: str, precision: str | None, threads: int | 
 
 
 def table(document: dict[str, Any]) -> str:
-    """The document as lines for people."""
+    """The document as a table for people."""
     lines = [f"{'milliseconds':46}{'p50':>10}{'p95':>10}"]
     for engine, result in document["engines"].items():
         for graph, variants in result["variants"].items():
-            for precision, taken in variants.items():
+            for precision, latency in variants.items():
                 fastest = "  fastest" if len(variants) > 1 and result["precision"][graph] == precision else ""
-                lines.append(_line(f"{engine} {graph} {precision}", taken) + fastest)
-        for way, words in ("plain", "an image"), ("negative", "an image with a negative prompt"):
+                lines.append(_line(f"{engine} {graph} {precision}", latency) + fastest)
+        for way, words in ("plain", "image"), ("negative", "image with a negative prompt"):
             if way in result:
                 lines.append(_line(f"{engine} {words}", result[way]["total"]))
     for engine, result in document["engines"].items():
@@ -190,18 +198,18 @@ def table(document: dict[str, Any]) -> str:
 
 
 def verdict(document: dict[str, Any]) -> str:
-    """Which engine `auto` takes from now on, and why it is not the fastest of these where nothing was remembered."""
+    """Which engine `auto` uses from now on, and if nothing was remembered why not."""
     auto = document["auto"]
-    takes = "takes none" if auto["engine"] is None else f"takes {auto['engine']} in {format_names(auto['precision'])}"
+    uses = "uses none" if auto["engine"] is None else f"uses {auto['engine']} in {format_names(auto['precision'])}"
     if auto["remembered"]:
-        return f"from now on --engine auto {takes}"
+        return f"from now on --engine auto {uses}"
     problem = Cache().problem()
-    why = f"nothing is kept in {Cache().path}: {problem}" if problem else "figures of a given --precision or --threads are not remembered"
-    return f"--engine auto {takes}, as before: {why}"
+    why = f"nothing is cached in {Cache().path}: {problem}" if problem else "measurements with --precision or --threads are not remembered"
+    return f"--engine auto {uses}, as before: {why}"
 
 
-def _line(words: str, taken: dict[str, float]) -> str:
-    return f"{words:46}{1000 * taken['p50']:10.1f}{1000 * taken['p95']:10.1f}"
+def _line(label: str, latency: dict[str, float]) -> str:
+    return f"{label:46}{1000 * latency['p50']:10.1f}{1000 * latency['p95']:10.1f}"
 
 
 def _mebibytes(size: int | None) -> str:
@@ -209,7 +217,7 @@ def _mebibytes(size: int | None) -> str:
 
 
 def _prompt(bundle: Bundle, number: int) -> str:
-    """A prompt of its own for each number, all of one length, or one that the bundle knows where it has no text encoder."""
+    """A different prompt for each number, all of equal length; one that the bundle carries if it has no text encoder."""
     if bundle.prompts is None or "text_encoder" in bundle.graphs:
         return f"{100_000 + number} {PROMPT}"
     return bundle.prompts.texts[number % len(bundle.prompts.texts)]
@@ -220,13 +228,13 @@ def _percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def _run(words: list[str], environment: dict[str, str]) -> tuple[float, int | None]:
-    """The wall-clock seconds of `snoopi-rt WORDS` and the peak memory in bytes that it tells, None where it tells none."""
+    """The wall-clock seconds of `snoopi-rt WORDS`, and the peak memory in bytes that it printed, None if it printed none."""
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-P", "-c", COLD, *words], env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=False
+        [sys.executable, "-P", "-c", COLD_START, *words], env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=False
     )
     seconds = time.perf_counter() - start
     if done.returncode != 0:
-        raise EngineError(f"the cold start ended with code {done.returncode}: {join(['snoopi-rt', *words])}")
+        raise EngineError(f"the cold start exited with code {done.returncode}: {join(['snoopi-rt', *words])}")
     peak = re.search(r"^VmHWM:\s+(\d+) kB$", done.stdout, re.MULTILINE)
     return seconds, None if peak is None else int(peak[1]) * 1024

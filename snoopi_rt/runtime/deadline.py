@@ -1,4 +1,4 @@
-"""How long a call may take, and whether anybody still waits for it."""
+"""How long a call may take, and whether it was cancelled."""
 
 import time
 from collections.abc import Sequence
@@ -8,18 +8,18 @@ from typing import Any, Protocol
 from snoopi_rt.errors import Cancelled, InputError
 from snoopi_rt.request import shown
 
-LONGEST = 10**9
-"""Seconds, some 32 years: what is longer is no number of them, or does not fit a clock."""
+MAX_SECONDS = 10**9
+"""Some 32 years; more may not fit a clock."""
 
 
 class Event(Protocol):
-    """A threading.Event, or whatever else can say whether it is set."""
+    """A threading.Event, or anything else with `is_set`."""
 
     def is_set(self) -> bool: ...
 
 
 class AllSet:
-    """An Event that is set once all of some events are: nobody waits for a call that they share."""
+    """An Event that is set once all of the given events are: then nobody waits any longer for a call that they share."""
 
     def __init__(self, events: Sequence[Event]) -> None:
         self._events = events
@@ -29,21 +29,21 @@ class AllSet:
 
 
 class Deadline:
-    """Asked before every stage: a stage that has begun is finished.
+    """Checked before every stage: a stage that has begun is finished.
 
-    timeout: seconds from now on, None is no limit. cancel: an event that anybody may set. Raises InputError for a timeout that is none.
+    timeout: seconds from now, None for no limit. cancel: an event that cancels the call. Raises InputError for an invalid timeout.
     """
 
     def __init__(self, timeout: Any = None, cancel: Event | None = None) -> None:
         real = isinstance(timeout, Real) and not isinstance(timeout, bool)
-        if timeout is not None and not (real and 0 < timeout <= LONGEST):
-            raise InputError(f"timeout must be a positive number of seconds, at most {LONGEST}, got {shown(timeout)}")
+        if timeout is not None and not (real and 0 < timeout <= MAX_SECONDS):
+            raise InputError(f"timeout must be a positive number of seconds, at most {MAX_SECONDS}, got {shown(timeout)}")
         self._timeout, self._cancel = timeout, cancel
         self._end = None if timeout is None else time.monotonic() + timeout
 
     def check(self, stage: str) -> None:
-        """Returns when the stage may begin, else raises Cancelled."""
+        """Raises Cancelled if the stage may no longer begin."""
         if self._cancel is not None and self._cancel.is_set():
             raise Cancelled(f"cancelled before {stage}")
         if self._end is not None and time.monotonic() >= self._end:
-            raise Cancelled(f"the timeout of {self._timeout:g} s is over before {stage}")
+            raise Cancelled(f"the timeout of {self._timeout:g} s expired before {stage}")

@@ -1,4 +1,4 @@
-"""Requests, their prompts' states and their seeds to the generator's inputs (design.md 4), in batches. Knows no engine."""
+"""The generator's inputs, in batches, from requests, the states of their prompts and their seeds. Knows no engine."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -17,7 +17,7 @@ from snoopi_rt.runtime.shape_ranges import TOKENS
 def in_batches(
     requests: Sequence[Request], states: Mapping[str, States], inputs: Sequence[TensorSpec], max_batch: int
 ) -> Iterator[list[Request]]:
-    """The requests in order, at most `max_batch` at once; a graph without masks gets prompts of one length at once."""
+    """The requests in order, in batches of at most `max_batch`; a graph without masks gets only prompts of equal length in a batch."""
     names = {spec.name for spec in inputs}
 
     def lengths(request: Request) -> tuple[int, int]:
@@ -30,7 +30,7 @@ def in_batches(
             yield batch[start : start + max_batch]
 
 
-def generator_feeds(
+def generator_inputs(
     batch: Sequence[Request],
     states: Mapping[str, States],
     inputs: Sequence[TensorSpec],
@@ -38,10 +38,10 @@ def generator_feeds(
     size: tuple[int, int],
     longest: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """The arrays for those inputs that the generator lists. Raises BundleError for one that is unknown.
+    """The arrays of the inputs that the generator lists, by name. Raises BundleError for an unknown input.
 
-    `longest`: given for an engine that is fastest for shapes that it has seen, the most tokens that a prompt can have: masked prompts are
-    then filled to a multiple of TOKENS.
+    `longest`: the largest number of tokens of a prompt, for engines that prefer fixed shapes: masked prompts are padded to a multiple of
+    TOKENS.
     """
     prompts, negatives = zip(*(_states(request, states) for request in batch), strict=True)
     shapes = {spec.name: spec.shape for spec in inputs}
@@ -50,7 +50,7 @@ def generator_feeds(
     shape = (latent.channels, size[0] // latent.factor, size[1] // latent.factor)
     steps = shapes["renoise"][1] or 0 if "renoise" in shapes else 0
     noise, renoise = zip(*(draw_noise(request.seed, shape, steps) for request in batch), strict=True)
-    feeds: dict[str, Any] = {
+    arrays: dict[str, Any] = {
         "noise": np.stack(noise),
         "renoise": np.stack(renoise),
         "prompt_states": prompt_states,
@@ -60,30 +60,30 @@ def generator_feeds(
         "negative_scale": np.array([0.0 if request.negative_scale is None else request.negative_scale for request in batch], np.float32),
     }
     if "prompt_pooled" in shapes:
-        feeds["prompt_pooled"] = np.concatenate([states[request.prompt]["pooled"] for request in batch])
-    if unknown := shapes.keys() - feeds.keys():
-        raise BundleError(f"the generator takes {min(unknown)!r}, which this snoopi-rt cannot give")
-    return {name: feeds[name] for name in shapes}
+        arrays["prompt_pooled"] = np.concatenate([states[request.prompt]["pooled"] for request in batch])
+    if unknown := shapes.keys() - arrays.keys():
+        raise BundleError(f"the generator takes {min(unknown)!r}, which this snoopi-rt does not provide")
+    return {name: arrays[name] for name in shapes}
 
 
 def draw_noise(seed: int, shape: tuple[int, ...], steps: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The noise of one image and that of its `steps` later steps, float32 `shape` and (steps, *shape).
 
-    RandomState is the one generator whose stream numpy promises never to change.
+    RandomState is the only generator whose stream numpy guarantees never to change.
     """
     stream = np.random.RandomState(seed)
     return stream.standard_normal(shape).astype(np.float32), stream.standard_normal((steps, *shape)).astype(np.float32)
 
 
 def _states(request: Request, states: Mapping[str, States]) -> tuple[np.ndarray, np.ndarray]:
-    """The prompt's and the negative's states; no negative is one zero token, which scale 0 leaves without effect."""
+    """The states of the prompt and of the negative prompt; without one it is one zero token, which has no effect at scale 0."""
     prompt = states[request.prompt]["states"]
     negative = np.zeros_like(prompt[:, :1]) if request.negative_prompt is None else states[request.negative_prompt]["states"]
     return prompt, negative
 
 
 def _padded(states: Sequence[np.ndarray], longest: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """States of (1, T, D) each as one (B, max T, D), zeros behind, and the mask of what is real (B, max T)."""
+    """States (1, T, D) each, stacked to (B, max T, D) with zeros as padding, and the mask of real tokens (B, max T)."""
     tokens = max(state.shape[1] for state in states)
     if longest is not None:
         tokens = min(-(-tokens // TOKENS) * TOKENS, longest)

@@ -1,4 +1,4 @@
-"""A graph as an engine that is opened when it is first needed, and whose memory can be given back in between."""
+"""An engine that is opened when it is first needed, and whose memory can be released in between."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from snoopi_rt.errors import EngineError
 
 
 class LazyEngine:
-    """Opens its engine once, however many threads ask; after `release` it opens it again, after `stop` never."""
+    """Opens its engine once, however many threads call it; after `release` it is opened again, after `stop` never."""
 
     def __init__(self, open_engine: Callable[[], Engine]) -> None:
         self._open_engine = open_engine
@@ -22,7 +22,7 @@ class LazyEngine:
         self._changed = threading.Condition(threading.Lock())
 
     def __call__(self, **arrays: Any) -> dict[str, np.ndarray]:
-        """What the engine gives for the arrays. Raises as `open` does, and what the engine raises."""
+        """The engine's outputs. Raises what `open` raises, and what the engine raises."""
         with self._changed:
             engine = self._opened()
             self._running += 1
@@ -30,7 +30,7 @@ class LazyEngine:
             return engine(**arrays)
         finally:
             with self._changed:
-                # Whoever closes meanwhile frees it: this thread must not once the process ends.
+                # Whoever closes meanwhile frees it: this thread must not free it while the process exits.
                 del engine
                 self._running -= 1
                 self._changed.notify_all()
@@ -48,14 +48,14 @@ class LazyEngine:
             engine.close()
 
     def stop(self) -> None:
-        """No call begins any more."""
+        """Refuses all further calls."""
         self._closed = True
 
     def close(self, seconds: float) -> None:
-        """Stops, and frees the engine for good when its calls are over, or after so many seconds: then each call frees its part."""
+        """Stops, and frees the engine once its calls have finished; after `seconds` each call that still runs frees its part."""
         self.stop()
         end = time.monotonic() + seconds
-        if not self._changed.acquire(timeout=seconds):  # it is being opened, and closed when that is done
+        if not self._changed.acquire(timeout=seconds):  # it is being opened, and closed once that is done
             return
         try:
             while self._running and (rest := end - time.monotonic()) > 0:

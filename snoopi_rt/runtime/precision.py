@@ -1,4 +1,4 @@
-"""The precision of each graph: as people write it, and the variants that it means."""
+"""The precision of each graph: as users write it, and the variants it selects."""
 
 from collections.abc import Mapping
 
@@ -7,52 +7,52 @@ from snoopi_rt.errors import InputError
 
 
 def parse_precision(text: str) -> dict[str, str]:
-    """The precision by graph: "int8" is that of all graphs, "generator=int8,decoder=fp16" those of the graphs that it names.
+    """The precision by graph: "int8" applies to all graphs, "generator=int8,decoder=fp16" to the named ones.
 
-    Raises InputError for an unknown graph, one named twice and a missing name. Which precisions there are, the bundle knows.
+    Raises InputError for an unknown or repeated graph and for a missing name. Whether a precision exists depends on the bundle.
     """
     if text.strip() and not {"=", ","} & set(text):
         return dict.fromkeys(GRAPHS, text.strip())
-    given: dict[str, str] = {}
+    precisions: dict[str, str] = {}
     for part in text.split(","):
         graph, _, name = (word.strip() for word in part.partition("="))
         if not graph or not name:
             raise InputError(f"precision {text!r} is neither one name, such as int8, nor graph=name,graph=name")
         if graph not in GRAPHS:
             raise InputError(f"precision {text!r}: unknown graph {graph!r}, choose from {', '.join(GRAPHS)}")
-        if graph in given:
+        if graph in precisions:
             raise InputError(f"precision {text!r} names {graph} twice")
-        given[graph] = name
-    return given
+        precisions[graph] = name
+    return precisions
 
 
 def format_precision(variants: Mapping[str, Variant]) -> str:
-    """The variants' precisions as `parse_precision` reads them."""
+    """The precisions of variants in the form that `parse_precision` reads."""
     return format_names({graph: variant.precision for graph, variant in variants.items()})
 
 
 def format_names(names: Mapping[str, str]) -> str:
-    """The precisions by graph as `parse_precision` reads them."""
-    alike = set(names.values())
-    return alike.pop() if len(alike) == 1 else ",".join(f"{graph}={name}" for graph, name in names.items())
+    """Precisions by graph in the form that `parse_precision` reads."""
+    distinct = set(names.values())
+    return distinct.pop() if len(distinct) == 1 else ",".join(f"{graph}={name}" for graph, name in names.items())
 
 
 def select_variants(bundle: Bundle, engine: str, precision: str | Mapping[str, str] | None = None) -> dict[str, Variant]:
-    """The variant of every graph for the engine, the bundle's first where no precision is given.
+    """The variant of every graph for the engine, by default the bundle's first.
 
-    Graphs have their own precisions, so a single name is that of the graphs that have it. Raises BundleError for an engine that the bundle
-    does not serve, InputError for a precision or graph that it has not.
+    Graphs differ in their precisions, so a single name applies to the graphs that have it. Raises BundleError for an engine that the bundle
+    does not support, InputError for a precision or graph that it does not have.
     """
     variants = {graph: bundle.variant(graph, engine) for graph in bundle.graphs}
     if precision is None:
         return variants
-    given = parse_precision(precision) if isinstance(precision, str) else precision
+    precisions = parse_precision(precision) if isinstance(precision, str) else precision
     if isinstance(precision, str) and "=" not in precision:
         known = {graph: {variant.precision for variant in bundle.variants(graph, engine)} for graph in variants}
-        given = {graph: name for graph, name in given.items() if name in known.get(graph, ())}
-        if not given:
+        precisions = {graph: name for graph, name in precisions.items() if name in known.get(graph, ())}
+        if not precisions:
             names = ", ".join(sorted(set().union(*known.values())))
             raise InputError(f"bundle {bundle.name!r} has no precision {precision!r} for engine {engine!r}, choose from {names}")
-    if unknown := given.keys() - variants.keys():
+    if unknown := precisions.keys() - variants.keys():
         raise InputError(f"bundle {bundle.name!r} has no graph {min(unknown)!r}, choose from {', '.join(variants)}")
-    return {graph: bundle.variant(graph, engine, given.get(graph)) for graph in variants}
+    return {graph: bundle.variant(graph, engine, precisions.get(graph)) for graph in variants}

@@ -1,4 +1,4 @@
-"""A large latent decoded in overlapping tiles, so that memory is bounded by one tile and the image."""
+"""Decodes large latents in overlapping tiles, so that memory is bounded by one tile and the image."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ import numpy as np
 
 
 def decode_tiled(decode: Callable[[np.ndarray], np.ndarray], latent: np.ndarray, tile: int, overlap: int, factor: int) -> np.ndarray:
-    """The image (B, factor * h, factor * w, 3) uint8 of a latent (B, C, h, w), through `decode`, which makes the same of one tile.
+    """The image (B, factor * h, factor * w, 3) uint8 of a latent (B, C, h, w); `decode` does the same for one tile.
 
-    Tiles are at most `tile` latent pixels a side, all of one shape, and share `overlap` (less than `tile`) or more with each neighbour. The
-    outer quarter of what is shared is dropped, since a tile goes wrong near its edges, and over the middle half one tile fades into the
-    next. So the image is that of the whole latent wherever the decoder looks at most `overlap` / 4 far.
+    Tiles are at most `tile` latent pixels per side, all of the same shape, and overlap their neighbours by at least `overlap` (less than
+    `tile`). The outer quarter of each overlap is dropped, because tiles are wrong near their edges, and over the middle half one tile
+    fades into the next. The result equals that of the whole latent wherever the decoder's receptive field is at most `overlap` / 4.
     """
     if max(latent.shape[2:]) <= tile:
         return decode(latent)
@@ -25,7 +25,7 @@ def decode_tiled(decode: Callable[[np.ndarray], np.ndarray], latent: np.ndarray,
 
 
 def _fades(side: int, tile: int, overlap: int, factor: int) -> list[tuple[int, np.ndarray]]:
-    """Where each tile starts along a side, and its weight at each of its pixels (tile * factor,); at any pixel all weights sum to 1."""
+    """The start of each tile along a side, and its weight at each of its pixels (tile * factor,); at any pixel the weights sum to 1."""
     gaps = 0 if tile == side else -(-(side - tile) // (tile - overlap))
     starts = [i * (side - tile) // max(gaps, 1) for i in range(gaps + 1)]
     position = (np.arange(tile * factor, dtype=np.float32) + 0.5) / factor
@@ -33,7 +33,7 @@ def _fades(side: int, tile: int, overlap: int, factor: int) -> list[tuple[int, n
     total = np.zeros(side * factor, np.float32)
     fades = []
     for start in starts:
-        # The border of the image has no neighbour to fade into.
+        # There is no neighbour to fade into at the border of the image.
         fade = np.minimum(rising if start > 0 else 1, rising[::-1] if start + tile < side else 1) * np.ones_like(rising)
         total[start * factor :][: len(fade)] += fade
         fades.append((start, fade))

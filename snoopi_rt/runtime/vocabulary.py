@@ -1,7 +1,7 @@
-"""Whether a narrow model knows what a prompt asks for: its words are held against the vocabulary of bundle.json. No network is asked.
+"""Whether a narrow model can draw what a prompt asks for: its words are compared with the vocabulary in bundle.json. No model is run.
 
-The object of a prompt is the noun before its first preposition or verb: `a submarine` of "a huge red submarine in front of a castle".
-Several joined by "and a" must all be known; of several between commas one is enough.
+The object of a prompt is the noun before its first preposition or verb: `submarine` in "a huge red submarine in front of a castle".
+Objects joined by "and a" must all be known; of several separated by commas one is enough.
 """
 
 import re
@@ -23,25 +23,25 @@ from snoopi_rt.runtime.english import (
     TAILS,
 )
 
-NEAREST = 3
-"""How many objects a warning names."""
-LONGEST = 2000
-"""Characters of a prompt that are looked at."""
-LONGEST_NAME = 6
+MAX_SUGGESTIONS = 3
+"""How many similar objects a warning names."""
+MAX_CHARACTERS = 2000
+"""Characters of a prompt that are analysed."""
+MAX_NAME_WORDS = 6
 """Words of an object's name."""
-SHOWN = 60
+MAX_SHOWN = 60
 """Characters of an object that a warning shows."""
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """What a prompt asks for and its model does not know: `object` as the prompt says it, None where it names no object at all."""
+    """What a prompt asks for that the model cannot draw: `object` as in the prompt, None if the prompt names no object at all."""
 
     object: str | None
     nearest: tuple[str, ...] = ()
 
     def message(self, model: str) -> str:
-        """One line for people."""
+        """A warning in one line."""
         if self.object is None:
             return f"the prompt names no object that {model} knows"
         return f"{model} does not know {self.object!r}" + (f"; nearest: {', '.join(self.nearest)}" if self.nearest else "")
@@ -49,7 +49,7 @@ class Unknown:
 
 @dataclass
 class _Word:
-    """A word of a prompt, or several that are the name of a known object."""
+    """A word of a prompt, or several words that name a known object."""
 
     text: str
     object: str | None = None
@@ -57,7 +57,7 @@ class _Word:
 
 @dataclass
 class _Part:
-    """A noun with the words before it: what is left of them when those are dropped that name nothing."""
+    """A noun and the words before it, without those that name nothing."""
 
     words: list[_Word] = field(default_factory=list)
 
@@ -67,13 +67,13 @@ class _Part:
 
 
 class Matcher:
-    """Finds the objects of a vocabulary in prompts, in any case, as plurals and as synonyms, with or without spaces and hyphens."""
+    """Finds the objects of a vocabulary in prompts, in any case, including plurals and synonyms, with or without spaces and hyphens."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._objects: dict[str, str] = {}
         names = [(name, name) for name in vocabulary.objects]
         names += [(synonym, name) for name, synonyms in vocabulary.objects.items() for synonym in synonyms]
-        for spelling, name in names:  # first the names themselves: another object's synonym does not hide them
+        for spelling, name in names:  # names first, so that another object's synonym does not hide them
             for form in _forms(_words(spelling)):
                 self._objects.setdefault(form, name)
         self._related: dict[str, list[str]] = {}
@@ -85,7 +85,7 @@ class Matcher:
         self._no_objects = NO_OBJECTS.union(*([word] for kind in (vocabulary.colours, vocabulary.counts) for word in map(str.lower, kind)))
 
     def unknown(self, prompt: str) -> Unknown | None:
-        """What is not known of what the prompt asks for; None where it is known."""
+        """What the prompt asks for that is not in the vocabulary; None if nothing is missing."""
         segments = [[part for part in segment if part.words] for segment in self._segments(prompt)]
         segments = [segment for segment in segments if segment]
         if any(all(part.object for part in segment) for segment in segments):
@@ -96,8 +96,8 @@ class Matcher:
         return Unknown(self._named(part), tuple(self._nearest(part)))
 
     def _segments(self, prompt: str) -> Iterator[list[_Part]]:
-        """What stands between commas and the like, as the parts that "and" joins."""
-        for text in re.split(r"[^\w\s'\u2019&+-]+", _plain(prompt[:LONGEST])):
+        """The segments between punctuation, each as the parts that "and" joins."""
+        for text in re.split(r"[^\w\s'\u2019&+-]+", _plain(prompt[:MAX_CHARACTERS])):
             words = _words(text)
             for phrase in self._phrases:
                 words = _without(words, phrase)
@@ -107,10 +107,10 @@ class Matcher:
             yield self._parts(grouped)
 
     def _grouped(self, words: Sequence[str]) -> list[_Word]:
-        """The words, with those of a known name as one: the longest name first."""
+        """The words, with known names of several words merged, the longest match first."""
         grouped, start = [], 0
         while start < len(words):
-            for end in range(min(start + LONGEST_NAME, len(words)), start, -1):
+            for end in range(min(start + MAX_NAME_WORDS, len(words)), start, -1):
                 name = self._objects.get("".join(words[start:end]))
                 if name is not None and not (end - start > 1 and words[start] in DETERMINERS):
                     break
@@ -129,7 +129,7 @@ class Matcher:
                 if following in DETERMINERS and part.words:
                     parts.append(_Part())
             elif word.text == "of" and part.words:
-                # Of a bowl of soup it is the soup, of a king of spades the king; one that is known is enough.
+                # In a bowl of soup it is the soup, in a king of spades the king; one known object is enough.
                 rest = self._parts(words[place + 1 :])
                 if not rest[0].words or not (part.words[-1].text in CONTAINERS or (rest[0].object and not part.object)):
                     rest[0] = part
@@ -145,45 +145,45 @@ class Matcher:
         return parts
 
     def _ends(self, word: str, part: _Part) -> bool:
-        """Whether the noun stands before this word, in the place of which a place or a deed begins."""
+        """Whether this word ends the noun phrase, because a place or an action follows."""
         if word in BOUNDARIES:
             return True
-        deed = len(word) > 4 and word.endswith(("ing", "ed"))
-        return deed and any(known.object or not _may_be_adjective(known.text) for known in part.words)
+        is_verb = len(word) > 4 and word.endswith(("ing", "ed"))
+        return is_verb and any(known.object or not _may_be_adjective(known.text) for known in part.words)
 
     def _named(self, part: _Part) -> str:
-        """The noun; behind a known object where that tells what it is: `train station`."""
+        """The noun, with the known object before it that qualifies it: `train station`."""
         *before, noun = part.words
         text = " ".join(word.text for word in (*self._modifiers(before[-1:]), noun))
-        return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
     def _modifiers(self, words: Sequence[_Word]) -> list[_Word]:
-        """Known objects among the words, but for colours that are fruits, too."""
+        """Known objects among the words, except colours that are also fruits."""
         return [word for word in words if word.object and word.text not in self._no_objects]
 
     def _nearest(self, part: _Part) -> list[str]:
-        """Objects that share a word with the noun or mean nearly the same; without any, those that are spelled nearly so."""
+        """Objects that share a word with the noun or have a similar meaning; if there are none, those with a similar spelling."""
         noun = part.words[-1].text
         shared = [str(word.object) for word in self._modifiers(part.words)]
         shared += [name for words, name in self._names if noun in words and len(noun) > 2]
-        alike = (name for form, name in self._objects.items() if _may_be_meant(noun, form))
+        similar = (name for form, name in self._objects.items() if _is_typo(noun, form))
         related = self._related.get(noun) or self._related.get(noun.removesuffix("s"), [])
-        return list(dict.fromkeys([*shared, *related] or alike))[:NEAREST]
+        return list(dict.fromkeys([*shared, *related] or similar))[:MAX_SUGGESTIONS]
 
 
 def _plain(text: str) -> str:
     """In lower case and without accents."""
-    apart = unicodedata.normalize("NFKD", text.replace("_", " ")).casefold()
-    return unicodedata.normalize("NFC", "".join(char for char in apart if not unicodedata.combining(char)))
+    decomposed = unicodedata.normalize("NFKD", text.replace("_", " ")).casefold()
+    return unicodedata.normalize("NFC", "".join(char for char in decomposed if not unicodedata.combining(char)))
 
 
 def _words(text: str) -> list[str]:
-    """Words without hyphens, apostrophes and the genitive's s."""
+    """The words, split at hyphens, without apostrophes and possessive s."""
     return [re.sub(r"['\u2019]s?$|['\u2019]", "", word) for word in re.findall(r"[^\W_]+(?:['\u2019][^\W_]*)?|[&+]", _plain(text))]
 
 
 def _without(words: list[str], phrase: list[str]) -> list[str]:
-    """The words without a phrase, wherever it stands."""
+    """The words without any occurrence of a phrase."""
     size = len(phrase)
     for start in range(len(words) - size, -1, -1):
         if words[start : start + size] == phrase:
@@ -192,7 +192,7 @@ def _without(words: list[str], phrase: list[str]) -> list[str]:
 
 
 def _forms(words: Sequence[str]) -> Iterator[str]:
-    """A name's spellings without spaces: as it is, then as other number, faces also as emoji."""
+    """A name's spellings without spaces: as it is, then in the other number; faces also as emoji."""
     *rest, last = words
     start = "".join(rest)
     yield start + last
@@ -221,14 +221,14 @@ def _forms(words: Sequence[str]) -> Iterator[str]:
         yield from (head + "".join(rest[place:]) + last for head in _forms(rest[:place]))
 
 
-def _may_be_meant(word: str, form: str) -> bool:
-    """Whether the word is the other with a typing error behind its first letter: of seven letters and more with two."""
+def _is_typo(word: str, form: str) -> bool:
+    """Whether the word is the other with a typo after its first letter; with seven letters or more, two."""
     errors = 0 if len(word) < 4 else 1 if len(word) < 7 else 2
     return word[:1] == form[:1] and abs(len(word) - len(form)) <= errors and _distance(word, form) <= errors
 
 
 def _distance(one: str, other: str) -> int:
-    """Letters to put in, take away, replace or swap with the next that make one word of the other."""
+    """The Damerau-Levenshtein distance of two words."""
     last: list[int] = []
     row = list(range(len(other) + 1))
     for i, letter in enumerate(one, 1):

@@ -1,32 +1,52 @@
-"""Answers that are not 200: what they mean, and their form, which is OpenAI's."""
+"""Answers other than 200: what they mean, and their form, which is OpenAI's."""
 
-from fastapi import Response
+from typing import Any
+
+from fastapi import Request, Response
 
 from snoopi_rt.server import schema
 
-CODES = {
-    400: "Something that cannot be asked.",
-    401: "No key, or a wrong one.",
-    404: "An unknown model.",
-    408: "The body did not come.",
+STATUS_CODES = {
+    400: "The request is invalid.",
+    401: "The API key is missing or wrong.",
+    404: "The model is unknown.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not JSON.",
-    421: "Called by a name that is not this server's.",
-    429: "Too many images wait; Retry-After says when to come back.",
-    500: "A picture could not be made.",
-    503: "A model that cannot be served, or not yet.",
-    504: "No image within the time.",
+    421: "The server was called by a name that is not its own.",
+    429: "The queue is full; Retry-After says when to try again.",
+    500: "The image could not be drawn.",
+    503: "The model is broken, or still loading.",
+    504: "The image was not drawn in time.",
 }
 
 
-class Refused(Exception):
-    """An answer other than 200."""
+class HttpError(Exception):
+    """An answer other than 200. `type` is OpenAI's word for the kind of error."""
 
-    def __init__(self, code: int, message: str, kind: str = "invalid_request_error", headers: dict[str, str] | None = None) -> None:
+    def __init__(self, status: int, message: str, type: str = "invalid_request_error", headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
-        self.code, self.kind, self.headers = code, kind, headers or {}
+        self.status, self.type, self.headers = status, type, headers or {}
 
     def response(self) -> Response:
-        """In OpenAI's form."""
-        failure = schema.Failure(error=schema.Problem(message=str(self), type=self.kind, code=str(self.code)))
-        return Response(failure.model_dump_json(), self.code, self.headers, "application/json")
+        """The answer in OpenAI's form."""
+        body = schema.ErrorResponse(error=schema.Error(message=str(self), type=self.type, code=str(self.status)))
+        return Response(body.model_dump_json(), self.status, self.headers, "application/json")
+
+
+async def _not_found(request: Request, _: Exception) -> Response:
+    return HttpError(404, f"nothing is at {request.url.path[:200]}", "not_found_error").response()
+
+
+async def _method_not_allowed(request: Request, error: Exception) -> Response:
+    headers = getattr(error, "headers", None)
+    return HttpError(405, f"{request.url.path[:200]} does not take {request.method}", headers=headers).response()
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HttpError)
+    return error.response()
+
+
+HANDLERS: dict[Any, Any] = {404: _not_found, 405: _method_not_allowed, HttpError: _http_error}
+"""The application's exception handlers."""

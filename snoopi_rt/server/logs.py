@@ -1,4 +1,4 @@
-"""The log: lines of JSON, or lines for people at a terminal. It never waits for whoever reads them."""
+"""The log: JSON lines, or plain lines at a terminal. Logging never blocks, however slowly the log is read."""
 
 import json
 import logging
@@ -11,56 +11,60 @@ from typing import Any
 from snoopi_rt.shell import json_line, quote, visible
 
 log = logging.getLogger("snoopi_rt.server")
-WAITING_LINES = 1000
-"""Lines that wait for a reader who is slow; more are dropped, and counted."""
-LAST_SECONDS = 1.0
-"""How long the end of the process waits for a reader."""
+MAX_BUFFERED_LINES = 1000
+"""Lines that are buffered for a slow reader; more are dropped, and counted."""
+FLUSH_SECONDS = 1.0
+"""How long the end of the process waits for the reader."""
 
 
-def tell(what: str, people: str | None = None, **facts: Any) -> None:
-    """One line in the log: `what` happened and its facts; at a terminal `people` stands in their place."""
-    document = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "what": what, **facts}
-    log.info(json_line(document), extra={"people": people or what + in_words(facts)})
+def log_event(event: str, message: str | None = None, **fields: Any) -> None:
+    """Logs one event with its fields; a terminal shows `message` instead, by default the event and its fields."""
+    document = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **fields}
+    log.info(json_line(document), extra={"plain": message or event + plain_fields(fields)})
 
 
-def in_words(facts: dict[str, Any]) -> str:
-    """The facts for people, text as a shell reads it back."""
-    return "".join(f", {name} {quote(fact) if isinstance(fact, str) else fact}" for name, fact in facts.items())
+def plain_fields(fields: dict[str, Any]) -> str:
+    """The fields as plain text; strings are quoted as a shell reads them back."""
+    return "".join(f", {name} {quote(value) if isinstance(value, str) else value}" for name, value in fields.items())
 
 
 def write_logs(as_json: bool) -> "LineHandler":
     """Sends the log, and the warnings of all packages, to standard error from now on."""
     handler = LineHandler(2)
-    handler.setFormatter(JsonLines() if as_json else PeopleLines())
+    handler.setFormatter(JsonLines() if as_json else PlainLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(logging.INFO)
     return handler
 
 
 class JsonLines(logging.Formatter):
-    """What `tell` was told is JSON already; other packages' messages become JSON too."""
+    """Events are logged as JSON already; the messages of other packages become JSON too."""
 
     def format(self, record: logging.LogRecord) -> str:
-        if hasattr(record, "people"):
+        if hasattr(record, "plain"):
             return record.getMessage()
-        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-        document = {"time": moment, "what": record.levelname.lower(), "from": record.name, "message": record.getMessage()}
+        document = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "event": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
         if record.exc_info:
             document["traceback"] = self.formatException(record.exc_info)
         return json_line(document)
 
 
-class PeopleLines(logging.Formatter):
-    """A time and a sentence; what is foreign in it is written as a shell reads it back."""
+class PlainLines(logging.Formatter):
+    """A time and a message, with control characters escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = getattr(record, "people", None) or f"{record.levelname.lower()}: {record.getMessage()}"
+        text = getattr(record, "plain", None) or f"{record.levelname.lower()}: {record.getMessage()}"
         trace = self.formatException(record.exc_info).splitlines() if record.exc_info else []
         return time.strftime("%H:%M:%S ", time.localtime(record.created)) + "\n".join(map(visible, [text, *trace]))
 
 
 class LineHandler(logging.Handler):
-    """Writes lines to a file descriptor from a thread of its own: a pipe that nobody reads costs lines, never an answer."""
+    """Writes lines to a file descriptor from a thread of its own: a pipe that nobody reads loses lines but never blocks a request."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -72,16 +76,16 @@ class LineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
         with self._changed:
-            if len(self._lines) < WAITING_LINES:
+            if len(self._lines) < MAX_BUFFERED_LINES:
                 self._lines.append(line)
             else:
                 self._dropped += 1
             self._changed.notify_all()
 
     def flush(self) -> None:
-        """Returns when all lines are written, or after a second."""
+        """Waits until all lines are written, for at most a second."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._lines or self._broken, LAST_SECONDS)
+            self._changed.wait_for(lambda: not self._lines or self._broken, FLUSH_SECONDS)
 
     def _work(self) -> None:
         while not self._broken:
@@ -91,8 +95,8 @@ class LineHandler(logging.Handler):
             try:
                 self._write(line)
                 if dropped:
-                    self._write(json.dumps({"what": "the log was not read", "dropped": dropped}))
-            except OSError:  # whoever read it is gone
+                    self._write(json.dumps({"event": "log lines dropped", "dropped": dropped}))
+            except OSError:  # the reader has closed it
                 self._broken = True
             with self._changed:
                 self._lines.popleft()

@@ -24,10 +24,12 @@ from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.request import Request
 from snoopi_rt.result import Result
 from snoopi_rt.server.addresses import url
-from snoopi_rt.server.app import Settings, application, here, none_served
+from snoopi_rt.server.app import application
 from snoopi_rt.server.batcher import Drawing
-from snoopi_rt.server.logs import tell, write_logs
+from snoopi_rt.server.logs import log_event, write_logs
+from snoopi_rt.server.models import none_served, open_here
 from snoopi_rt.server.serve import GRACE, check_address
+from snoopi_rt.server.settings import Settings
 
 GONE = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
 """A replica died, or there is none at the moment."""
@@ -48,7 +50,7 @@ class Replica:
     async def __init__(self, name: str, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
         self._drawing: Drawing | None = None
         try:
-            self._drawing = await here(name, settings, lambda images: None)
+            self._drawing = await open_here(name, settings, lambda images: None)
         except SnoopiError as error:  # told when asked: Ray would try again for ever, and other bundles would not be served
             self._error = error
 
@@ -128,12 +130,12 @@ def deployed(settings: Settings, workers: Workers) -> serve.Application:
         .options(
             name=_deployment(name),
             # More than its queue takes: what is too much is refused there, and does not wait here.
-            max_ongoing_requests=settings.queue + settings.together + 1,
+            max_ongoing_requests=settings.queue + settings.max_batch + 1,
             # Twice what is drawn together: one batch is drawn while the next one gathers.
             autoscaling_config={
                 "min_replicas": workers.least,
                 "max_replicas": workers.most,
-                "target_ongoing_requests": 2 * settings.together,
+                "target_ongoing_requests": 2 * settings.max_batch,
                 "upscale_delay_s": UPSCALE,
             },
             ray_actor_options={"num_cpus": workers.cpus, "num_gpus": workers.gpus},
@@ -165,8 +167,8 @@ def serve_on_ray(settings: Settings, workers: Workers, host: str, port: int, log
         _start(host, port)
         with waiting_told():
             serve.run(deployed(settings, workers), name=NAME)
-        address = url(host, port, settings.root)
-        tell("ready", f"serving on {address} (Ctrl-C ends it)", models=list(settings.models), address=address)
+        address = url(host, port, settings.root_path)
+        log_event("ready", f"serving on {address} (Ctrl-C ends it)", models=list(settings.models), address=address)
         threading.Event().wait()
     except KeyboardInterrupt:
         pass
@@ -193,7 +195,7 @@ def waiting_told() -> Iterator[None]:
             for app in serve.status().applications.values():
                 for name, found in app.deployments.items():
                     if found.status != "HEALTHY":
-                        tell("waiting", part=name, why=found.message or found.status, free=free)
+                        log_event("waiting", deployment=name, reason=found.message or found.status, free=free)
 
     threading.Thread(target=talk, daemon=True).start()
     try:

@@ -13,18 +13,20 @@ import uvicorn
 from snoopi_rt.errors import InputError
 from snoopi_rt.interrupts import end_now
 from snoopi_rt.server.addresses import listen_host, url
-from snoopi_rt.server.app import Settings, application, log_opened, none_served
+from snoopi_rt.server.app import application, log_opened
 from snoopi_rt.server.connection import connections
 from snoopi_rt.server.logs import LineHandler, write_logs
+from snoopi_rt.server.models import none_served
+from snoopi_rt.server.settings import Settings
 
 GRACE = 30.0
-"""Seconds that accepted requests may take after a signal to stop, at least: else as long as any request."""
+"""Seconds for which accepted requests are finished after a signal to stop; longer if the timeout of a request is."""
 
 
 class Server(uvicorn.Server):
-    """Finishes what was accepted after the first signal to end, and ends at once after the second.
+    """Finishes accepted requests after the first signal to stop, and ends at once on the second.
 
-    Writes the last lines of the log before the signal that ends it is raised again.
+    Flushes the log before uvicorn raises the signal again.
     """
 
     def __init__(self, config: uvicorn.Config, log: LineHandler) -> None:
@@ -43,19 +45,21 @@ class Server(uvicorn.Server):
 
 
 def check_address(host: str, key: str | None) -> str:
-    """The address to listen on, for one that only this machine reaches, or with a key; raises InputError for any other."""
+    """The address to listen on. Raises InputError for any other than loopback if there is no API key."""
     host = listen_host(host)
     try:
         local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         local = False
     if not local and key is None:
-        raise InputError(f"--host {host} is for others too: give --api-key-file FILE or $SNOOPI_RT_API_KEY")
+        raise InputError(
+            f"--host {host} can be reached by other machines and needs an API key: give --api-key-file FILE or $SNOOPI_RT_API_KEY"
+        )
     return host
 
 
 def listening(host: str, port: int) -> list[socket.socket]:
-    """Sockets on all addresses of the host. Raises InputError where none can be had, or one is in use."""
+    """Sockets bound to all addresses of the host. Raises InputError if none can be bound, or one is in use."""
     sockets: list[socket.socket] = []
     failure: OSError | None = None
     try:
@@ -69,34 +73,34 @@ def listening(host: str, port: int) -> list[socket.socket]:
     except OSError as error:  # no such name
         failure = error
     if failure is not None and (not sockets or failure.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):
-        for each in sockets:
-            each.close()
+        for bound in sockets:
+            bound.close()
         reason = "is the port in use?" if failure.errno == errno.EADDRINUSE else (failure.strerror or str(failure)).lower()
         raise InputError(f"{url(host, port)} cannot be served: {reason}") from failure
     return sockets
 
 
 def _bound(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
-    new = socket.socket(family, kind, protocol)
+    bound = socket.socket(family, kind, protocol)
     try:
-        new.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:  # IPv4 has a socket of its own
-            new.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        new.bind(address)
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind(address)
     except OSError:
-        new.close()
+        bound.close()
         raise
-    return new
+    return bound
 
 
 def serve(settings: Settings, host: str, port: int, log_json: bool = True) -> None:
-    """Serves until a signal; requests that were accepted are finished, unless a second one comes.
+    """Serves until a signal; accepted requests are then finished, unless a second signal comes.
 
-    Raises InputError where the address cannot be used, BundleError where no bundle can be opened.
+    Raises InputError if the address cannot be used, BundleError if no bundle can be opened.
     """
     host = check_address(host, settings.key)
     sockets, log, broken = listening(host, port), write_logs(log_json), {}
-    address = url(host, port, settings.root)
+    address = url(host, port, settings.root_path)
 
     def opened(models: list[str], errors: dict[str, str]) -> None:
         if models:
@@ -115,7 +119,7 @@ def serve(settings: Settings, host: str, port: int, log_json: bool = True) -> No
         timeout_graceful_shutdown=math.ceil(max(GRACE, settings.timeout)),
     )
     server = Server(config, log)
-    with suppress(KeyboardInterrupt):  # it has stopped already
+    with suppress(KeyboardInterrupt):  # uvicorn has already stopped
         server.run(sockets)
     if broken:
         raise none_served(broken)

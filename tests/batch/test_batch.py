@@ -278,7 +278,7 @@ def test_a_killed_run_goes_on_without_drawing_an_image_twice(tmp_path: Path) -> 
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     assert 70 <= len(before) < 600
     done = subprocess.run(words, capture_output=True, encoding="utf-8", check=True)
-    assert f"{600 - len(before)} drawn" in done.stdout and f"{len(before)} there before" in done.stdout
+    assert f"{600 - len(before)} drawn" in done.stdout and f"{len(before)} already there" in done.stdout
     assert all((out / name).stat().st_mtime_ns == time for name, time in before.items())
     assert sorted(row["row"] for row in index(out)) == list(range(1, 601))
     for path in out.glob("*.png"):
@@ -295,14 +295,14 @@ def test_prompts_come_from_standard_input_too(original: Bundle, tmp_path: Path) 
         return result.output
 
     assert "error: cannot" not in run("-", code=2) and not (tmp_path / "out").exists()
-    assert "1 drawn" in run("-", "--ignore-columns") and "1 there before" in run("-", "--ignore-columns")
+    assert "1 drawn" in run("-", "--ignore-columns") and "1 already there" in run("-", "--ignore-columns")
     assert index(tmp_path / "out")[0]["seed"] == 3
     assert "holds another batch" in run("-", "--ignore-columns", code=2, text="prompt\na fox")
-    assert "error: standard input holds no prompt" in run("-", code=2, text="")
+    assert "error: standard input contains no prompt" in run("-", code=2, text="")
     (tmp_path / "latin.txt").write_bytes("ein Bär\n".encode("latin-1"))
-    assert f"error: {tmp_path}/latin.txt holds no prompt: line 1: not UTF-8 text\n" == run(tmp_path / "latin.txt", code=2)
+    assert f"error: {tmp_path}/latin.txt contains no prompt: line 1: not UTF-8 text\n" == run(tmp_path / "latin.txt", code=2)
     (tmp_path / "rows").write_text('"a cat"\n')
-    assert "--prompts-format says which" in run(tmp_path / "rows", code=2)
+    assert "give --prompts-format" in run(tmp_path / "rows", code=2)
     assert "holds another batch" in run(tmp_path / "rows", "--prompts-format", "jsonl", code=2)
 
 

@@ -27,9 +27,9 @@ def jobs(path: Path, content: str | bytes | None = None, **options: Any) -> list
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with PromptFile(path, **options) as file:
         rows = list(file.rows())
-        assert [row.number for row in rows] == list(range(1, len(rows) + 1)) and file.judge().rows == len(rows)
+        assert [row.number for row in rows] == list(range(1, len(rows) + 1)) and file.check().rows == len(rows)
         assert rows == list(file.rows())
-    return [row.job for row in rows]
+    return [row.fields for row in rows]
 
 
 def refused(path: Path, content: str | bytes | None, message: str, **options: Any) -> None:
@@ -82,24 +82,24 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     [
         ("a.doc", "a", "is not one of .txt, .csv, .tsv, .json, .jsonl, .parquet"),
         ("a.txt", "a cat".encode("utf-16"), "which is not UTF-8 text"),
-        ("a.txt", "# nothing\n\n", "holds no prompt"),
-        ("a.csv", "", "holds no prompt"),
-        ("a.csv", "prompt,seed\n\n,,\n", "holds no prompt"),
-        ("a.json", "[]", "holds no prompt"),
+        ("a.txt", "# nothing\n\n", "contains no prompt"),
+        ("a.csv", "", "contains no prompt"),
+        ("a.csv", "prompt,seed\n\n,,\n", "contains no prompt"),
+        ("a.json", "[]", "contains no prompt"),
         ("a.csv", "prompt,negative\na cat,blurry\n", "has the unknown column 'negative'"),
         ("a.csv", "prompt,,seed\na cat,x,1\n", "has the unknown column 'column 2'"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "a", "negative": "b"}', "has the unknown column 'negative'"),
         ("a.json", '[{"prompt": "a", "negative": "b"}]', "has the unknown column 'negative'"),
         ("a.csv", "a cat\na fox\n", "has no column 'prompt' but 'a cat'"),
         ("a.jsonl", '{"caption": "a"}', "has no column 'prompt' but 'caption'"),
-        ("a.csv", "prompt,seed,prompt\na cat,1,a fox\n", "its column 'prompt' is there twice"),
+        ("a.csv", "prompt,seed,prompt\na cat,1,a fox\n", "its column 'prompt' appears twice"),
         ("a.csv", 'prompt,seed\na cat,1\n"a fox,2\na dog,3\na cow,4\n', "line 3 is not CSV (unexpected end of data): is a quotation mark"),
         ("a.csv", 'prompt,negative_prompt\n"a cat,blurry\na fox,"warm"\n', "line 2 is not CSV"),
         ("a.csv", "prompt\n" + '"' + "a\n" * 200_000, "line 2 is not CSV"),
         ("a.json", '{"prompt": "a"}', "it is not a list of objects or strings"),
-        ("a.json", '["a", "b"', "it ends in the middle of its list"),
-        ("a.json", '["a"] "b"', "something follows its list"),
-        ("a.parquet", b"PAR1", "it is not a whole Parquet file"),
+        ("a.json", '["a", "b"', "it ends in the middle of the list"),
+        ("a.json", '["a"] "b"', "something follows the list"),
+        ("a.parquet", b"PAR1", "it is not a valid Parquet file"),
         ("gone.txt", None, "No such file"),
         (".txt", "a", "is not one of .txt"),
         ("x" * 300 + ".txt", None, "File name too long"),
@@ -119,7 +119,7 @@ def test_a_row_that_cannot_be_read_costs_itself(tmp_path: Path) -> None:
     ok = {"prompt": "ok"}
     for name, content, wrong in (
         ("a.txt", b"ok\n\xff\n" + b"x" * (2**20 + 1) + b"\nok\n", ["not UTF-8 text", "longer than 1048576 bytes"]),
-        ("a.csv", b"prompt,seed\nok,\n\xff,1\na,1,x\n,5\nok,\n", ["not UTF-8 text", "more cells than the header has", "no prompt"]),
+        ("a.csv", b"prompt,seed\nok,\n\xff,1\na,1,x\n,5\nok,\n", ["not UTF-8 text", "more cells than columns", "no prompt"]),
         ("a.jsonl", b'"ok"\n3\n{"prompt": "\\ud800"}\n{"prompt": 1' + b"0" * 99 + b'}\n"ok"', ["'3'", "surrogate", "has 100 digits"]),
         (
             "a.json",
@@ -145,11 +145,11 @@ def test_columns_of_parquet_are_judged_by_their_types(tmp_path: Path) -> None:
         ("negative_prompt", [1], "list<element: int64>, not text"),
     ):
         path = write_parquet(tmp_path / "a.parquet", prompt=["a"], **{name: [value]})
-        refused(path, None, f"its column {name!r} holds {kind}")
+        refused(path, None, f"its column {name!r} contains {kind}")
     damaged = bytearray(write_parquet(tmp_path / "a.parquet", prompt=["a cat"] * 5000).read_bytes())
     for place in range(20, len(damaged) - 8, 7):
         damaged[place] ^= 0x55
-    refused(tmp_path / "a.parquet", bytes(damaged), "it is not a whole Parquet file")
+    refused(tmp_path / "a.parquet", bytes(damaged), "it is not a valid Parquet file")
 
 
 def test_entries_of_a_list_may_lie_anywhere_in_its_file(tmp_path: Path) -> None:
@@ -162,13 +162,13 @@ def test_entries_of_a_list_may_lie_anywhere_in_its_file(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes that are files")
 def test_a_pipe_is_refused_at_once_and_says_how(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
-    refused(tmp_path / "pipe.txt", None, "(what comes through a pipe is read from standard input: - < ")
+    refused(tmp_path / "pipe.txt", None, "(read a pipe from standard input: - < ")
     (tmp_path / "folder.txt").mkdir()
     refused(tmp_path / "folder.txt", None, "Is a directory")
 
 
 @pytest.mark.parametrize(
-    ("content", "kind", "expected"),
+    ("content", "format", "expected"),
     [
         ("a cat\n# no\n{a|b} fox\n", None, ["a cat", "{a|b} fox"]),
         ("{a|b} fox\n[x] cat", None, ["{a|b} fox", "[x] cat"]),
@@ -181,10 +181,10 @@ def test_a_pipe_is_refused_at_once_and_says_how(tmp_path: Path) -> None:
     ],
 )
 def test_standard_input_is_what_it_looks_like(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, kind: str | None, expected: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, format: str | None, expected: list[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
-    assert [job["prompt"] for job in jobs(Path("-"), kind=kind)] == expected
+    assert [job["prompt"] for job in jobs(Path("-"), format=format)] == expected
 
 
 def test_a_file_that_is_changed_while_it_is_read_is_refused(tmp_path: Path) -> None:
@@ -196,11 +196,11 @@ def test_a_file_that_is_changed_while_it_is_read_is_refused(tmp_path: Path) -> N
         os.utime(path, (1, 1))  # the same text at another time
         next(rows)
         path.write_text("a dog\n" * 10_000)
-        with pytest.raises(InputError, match="it was changed while it was read: start again"):
+        with pytest.raises(InputError, match="it changed while it was read: start again"):
             next(rows)
     with PromptFile(path) as file:
         rows = file.rows()
         next(rows)
         (tmp_path / "new").write_text("a fox\n")
         os.replace(tmp_path / "new", path)  # the file that was opened is read to its end
-        assert {row.job["prompt"] for row in rows} == {"a dog"}
+        assert {row.fields["prompt"] for row in rows} == {"a dog"}

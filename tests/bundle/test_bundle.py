@@ -74,7 +74,7 @@ def test_a_folder_without_a_manifest_is_refused(folder: Path) -> None:
 
 def test_a_git_lfs_pointer_in_the_place_of_a_model_is_named_as_such(folder: Path) -> None:
     (folder / "decoder.onnx").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 12345\n")
-    refused(folder, f"{folder / 'decoder.onnx'} is a git-lfs pointer and not the file itself: run `git lfs pull` in its clone")
+    refused(folder, f"{folder / 'decoder.onnx'} is a git-lfs pointer, not the file itself: run `git lfs pull` in its clone")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
@@ -124,7 +124,7 @@ def test_an_unknown_format_is_refused(folder: Path, number: Any) -> None:
             lambda d: d.update(prompts={"file": d["text"]["tokenizer"], "texts": ["a"]}),
             "prompts must be in an .npz file, not tokenizer.json",
         ),
-        (lambda d: d.update(tile={"size": 8, "overlap": 8}), "tiles of 8 latent pixels cannot share 8"),
+        (lambda d: d.update(tile={"size": 8, "overlap": 8}), "tiles of 8 latent pixels cannot overlap by 8"),
         (lambda d: d.update(tile={"size": 8}), "key tile.overlap is missing"),
         (lambda d: generator(d)["files"][0].update(sha256="../../a\0"), "generator.onnx: '../../a\\x00' is not a SHA-256 in hexadecimal"),
         (lambda d: generator(d).update(max_batch=0), "generator.onnx: max_batch must be positive"),
@@ -143,7 +143,7 @@ def test_an_unknown_format_is_refused(folder: Path, number: Any) -> None:
         (lambda d: d["text"].update(max_tokens=-1), "max_tokens must be positive and at most 131072, got -1"),
         (lambda d: d["text"].update(pad=-1), "pad must be from 0 to 2147483647, got -1"),
         (lambda d: generator(d)["inputs"][0].update(shape=[2**63]), "generator.onnx: noise has an impossible shape"),
-        (lambda d: generator(d)["parity"].update(psnr=-1e6), "psnr -1000000.0 is no figure in dB"),
+        (lambda d: generator(d)["parity"].update(psnr=-1e6), "psnr -1000000.0 is not a plausible number of dB"),
         (lambda d: d.update(provenance={"x": [[]] * 3 + [{"y": [[[]]]}]}), "key provenance.x must be a string"),
         (lambda d: d["graphs"].pop("decoder"), "the graphs must be text_encoder, generator, decoder, not text_encoder, generator"),
         (lambda d: d["graphs"].update(decoder=[]), "every graph needs a variant"),
@@ -151,10 +151,10 @@ def test_an_unknown_format_is_refused(folder: Path, number: Any) -> None:
             lambda d: generator(d)["inputs"][0].update(shape=["B"]),
             'key graphs.generator[0].inputs[0].shape[0] must be an integer or null, got "B"',
         ),
-        (lambda d: generator(d)["inputs"].append(generator(d)["inputs"][0]), "a variant lists one input twice: noise, "),
+        (lambda d: generator(d)["inputs"].append(generator(d)["inputs"][0]), "a variant lists the same input twice: noise, "),
         (
             lambda d: generator(d)["files"].append(generator(d)["files"][0]),
-            "a variant lists one file twice: generator.onnx, generator.onnx",
+            "a variant lists the same file twice: generator.onnx, generator.onnx",
         ),
         (lambda d: generator(d)["files"][0].update(path="decoder.onnx"), "decoder.onnx is listed twice with different contents"),
         (lambda d: generator(d).update(format="openvino-ir"), "an openvino-ir variant must list an .xml file and its .bin"),
@@ -341,9 +341,9 @@ def test_a_build_is_found_by_graph_engine_and_precision(original: Bundle) -> Non
 def test_an_engine_without_a_build_lists_those_that_are_served(original: Bundle) -> None:
     bundle = with_variants(original, decoder=(replace(original.variant("decoder", "cpu"), engines=("cpu",)),))
     assert bundle.engines() == ("cpu",)
-    with pytest.raises(BundleError, match="bundle 'tiny' has no decoder for engine 'openvino', it serves cpu"):
+    with pytest.raises(BundleError, match="bundle 'tiny' has no decoder for engine 'openvino', it supports cpu"):
         bundle.variant("decoder", "openvino")
-    with pytest.raises(BundleError, match="bundle 'tiny' has no generator for engine 'cuda', it serves cpu"):
+    with pytest.raises(BundleError, match="bundle 'tiny' has no generator for engine 'cuda', it supports cpu"):
         bundle.variant("generator", "cuda", "fp32")
 
 
@@ -381,7 +381,7 @@ def test_the_words_and_examples_of_format_2_are_read_strictly(original: Bundle, 
     vocabulary = Vocabulary({"cat": ("kitten",), "fox": ()}, colours=("red", "blue"), counts=("two",))
     told = replace(original, vocabulary=vocabulary, examples=("a red fox", "a cat")).save(folder)
     assert Bundle.load(folder) == told and told.vocabulary == vocabulary
-    assert "knows 2 objects\nexamples: 'a red fox', 'a cat'\n" in told.described()
+    assert "can draw 2 objects\nexamples: 'a red fox', 'a cat'\n" in told.described()
     for change, message in (
         ({"examples": "a cat"}, 'key examples must be a list, got "a cat"'),
         ({"examples": ["a cat", " "]}, "the example ' ' is no prompt of this bundle"),
@@ -389,9 +389,9 @@ def test_the_words_and_examples_of_format_2_are_read_strictly(original: Bundle, 
         ({"vocabulary": {"objects": {}}}, "a vocabulary needs objects"),
         (
             {"vocabulary": {"objects": {"cat": []}, "related": {"dog": "wolf"}}},
-            "words are related to 'dog', which is no object of the vocabulary",
+            "words are related to 'dog', which is not an object of the vocabulary",
         ),
-        ({"vocabulary": {"objects": {"cat": [" kitten"]}}}, "a word of the vocabulary is empty, or has white space around it"),
+        ({"vocabulary": {"objects": {"cat": [" kitten"]}}}, "a word of the vocabulary is empty or not stripped"),
         ({"vocabulary": {"objects": {"cat": []}, "colors": []}}, "unknown key vocabulary.colors"),
         ({"format": 1}, "unknown key vocabulary in format 1"),
     ):
@@ -424,24 +424,24 @@ def test_everything_measured_is_described(original: Bundle) -> None:
         decoder=(replace(original.variant("decoder", "cpu"), parity=Parity(1e-5, 1.0, psnr=48.25), tolerance=0.01),),
     )
     said = bundle.described()
-    assert "precision int8, latent error 4.1e-02, relative L2 to PyTorch 2.0e-02, judged 0.041 (latent error) of at most 0.05" in said
+    assert "precision int8, latent error 4.1e-02, relative L2 to PyTorch 2.0e-02, tolerance 0.05, measured 0.041 (latent error)" in said
     assert "batch up to 1" in said
     assert "precision fp32, relative L2 to PyTorch 1.0e-05, PSNR 48.2 dB" in said
-    assert "decoded in tiles of 16x16 that share 4 pixels" in said
+    assert "decoded in tiles of 16x16 that overlap by 4 pixels" in said
 
 
 def test_carried_prompts_are_described(carrying: Bundle, prompts_only: Bundle) -> None:
-    assert "prompts up to 6 tokens, carries the states of 3\n" in carrying.described()
-    assert "prompts up to 6 tokens, carries the states of 3 and no text encoder for others\n" in prompts_only.described()
+    assert "prompts up to 6 tokens, includes the states of 3\n" in carrying.described()
+    assert "prompts up to 6 tokens, includes the states of 3, and no text encoder for others\n" in prompts_only.described()
 
 
 def test_a_prompt_that_is_not_as_the_text_rule_leaves_it_is_refused(prompts_only: Bundle) -> None:
     for text in ("A cat", " a cat", ""):
         edit(prompts_only.folder, lambda document, text=text: document["prompts"].update(texts=[text]))  # type: ignore[misc]
-        refused(prompts_only.folder, f"the prompt {text!r} is not as the text rule leaves it")
+        refused(prompts_only.folder, f"the prompt {text!r} is not normalized by the text rule")
     for texts in ([], ["a cat", "a cat"]):
         edit(prompts_only.folder, lambda document, texts=texts: document["prompts"].update(texts=texts))  # type: ignore[misc]
-        refused(prompts_only.folder, "the prompts that a bundle carries must be there, each once")
+        refused(prompts_only.folder, "a bundle that includes prompts must list each of them, once")
 
 
 def test_damage_in_the_carried_states_is_refused(prompts_only: Bundle) -> None:

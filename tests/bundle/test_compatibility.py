@@ -59,7 +59,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused_at_load(folder:
 
 
 def test_a_pad_beyond_the_embeddings_is_refused_at_load(folder: Path, original: Bundle) -> None:
-    with pytest.raises(BundleError, match=r"prompts are filled with token id 99, text_encoder.onnx has embeddings for 10"):
+    with pytest.raises(BundleError, match=r"prompts are padded with token id 99, text_encoder.onnx has embeddings for 10"):
         replace(original, text=replace(original.text, pad=99)).save(folder)
 
 
@@ -146,7 +146,7 @@ def test_shapes_that_do_not_fit_each_other_are_refused_at_load(folder: Path, cha
     document = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
     change(document)
     (folder / "bundle.json").write_text(json.dumps(document), encoding="utf-8")
-    with pytest.raises(BundleError, match=r"bundle.json: \w+.onnx has \w+ of shape .* which does not fit the other parts"):
+    with pytest.raises(BundleError, match=r"bundle.json: \w+.onnx has \w+ of shape .* the other parts need"):
         Bundle.load(folder)
 
 
@@ -172,7 +172,7 @@ def test_a_decoder_of_another_factor_than_promised_is_found_out(
     exported: tuple[Bundle, list[str]], original: Bundle, folder: Path, functions
 ) -> None:
     """By the shapes where they are fixed, else by drawing."""
-    with pytest.raises(BundleError, match=r"image of shape .* which does not fit the other parts"):
+    with pytest.raises(BundleError, match=r"image of shape .* the other parts need"):
         replace(exported[0], latent=Latent(4, 16), sizes=((128, 128),))
     free = replace(original, latent=Latent(4, 4)).save(folder)
     ids = torch.tensor([[0, 3, 4, 1]])

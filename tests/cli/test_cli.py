@@ -19,7 +19,7 @@ from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.cli.main import main
 from snoopi_rt.engines import installed
-from snoopi_rt.runtime.auto_engine import Measured, measurements
+from snoopi_rt.runtime.auto_engine import Measurement, measurements
 from snoopi_rt.runtime.bench import cold_start
 
 HERE = [name for name in installed() if name in ("cpu", "openvino")]
@@ -91,7 +91,7 @@ def test_no_seed_draws_one_and_prints_it(original: Bundle, here: Path) -> None:
 def test_an_existing_file_is_not_overwritten_without_force(original: Bundle, here: Path) -> None:
     (here / "cat.png").write_text("mine")
     words = ("generate", "a cat", "-o", "cat.png", "--bundle", original.folder)
-    assert "cat.png is there already" in run(*words, code=2).stderr
+    assert "cat.png already exists" in run(*words, code=2).stderr
     assert (here / "cat.png").read_text() == "mine"
     run(*words, "--force")
     assert image.read_metadata(here / "cat.png")["prompt"] == "a cat"
@@ -111,7 +111,7 @@ def test_an_existing_file_is_not_overwritten_without_force(original: Bundle, her
         (["a cat", "--size", "32x32"], 2, "error: size 32x32 is not supported, choose from 16x16, 24x16"),
         (["a cat", "--size", "big"], 2, "'big' is not WIDTHxHEIGHT, such as 512x512"),
         (["a cat", "--engine", "gpu"], 2, "error: unknown engine 'gpu', choose from cpu, openvino, cuda, tensorrt"),
-        (["a cat", "--engine", "tensorrt"], 1, "error: bundle 'tiny' has no generator for engine 'tensorrt', it serves cpu"),
+        (["a cat", "--engine", "tensorrt"], 1, "error: bundle 'tiny' has no generator for engine 'tensorrt', it supports cpu"),
         (["a cat", "--precision", "fp8"], 2, "error: bundle 'tiny' has no precision 'fp8'"),
         (
             ["a cat", "--precision", "unet=fp32"],
@@ -124,14 +124,14 @@ def test_an_existing_file_is_not_overwritten_without_force(original: Bundle, her
         (["a cat", "-o", f"new/{'x' * 252}.png"], 1, f"error: cannot write new/{'x' * 252}.png: File name too long"),
         (["a cat", "-o", "new/cat.gif"], 2, "error: new/cat.gif must end in .png, .jpg, .jpeg, .webp"),
         (["a cat", "-o", "cat.gif"], 2, "error: cat.gif must end in .png, .jpg, .jpeg, .webp"),
-        (["a cat", "-o", "cat.png", "--format", "webp"], 2, "error: cat.png does not end as webp does"),
+        (["a cat", "-o", "cat.png", "--format", "webp"], 2, "error: the ending of cat.png is not that of webp"),
         (["a cat", "--neg", "blurry", "--neg-scale", "0,5"], 2, "error: negative scale must be a number from 0.0 to 1.0, got 5.0"),
         (["a cat", "--neg", "blurry", "--neg-scale", "0;1"], 2, "error: negative scale '0;1': give a number, or several such as 0,0.5,1"),
-        (["a cat", "--side-by-side"], 2, "error: --side-by-side shows the image without and with the negative prompt: give --neg TEXT"),
-        (["a cat", "-n", "2", "-o", "-"], 2, "error: -o - is for one picture, not 2: give a folder"),
-        (["a cat", "-o", "-", "--open"], 2, "error: --open shows a file: -o - writes none"),
-        (["a cat", "--out", "folder"], 2, "error: --out goes with --prompts: one PROMPT has -o"),
-        (["a cat", "--bundle", ""], 2, "error: --bundle names no folder"),
+        (["a cat", "--side-by-side"], 2, "error: --side-by-side compares the image without and with a negative prompt: give --neg TEXT"),
+        (["a cat", "-n", "2", "-o", "-"], 2, "error: -o - writes one image, not 2: give a folder"),
+        (["a cat", "-o", "-", "--open"], 2, "error: --open needs a file: -o - writes none"),
+        (["a cat", "--out", "folder"], 2, "error: --out goes with --prompts: use -o for one PROMPT"),
+        (["a cat", "--bundle", ""], 2, "error: --bundle is empty: give a folder"),
         (["a cat", "--bundle", "x\x1b[31m"], 1, "error: no bundle at x$'\\033'[31m: no such folder"),
     ],
 )
@@ -149,8 +149,8 @@ def test_a_known_error_is_one_line_and_a_code(original: Bundle, here: Path, word
 def test_prompts_of_a_file_are_encoded_once(original: Bundle, here: Path) -> None:
     (here / "presets.txt").write_bytes("\ufeff# animals\r\na red fox\r\n\r\n  A cat \n#a dog\na cat".encode())
     words = ("prompts", "--bundle", original.folder, "presets.txt", "--engine", HERE[0])
-    assert run(*words).stdout == "2 new, 1 kept before\n"
-    assert run(*words).stdout == "0 new, 3 kept before\n"
+    assert run(*words).stdout == "2 encoded, 1 already cached\n"
+    assert run(*words).stdout == "0 encoded, 3 already cached\n"
     encoder = original.folder / "text_encoder.onnx"
     hidden = encoder.rename(here / "hidden.onnx")
     try:
@@ -165,14 +165,16 @@ def test_a_bad_line_of_a_file_is_named_and_costs_the_others_nothing(original: Bu
     (here / "presets.txt").write_bytes(b"a cat\n\na a a a a\na red fox\n\xff\nblurry\n")
     words = ("prompts", "--bundle", original.folder, "presets.txt", "--engine", HERE[0])
     result = run(*words, code=2)
-    assert result.stdout == "3 new, 0 kept before\n"
+    assert result.stdout == "3 encoded, 0 already cached\n"
     long, foreign = result.stderr.splitlines()
     assert long.startswith("error: presets.txt line 3: prompt has 7 tokens, the limit is 6")
     assert foreign == "error: presets.txt line 5: not UTF-8 text"
-    assert run(*words, code=2).stdout == "0 new, 3 kept before\n"
+    assert run(*words, code=2).stdout == "0 encoded, 3 already cached\n"
 
 
-@pytest.mark.parametrize(("data", "message"), [(b"", "holds no prompt"), (b"# nothing\n\n", "holds no prompt"), (None, "No such file")])
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"", "contains no prompt"), (b"# nothing\n\n", "contains no prompt"), (None, "No such file")]
+)
 def test_a_file_without_prompts_is_one_line(original: Bundle, here: Path, data: bytes | None, message: str) -> None:
     if data is not None:
         (here / "presets.txt").write_bytes(data)
@@ -187,7 +189,7 @@ def test_prompts_that_cannot_be_kept_are_an_error(original: Bundle, here: Path, 
     (here / "presets.txt").write_text("a cat")
     monkeypatch.setenv("SNOOPI_RT_CACHE", "file")
     words = ("prompts", "--bundle", original.folder, "presets.txt", "--engine", HERE[0])
-    assert "prompt states cannot be kept in file/snoopi-rt-cache: it cannot be made: Not a directory" in run(*words, code=1).stderr
+    assert "prompt states cannot be kept in file/snoopi-rt-cache: it cannot be created: Not a directory" in run(*words, code=1).stderr
 
 
 @needs_engine
@@ -225,12 +227,12 @@ def test_debug_before_or_behind_the_command_shows_the_traceback(here: Path) -> N
         (["prompts"], "missing argument 'FILE' (see snoopi-rt prompts --help)"),
         (
             ["generate", "a cat", "a dog"],
-            "got unexpected extra argument (a dog): words that belong together stand in quotes (see snoopi-rt generate --help)",
+            "got unexpected extra argument (a dog): quote words that belong together (see snoopi-rt generate --help)",
         ),
         (["draw"], "no such command 'draw' (see snoopi-rt --help)"),
         (["train", "qqq"], "no such command 'qqq' (see snoopi-rt train --help)"),
         (["serve", "--engine", "gpu"], "unknown engine 'gpu', choose from cpu, openvino, cuda, tensorrt"),
-        (["generate", "a cat", "-o", ""], "-o is an empty name"),
+        (["generate", "a cat", "-o", ""], "-o is empty: give a file name"),
     ],
 )
 def test_what_is_typed_wrongly_is_one_line_that_says_where_to_read_on(here: Path, words: list[str], message: str) -> None:
@@ -249,7 +251,7 @@ def test_bench_knows_before_it_measures_that_an_engine_cannot_be_measured(
 def test_what_is_no_image_and_no_bundle_is_called_so(here: Path) -> None:
     os.mkfifo("pipe")
     Path("file").write_bytes(b"GIF89a")
-    assert run("info", "file", code=2).stderr == "error: file cannot be read: it is no whole PNG, JPEG or WebP image\n"
+    assert run("info", "file", code=2).stderr == "error: file cannot be read: it is not a valid PNG, JPEG or WebP image\n"
     for name in ("pipe", "/dev/null"):
         assert run("info", name, code=1).stderr == f"error: no bundle at {name}: it is not a folder\n"
     assert run("generate", "a cat", "--bundle", "file", code=1).stderr == "error: no bundle at file: it is not a folder\n"
@@ -306,7 +308,7 @@ def test_a_cache_that_cannot_be_cleared_says_so(monkeypatch: pytest.MonkeyPatch)
 def test_cache_says_why_it_cannot_be_used(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "file").write_bytes(b"")
     monkeypatch.setenv("SNOOPI_RT_CACHE", "file")
-    assert "nothing is kept: it cannot be made: Not a directory" in run("cache").stdout
+    assert "nothing is cached: it cannot be created: Not a directory" in run("cache").stdout
 
 
 @needs_engine
@@ -328,9 +330,9 @@ def test_bench_ends_with_one_json_document_and_remembers(original: Bundle, here:
     assert measured["cold_start"]["first"] > 0
     assert measured["cold_start"]["peak_memory"] is None or measured["cold_start"]["peak_memory"] > 2**20
     assert measured["provider"]
-    best = Measured(dict.fromkeys(original.graphs, "fp32"), measured["plain"]["total"]["p50"])
+    best = Measurement(dict.fromkeys(original.graphs, "fp32"), measured["plain"]["total"]["p50"])
     assert measurements(original, Cache()) == {HERE[0]: best}
-    assert result.stdout.splitlines()[-2] == f"from now on --engine auto takes {HERE[0]} in fp32"
+    assert result.stdout.splitlines()[-2] == f"from now on --engine auto uses {HERE[0]} in fp32"
     assert Cache().sizes()["states"] == 0, "its random prompts are nobody's"
 
 
@@ -344,7 +346,7 @@ def test_bench_remembers_only_what_load_does_by_itself(
         lambda *given: dict.fromkeys(("first", "again", "peak_memory", "peak_again")) | {"first": 1.0, "again": 1.0},
     )
     said = run("bench", "--bundle", original.folder, "--engine", HERE[0], "--runs", 1, *words).stdout.splitlines()[-2]
-    assert said.startswith("--engine auto takes cpu in fp32, as before: figures of a given --precision or --threads")
+    assert said.startswith("--engine auto uses cpu in fp32, as before: measurements with --precision or --threads")
     assert measurements(original, Cache()) == {}
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from snoopi_rt import image
 from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cli.main import main
-from snoopi_rt.cli.prompt import read_prompt
+from snoopi_rt.cli.prompt_input import read_prompt
 from snoopi_rt.engines import installed
 from snoopi_rt.image_names import image_paths, slug
 from snoopi_rt.pipeline import Pipeline
@@ -68,13 +68,13 @@ def test_standard_input_is_one_prompt_whatever_its_lines(generate: Generate, wor
 @pytest.mark.parametrize("stdin", ["", " \n\t\n"])
 def test_without_a_prompt_an_example_of_the_bundle_is_drawn_and_named(generate: Generate, words: tuple[str, ...], stdin: str) -> None:
     result = generate(*words, "--neg", "blurry", "--seed", 3, stdin=stdin)
-    assert result.stderr == "no prompt, so an example: 'a blue cat'\n" and result.stdout == "a-blue-cat-3.png  seed 3\n"
+    assert result.stderr == "no prompt given, drawing an example: 'a blue cat'\n" and result.stdout == "a-blue-cat-3.png  seed 3\n"
 
 
 def test_a_bundle_without_examples_draws_a_prompt_that_it_carries_or_asks_for_one(original: Bundle, prompts_only: Bundle) -> None:
     run = CliRunner().invoke(main, ["generate", "--bundle", str(original.folder)], input="")
-    assert run.exit_code == 2 and run.stderr == "error: give a PROMPT: bundle 'tiny' has no example to draw\n"
-    from snoopi_rt.cli.prompt import example
+    assert run.exit_code == 2 and run.stderr == "error: give a PROMPT: bundle 'tiny' has no example prompts\n"
+    from snoopi_rt.cli.prompt_input import example
 
     assert example(prompts_only, 4) == "a cat"
 
@@ -99,11 +99,11 @@ def test_a_pipe_into_which_nothing_comes_is_waited_for_with_a_word(generate: Gen
             time.sleep(0.2)
             return super().read(*size)
 
-    monkeypatch.setattr("snoopi_rt.cli.options.PATIENCE", 0.02)
+    monkeypatch.setattr("snoopi_rt.cli.options.PROGRESS_SECONDS", 0.02)
     assert generate("--seed", 1, stdin=Slow(b"a fox")).stderr.startswith("waiting for a prompt on standard input (0 s)\n")
 
 
-@pytest.mark.parametrize(("stdin", "message"), [(b"\xff\xfea", "is not UTF-8 text"), (b"x" * 2**21, "has more than 1048576 bytes")])
+@pytest.mark.parametrize(("stdin", "message"), [(b"\xff\xfea", "is not UTF-8 text"), (b"x" * 2**21, "more than 1048576 bytes")])
 def test_standard_input_that_is_no_prompt_is_one_line(generate: Generate, stdin: bytes, message: str) -> None:
     result = generate(stdin=stdin, code=2)
     assert result.stderr.startswith(f"error: standard input {message}") and len(result.stderr.splitlines()) == 1
@@ -192,7 +192,7 @@ def test_open_shows_every_picture_once_it_is_there(generate: Generate, here: Pat
     monkeypatch.undo()
     monkeypatch.chdir(here)
     monkeypatch.setenv("PATH", "")
-    assert generate("a cat", "-o", "x.png", "--open", code=1).stderr == "error: x.png is written, but nothing here can show it\n"
+    assert generate("a cat", "-o", "x.png", "--open", code=1).stderr == "error: x.png was written, but there is no program to show it\n"
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_without_a_home_it_draws_and_keeps_nothing(
     generate("a cat", "-o", "cat.png")
     assert CliRunner().invoke(main, ["info", "cat.png"]).exit_code == 0
     kept = CliRunner().invoke(main, ["cache"])
-    assert kept.exit_code == 0 and "nothing is kept: " in kept.stdout
+    assert kept.exit_code == 0 and "nothing is cached: " in kept.stdout
     assert [path.name for path in here.iterdir()] == ["cat.png"]
 
 
@@ -256,7 +256,7 @@ def test_a_foreign_picture_gives_a_command_that_a_shell_reads_as_it_was(generate
     image.save(np.zeros((8, 8, 3), np.uint8), here / "it's.png", made)
     told = CliRunner().invoke(main, ["info", "it's.png"])
     assert told.output.replace("\n", "").isprintable() and len(told.stderr.splitlines()) == 1
-    assert told.stderr.startswith("put the folder of bundle $'it\\'s\\nmine' (hash ../x) in the place of FOLDER: ")
+    assert told.stderr.startswith("replace FOLDER by the folder of bundle $'it\\'s\\nmine' (hash ../x): ")
     argv = subprocess.run(["bash", "-c", f"printf '%s\\0' {told.stdout}"], capture_output=True, encoding="utf-8", check=True).stdout
     assert argv.split("\0")[:-1] == ["snoopi-rt", "generate", " -", "--neg=--debug", "--seed", made["seed"], "--bundle", "FOLDER"]
 

@@ -23,7 +23,7 @@ from snoopi_rt.export.exporter import ExportOptions
 from snoopi_rt.export.exporter import export as write
 from snoopi_rt.export.source import find_source
 from snoopi_rt.pipeline import EMBEDDED
-from snoopi_rt.runtime.shape_ranges import axes
+from snoopi_rt.runtime.shape_ranges import shape_ranges
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 
@@ -62,7 +62,7 @@ def test_tensorrt_reads_and_builds_every_graph_with_fp16_arithmetic(kind: str, r
         for variant in variants:
             if "tensorrt" in variant.engines:
                 assert variant.precision == "fp16"
-                options = EngineOptions("tensorrt", "fp16", 1, axes=axes(bundle, graph, variant))
+                options = EngineOptions("tensorrt", "fp16", 1, axes=shape_ranges(bundle, graph, variant))
                 plan = build_plan(trt, bundle.folder / variant.files[0].path, profiles(options.axes), options.progress)
                 assert len(plan) > 10_000
                 built.append(graph)
@@ -289,12 +289,12 @@ def test_without_a_gpu_the_engine_says_that_it_needs_one(model: Path) -> None:
 )
 def test_axes_are_those_that_the_bundle_promises(kind: str, graph: str, expected: dict[str, tuple[int, int, int]]) -> None:
     bundle = Bundle.load(EMBEDDED)
-    ranges = axes(bundle, graph, bundle.graphs[graph][0])
+    ranges = shape_ranges(bundle, graph, bundle.graphs[graph][0])
     assert {name: tuple(ranges[name]) for name in expected} == expected
 
 
 def test_prompts_of_clip_are_always_whole_and_negatives_may_be_none(root: Path) -> None:
     bundle = tiny_bundle("sd21", root)
     longest = bundle.text.max_tokens
-    ranges = axes(bundle, "generator", bundle.graphs["generator"][0])
+    ranges = shape_ranges(bundle, "generator", bundle.graphs["generator"][0])
     assert tuple(ranges["tokens"]) == (longest, longest, longest) and tuple(ranges["negative_tokens"]) == (1, longest, longest)

@@ -10,7 +10,7 @@ from snoopi_rt.bundle.bundle import GRAPHS, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.errors import BundleError, EngineMissing
 from snoopi_rt.runtime import auto_engine
-from snoopi_rt.runtime.auto_engine import Choice, Measured, choose, measurements, remember
+from snoopi_rt.runtime.auto_engine import Choice, Measurement, choose_engine, measurements, remember
 
 FIRST = dict.fromkeys(GRAPHS, "fp32")
 
@@ -31,36 +31,36 @@ def bundle(original: Bundle) -> Bundle:
 def test_without_a_measurement_it_is_cpu_then_openvino_with_the_first_build_of_each_graph(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert choose(bundle, Cache()) == Choice("cpu", FIRST)
+    assert choose_engine(bundle, Cache()) == Choice("cpu", FIRST)
     monkeypatch.setattr(auto_engine, "installed", lambda: ("openvino",))
-    assert choose(bundle, Cache()) == Choice("openvino", FIRST)
+    assert choose_engine(bundle, Cache()) == Choice("openvino", FIRST)
 
 
 def test_the_engine_with_the_smallest_total_is_taken_with_its_precisions(bundle: Bundle) -> None:
-    remember(bundle, Cache(), {"cpu": Measured(FIRST, 0.2)})
-    assert choose(bundle, Cache()) == Choice("cpu", FIRST)
+    remember(bundle, Cache(), {"cpu": Measurement(FIRST, 0.2)})
+    assert choose_engine(bundle, Cache()) == Choice("cpu", FIRST)
     fastest = {**FIRST, "generator": "bf16"}
-    remember(bundle, Cache(), {"openvino": Measured(fastest, 0.1), "cuda": Measured(FIRST, 0.01)})
-    assert choose(bundle, Cache()) == Choice("openvino", fastest)
-    remember(bundle, Cache(), {"cpu": Measured(FIRST, 0.05)})
-    assert choose(bundle, Cache()) == Choice("cpu", FIRST)
+    remember(bundle, Cache(), {"openvino": Measurement(fastest, 0.1), "cuda": Measurement(FIRST, 0.01)})
+    assert choose_engine(bundle, Cache()) == Choice("openvino", fastest)
+    remember(bundle, Cache(), {"cpu": Measurement(FIRST, 0.05)})
+    assert choose_engine(bundle, Cache()) == Choice("cpu", FIRST)
 
 
 def test_another_bundle_was_not_measured(bundle: Bundle) -> None:
-    remember(bundle, Cache(), {"openvino": Measured(FIRST, 0.1)})
-    assert choose(replace(bundle, hash="another"), Cache()).engine == "cpu"
+    remember(bundle, Cache(), {"openvino": Measurement(FIRST, 0.1)})
+    assert choose_engine(replace(bundle, hash="another"), Cache()).engine == "cpu"
 
 
 @pytest.mark.parametrize(
     ("what", "now"), [("processor", lambda: "another"), ("available_threads", lambda: 999), ("versions", lambda: {"openvino": "1.0"})]
 )
 def test_a_changed_machine_was_not_measured(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, what: str, now: object) -> None:
-    remember(bundle, Cache(), {"openvino": Measured(FIRST, 0.1)})
-    assert choose(bundle, Cache()).engine == "openvino"
+    remember(bundle, Cache(), {"openvino": Measurement(FIRST, 0.1)})
+    assert choose_engine(bundle, Cache()).engine == "openvino"
     monkeypatch.setattr(auto_engine, what, now)
-    assert choose(bundle, Cache()).engine == "cpu"
-    remember(bundle, Cache(), {"cpu": Measured(FIRST, 0.3)})
-    assert measurements(bundle, Cache()) == {"cpu": Measured(FIRST, 0.3)}, "figures of two machines are never compared"
+    assert choose_engine(bundle, Cache()).engine == "cpu"
+    remember(bundle, Cache(), {"cpu": Measurement(FIRST, 0.3)})
+    assert measurements(bundle, Cache()) == {"cpu": Measurement(FIRST, 0.3)}, "figures of two machines are never compared"
 
 
 @pytest.mark.parametrize(
@@ -74,37 +74,37 @@ def test_a_changed_machine_was_not_measured(bundle: Bundle, monkeypatch: pytest.
     ],
 )
 def test_a_measurement_that_is_none_of_the_bundles_builds_is_passed_over(bundle: Bundle, change: dict[str, object]) -> None:
-    remember(bundle, Cache(), {"openvino": Measured(FIRST, 0.1)})
+    remember(bundle, Cache(), {"openvino": Measurement(FIRST, 0.1)})
     document = json.loads(Cache().read("measurements", f"{bundle.hash}.json") or b"")
     document["engines"]["openvino"].update(change)
     Cache().write("measurements", f"{bundle.hash}.json", json.dumps(document).encode())
-    assert choose(bundle, Cache()).engine == "cpu"
+    assert choose_engine(bundle, Cache()).engine == "cpu"
 
 
 @pytest.mark.parametrize("damaged", [b"[1]", b"7", b'"text"', b'{"machine": {}}', b"{", b"\xff", b""])
 def test_a_damaged_file_is_no_measurement(bundle: Bundle, damaged: bytes) -> None:
     Cache().write("measurements", f"{bundle.hash}.json", damaged)
-    assert choose(bundle, Cache()) == Choice("cpu", FIRST)
-    remember(bundle, Cache(), {"openvino": Measured(FIRST, 0.1)})
-    assert choose(bundle, Cache()).engine == "openvino"
+    assert choose_engine(bundle, Cache()) == Choice("cpu", FIRST)
+    remember(bundle, Cache(), {"openvino": Measurement(FIRST, 0.1)})
+    assert choose_engine(bundle, Cache()).engine == "openvino"
 
 
 def test_a_bundle_that_serves_no_installed_engine_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto_engine, "installed", lambda: ("cpu",))
     only = {graph: tuple(replace(build, engines=("openvino",)) for build in variants) for graph, variants in bundle.graphs.items()}
-    with pytest.raises(BundleError, match=re.escape("bundle 'tiny' serves openvino, installed are cpu")):
-        choose(replace(bundle, graphs=only), Cache())
+    with pytest.raises(BundleError, match=re.escape("bundle 'tiny' supports openvino, installed are cpu")):
+        choose_engine(replace(bundle, graphs=only), Cache())
 
 
 def test_without_any_engine_the_command_that_installs_one_is_said(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto_engine, "installed", lambda: ())
     monkeypatch.setattr("snoopi_rt.engines.find_spec", lambda name: None)
     with pytest.raises(EngineMissing, match=re.escape('pip install ".[cpu]"')):
-        choose(bundle, Cache())
+        choose_engine(bundle, Cache())
 
 
 def test_the_engine_has_the_precision_that_was_asked_for(bundle: Bundle) -> None:
-    assert choose(bundle, Cache(), "generator=bf16").engine == "openvino"
-    remember(bundle, Cache(), {"cpu": Measured(FIRST, 0.05), "openvino": Measured(FIRST, 0.1)})
-    assert choose(bundle, Cache(), "generator=bf16").engine == "openvino"
-    assert choose(bundle, Cache(), "int3").engine == "cpu", "which then says that it has none"
+    assert choose_engine(bundle, Cache(), "generator=bf16").engine == "openvino"
+    remember(bundle, Cache(), {"cpu": Measurement(FIRST, 0.05), "openvino": Measurement(FIRST, 0.1)})
+    assert choose_engine(bundle, Cache(), "generator=bf16").engine == "openvino"
+    assert choose_engine(bundle, Cache(), "int3").engine == "cpu", "which then says that it has none"

@@ -17,7 +17,7 @@ from snoopi_rt.errors import InputError
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.prompt_encoder import write_prompts
 from snoopi_rt.runtime import bench as module
-from snoopi_rt.runtime.auto_engine import Choice, Measured, choose, measurements
+from snoopi_rt.runtime.auto_engine import Choice, Measurement, choose_engine, measurements
 from snoopi_rt.runtime.bench import bench, cold_start, measure, table, verdict
 
 HERE = [name for name in installed() if name in ("cpu", "openvino")]
@@ -69,8 +69,8 @@ def test_every_build_of_the_engine_is_measured_and_the_fastest_of_each_graph_is_
     assert found["runs"] == 3
     for way in ("plain", "negative"):
         assert sum(found[way][graph]["p50"] for graph in GRAPHS) < 2 * found[way]["total"]["p50"]
-    assert measurements(bundle, Cache()) == {ENGINE: Measured(found["precision"], found["plain"]["total"]["p50"])}
-    assert choose(bundle, Cache()) == Choice(ENGINE, found["precision"])
+    assert measurements(bundle, Cache()) == {ENGINE: Measurement(found["precision"], found["plain"]["total"]["p50"])}
+    assert choose_engine(bundle, Cache()) == Choice(ENGINE, found["precision"])
     assert document["auto"] == {"engine": ENGINE, "precision": found["precision"], "remembered": True}
     assert no_cold_start[0][2] == ",".join(f"{graph}={name}" for graph, name in found["precision"].items())
     assert len([line for line in said if "images with" in line]) == 4
@@ -86,8 +86,8 @@ def test_the_table_has_a_line_for_every_build_and_every_figure_of_an_engine(bund
             "generator fp16",
             "generator bf16",
             "decoder fp32",
-            "an image",
-            "an image with a negative prompt",
+            "image",
+            "image with a negative prompt",
         ):
             assert [line for line in lines if line.startswith(f"{engine} {words} ")], words
         assert f"{engine} cold start 1.00 s, again 0.50 s, peak memory 128 MiB, again unknown" in lines
@@ -110,7 +110,7 @@ def test_what_is_not_remembered_is_said_with_its_reason(
     monkeypatch.setenv("SNOOPI_RT_CACHE", str(tmp_path / "file"))
     document = bench(bundle, [ENGINE], None, None, 1, lambda line: None)
     assert not document["auto"]["remembered"]
-    assert verdict(document).startswith("--engine auto takes cpu in fp32, as before: nothing is kept in ")
+    assert verdict(document).startswith("--engine auto uses cpu in fp32, as before: nothing is cached in ")
 
 
 @pytest.mark.parametrize(("precision", "threads"), [("fp16", None), (None, 1), ("generator=bf16", None)])
@@ -135,7 +135,7 @@ def test_a_bundle_without_text_encoder_is_measured_with_the_prompts_that_it_know
     assert set(found["variants"]) == {"generator", "decoder"}
     assert found["negative"]["total"]["p50"] > 0
     assert no_cold_start[0][-1] in states
-    assert choose(bundle, Cache()).precision == found["precision"]
+    assert choose_engine(bundle, Cache()).precision == found["precision"]
 
 
 def test_a_bundle_without_guidance_is_measured_without_a_negative(bundle: Bundle, no_cold_start: list[tuple[Any, ...]]) -> None:
@@ -149,8 +149,8 @@ def test_slow_bundles_are_measured_with_fewer_images_unless_a_number_is_given(
     pipe: Pipeline, fakes: dict[str, FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(measure(pipe, None)["plain"]["total"]) == module.RUNS
-    monkeypatch.setattr(module, "SECONDS", 0.0)
-    assert len(measure(pipe, None, 1)["negative"]["total"]) == module.LEAST
+    monkeypatch.setattr(module, "MAX_SECONDS", 0.0)
+    assert len(measure(pipe, None, 1)["negative"]["total"]) == module.MIN_RUNS
     assert len(measure(pipe, 5, 2)["plain"]["total"]) == 5
 
 

@@ -84,7 +84,7 @@ def test_a_graph_that_the_bundle_leaves_out_cannot_be_named(prompts_only: Bundle
 
 
 def test_an_engine_that_the_bundle_does_not_serve_comes_before_the_precision(mixed: Bundle) -> None:
-    with pytest.raises(BundleError, match="bundle 'tiny' has no generator for engine 'cuda', it serves cpu, openvino"):
+    with pytest.raises(BundleError, match="bundle 'tiny' has no generator for engine 'cuda', it supports cpu, openvino"):
         select_variants(mixed, "cuda", "int9")
 
 

@@ -21,7 +21,7 @@ from snoopi_rt.export.small_model.dataset.scene import Vocabulary as Scenes
 from snoopi_rt.export.small_model.dataset.scene import caption
 from snoopi_rt.pipeline import EMBEDDED, Pipeline
 from snoopi_rt.runtime.vocabulary import Matcher, Unknown
-from snoopi_rt.server.app import Settings
+from snoopi_rt.server.settings import Settings
 
 needs_engine = pytest.mark.skipif("cpu" not in installed(), reason="needs an engine")
 
@@ -251,7 +251,7 @@ def test_info_lists_what_a_bundle_knows(narrow: Bundle, original: Bundle, tmp_pa
     }
     code, line = info(str(narrow.folder), "--vocabulary", "--json")
     assert (code, json.loads(line), line.count("\n")) == (0, known, 1)
-    assert info(str(original.folder), "--vocabulary") == (0, "bundle 'tiny' names no vocabulary\n")
+    assert info(str(original.folder), "--vocabulary") == (0, "bundle 'tiny' lists no vocabulary\n")
     assert info(str(original.folder), "--vocabulary", "--json") == (0, "null\n")
     assert info("--json") == (2, "error: --json goes with --vocabulary\n")
     code, shipped = info("--vocabulary")

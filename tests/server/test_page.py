@@ -14,7 +14,7 @@ from snoopi_rt.errors import BundleError
 from snoopi_rt.export.small_model import vocabulary as second
 from snoopi_rt.pipeline import EMBEDDED, load
 from snoopi_rt.runtime.vocabulary import Matcher
-from snoopi_rt.server.app import Settings
+from snoopi_rt.server.settings import Settings
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 sync_api.expect.set_options(timeout=30_000)  # milliseconds: machines are busy at times
@@ -258,7 +258,7 @@ def test_enter_while_it_draws_does_not_draw_twice(browser: Any, address: str) ->
 
 @pytest.mark.parametrize(("most", "scales"), [(5, 4), (2, 2), (1, 1)])
 def test_it_asks_for_as_many_images_as_the_server_draws(browser: Any, most: int, scales: int) -> None:
-    with served(Settings({"other": lambda: load(threads=1)}, most=most)) as address:
+    with served(Settings({"other": lambda: load(threads=1)}, max_images=most)) as address:
         page = page_of(browser, address)
         assert int(page.get_attribute("#scale", "max")) + 1 == scales
         assert page.is_visible(".place") == page.is_visible("#slider") == (scales > 1)

@@ -37,7 +37,8 @@ import uvicorn  # noqa: E402
 from serving import served  # noqa: E402
 
 from snoopi_rt.server import addresses, connection, logs, schema, serve  # noqa: E402
-from snoopi_rt.server.app import Settings, application, read_key  # noqa: E402
+from snoopi_rt.server.app import application  # noqa: E402
+from snoopi_rt.server.settings import Settings, read_key  # noqa: E402
 
 DRAW = "/v1/images/generations"
 
@@ -188,7 +189,7 @@ def test_a_slash_at_the_end_changes_nothing_and_sends_nobody_elsewhere(address: 
 
 @pytest.mark.parametrize("stripped", [False, True])
 def test_below_a_path_of_a_proxy_all_addresses_begin_with_it(pipe: Pipeline, stripped: bool) -> None:
-    with served(Settings({"tiny": lambda: pipe}, root="/draw/", key="secret")) as address:
+    with served(Settings({"tiny": lambda: pipe}, root_path="/draw/", key="secret")) as address:
         base = address if stripped else f"{address}/draw"
         headers = {"host": "any.example", "authorization": "Bearer secret"}
         drawn = httpx.post(base + DRAW, json={"prompt": "a cat", "response_format": "url"}, headers=headers).json()["data"][0]["url"]
@@ -274,10 +275,10 @@ def test_an_address_gives_the_file_for_a_while(address: str, format: str, kind: 
 @pytest.mark.parametrize(
     ("body", "code", "message"),
     [
-        (b"{", 400, "the body is not a request in JSON: Expecting property name"),
-        (b'{"prompt": "a cat", "prompt": "a fox"}', 400, "the body is not a request in JSON: 'prompt' is there twice"),
+        (b"{", 400, "the body is not valid JSON: Expecting property name"),
+        (b'{"prompt": "a cat", "prompt": "a fox"}', 400, "the body is not valid JSON: duplicate key 'prompt'"),
         (b"[]", 400, "the body must be a JSON object"),
-        (b'{"prompt": "a cat", "steps": 4}', 400, "steps: unknown field, known are prompt, model"),
+        (b'{"prompt": "a cat", "steps": 4}', 400, "steps: unknown field, choose from prompt, model"),
         (b'{"prompt": "a cat", "quality": "hd"}', 400, "quality: it must be 'auto' or 'standard'"),
         (b'{"prompt": "a cat", "background": "transparent"}', 400, "background: "),
         (b'{"prompt": "a cat", "stream": true}', 400, "stream: it must be false"),
@@ -376,7 +377,7 @@ def test_other_machines_need_a_key(tmp_path: Path) -> None:
         serve.check_address(host, None)
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
         serve.check_address(host, "key")
-        with pytest.raises(InputError, match=r"is for others too: give --api-key-file FILE or \$SNOOPI_RT_API_KEY"):
+        with pytest.raises(InputError, match=r"needs an API key: give --api-key-file FILE or \$SNOOPI_RT_API_KEY"):
             serve.check_address(host, None)
     (tmp_path / "key").write_text("abc\n")
     (tmp_path / "empty").write_text("\n")
@@ -400,7 +401,7 @@ def test_what_waits_is_drawn_together(slow: Slow, pipe: Pipeline) -> None:
 
 
 def test_without_batching_each_is_drawn_alone(slow: Slow) -> None:
-    with served(Settings({"tiny": slow.open}, together=1)) as address, ThreadPoolExecutor(8) as threads:
+    with served(Settings({"tiny": slow.open}, max_batch=1)) as address, ThreadPoolExecutor(8) as threads:
         asked = [threads.submit(httpx.post, address + DRAW, json={"prompt": "a cat"}, timeout=30) for _ in range(4)]
         eventually(lambda: 'waiting_images{model="tiny"} 3.0' in httpx.get(f"{address}/metrics").text)
         slow.go.set()
@@ -428,7 +429,7 @@ def test_a_request_that_takes_too_long_is_let_go(slow: Slow) -> None:
 
 
 def test_what_was_given_up_is_not_drawn_further_and_takes_nobodys_place(slow: Slow) -> None:
-    with served(Settings({"tiny": slow.open}, queue=2, together=1)) as address, ThreadPoolExecutor(8) as threads:
+    with served(Settings({"tiny": slow.open}, queue=2, max_batch=1)) as address, ThreadPoolExecutor(8) as threads:
         first = threads.submit(httpx.post, address + DRAW, json={"prompt": "a cat"}, timeout=0.5)
         eventually(lambda: slow.calls)
         others = [threads.submit(httpx.post, address + DRAW, json={"prompt": "a fox"}, timeout=0.5) for _ in range(2)]
@@ -497,7 +498,7 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off(pipe: Pipeline, monke
     ended = threading.Event()
     lost = connection.Connection.connection_lost
     monkeypatch.setattr(connection.Connection, "connection_lost", lambda self, error: (lost(self, error), ended.set()))
-    monkeypatch.setattr(schema, "encoded", lambda *_: b"x" * 2**23)
+    monkeypatch.setattr(schema, "encode", lambda *_: b"x" * 2**23)
     with served(Settings({"tiny": lambda: pipe})) as address:
         ended.clear()
         with socket.socket() as client:
@@ -534,7 +535,8 @@ def test_names_that_are_allowed_and_clients_with_a_key_may_call(pipe: Pipeline) 
         assert httpx.get(f"{address}/v1/models", headers=given).status_code == 200
         drawn = httpx.post(address + DRAW, headers=given, json={"prompt": "a cat", "response_format": "url"}).json()
         assert httpx.get(drawn["data"][0]["url"].replace("http://any.example", address)).status_code == 200  # as an <img> asks
-    with served(Settings({"tiny": lambda: pipe}, hosts=("https://Proxy.example:8443/",), origins=("https://Page.example/",))) as address:
+    hosts, cors = ("https://Proxy.example:8443/",), ("https://Page.example/",)
+    with served(Settings({"tiny": lambda: pipe}, allowed_hosts=hosts, cors=cors)) as address:
         assert httpx.get(f"{address}/healthz", headers={"origin": "https://page.example"}).headers["access-control-allow-origin"]
         for host in ("proxy.example", "page.example:8000"):
             assert httpx.get(f"{address}/v1/models", headers={"host": host}).status_code == 200
@@ -593,10 +595,10 @@ def test_a_hundred_megabytes_are_not_read(address: str) -> None:
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_prompts_are_in_the_log_only_when_asked_for(pipe: Pipeline, wanted: bool, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", "snoopi_rt.server"), served(Settings({"tiny": lambda: pipe}, prompts_in_log=wanted)) as address:
+    with caplog.at_level("INFO", "snoopi_rt.server"), served(Settings({"tiny": lambda: pipe}, log_prompts=wanted)) as address:
         httpx.post(address + DRAW, json={"prompt": "a red fox"}, headers={"x-request-id": "r1"})
     (line,) = [json.loads(record.message) for record in caplog.records if '"id": "r1"' in record.message]
-    assert line["code"] == 200 and line["model"] == "tiny" and line["images"] == 1 and ("prompt" in line) == wanted
+    assert line["status"] == 200 and line["model"] == "tiny" and line["images"] == 1 and ("prompt" in line) == wanted
 
 
 def test_schemathesis_finds_no_internal_error(address: str) -> None:
@@ -723,14 +725,14 @@ def test_what_other_packages_warn_of_is_json_too(capfd: pytest.CaptureFixture[st
         log.exception("broken")
     handler.flush()
     first, second = map(json.loads, capfd.readouterr().err.splitlines())
-    assert (first["what"], first["from"], first["message"]) == ("warning", "uvicorn.error", "Invalid HTTP request\n received.")
+    assert (first["event"], first["logger"], first["message"]) == ("warning", "uvicorn.error", "Invalid HTTP request\n received.")
     assert "ValueError: wrong" in second["traceback"]
 
 
 def test_a_line_for_people_steers_no_terminal() -> None:
     record = logging.LogRecord("a", logging.INFO, "", 0, "", (), None)
-    record.people = "request" + logs.in_words({"prompt": "it's \x1b[31m", "code": 200})
-    line = logs.PeopleLines().format(record)
+    record.plain = "request" + logs.plain_fields({"prompt": "it's \x1b[31m", "code": 200})
+    line = logs.PlainLines().format(record)
     assert line.endswith(r" request, prompt $'it\'s \033[31m', code 200") and line.isprintable()
 
 

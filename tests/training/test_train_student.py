@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 from tiny_training import tiny
 
-from snoopi_rt.cli.export import building
 from snoopi_rt.cli.main import main
+from snoopi_rt.cli.torch_command import torch_command
 from snoopi_rt.errors import InputError, SnoopiError
 from snoopi_rt.export.settings import flattened
 from snoopi_rt.export.training.recipe import StudentRecipe
@@ -149,6 +149,6 @@ def test_a_run_says_its_settings_and_nothing_of_what_packages_think(here: Path) 
     ],
 )
 def test_an_error_of_the_system_says_whether_it_was_of_reading(number: int, file: str | None, code: int, line: str, here: Path) -> None:
-    with pytest.raises(SnoopiError) as error, building("train student", "train", Path("q")):
+    with pytest.raises(SnoopiError) as error, torch_command("train student", "train", Path("q")):
         raise OSError(number, os.strerror(number), file)
     assert str(error.value) == line and isinstance(error.value, InputError) == (code == 2)

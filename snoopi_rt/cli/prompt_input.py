@@ -1,4 +1,4 @@
-"""Where the prompt comes from when the command line has none: the terminal, a pipe, or the bundle's own examples."""
+"""The prompt when the command line has none: from the terminal, a pipe, or the bundle's examples."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -11,14 +11,14 @@ from snoopi_rt.errors import InputError
 if TYPE_CHECKING:
     from snoopi_rt.bundle.bundle import Bundle
 
-LARGEST = 2**20
+MAX_BYTES = 2**20
 """Bytes that are read for one prompt."""
 
 
 def read_prompt(word: str | None) -> str | None:
-    """`word`; where it is "-" or None, what standard input says, all lines as one prompt, for which a terminal is asked; None: nothing.
+    """`word`; if that is "-" or None, standard input, all lines as one prompt. None if that is empty; a terminal is prompted for it.
 
-    Raises InputError for what cannot be read and is no text.
+    Raises InputError for input that cannot be read or is not text.
     """
     if word not in (None, "-"):
         return word
@@ -29,8 +29,8 @@ def read_prompt(word: str | None) -> str | None:
         data = sys.stdin.readline().encode("utf-8", "surrogateescape")
     else:
         data = _read_all()
-    if len(data) > LARGEST:
-        raise InputError(f"standard input has more than {LARGEST} bytes: too many for a prompt")
+    if len(data) > MAX_BYTES:
+        raise InputError(f"standard input is too long for a prompt: more than {MAX_BYTES} bytes")
     try:
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -39,16 +39,16 @@ def read_prompt(word: str | None) -> str | None:
 
 
 def example(bundle: "Bundle", seed: int) -> str:
-    """One of the prompts that show the bundle, the same for the same seed. Raises InputError where it has none."""
+    """One of the bundle's example prompts; the same seed always gives the same one. Raises InputError if it has none."""
     examples = bundle.examples or (bundle.prompts.texts if bundle.prompts else ())
     if not examples:
-        raise InputError(f"give a PROMPT: bundle {bundle.name!r} has no example to draw")
+        raise InputError(f"give a PROMPT: bundle {bundle.name!r} has no example prompts")
     return examples[seed % len(examples)]
 
 
 def _read_all() -> bytes:
     with progress_line("waiting for a prompt on standard input"):
         try:
-            return sys.stdin.buffer.read(LARGEST + 1)
+            return sys.stdin.buffer.read(MAX_BYTES + 1)
         except OSError as error:
             raise InputError(f"cannot read standard input: {error.strerror}") from error

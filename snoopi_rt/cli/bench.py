@@ -1,0 +1,36 @@
+"""`snoopi-rt bench`."""
+
+import json
+
+import click
+
+from snoopi_rt.cli.options import bundle_option, completed_by, engines, precision_option, threads_option
+from snoopi_rt.shell import visible
+
+
+@click.command(epilog="Example: snoopi-rt bench --engine cpu --engine openvino --runs 50")
+@bundle_option
+@click.option(
+    "--engine",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=completed_by(engines),
+    help="Engine to measure; repeatable.  [default: all usable ones]",
+)
+@precision_option
+@threads_option
+@click.option("--runs", type=int, metavar="N", help="Images per measurement.  [default: 20, fewer if they are slow]")
+def bench(bundle: str | None, names: tuple[str, ...], precision: str | None, threads: int | None, runs: int | None) -> None:
+    """Measure latency per stage, cold start and memory, and remember the fastest engine; the last line is one JSON document."""
+    from snoopi_rt.bundle.bundle import Bundle
+    from snoopi_rt.pipeline import EMBEDDED
+    from snoopi_rt.runtime.auto_engine import usable
+    from snoopi_rt.runtime.bench import bench as measure
+    from snoopi_rt.runtime.bench import table, verdict
+
+    opened = Bundle.load(bundle or EMBEDDED)
+    document = measure(opened, list(names) or usable(opened), precision, threads, runs, lambda line: click.echo(line, err=True))
+    click.echo(table(document))
+    click.echo(visible(verdict(document)))
+    click.echo(json.dumps(document))

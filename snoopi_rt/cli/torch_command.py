@@ -1,0 +1,45 @@
+"""What the commands of the PyTorch side share: clear errors for a missing extra, and for files that cannot be read or written."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from snoopi_rt.errors import EngineMissing, InputError, OutputError, SnoopiError, how_to_install
+from snoopi_rt.files import check_place, hidden, reason
+from snoopi_rt.shell import quote
+
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+"""What the system raises only when writing."""
+
+
+@contextmanager
+def torch_command(command: str, extra: str, out: Path) -> Iterator[None]:
+    """Checks before the block runs that `out` can be written. Turns missing packages into EngineMissing, which names the extra, and
+    OSErrors into InputError or OutputError, which name the file."""
+    try:
+        if out != Path():
+            check_place(out / "config.json")
+    except OSError as error:
+        raise OutputError(f"cannot write {quote(out)}: {reason(error)}") from error
+    try:
+        yield
+    except (SnoopiError, BrokenPipeError):
+        raise
+    except ImportError as error:
+        raise EngineMissing(f"{command} needs {error.name}: {how_to_install(extra)}") from error
+    except OSError as error:
+        raise _file_error(error, command, out) from error
+
+
+def _file_error(error: OSError, command: str, out: Path) -> SnoopiError:
+    """The error of a command that writes into `out`, and beside it until it is done, and reads all other files."""
+    writing = error.errno in _WRITE_ERRORS
+    if error.filename is None:
+        return OutputError(f"cannot write {quote(out)}: {reason(error)}") if writing else SnoopiError(f"{command}: {reason(error)}")
+    file, folder = (Path(os.path.abspath(path)) for path in (os.fsdecode(error.filename), out))
+    if any(file.is_relative_to(place) for place in (folder, hidden(folder, ".part"), hidden(folder, ".old"))):
+        return OutputError(f"cannot write {quote(out)}: {reason(error)}")
+    path = quote(os.fsdecode(error.filename))
+    return OutputError(f"cannot write {path}: {reason(error)}") if writing else InputError(f"cannot read {path}: {reason(error)}")
