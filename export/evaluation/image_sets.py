@@ -123,7 +123,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[PromptRow]:
 def _rows(path: Path, style: str | None) -> list[PromptRow]:
     rows = []
     with PromptFile(path, names=COLUMNS) as file:
-        file.judge()
+        file.check()
         for place, record in file.records():
             where = f"{path}, {file.word} {place}"
             if not isinstance(record, dict):

@@ -6,6 +6,7 @@ from snoopi_rt import __version__
 from snoopi_rt.cli.bench import bench
 from snoopi_rt.cli.build import build
 from snoopi_rt.cli.cache import cache
+from snoopi_rt.cli.compare import compare
 from snoopi_rt.cli.data import data
 from snoopi_rt.cli.errors import Commands
 from snoopi_rt.cli.eval import evaluate
@@ -33,6 +34,7 @@ for command in (
     info,
     bench,
     build,
+    compare,
     cache,
     export,
     presets,

@@ -1,0 +1,104 @@
+"""`snoopi-rt compare`. Polygraphy is imported inside it."""
+
+import click
+
+from snoopi_rt.cli.options import Number, complete_bundle, completed_by, engines, threads_option
+from snoopi_rt.errors import EngineMissing, InputError, how_to_install
+from snoopi_rt.shell import visible
+
+
+def _graphs() -> tuple[str, ...]:
+    from snoopi_rt.bundle.manifest import GRAPHS
+
+    return GRAPHS
+
+
+@click.command(epilog="Example: snoopi-rt compare my-bundle --engine cpu --engine openvino --graph generator --layers")
+@click.argument("bundle", required=False, shell_complete=complete_bundle)
+@click.option(
+    "--engine",
+    "names",
+    multiple=True,
+    required=True,
+    metavar="NAME",
+    shell_complete=completed_by(engines),
+    help="Engine; give two, the first is the reference.",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    metavar="NAME",
+    help="One for both engines, or one each.  [default: the bundle's first]",
+)
+@click.option(
+    "--graph",
+    "graphs",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=completed_by(_graphs),
+    help="Graph to compare; repeatable.  [default: all]",
+)
+@click.option("--layers", is_flag=True, help="Compare every node of the ONNX graph, and name the first that differs.")
+@click.option("--tolerance", type=Number(0), default=0.01, metavar="X", help="Relative L2 distance above which an output differs.")
+@click.option("--prompt", metavar="TEXT", help="Prompt to run the graphs with.  [default: that of bench]")
+@click.option("--neg", metavar="TEXT", help="Negative prompt.  [default: that of bench]")
+@threads_option
+def compare(
+    bundle: str | None,
+    names: tuple[str, ...],
+    precisions: tuple[str, ...],
+    graphs: tuple[str, ...],
+    layers: bool,
+    tolerance: float,
+    prompt: str | None,
+    neg: str | None,
+    threads: int | None,
+) -> None:
+    """Run a bundle's graphs on two engines and report how far their outputs differ: to debug black images, NaN and lost precision.
+
+    BUNDLE is a folder, by default the embedded bundle. Both engines get the same inputs, so that errors do not carry over from graph to
+    graph. Exits with 1 if an output differs. With --layers all outputs are in memory; POLYGRAPHY_ARRAY_SWAP_THRESHOLD_MB=100 moves arrays
+    above 100 MB to disk.
+    """
+    from snoopi_rt.bundle.bundle import Bundle
+    from snoopi_rt.pipeline import EMBEDDED
+    from snoopi_rt.runtime.bench import bench_prompts
+
+    if len(names) != 2:
+        raise InputError("compare needs two engines: --engine cpu --engine openvino")
+    if len(precisions) > 2:
+        raise InputError("give one --precision for both engines, or one for each")
+    opened = Bundle.load(bundle or EMBEDDED)
+    if unknown := set(graphs) - set(opened.graphs):
+        raise InputError(f"bundle {opened.name!r} has no graph {min(unknown)!r}, choose from {', '.join(opened.graphs)}")
+    try:
+        from snoopi_rt.runtime.compare import compare as run
+    except ImportError as error:
+        raise EngineMissing(f"compare needs {error.name}: {how_to_install('export')}") from error
+
+    default_prompt, default_negative = bench_prompts(opened)
+    sides = [(name, precisions[min(place, len(precisions) - 1)] if precisions else None) for place, name in enumerate(names)]
+    differs = False
+    for comparison in run(
+        opened,
+        sides,
+        graphs or tuple(opened.graphs),
+        prompt or default_prompt,
+        default_negative if neg is None else neg,
+        layers,
+        threads,
+        lambda line: click.echo(line, err=True),
+    ):
+        first = comparison.first_beyond(tolerance)
+        differs = differs or first is not None
+        click.echo(f"{comparison.graph}: {comparison.first} against {comparison.second}")
+        if not layers:
+            for distance in comparison.distances:
+                click.echo(visible(f"  {distance.output}: {distance.described()}"))
+        elif first is None:
+            click.echo(f"  {len(comparison.distances)} node outputs compared, all within {tolerance:g}")
+        else:
+            click.echo(visible(f"  the first node to differ is {first.node}, output {first.output!r}: {first.described()}"))
+    if differs:
+        click.get_current_context().exit(1)

@@ -1,0 +1,221 @@
+"""How far apart two engines are on a bundle's graphs, per output or per node, run by Polygraphy's Comparator.
+
+Needs the extra `export` or `tensorrt`; nothing that draws imports it.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnx import modify_outputs
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import Comparator
+from polygraphy.constants import MARK_ALL
+from polygraphy.exception import PolygraphyException
+from polygraphy.logger import G_LOGGER
+
+from snoopi_rt.bundle.bundle import GRAPHS, Bundle, Variant
+from snoopi_rt.cache import Cache
+from snoopi_rt.engines import check_engine, load_engine
+from snoopi_rt.engines.base import Engine
+from snoopi_rt.errors import EngineError, InputError
+from snoopi_rt.pipeline import open_pipeline, runs_on
+from snoopi_rt.runtime.inputs import generator_inputs
+from snoopi_rt.runtime.precision import select_variants
+from snoopi_rt.runtime.shape_ranges import shape_ranges
+from snoopi_rt.tokenizer import Tokenizer
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """The distance of an output from the first engine's. `node`: the node that computes it, for people; empty without `layers`.
+
+    Both are infinite if the shapes differ, or if one engine returned NaN or infinity where the other did not.
+    """
+
+    output: str
+    max_abs: float
+    relative_l2: float
+    node: str = ""
+
+    def described(self) -> str:
+        """The two figures."""
+        return f"max abs {self.max_abs:.2e}, relative L2 {self.relative_l2:.2e}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A graph on two engines; `distances` are in topological order, those of all nodes or of the graph's outputs alone."""
+
+    graph: str
+    first: str
+    second: str
+    distances: tuple[Distance, ...]
+
+    def first_beyond(self, tolerance: float) -> Distance | None:
+        """The first output whose relative L2 is beyond the tolerance."""
+        return next((distance for distance in self.distances if not distance.relative_l2 <= tolerance), None)
+
+
+@dataclass(frozen=True)
+class Side:
+    """An engine, and the variant of each graph that it runs."""
+
+    engine: str
+    variants: dict[str, Variant]
+
+    def label(self, graph: str) -> str:
+        """The engine and its precision, for people."""
+        variant = self.variants[graph]
+        return f"{runs_on(variant, self.engine)} {variant.precision}"
+
+
+class EngineRunner(BaseRunner):
+    """One of our engines as a Polygraphy runner, with exactly the session options, providers and build flags with which it draws."""
+
+    def __init__(self, name: str, open_engine: Callable[[], Engine]) -> None:
+        super().__init__(name=name)
+        self._open_engine = open_engine
+
+    def activate_impl(self) -> None:
+        self._engine = self._open_engine()
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        metadata = TensorMetadata()
+        for spec in self._engine.inputs:
+            metadata.add(spec.name, np.dtype(spec.dtype), spec.shape)
+        return metadata
+
+    def infer_impl(self, feed_dict: Arrays) -> Arrays:
+        start = time.perf_counter()
+        outputs = {name: np.asarray(value) for name, value in self._engine(**feed_dict).items()}
+        self.inference_time = time.perf_counter() - start
+        return outputs
+
+    def deactivate_impl(self) -> None:
+        self._engine.close()
+        del self._engine
+
+
+def compare(
+    bundle: Bundle,
+    engines: Sequence[tuple[str, str | None]],
+    graphs: Sequence[str],
+    prompt: str,
+    negative: str | None,
+    layers: bool = False,
+    threads: int | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Iterator[Comparison]:
+    """Compares each of the graphs on two engines, given by name and precision (None means the bundle's first), with the same inputs.
+
+    The inputs are those of the first engine for the prompt, so that errors do not carry over from graph to graph. With `layers` every
+    node's output is compared; all of them are in memory at once, unless POLYGRAPHY_ARRAY_SWAP_THRESHOLD_MB is set.
+    Raises BundleError, EngineMissing, EngineError, InputError.
+    """
+    for engine, _ in engines:
+        check_engine(engine)
+    first, second = (Side(engine, select_variants(bundle, engine, precision)) for engine, precision in engines)
+    for side in (first, second) if layers else ():
+        for graph in graphs:
+            if side.variants[graph].format != "onnx":
+                raise InputError(f"--layers needs ONNX, and {graph} is {side.variants[graph].format} on engine {side.engine!r}")
+    inputs = _text_inputs(bundle, first, prompt, negative, threads)
+    for graph in GRAPHS:
+        if graph not in graphs and not (graph == "generator" and "decoder" in graphs):
+            continue
+        sides = (first, second) if graph in graphs else (first,)
+        with _models(bundle, graph, sides, layers and graph in graphs) as (paths, nodes):
+            runners = []
+            for side, path in zip(sides, paths, strict=True):
+                report(f"running {graph} on {side.label(graph)}")
+                runners.append(EngineRunner(side.label(graph), partial(_open, bundle, graph, side, path, threads)))
+            outputs = _run(runners, inputs[graph])
+        if graph == "generator":
+            tile = bundle.tile.size if bundle.tile else None
+            inputs["decoder"] = {"latent": np.ascontiguousarray(outputs[0]["latent"][:, :, :tile, :tile])}
+        if graph in graphs:
+            yield Comparison(graph, first.label(graph), second.label(graph), tuple(_distances(outputs[0], outputs[1], nodes)))
+
+
+def _text_inputs(bundle: Bundle, side: Side, prompt: str, negative: str | None, threads: int | None) -> dict[str, Arrays]:
+    """The inputs of the text encoder and the generator for a prompt; the engine computes its states."""
+    precision = {graph: variant.precision for graph, variant in side.variants.items()}
+    with open_pipeline(bundle, side.engine, precision, threads, Cache(), low_memory=True) as pipe:
+        requests = pipe.check(prompt, negative, seed=0, truncate=True)
+        states = {text: pipe.prepare(text, truncate=True).states for text in requests[0].texts}
+    variant = side.variants["generator"]
+    inputs = {"generator": generator_inputs(requests, states, variant.inputs, bundle.latent, bundle.sizes[0])}
+    if bundle.text.tokenizer is not None:
+        text = bundle.text
+        tokenizer = Tokenizer(bundle.folder / bundle.text.tokenizer.path, text.max_tokens, text.lowercase, text.pad)
+        inputs["text_encoder"] = {"ids": tokenizer(prompt, truncate=True)}
+    return inputs
+
+
+@contextmanager
+def _models(bundle: Bundle, graph: str, sides: Sequence[Side], layers: bool) -> Iterator[tuple[list[Path], dict[str, str]]]:
+    """The model file of each side, with `layers` a copy whose tensors are all outputs; and the node that computes each output."""
+    paths = [bundle.folder / side.variants[graph].files[0].path for side in sides]
+    if not layers:
+        yield paths, {}
+        return
+    cache = Cache()  # large enough: the system's temporary folder may be in memory
+    with tempfile.TemporaryDirectory(dir=None if cache.problem() else cache.path) as folder:
+        nodes: dict[str, str] = {}
+        for number, path in enumerate(paths):
+            model = onnx.load(str(path))
+            if number == 0:
+                nodes = {output: f"{node.op_type} {node.name or output!r}" for node in model.graph.node for output in node.output}
+            paths[number] = Path(folder) / str(number) / path.name
+            paths[number].parent.mkdir()
+            onnx.save(modify_outputs(model, MARK_ALL), str(paths[number]), save_as_external_data=True, location=f"{Path(folder).name}.data")
+        yield paths, nodes
+
+
+def _open(bundle: Bundle, graph: str, side: Side, path: Path, threads: int | None) -> Engine:
+    variant, ranges = side.variants[graph], shape_ranges(bundle, graph, side.variants[graph])
+    cache = Cache() if path.parent == bundle.folder else None  # a model with all tensors as outputs is compiled only once
+    return load_engine(runs_on(variant, side.engine), path, variant.precision, threads, cache, variant.hash, ranges)
+
+
+def _run(runners: list[EngineRunner], inputs: Arrays) -> list[Any]:
+    """The outputs of each runner. Raises what an engine raises, EngineError if Polygraphy fails."""
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            results = Comparator.run(runners, data_loader=[inputs])
+    except PolygraphyException as error:
+        raise EngineError(f"Polygraphy failed: {error}") from error
+    return [iterations[0] for _, iterations in results.items()]
+
+
+def _distances(first: Any, second: Any, nodes: dict[str, str]) -> Iterator[Distance]:
+    """The distances of the outputs that both have, in the order of `nodes`, or else of the first."""
+    for name in nodes or first.keys():
+        if name in first and name in second:
+            yield replace(distance(name, first[name], second[name]), node=nodes.get(name, ""))
+
+
+def distance(name: str, first: np.ndarray, second: np.ndarray) -> Distance:
+    """The distance of the second array from the first."""
+    if first.shape != second.shape:
+        return Distance(name, float("inf"), float("inf"))
+    reference, other = first.astype(np.float64), second.astype(np.float64)
+    same = reference == other  # including infinities in both, such as those of a mask
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(np.where(same, 0, reference - other))
+    if not np.isfinite(difference).all():
+        return Distance(name, float("inf"), float("inf"))
+    norm = float(np.linalg.norm(np.where(np.isfinite(reference), reference, 0)))
+    apart = float(np.linalg.norm(difference))
+    return Distance(name, float(difference.max(initial=0)), apart / norm if norm else apart and float("inf"))
