@@ -75,7 +75,7 @@ def test_a_shell_completes(line: str, offered: object, original: Bundle, tmp_pat
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_documented_line_is_what_a_shell_needs(shell: str) -> None:
-    assert f"_SNOOPI_RT_COMPLETE={shell}_source snoopi-rt" in (ROOT / "README.md").read_text()
+    assert f"_SNOOPI_RT_COMPLETE={shell}_source snoopi-rt" in (ROOT / "docs" / "cli.md").read_text()
     words = {"COMP_WORDS": "snoopi-rt export --preset nitro-p", "COMP_CWORD": "3" if shell != "fish" else "nitro-p"}
     outcome = {}
     for step in ("source", "complete"):
@@ -131,7 +131,7 @@ def test_every_documented_command_can_be_typed_as_it_stands() -> None:
 
 
 def test_two_kinds_of_documented_commands_never_write_into_one_folder() -> None:
-    (runs,) = re.findall(r"^tools/small_model.sh (\S+)$", (ROOT / "docs" / "small.md").read_text(), re.M)
+    (runs,) = re.findall(r"^tools/small_model.sh (\S+)$", (ROOT / "docs" / "model-card.md").read_text(), re.M)
     script = (ROOT / "tools" / "small_model.sh").read_text().replace('"$emoji"', '"$runs/emoji"').replace("\\\n", " ")
     stages = re.findall(r'^(stage \w+|snoopi-rt \w+) .*--out "\$runs/([^"]+)"', script, re.M)
     assert len(stages) == 6

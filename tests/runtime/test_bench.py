@@ -95,12 +95,12 @@ def test_the_table_has_a_line_for_every_build_and_every_figure_of_an_engine(bund
         precision = document["engines"][engine]["precision"]
         assert marked == {(graph, precision[graph]) for graph in ("generator", "decoder")}
     assert json.loads(json.dumps(document)) == document
-    # The words for a precision are those of `info` and of the README's table.
+    # The words for a precision are those of `info` and of the table in docs/benchmarks.md.
     assert f"fp16 on {', '.join(HERE)}: fp16 weights, fp32 arithmetic" in lines
     assert "fp16 on cpu, openvino: fp16 weights, fp32 arithmetic" in bundle.described().splitlines()
     assert "bf16 on cpu, openvino: fp16 weights, bf16 arithmetic" in bundle.described().splitlines()
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert all(f"; {meaning('fp16', engine)}) |" in readme for engine in HERE)
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    assert all(f"; {meaning('fp16', engine)}) |" in page for engine in HERE)
 
 
 def test_what_is_not_remembered_is_said_with_its_reason(
