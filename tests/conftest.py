@@ -31,6 +31,41 @@ from snoopi_rt.tokenizer import Tokenizer
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+QUICK = (
+    "test_api",
+    "test_embedding",
+    "test_image",
+    "test_json_reader",
+    "test_layers",
+    "test_pipeline",
+    "test_promises",
+    "test_prompts",
+    "test_tokenizer",
+    "batch/test_prompt_file",
+    "bundle/test_bundle",
+    "bundle/test_compatibility",
+    "cli/test_commands",
+    "documents/test_documents",
+    "engines/test_threads",
+    "export/test_factor",
+    "export/test_guidance",
+    "export/test_one_step",
+    "export/test_presets",
+    "runtime/test_auto_engine",
+    "runtime/test_precision",
+    "runtime/test_tiling",
+    "runtime/test_vocabulary",
+)
+"""The modules of `pytest -m quick`, which takes at most a minute."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    quick = {Path(__file__).parent / f"{name}.py" for name in QUICK}
+    assert all(path.is_file() for path in quick)
+    for item in items:
+        if item.path in quick:
+            item.add_marker("quick")
+
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:

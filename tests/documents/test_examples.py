@@ -165,6 +165,6 @@ def test_the_loss_of_the_example_is_registered_with_its_settings(monkeypatch: py
         assert "contrast.deviation" in described(recipe)
         x0 = torch.tensor([-1.0, 1.0])
         term = made.ContrastLoss.term(SimpleNamespace(settings=made.Contrast(deviation=2.0)), SimpleNamespace(x0=x0))
-        assert term.loss == (x0.std() - 2) ** 2
+        assert term.value == (x0.std() - 2) ** 2
     finally:
         LOSS_SETTINGS.pop("contrast", None)
