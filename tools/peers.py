@@ -68,7 +68,7 @@ def missing() -> Iterator[str]:
     """A line for each peer whose package is not installed."""
     for name, package in PACKAGES.items():
         if name not in installed():
-            yield f"{name} is left out: pip install {package}"
+            yield f"{name} is left out: it needs {package}, of the extra peers"
 
 
 def loaders(job: Job, folder: Path) -> dict[str, Callable[[], Peer]]:

@@ -13,25 +13,29 @@ from snoopi_rt.bundle.bundle import Bundle
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NAMED = re.compile(r"(?<![\w/.~-])(?:snoopi_rt|engines|export|kernels|tests|tools|docs|examples|weights)/[\w./-]*\w")
+NAMED = re.compile(r"(?<![\w/.~\"-])(?:snoopi_rt|engines|export|kernels|tests|tools|docs|examples|weights)/[\w./-]*\w")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
 
 
 def anchors(page: Path) -> set[str]:
     """What GitHub makes of the headings of a page."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S), re.M)
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_and_every_path_leads_somewhere(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for link in (link for link in LINK.findall(text) if "://" not in link):
+    for link in (link for link in LINK.findall(prose(page)) if "://" not in link):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
-    assert not [path for path in NAMED.findall(text) if not (ROOT / path).exists()]
+    assert not [path for path in NAMED.findall(page.read_text(encoding="utf-8")) if not (ROOT / path).exists()]
 
 
 def test_the_page_of_commands_is_what_the_commands_say() -> None:
