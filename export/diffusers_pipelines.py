@@ -1,7 +1,7 @@
 """Negative prompts for diffusers pipelines, in one call of the network: `pipe = with_negative(pipe)`.
 
-The pipeline encodes the negative prompt like its prompt, both states are concatenated, and every cross-attention splits them again. So
-everything else in a pipeline still works: offloading, LoRAs, callbacks, batches, torch.compile.
+The pipeline encodes the negative prompt like its prompt, both states are concatenated, and every attention to the text splits them again.
+So everything else in a pipeline still works: offloading, LoRAs, callbacks, batches, torch.compile.
 """
 
 import inspect
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.attention import keys_values, merge_heads, queries, text_mask
 from snoopi_rt.export.guidance import GUIDANCE, Guidance, find_guidance
+from snoopi_rt.export.joint_attention import GUIDANCE as JOINT_GUIDANCE
+from snoopi_rt.export.joint_attention import JointGuidance, JointProcessor, joint_attentions
 from snoopi_rt.kernels import fused_attention
 
 KINDS = [kind for kind, guidance in GUIDANCE.items() if guidance.formula is not None]
@@ -25,17 +27,19 @@ _OF_THE_PROMPT = ("prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds
 
 def with_negative(pipe: DiffusionPipeline, kind: str = "nasa") -> DiffusionPipeline:
     """See snoopi_rt.diffusers."""
-    if kind not in KINDS:
-        raise InputError(f"unknown kind {kind!r}, choose from {', '.join(KINDS)}")
     without_negative(pipe)
-    attentions = _cross_attentions(pipe)
+    attentions = _attentions(pipe)
     if not attentions or not hasattr(pipe, "encode_prompt"):
-        raise InputError(f"{type(pipe).__name__} has no cross-attention to a text: negatives in joint attention are not supported")
+        raise InputError(f"{type(pipe).__name__} has no attention to a text in which a negative prompt can act")
+    joint = bool(joint_attentions(pipe.transformer)) if hasattr(pipe, "transformer") else False
+    kinds = list(JOINT_GUIDANCE) if joint else KINDS
+    if kind not in kinds:
+        raise InputError(f"unknown kind {kind!r} of {type(pipe).__name__}, choose from {', '.join(kinds)}")
     if any("IPAdapter" in type(attn.processor).__name__ for attn in attentions):
-        raise InputError("an IP-Adapter stands in the cross-attentions: unload it, negatives beside one are not supported")
-    call = _Call(find_guidance(kind))
+        raise InputError("an IP-Adapter stands in the attentions to the text: unload it, negatives beside one are not supported")
+    call = _Call(JOINT_GUIDANCE[kind] if joint else find_guidance(kind))
     for attn in attentions:
-        attn.set_processor(_NegativeProcessor(attn.processor, call))
+        attn.set_processor(JointProcessor(attn.processor, call, attn) if joint else _NegativeProcessor(attn.processor, call))
     plain = type(pipe)
     # Of the same name: pipelines write it into what they save.
     pipe.__class__ = type(plain.__name__, (_Negative, plain), {"__module__": plain.__module__, "_plain": plain})
@@ -46,8 +50,8 @@ def with_negative(pipe: DiffusionPipeline, kind: str = "nasa") -> DiffusionPipel
 def without_negative(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """See snoopi_rt.diffusers."""
     if isinstance(pipe, _Negative):
-        for attn in _cross_attentions(pipe):
-            if isinstance(attn.processor, _NegativeProcessor):
+        for attn in _attentions(pipe):
+            if isinstance(attn.processor, _NegativeProcessor | JointProcessor):
                 attn.set_processor(attn.processor.plain)
         del pipe._negative_call
         pipe.__class__ = pipe._plain
@@ -58,7 +62,7 @@ def without_negative(pipe: DiffusionPipeline) -> DiffusionPipeline:
 class _Call:
     """What one call of a pipeline tells its cross-attentions."""
 
-    guidance: Guidance
+    guidance: Guidance | JointGuidance
     negatives: Sequence[str] = ()
     scales: Sequence[float] = ()
     lengths: list[int] = field(default_factory=list)
@@ -87,7 +91,7 @@ class _Negative(DiffusionPipeline):
         scale = call.guidance.default_scale if negative_scale is None else negative_scale
         call.scales = [float(scale)] if isinstance(scale, int | float) else [float(value) for value in scale]
         if negative_prompt is not None and any(call.scales):
-            if not all(isinstance(attn.processor, _NegativeProcessor) for attn in _cross_attentions(self)):
+            if not all(isinstance(attn.processor, _NegativeProcessor | JointProcessor) for attn in _attentions(self)):
                 raise InputError("the attention processors were set since with_negative: call it again")
             call.negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
         try:
@@ -109,17 +113,23 @@ class _Negative(DiffusionPipeline):
         texts = [_per_prompt(call.negatives, prompts, "negative_prompt")]
         if call.guidance.measures_from_empty:
             texts.append([""] * prompts)
-        states, masks = [encoded[0]], [encoded[1]]
-        for text in texts:
-            shared = {name: value for name, value in arguments.items() if name not in _OF_THE_PROMPT}
-            other = super().encode_prompt(**shared | {"prompt": text})
-            states.append(other[0].to(encoded[0]))
-            masks.append(other[1])
-        call.lengths = [part.shape[1] for part in states]
+        # Some pipelines' parameters have no defaults.
+        shared = arguments | {name: None for name in _OF_THE_PROMPT if name in signature.parameters}
+        parts = [encoded, *(super(_Negative, self).encode_prompt(**shared | {"prompt": text}) for text in texts)]
+        call.lengths = [part[0].shape[1] for part in parts]
         scale = torch.tensor(_per_prompt(call.scales, prompts, "negative_scale"), dtype=encoded[0].dtype, device=encoded[0].device)
         call.scale = scale.repeat_interleave(len(encoded[0]) // prompts)
-        masked = "prompt_attention_mask" in signature.parameters
-        return (torch.cat(states, 1), torch.cat(masks, 1) if masked else encoded[1], *encoded[2:])
+        joined = list(encoded)
+        for index, axis in self._token_axes(len(encoded), "prompt_attention_mask" in signature.parameters).items():
+            joined[index] = torch.cat([part[index].to(encoded[index]) for part in parts], axis)
+        return tuple(joined)
+
+    def _token_axes(self, count: int, masked: bool) -> dict[int, int]:
+        """Which of so many values of `encode_prompt` have tokens, and along which axis: states, a mask, the positions of FLUX's texts."""
+        network = getattr(self, "transformer", None)
+        network = getattr(network, "_orig_mod", network)  # behind torch.compile
+        positions = network is not None and "txt_ids" in inspect.signature(type(network).forward).parameters
+        return {0: 1} | ({1: 1} if masked else {}) | ({count - 1: -2} if positions else {})
 
 
 class _NegativeProcessor:
@@ -151,7 +161,7 @@ class _NegativeProcessor:
         return attn.to_out[0](merge_heads(z)) / attn.rescale_output_factor
 
 
-def _attend(guidance: Guidance, q: Tensor) -> Any:
+def _attend(guidance: Any, q: Tensor) -> Any:
     """The guidance's formula, in a Triton kernel where there is one."""
     if q.is_cuda and guidance.kind == "nasa":
         try:
@@ -165,10 +175,15 @@ def _attend(guidance: Guidance, q: Tensor) -> Any:
     return lambda *tensors: attend(*tensors, attention=fused_attention)  # type: ignore[misc]
 
 
-def _cross_attentions(pipe: DiffusionPipeline) -> list[Attention]:
+def _attentions(pipe: DiffusionPipeline) -> list[Any]:
+    """The attentions to the text: the joint ones of a network that has such, else its cross-attentions."""
     network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    modules = network.named_modules() if isinstance(network, nn.Module) else ()
-    return [module for name, module in modules if isinstance(module, Attention) and name.rpartition(".")[2] == "attn2"]
+    if not isinstance(network, nn.Module):
+        return []
+    modules = network.named_modules()
+    return joint_attentions(network) or [
+        module for name, module in modules if isinstance(module, Attention) and name.rpartition(".")[2] == "attn2"
+    ]
 
 
 def _per_prompt(values: Sequence[Any], count: int, name: str) -> list[Any]:

@@ -8,11 +8,12 @@ Pipeline = TypeVar("Pipeline")
 
 
 def with_negative(pipe: Pipeline, kind: str = "nasa") -> Pipeline:
-    """The pipeline itself, which from now on heeds `negative_prompt` without classifier-free guidance: one call of its network a step.
+    """The same pipeline, which from now on heeds `negative_prompt` without classifier-free guidance: one call of its network per step.
 
-    Its call also takes `negative_scale`, a number or one for each prompt; by default the kind's. kind: nasa, nag, vsf or projected. Without
-    a negative prompt, or at a scale of 0, it draws what it drew before, bit for bit. Raises InputError for another kind, and for a pipeline
-    without cross-attention to a text; EngineMissing without torch and diffusers.
+    Its call also takes `negative_scale`, one number or one per prompt; by default the kind's. kind: nasa, nag, vsf or projected, and in
+    joint attention (SD3, FLUX, FLUX.2) nasa, nag, vsf or gated. Without a negative prompt, or at a scale of 0, it draws what it drew
+    before, bit for bit. Raises InputError for another kind and for a pipeline without such attention to a text; EngineMissing without torch and
+    diffusers.
     """
     return _code().with_negative(pipe, kind)
 

@@ -218,11 +218,11 @@ def test_what_cannot_be_asked_is_one_clear_line(asking: DiffusionPipeline, asked
 
 
 def test_what_cannot_have_a_negative_says_so(opened: Any) -> None:
-    with pytest.raises(InputError, match="unknown kind 'cfg', choose from nasa, nag, vsf, projected"):
+    with pytest.raises(InputError, match="unknown kind 'cfg' of StableDiffusionPipeline, choose from nasa, nag, vsf, projected"):
         with_negative(opened("sd15"), "cfg")
     pipe = opened("sd15")
     pipe.unet = torch.nn.Identity()
-    with pytest.raises(InputError, match="StableDiffusionPipeline has no cross-attention to a text"):
+    with pytest.raises(InputError, match="StableDiffusionPipeline has no attention to a text"):
         with_negative(pipe)
     pipe = with_negative(opened("sd15"))
     pipe.unet.set_attn_processor(AttnProcessor2_0())
