@@ -12,8 +12,8 @@ def with_negative(pipe: Pipeline, kind: str = "nasa") -> Pipeline:
 
     Its call also takes `negative_scale`, one number or one per prompt; by default the kind's. kind: nasa, nag, vsf or projected, and in
     joint attention (SD3, FLUX, FLUX.2) nasa, nag, vsf or gated. Without a negative prompt, or at a scale of 0, it draws what it drew
-    before, bit for bit. Raises InputError for another kind and for a pipeline without such attention to a text; EngineMissing without torch and
-    diffusers.
+    before, bit for bit. Raises InputError for another kind and for a pipeline without such attention to a text; EngineMissing without
+    torch and diffusers.
     """
     return _code().with_negative(pipe, kind)
 
