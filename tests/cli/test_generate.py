@@ -103,7 +103,7 @@ def test_a_pipe_into_which_nothing_comes_is_waited_for_with_a_word(generate: Gen
     assert generate("--seed", 1, stdin=Slow(b"a fox")).stderr.startswith("waiting for a prompt on standard input (0 s)\n")
 
 
-@pytest.mark.parametrize(("stdin", "message"), [(b"\xff\xfea", "is not UTF-8 text"), (b"x" * 2**21, "more than 1048576 bytes")])
+@pytest.mark.parametrize(("stdin", "message"), [(b"\xff\xfea", "is not UTF-8 text"), (b"x" * 2**21, "is too long for a prompt")])
 def test_standard_input_that_is_no_prompt_is_one_line(generate: Generate, stdin: bytes, message: str) -> None:
     result = generate(stdin=stdin, code=2)
     assert result.stderr.startswith(f"error: standard input {message}") and len(result.stderr.splitlines()) == 1
