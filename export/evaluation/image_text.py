@@ -26,17 +26,16 @@ def hps(images: ImageSet, context: Context, version: str) -> Iterator[Row]:
     yield _mean("HPSv2", named(f"HPSv{version}, average", len(scores), HPS_PROMPTS, "prompts"), scores, **detail)
 
 
-def clip(images: ImageSet, context: Context) -> Iterator[Row]:
-    """Mean cosines of image and prompt by two networks; where rows have negative prompts, of image and negative prompt too."""
-    for weights, network in (("clip-g14", "ViT-g-14"), ("clip-b32", "ViT-B-32")):
-        detail = {"weights": context.located[weights].status}
-        negatives = [i for i, row in enumerate(images.rows) if row.negative_prompt]
-        scores = cosines(images, context, weights, [PREFIX + prompt for prompt in images.prompts])
-        yield _mean("CLIP", named(f"CLIP score, {network}", len(scores), COCO_CAPTIONS, "captions"), scores, **detail)
-        if negatives:
-            unwanted = cosines(images, context, weights, [PREFIX + (row.negative_prompt or "") for row in images.rows])
-            yield _mean("CLIP", f"CLIP+, {network}", scores[negatives], **detail)
-            yield _mean("CLIP", f"CLIP-, {network}", unwanted[negatives], **detail)
+def clip(images: ImageSet, context: Context, weights: str) -> Iterator[Row]:
+    """The mean cosine of image and prompt; where rows have negative prompts, of image and negative prompt too."""
+    network, detail = context.architectures[weights].name, {"weights": context.located[weights].status}
+    negatives = [i for i, row in enumerate(images.rows) if row.negative_prompt]
+    scores = cosines(images, context, weights, [PREFIX + prompt for prompt in images.prompts])
+    yield _mean("CLIP", named(f"CLIP score, {network}", len(scores), COCO_CAPTIONS, "captions"), scores, **detail)
+    if negatives:
+        unwanted = cosines(images, context, weights, [PREFIX + (row.negative_prompt or "") for row in images.rows])
+        yield _mean("CLIP", f"CLIP+, {network}", scores[negatives], **detail)
+        yield _mean("CLIP", f"CLIP-, {network}", unwanted[negatives], **detail)
 
 
 def cosines(images: ImageSet, context: Context, weights: str, texts: list[str]) -> np.ndarray:

@@ -40,23 +40,20 @@ class Measure:
     reference: bool = False
 
 
+_HPS = "100 * cosine of ViT-H-14 in fp32, longest side to 224, black bars"
+_CLIP = f"cosine in fp32, shortest side to 224 and a crop, after {image_text.PREFIX!r}"
 MEASURES = {
-    "hps-v2.0": Measure(
-        partial(image_text.hps, version="2.0"), ("hps-v2.0",), "100 * cosine of ViT-H-14 in fp32, longest side to 224, black bars"
-    ),
-    "hps-v2.1": Measure(
-        partial(image_text.hps, version="2.1"), ("hps-v2.1",), "100 * cosine of ViT-H-14 in fp32, longest side to 224, black bars"
-    ),
-    "clip": Measure(
-        image_text.clip, ("clip-g14", "clip-b32"), f"cosine in fp32, shortest side to 224 and a crop, after {image_text.PREFIX!r}"
-    ),
+    "hps-v2.0": Measure(partial(image_text.hps, version="2.0"), ("hps-v2.0",), _HPS),
+    "hps-v2.1": Measure(partial(image_text.hps, version="2.1"), ("hps-v2.1",), _HPS),
+    "clip-g14": Measure(partial(image_text.clip, weights="clip-g14"), ("clip-g14",), _CLIP),
+    "clip-b32": Measure(partial(image_text.clip, weights="clip-b32"), ("clip-b32",), _CLIP),
     "fid": Measure(distances.fid, ("inception",), "centre crop to 256 by Lanczos, to 299 as clean-fid, torch-fidelity's Inception", True),
     "pr": Measure(distances.precision, ("inception",), "Inception's features as for FID, k = 3; density and coverage k = 5", True),
     "lite2": Measure(distances.lite2, ("lite2",), "as fid and pr, in EfficientNet-Lite2's pooled features at 260", True),
     "dinov2": Measure(distances.dinov2, ("dinov2",), "Frechet distance of DINOv2 ViT-L/14's class tokens at 224", True),
     "cmmd": Measure(distances.cmmd, ("clip-l14-336",), "1000 * MMD^2 of CLIP ViT-L/14-336, Gaussian kernel of sigma 10", True),
 }
-COMMANDS = {"hps": ("hps-v2.0", "hps-v2.1"), "clip": ("clip",), "fid": ("fid",), "pr": ("pr",)}
+COMMANDS = {"hps": ("hps-v2.0", "hps-v2.1"), "clip": ("clip-g14", "clip-b32"), "fid": ("fid",), "pr": ("pr",)}
 COMMANDS["all"] = tuple(name for names in COMMANDS.values() for name in names)
 
 

@@ -121,11 +121,12 @@ def hps(version: tuple[str, ...], **options: Any) -> None:
     _measure("hps", tuple(f"hps-v{one}" for one in version or ("2.0", "2.1")), options)
 
 
-@evaluate.command(epilog="Example: snoopi-rt eval clip --images pictures --prompts prompts.txt")
+@evaluate.command(epilog="Example: snoopi-rt eval clip --images pictures --prompts prompts.txt --network b32")
 @subjects
-def clip(**options: Any) -> None:
-    """CLIP score by ViT-g-14 and ViT-B-32; CLIP+ and CLIP- where there are negative prompts."""
-    _measure("clip", ("clip",), options)
+@click.option("--network", type=click.Choice(["g14", "b32"]), multiple=True, help="ViT-g-14, the protocol's, or ViT-B-32.  [default: both]")
+def clip(network: tuple[str, ...], **options: Any) -> None:
+    """CLIP score; CLIP+ and CLIP- where there are negative prompts."""
+    _measure("clip", tuple(f"clip-{one}" for one in network or ("g14", "b32")), options)
 
 
 @evaluate.command(epilog="Example: snoopi-rt eval fid --bundle my-bundle --prompts captions.txt --reference coco/val2014")

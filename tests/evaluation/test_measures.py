@@ -76,7 +76,12 @@ def test_a_run_that_was_killed_gives_the_same_report_to_the_bit(tmp_path: Path, 
     prompts.write_text("".join(json.dumps({"prompt": f"a {i} cat", "negative_prompt": "blurry"}) + "\n" for i in range(20)))
     random_images(tmp_path / "real", 18, 3)
     plan = Plan(
-        "all", ("clip", "fid", "pr"), (Subject("embedded", "bundle", None),), prompts, tmp_path / "whole", reference=tmp_path / "real"
+        "all",
+        ("clip-g14", "clip-b32", "fid", "pr"),
+        (Subject("embedded", "bundle", None),),
+        prompts,
+        tmp_path / "whole",
+        reference=tmp_path / "real",
     )
 
     random = random_context(tmp_path, ("clip-g14", "clip-b32", "inception"))
@@ -85,7 +90,7 @@ def test_a_run_that_was_killed_gives_the_same_report_to_the_bit(tmp_path: Path, 
         context = Context(random.located, FeatureCache(tmp_path / out / "features"), architectures=random.architectures)
         evaluate(Plan(**{**plan.__dict__, "out": tmp_path / out}), lambda line: None, context)
         document = json.loads((tmp_path / out / "all.json").read_text())
-        assert document.pop("timings")["embedded"].keys() == {"images", "clip", "fid", "pr"}
+        assert document.pop("timings")["embedded"].keys() == {"images", "clip-g14", "clip-b32", "fid", "pr"}
         return document
 
     whole = run("whole")
