@@ -123,16 +123,16 @@ def dry_run(plan: Plan, say: Callable[[str], None]) -> None:
 
 
 SECONDS = {
-    "hps-v2.0": 2.0,
-    "hps-v2.1": 2.0,
-    "clip-g14": 3.0,
-    "clip-b32": 0.1,
+    "hps-v2.0": 2.7,
+    "hps-v2.1": 2.7,
+    "clip-g14": 3.8,
+    "clip-b32": 0.15,
     "clip-l14-336": 2.5,
-    "inception": 0.15,
+    "inception": 0.08,
     "lite2": 0.05,
-    "dinov2": 1.0,
+    "dinov2": 0.94,
 }
-"""An image, on two cores without AVX-512: rough, for --dry-run only."""
+"""An image and its prompt on two cores of a CPU, mostly by `eval check --whole`: rough, for --dry-run only."""
 
 
 def evaluate(plan: Plan, say: Callable[[str], None], context: Context | None = None) -> dict[str, list[Row]]:
