@@ -163,7 +163,7 @@ def test_what_cannot_be_a_prompt_cannot_be_kept(pipe: Pipeline, prompt: str) -> 
 def test_states_that_the_cache_does_not_take_are_an_error_and_not_a_promise(original: Bundle, fakes: Fakes, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     pipe = Pipeline(original, fakes.__getitem__, "cpu", cache=Cache(tmp_path / "file" / "cache"))
-    with pytest.raises(OutputError, match=r"prompt states cannot be kept in .*: it cannot be made"):
+    with pytest.raises(OutputError, match=r"prompt states cannot be kept in .*: it cannot be created"):
         pipe.keep("a cat")
 
 
