@@ -115,6 +115,16 @@ class OneProductAttention(nn.Module):
         return self.attn.to_out[0](merge_heads(z))
 
 
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention (B, H, N, d) with weights relu(q) relu(k) in place of a softmax (SANA, arXiv 2410.10629): keys meet values first.
+
+    Means over the tokens and not sums, and a bound for the divisor where diffusers adds 1e-15: the same quotient, none of it beyond fp16's
+    range; and an exporter takes 1e-15 for nothing.
+    """
+    q, k = q.relu(), k.relu() / k.shape[2]
+    return (q @ (k.transpose(-1, -2) @ v)) / (q @ k.sum(2).unsqueeze(-1)).clamp(min=1e-7)
+
+
 def queries(attn: Attention, hidden: Tensor) -> Tensor:
     """The queries (B, H, N, d), normalised if the network does so."""
     return _normalised(attn.to_q(hidden), attn.norm_q, attn.heads)

@@ -48,6 +48,8 @@ LARGE_DECODER = 10_000_000
 """Parameters; TAESD has 1.2 million in its decoder, AutoencoderKL 49."""
 TILE = 512
 """Pixels a side of a tile: AutoencoderKL needs 2.6 GB of activations for 512 x 512, and four times that for twice the sides."""
+LATENT_TILE = 32
+"""Latent pixels that it has at least: AutoencoderDC, of factor 32, draws 1024 x 1024 at once as diffusers does, its attention sees all."""
 OVERLAP = 16
 """Latent pixels that two tiles share: a decoder's receptive field is counted in those."""
 
@@ -160,7 +162,7 @@ def check_out(out: Path, force: bool) -> None:
 def _write_files(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[str], None]) -> tuple[Bundle, list[Extreme]]:
     """Writes all files of a bundle but its bundle.json; returns what that will say, and the prompts of the final check."""
     text = student.write_tokenizer(folder / "tokenizer.json")
-    tokenizer = Tokenizer(folder / "tokenizer.json", text.max_tokens, text.lowercase, text.pad)
+    tokenizer = Tokenizer(folder / "tokenizer.json", text.max_tokens, text.lowercase, text.pad, text.instruction)
     carried = list(dict.fromkeys(text_rule(prompt, text.lowercase) for prompt in plan.options.prompts))
     say(f"encoding {len(calibration.TEXTS) + len(carried)} prompts")
     ids = {prompt: torch.from_numpy(tokenizer(prompt, truncate=prompt not in carried)) for prompt in (*calibration.TEXTS, *carried)}
@@ -280,8 +282,9 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
 
 def _tile(plan: Plan, student: Student) -> Tile | None:
     """The tiles in which large images are decoded; None for a tiny decoder or small images."""
-    size = TILE // plan.source.latent.factor
-    return Tile(size, min(OVERLAP, size // 2)) if _large(student.decoder) and max(map(max, plan.sizes)) > TILE else None
+    factor = plan.source.latent.factor
+    size = max(TILE // factor, LATENT_TILE)
+    return Tile(size, min(OVERLAP, size // 2)) if _large(student.decoder) and max(map(max, plan.sizes)) > size * factor else None
 
 
 def _large(decoder: nn.Module) -> bool:

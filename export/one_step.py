@@ -1,8 +1,8 @@
 """From a network's predictions to a clean latent: in one step, or in a few with fresh noise between them."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-Prediction = Literal["epsilon", "v", "x0", "flow"]
+Prediction = Literal["epsilon", "v", "x0", "flow", "trigflow"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class OneStepRule:
         match self.prediction:
             case "epsilon":
                 return self.sigma / self.alpha
-            case "v":
+            case "v" | "trigflow":
                 return self.sigma
             case _:
                 return 1.0
@@ -72,7 +72,7 @@ class OneStepRule:
 def clean_latent(prediction: Prediction, x_t: "Tensor", answer: "Tensor", alpha: "Tensor | float", sigma: "Tensor | float") -> "Tensor":
     """The x0 that a network's answer to x_t = alpha * x0 + sigma * eps implies, all (B, C, h, w); alpha and sigma may be one per sample.
 
-    flow: the answer is x0 - noise, added to x_t by one Euler step.
+    flow: the answer is x0 - noise, added to x_t by one Euler step. trigflow: it is noise - x0, at alpha = 1 - sigma.
     """
     match prediction:
         case "epsilon":
@@ -83,6 +83,19 @@ def clean_latent(prediction: Prediction, x_t: "Tensor", answer: "Tensor", alpha:
             return answer
         case "flow":
             return x_t + answer
+        case "trigflow":
+            return x_t - sigma * answer
+
+
+def trigflow_rule(angles: Sequence[float]) -> OneStepRule:
+    """The rule of a student that is called at those timesteps of SCMScheduler, angles t in radians (SANA-Sprint, arXiv 2503.09641).
+
+    With s = sin t / (cos t + sin t) the network is fed s and x_s = (1 - s) x0 + s * noise, in units of the data's deviation, and what the
+    pipeline makes of its answer m comes to x0 = x_s - s m: a flow in a straight line. It starts from pure noise times |(s, 1 - s)|.
+    """
+    shares = [math.sin(angle) / (math.cos(angle) + math.sin(angle)) for angle in angles]
+    first, *later = (OneStepRule("trigflow", share, 1 - share, share) for share in shares)
+    return replace(first, input_scale=math.hypot(shares[0], 1 - shares[0]), later=tuple(later))
 
 
 def linear_schedule(start: float, end: float, steps: int = 1000) -> np.ndarray:

@@ -146,7 +146,7 @@ class PromptEncoder:
         text = self._bundle.text
         assert text.tokenizer is not None
         self._bundle.check_again([text.tokenizer])
-        return Tokenizer(self._bundle.folder / text.tokenizer.path, text.max_tokens, text.lowercase, text.pad)
+        return Tokenizer(self._bundle.folder / text.tokenizer.path, text.max_tokens, text.lowercase, text.pad, text.instruction)
 
     def _remembered(self, key: str | bytes) -> States | None:
         with self._lock:

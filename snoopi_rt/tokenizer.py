@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from snoopi_rt.bundle.manifest import text_rule
+from snoopi_rt.bundle.manifest import Instruction, text_rule
 from snoopi_rt.engines.messages import why
 from snoopi_rt.engines.native import native_code
 from snoopi_rt.errors import BundleError, InputError
@@ -31,14 +31,21 @@ class PromptTooLong(InputError):
 class Tokenizer:
     """The tokenizer.json at `path`, without the padding and truncation with which it may have been saved. Thread-safe."""
 
-    def __init__(self, path: Path, max_tokens: int, lowercase: bool, pad: int | None = None) -> None:
+    def __init__(
+        self, path: Path, max_tokens: int, lowercase: bool, pad: int | None = None, instruction: Instruction | None = None
+    ) -> None:
         self._path, self._tokenizer = path, _opened(path)
         self.max_tokens, self._lowercase, self._pad = max_tokens, lowercase, pad
+        self._instruction, self._known = "", []
+        if instruction is not None:
+            self._instruction = instruction.text
+            with _errors(path):
+                self._known = self._tokenizer.encode(instruction.text).ids[: instruction.tokens]
 
     def __call__(self, prompt: str, truncate: bool = False) -> np.ndarray:
         """The ids, int64 (1, T), including special tokens; with `pad` T is the limit, otherwise the prompt's length.
 
-        `truncate` cuts to the limit but keeps a special token at the end.
+        `truncate` cuts to the limit but keeps a special token at the end. Of an instruction's ids only the first is included.
         Raises InputError for text that is not Unicode, has no tokens, or is beyond the limit; BundleError if the tokenizer fails.
         """
         text = text_rule(prompt, self._lowercase)
@@ -47,10 +54,13 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InputError(f"prompt is not valid Unicode text: {prompt!a}") from error
         with _errors(self._path):
-            encoding = self._tokenizer.encode(text)
-        ids, limit = encoding.ids, self.max_tokens
-        if not ids:
+            encoding = self._tokenizer.encode(self._instruction + text)
+        ids, limit, known = encoding.ids, self.max_tokens, len(self._known)
+        if len(ids) <= known:
             raise InputError(f"prompt {prompt[:MAX_SHOWN]!r} has no tokens")
+        if ids[:known] != self._known:
+            raise InputError(f"prompt {prompt[:MAX_SHOWN]!r} cannot be told from the instruction before it: begin it with another word")
+        ids = ids[: min(known, 1)] + ids[known:]
         if len(ids) > limit:
             if not truncate:
                 raise PromptTooLong(len(ids), limit)

@@ -103,20 +103,18 @@ def stable_diffusion(
 
 
 def sana_sprint(folder: Path) -> Path:
-    """SANA-Sprint with a decoder of factor 32 and a Gemma of two layers, whose tokenizer knows the words of SENTENCES."""
+    """SANA-Sprint with a decoder of factor 32 and a Gemma of two layers."""
     from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
+    tokenizer = GemmaTokenizer.from_pretrained(gemma_tokenizer(folder / "tokenizer"))
     torch.manual_seed(0)
-    words = sorted({word for sentence in SENTENCES for word in sentence.split()} | {"blurry"})
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $0", special_tokens=[("<bos>", vocabulary["<bos>"])])
-    special = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    text = {"vocab_size": len(vocabulary), "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12, "query_pre_attn_scalar": 12}
+    gemma = Gemma2Model(Gemma2Config(**text, **heads))
+    for name, weight in gemma.named_parameters():
+        # As transformers draws them, norms do nothing and every prompt has nearly the same states.
+        nn.init.normal_(weight, std=0.3 if "norm" in name else 0.2)
     network = SanaTransformer2DModel(
         in_channels=8, out_channels=8, num_attention_heads=3, attention_head_dim=8, num_layers=2, num_cross_attention_heads=2,
         cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=24, mlp_ratio=2.0, sample_size=2, patch_size=1,
@@ -125,23 +123,37 @@ def sana_sprint(folder: Path) -> Path:
     for name, weight in network.named_parameters():
         if "norm_" in name or "scale_shift" in name:
             nn.init.normal_(weight, 1.0, 0.3)
-    blocks = {"block_out_channels": (8,) * 6, "layers_per_block": (1,) * 6, "qkv_multiscales": ((),) * 6}
+    kinds = ("ResBlock",) * 4 + ("EfficientViTBlock",) * 2
+    blocks = {"block_out_channels": (8,) * 6, "layers_per_block": (1,) * 6, "qkv_multiscales": ((),) * 5 + ((5,),), "block_types": kinds}
     decoder = AutoencoderDC(
-        latent_channels=8, attention_head_dim=4,
-        encoder_block_types="ResBlock", decoder_block_types="ResBlock",
-        encoder_block_out_channels=blocks["block_out_channels"], decoder_block_out_channels=blocks["block_out_channels"],
-        encoder_layers_per_block=blocks["layers_per_block"], decoder_layers_per_block=blocks["layers_per_block"],
-        encoder_qkv_multiscales=blocks["qkv_multiscales"], decoder_qkv_multiscales=blocks["qkv_multiscales"],
+        latent_channels=8,
+        attention_head_dim=4,
         scaling_factor=0.41407,
-    )  # fmt: skip
+        **{f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in blocks.items()},
+    )
     pipe = SanaSprintPipeline(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special),
-        text_encoder=Gemma2Model(Gemma2Config(**text, **heads)).eval(),
+        tokenizer=tokenizer,
+        text_encoder=gemma.eval(),
         vae=decoder.eval(),
         transformer=network.eval(),
         scheduler=SCMScheduler(prediction_type="trigflow", sigma_data=0.5),
     )
     pipe.save_pretrained(folder)
+    return folder
+
+
+def gemma_tokenizer(folder: Path) -> Path:
+    """A BPE over whole texts with Gemma's special tokens and its single bytes for what it does not know, trained on a few words."""
+    from tokenizers import Tokenizer, models, normalizers, trainers
+    from transformers import GemmaTokenizer
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    backend.train_from_iterator([f" {word}" for sentence in SENTENCES for word in sentence.split()], trainer)
+    model = json.loads(backend.to_str())["model"]
+    GemmaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], add_bos_token=True).save_pretrained(folder)
     return folder
 
 

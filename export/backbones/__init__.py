@@ -123,6 +123,7 @@ class Backbone:
 
 TRAINED = ("small", "pixart", "sd15", "sd21")
 _AUTO = {"text_encoder": "fp16", "generator": "auto", "decoder": "auto"}
+_TRANSFORMER = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _CLIP = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 BACKBONES = {
@@ -132,7 +133,7 @@ BACKBONES = {
         Backbone(
             "pixart",
             "pixart_alpha",
-            ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
+            _TRANSFORMER,
             2,
             {**_AUTO, "text_encoder": "int8-weights"},
             "madebyollin/taesd",
@@ -140,6 +141,7 @@ BACKBONES = {
         Backbone("sd15", "stable_diffusion", _CLIP, 8, _AUTO, "madebyollin/taesd"),
         Backbone("sd21", "stable_diffusion", _CLIP, 8, _AUTO, "madebyollin/taesd"),
         Backbone("sdxl", "stable_diffusion", (*_CLIP, "text_encoder_2", "tokenizer_2"), 8, _AUTO, "madebyollin/taesdxl"),
+        Backbone("sana", "sana_sprint", _TRANSFORMER, 1, {**_AUTO, "text_encoder": "int8-weights"}),
     )
 }
 

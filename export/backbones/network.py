@@ -29,7 +29,7 @@ def load_decoder(weights: Weights, preset: Preset) -> Decoder:
     kind, _ = _autoencoder(folder)
     decoder = Decoder(load_module(folder, kind))
     scale = decoder.scale
-    if kind.__name__ == "AutoencoderKL" and abs(scale - preset.vae_scaling) > 1e-5:
+    if kind.__name__ in ("AutoencoderKL", "AutoencoderDC") and abs(scale - preset.vae_scaling) > 1e-5:
         raise InputError(
             f"the vae in {folder} has scaling_factor {scale}, preset {preset.name} says {preset.vae_scaling}: --set vae_scaling={scale}"
         )
@@ -80,11 +80,11 @@ def _decoder_latent(folder: Path) -> Latent:
 
 def _autoencoder(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The class and the config of the autoencoder in the folder."""
-    from diffusers import AutoencoderKL, AutoencoderTiny
+    from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
     from snoopi_rt.export.small_model.networks import PixelShuffleDecoder
 
-    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, PixelShuffleDecoder)}
+    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderDC, AutoencoderTiny, PixelShuffleDecoder)}
     config = read_json(folder / CONFIG)
     name = str(config.get("_class_name"))
     if name not in kinds:

@@ -15,6 +15,10 @@ SMALL = 1024
 BLOCK = 64
 """Packed weights that share a scale."""
 BITS = {"int8": 8, "int4": 4}
+LARGE_TABLE = 2**28
+"""Elements: a larger table (Gemma 2's has 590 million, T5-XXL's 132) would be widened to gigabytes as it is loaded."""
+ROWS = 2**14
+"""Of a table that are rounded at once."""
 
 
 def store_transposed(graph: ir.Graph) -> None:
@@ -33,8 +37,8 @@ def store_weights(graph: ir.Graph, weights: WeightFormat) -> None:
 
     fp32: as they are. fp16: int8 with one scale per output channel where that loses nothing, fp16 elsewhere; engines widen both as they
     load. A table read by Gather is looked up as int8 and scaled row by row instead, so that only the rows in use become floats.
-    int8, int4: the weights of MatMul in blocks of 8 or 4 bits, which ONNX Runtime and OpenVINO unpack product by product; the rest as for
-    fp16.
+    int8, int4: the weights of MatMul in blocks of 8 or 4 bits, which ONNX Runtime and OpenVINO unpack product by product; a very large
+    table rounded to int8 row by row; the rest as for fp16.
     """
     if weights == "fp32":
         return
@@ -45,6 +49,8 @@ def store_weights(graph: ir.Graph, weights: WeightFormat) -> None:
         operators = {node.op_type for node in readers} if len(value.shape) == 2 else set()
         if operators == {"MatMul"} and weights in BITS:
             _pack(graph, readers, value, BITS[weights])
+        elif operators == {"Gather"} and weights in BITS and value.const_value.size > LARGE_TABLE:
+            _look_up(graph, readers, name, *_int8_rows(value.const_value.numpy()))
         elif operators == {"Gather"} and (quantised := _lossless_int8(value.const_value.numpy(), 0)):
             _look_up(graph, readers, name, *quantised)
         elif operators == {"MatMul"} and (quantised := _lossless_int8(value.const_value.numpy(), 1)):
@@ -136,6 +142,16 @@ def _replace(graph: ir.Graph, value: ir.Value, node: ir.Node) -> None:
     graph.insert_before(graph[0], node)
     node.outputs[0].name = f"{value.name}.wide"
     value.replace_all_uses_with(node.outputs[0])
+
+
+def _int8_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Integers and scale of a matrix rounded to int8 row by row, without a second copy of it in floats."""
+    scale, quantised = np.empty((len(values), 1), np.float32), np.empty(values.shape, np.int8)
+    for start in range(0, len(values), ROWS):
+        rows = slice(start, start + ROWS)
+        scale[rows] = np.maximum(np.abs(values[rows]).max(1, keepdims=True), 1e-12) / 127
+        quantised[rows] = np.rint(values[rows] / scale[rows])
+    return quantised, scale
 
 
 def _look_up(graph: ir.Graph, readers: Sequence[ir.Node], table: str, quantised: np.ndarray, scale: np.ndarray) -> None:

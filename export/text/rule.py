@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snoopi_rt.bundle.bundle import File, Text
+from snoopi_rt.bundle.bundle import File, Instruction, Text
 from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 from snoopi_rt.export.weights.text_files import check_file, read_json, read_text
 from snoopi_rt.files import write_whole
@@ -57,6 +57,26 @@ def t5_rule(folder: Path, out: Path, max_tokens: int, embedded: int) -> Text:
         if importlib.util.find_spec("sentencepiece") is None:
             raise EngineMissing(f"{folder / 'spiece.model'} is read with sentencepiece, which is not installed: {how_to_install('export')}")
     return Text(_written(_opened(T5Tokenizer, folder), folder, out, embedded), max_tokens, lowercase=True)
+
+
+def gemma_rule(folder: Path, out: Path, max_tokens: int, embedded: int, instruction: str) -> Text:
+    """The rule of a Gemma tokenizer, which is written to the file `out`: lower case, as SANA's pipelines do it, behind an instruction.
+
+    Of the instruction's ids all but the last are known to the text encoder: with the last, a space, the prompt begins. Raises InputError as
+    clip_rule does.
+    """
+    tokenizer = gemma_tokenizer(folder)
+    known = Instruction(instruction, len(tokenizer(instruction).input_ids) - 1)
+    return Text(_written(tokenizer, folder, out, embedded), max_tokens, lowercase=True, instruction=known)
+
+
+def gemma_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer in the folder; raises InputError where there is none."""
+    from transformers import GemmaTokenizer
+
+    if not _has(folder, "tokenizer.json"):
+        raise InputError(f"{folder} is no Gemma tokenizer: it has no tokenizer.json")
+    return _opened(GemmaTokenizer, folder)
 
 
 def _opened(kind: Any, folder: Path) -> Any:

@@ -77,6 +77,8 @@ class T5Weights:
     Raises InputError as read_weights does, and for a parameter that the folder lacks.
     """
 
+    KIND = "T5"
+
     def __init__(self, folder: Path, projection: nn.Module | None = None, updates: Mapping[str, Sequence[Product]] | None = None):
         self._folder, self._updates = folder, updates or {}
         files = [folder / name for name in weight_files(path.name for path in folder.iterdir()) if not name.endswith(".json")]
@@ -93,12 +95,14 @@ class T5Weights:
         """Rows `index` (N,) of a matrix, (N, D), without reading the others."""
         return self._mapped(name)[index]
 
+    def names(self, name: str) -> tuple[str, ...]:
+        """What a checkpoint may call the parameter: the table that encoder and decoder share has one of two names, or both."""
+        return (name, "shared.weight") if name == "encoder.embed_tokens.weight" else (name,)
+
     def _mapped(self, name: str) -> Tensor:
-        # Checkpoints hold the embedding that encoder and decoder share under one of two names, or under both.
-        names = (name, "shared.weight") if name == "encoder.embed_tokens.weight" else (name,)
-        key = next((key for key in names if key in self._file_of), None)
+        key = next((key for key in self.names(name) if key in self._file_of), None)
         if key is None:
-            raise InputError(f"{self._folder} holds no T5 encoder: {name} is missing")
+            raise InputError(f"{self._folder} holds no {self.KIND} encoder: {name} is missing")
         # Mapped again each time: pages of a mapped file count as this process's memory while it stays mapped.
         return read_weights(self._file_of[key])[key]
 

@@ -91,15 +91,31 @@ class File:
 
 
 @dataclass(frozen=True)
+class Instruction:
+    """A text that is put before every prompt, and how many of the ids at its start the graph `text_encoder` knows by itself.
+
+    Of those ids the graph is given the first alone; all prompts must begin with them.
+    """
+
+    text: str
+    tokens: int
+
+    def __post_init__(self) -> None:
+        require_range("the tokens of the instruction", self.tokens, 1, MAX_TOKENS)
+
+
+@dataclass(frozen=True)
 class Text:
     """How a prompt becomes ids: tokenizer.json (None: the bundle draws only the prompts it includes), the largest number of tokens, and
     whether prompts are lower-cased first. `pad`: the id that pads every prompt to that length, as CLIP needs; None pads nothing.
+    `instruction`: what a language model is told before every prompt; None: nothing.
     """
 
     tokenizer: File | None
     max_tokens: int
     lowercase: bool
     pad: int | None = None
+    instruction: Instruction | None = None
 
     def __post_init__(self) -> None:
         require_range("max_tokens", self.max_tokens, 1, MAX_TOKENS)

@@ -18,7 +18,7 @@ ROWS = "snoopi_rt.export.presets.rows"
     "--backbone",
     metavar="NAME",
     shell_complete=completed_by(lambda: import_module(ROWS).DEFAULT_PRESET),
-    help="small, pixart, sd15, sd21 or sdxl.  [default: the preset's]",
+    help="small, pixart, sd15, sd21, sdxl or sana.  [default: the preset's]",
 )
 @click.option(
     "--preset",

@@ -54,6 +54,7 @@ RULES = [
     ("sd-turbo", (999,), (14.6146,), 0.997667),
     ("sdxl-turbo", (999,), (14.6146,), 0.997667),
     ("sdxs", (999,), (14.6146,), 0.997667),
+    ("sdxs-dreamshaper", (999,), (14.6146,), 1.0),
     ("swiftbrush", (999,), (math.sqrt(0.9953 / 0.0047),), 1.0),
     ("dmd2-sd15", (999,), (math.sqrt(0.9953 / 0.0047),), 1.0),
     ("swiftbrush-v2", (999,), (14.6146,), 1.0),
@@ -118,7 +119,7 @@ def test_negative_scales_are_the_papers(name, kind, scale, fixed):
 def test_a_backbone_alone_has_a_default(backbone):
     preset = default_preset(backbone)
     assert preset.backbone == backbone and bool(preset.weights) == (backbone != "small")
-    assert preset.non_commercial == (backbone == "sd21")
+    assert preset.non_commercial == (backbone in ("sd21", "sdxl", "sana"))
 
 
 def test_the_embedded_student_is_read_at_zero_terminal_snr():
@@ -130,7 +131,7 @@ def test_unknown_names_list_the_known_ones():
         find_preset("sd-turob")
     with pytest.raises(InputError, match=r"unknown preset 'dmd2', choose from pgsb-sd15, sdxs-dreamshaper, dmd2-sd15, instaflow$"):
         find_preset("dmd2", "sd15")
-    with pytest.raises(InputError, match="backbone 'flux' has no preset, those with one are small, pixart, sd15, sd21, sdxl"):
+    with pytest.raises(InputError, match="backbone 'flux' has no preset, those with one are small, pixart, sd15, sd21, sdxl, sana"):
         default_preset("flux")
     with pytest.raises(InputError, match="unknown guidance 'cfg'"):
         find_preset("sd-turbo").guidance("cfg")
@@ -290,9 +291,9 @@ def test_a_folder_without_a_scheduler_confirms_nothing(tmp_path):
         ("sd-turbo", TURBO, [], [], EULER_FIELDS),
         ("sd-turbo", DDPM_SD, [], ["input_scale=1"], ["prediction", "alpha"]),
         # Spaced for many steps, the schedule of SD 1.5 itself ends in one step at 0 or 1: the student's timestep stays.
-        ("sdxs-dreamshaper", PNDM_SD, [], ["input_scale=1"], ["prediction", "alpha"]),
-        ("sdxs-dreamshaper", {**DDPM_SD, "prediction_type": "v_prediction"}, [], ["prediction=v", "input_scale=1"], ["alpha"]),
-        ("sdxs-dreamshaper", DDPM_PIXART, [], ["alpha=0.00635282", "input_scale=1"], ["prediction"]),
+        ("sdxs-dreamshaper", PNDM_SD, [], [], ["prediction", "alpha"]),
+        ("sdxs-dreamshaper", {**DDPM_SD, "prediction_type": "v_prediction"}, [], ["prediction=v"], ["alpha"]),
+        ("sdxs-dreamshaper", DDPM_PIXART, [], ["alpha=0.00635282"], ["prediction"]),
         ("pixart-dmd", DDPM_PIXART, [], [], ["prediction", "alpha"]),
         ("pixart-dmd", DDPM_SD, [], ["alpha=0.651523"], ["prediction"]),
         # A scheduler that starts from pure noise knows the timestep, unless it was set by hand.
@@ -323,6 +324,6 @@ def test_the_table_has_a_row_a_preset_and_says_which_were_run():
     assert [row.split()[0].rstrip("*") for row in rows] == list(PRESETS)
     assert sum("*" in row.split()[0] for row in rows) == len(DEFAULT_PRESET)
     four = next(row for row in rows if row.startswith("dmd2-sdxl-4step"))
-    assert "999,749,499,249" in four and "14.6,4.1,1.6,0.7" in four and "CC BY-NC 4.0" in four and four.endswith("no")
+    assert "999,749,499,249" in four and "14.6,4.1,1.6,0.7" in four and "CC BY-NC-SA 4.0" in four and four.endswith("no")
     start = head.index("licence")
     assert all(row[start - 2 : start] == "  " for row in rows)

@@ -10,6 +10,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from snoopi_rt.engines import installed, load_engine
+from snoopi_rt.export.onnx_graphs import weight_compression
 from snoopi_rt.export.onnx_graphs.weight_compression import BLOCK, WeightFormat, block_scale, pack
 from snoopi_rt.export.onnx_graphs.write import node_counts, write_graph
 
@@ -148,3 +149,14 @@ def test_large_weights_are_in_a_file_of_their_own(weights: WeightFormat, engine:
     again.mkdir()
     written(network, weights, again / "network.onnx")
     assert (again / "network.onnx").read_bytes() == path.read_bytes() and (again / data.name).read_bytes() == data.read_bytes()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_very_large_table_is_rounded_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    monkeypatch.setattr(weight_compression, "LARGE_TABLE", 1000)
+    monkeypatch.setattr(weight_compression, "ROWS", 16)
+    network = Network()
+    path = written(network, "int8", tmp_path / "table.onnx")
+    kinds = {value.name: value.data_type for value in onnx.load(path, load_external_data=False).graph.initializer}
+    assert kinds["table.weight.int8"] == TensorProto.INT8
+    assert 0 < far(load_engine(engine, path)(ids=IDS.numpy())["y"], network(IDS)) < 1.5 * NEAR["int8"]
