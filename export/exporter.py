@@ -16,6 +16,7 @@ from snoopi_rt import __version__
 from snoopi_rt.bundle.bundle import GRAPHS, MANIFEST, Bundle, Scale, Tile, Vocabulary
 from snoopi_rt.bundle.bundle import Guidance as GuidancePromise
 from snoopi_rt.bundle.manifest import text_rule
+from snoopi_rt.bundle.tokenizer import Tokenizer, highest_id
 from snoopi_rt.engines import installed
 from snoopi_rt.errors import EngineMissing, InputError, OutputError, how_to_install
 from snoopi_rt.export.backbones import Backbone, Student, find_backbone
@@ -36,7 +37,6 @@ from snoopi_rt.export.source import Source
 from snoopi_rt.files import check_place, hidden, reason
 from snoopi_rt.prompt_encoder import write_prompts
 from snoopi_rt.shell import quote
-from snoopi_rt.tokenizer import Tokenizer, highest_id
 
 MEASURED_ON = ("cpu", "openvino")
 MAX_PIXELS = 64 * 128**2

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from snoopi_rt.bundle.bundle import Bundle
+from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.cache import Cache
 from snoopi_rt.errors import OutputError
 from snoopi_rt.export.onnx_graphs.parity import relative_l2
 from snoopi_rt.pipeline import open_pipeline
 from snoopi_rt.prompt_encoder import Conditioning
-from snoopi_rt.tokenizer import Tokenizer
 
 MAX_DISTANCE = 0.5
 """Relative L2 from PyTorch's states: 4-bit weights give 0.2 at most, a wrong row or position 1 and more."""

@@ -16,15 +16,15 @@ import numpy as np
 
 from snoopi_rt.bundle.bundle import Bundle, File, Prompts, Variant
 from snoopi_rt.bundle.manifest import require, text_rule
+from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import Engine, TensorSpec
 from snoopi_rt.engines.messages import why
 from snoopi_rt.errors import BundleError, InputError, OutputError
 from snoopi_rt.files import reason
+from snoopi_rt.runtime.inputs import States
 from snoopi_rt.runtime.lazy_engine import LazyEngine
-from snoopi_rt.tokenizer import Tokenizer
 
-States = dict[str, np.ndarray]
 IN_MEMORY = 64 * 2**20
 """Bytes of states that are kept in memory: 34 prompts of T5-XXL's 120 tokens, 284 of SD 1.5's 77. All others are on disk."""
 CARRIED = "prompts.npz"

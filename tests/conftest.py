@@ -22,10 +22,10 @@ except ModuleNotFoundError as error:
 from tiny_bundle import FUNCTIONS, SPECS, encode, write_bundle
 
 from snoopi_rt.bundle.bundle import Bundle, Prompts
+from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.cache import Cache
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.prompt_encoder import write_prompts
-from snoopi_rt.tokenizer import Tokenizer
 
 # Read when triton is imported: without a GPU its kernels run on the CPU, slowly.
 if not torch.cuda.is_available():
@@ -40,7 +40,7 @@ QUICK = (
     "test_pipeline",
     "test_promises",
     "test_prompts",
-    "test_tokenizer",
+    "bundle/test_tokenizer",
     "batch/test_prompt_file",
     "bundle/test_bundle",
     "cli/test_commands",

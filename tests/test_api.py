@@ -58,7 +58,7 @@ def test_importing_takes_nothing_heavy(tmp_path: Path) -> None:
 def test_everything_works_in_a_process_where_torch_cannot_be_imported(original: snoopi_rt.Bundle, tmp_path: Path) -> None:
     run(
         "import sys; sys.modules['torch'] = None\n"
-        "import snoopi_rt, snoopi_rt.cli.main, snoopi_rt.engines, snoopi_rt.runtime.bench\n"
+        "import snoopi_rt, snoopi_rt.cli.main, snoopi_rt.engines, snoopi_rt.diagnostics.bench\n"
         f"with snoopi_rt.load({str(original.folder)!r}) as pipe: assert pipe('a cat').images.shape == (1, 16, 16, 3)",
         tmp_path,
     )

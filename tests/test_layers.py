@@ -131,5 +131,16 @@ def test_no_modules_import_each_other() -> None:
     assert not circle(graph)
 
 
+def test_no_shelves_of_the_runtime_import_each_other() -> None:
+    shelves: dict[str, set[str]] = {}
+    for module, others in modules().items():
+        names = {".".join(name.split(".")[:2]) for name in (module, *others)} - {"snoopi_rt"}
+        if module != "snoopi_rt":
+            shelf = ".".join(module.split(".")[:2])
+            shelves.setdefault(shelf, set()).update(names - {shelf})
+    assert len(shelves) > 15 and "snoopi_rt.server" in shelves
+    assert not circle(shelves)
+
+
 def test_a_planted_circle_is_found() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]

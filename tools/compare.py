@@ -34,6 +34,7 @@ import torch
 
 import snoopi_rt
 from snoopi_rt.bundle.bundle import Bundle, Variant
+from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.engines.base import Engine
@@ -45,7 +46,6 @@ from snoopi_rt.export.presets.rows import find_preset
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.runtime.auto_engine import ORDER
 from snoopi_rt.runtime.inputs import draw_noise
-from snoopi_rt.tokenizer import Tokenizer
 
 warnings.filterwarnings("ignore")
 PROMPT, NEGATIVE = "a dog wearing a blue scarf in the snow, photo", "blurry, low quality, deformed hands, watermark"

@@ -24,12 +24,12 @@ from mutations import ODD, TEXTS, damaged_bytes, damaged_graph, damaged_json, da
 from snoopi_rt import image
 from snoopi_rt.batch.runner import Batch
 from snoopi_rt.bundle.bundle import MANIFEST, Bundle, File
+from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import installed
 from snoopi_rt.errors import InputError, SnoopiError
 from snoopi_rt.pipeline import Pipeline, load
 from snoopi_rt.prompt_encoder import write_prompts
-from snoopi_rt.tokenizer import Tokenizer
 
 ASKED: dict[str, Any] = {"prompt": "a red fox", "negative_prompt": "blurry", "negative_scale": 0.5, "seed": 7, "size": (16, 16)}
 LONGEST = 1000

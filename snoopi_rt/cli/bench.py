@@ -24,10 +24,10 @@ from snoopi_rt.shell import visible
 def bench(bundle: str | None, names: tuple[str, ...], precision: str | None, threads: int | None, runs: int | None) -> None:
     """Measure latency per stage, cold start and memory, and remember the fastest engine; the last line is one JSON document."""
     from snoopi_rt.bundle.bundle import Bundle
+    from snoopi_rt.diagnostics.bench import bench as measure
+    from snoopi_rt.diagnostics.bench import table, verdict
     from snoopi_rt.pipeline import EMBEDDED
     from snoopi_rt.runtime.auto_engine import usable
-    from snoopi_rt.runtime.bench import bench as measure
-    from snoopi_rt.runtime.bench import table, verdict
 
     opened = Bundle.load(bundle or EMBEDDED)
     document = measure(opened, list(names) or usable(opened), precision, threads, runs, lambda line: click.echo(line, err=True))

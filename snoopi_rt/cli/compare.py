@@ -62,8 +62,8 @@ def compare(
     above 100 MB to disk.
     """
     from snoopi_rt.bundle.bundle import Bundle
+    from snoopi_rt.diagnostics.bench import bench_prompts
     from snoopi_rt.pipeline import EMBEDDED
-    from snoopi_rt.runtime.bench import bench_prompts
 
     if len(names) != 2:
         raise InputError("compare needs two engines: --engine cpu --engine openvino")
@@ -73,7 +73,7 @@ def compare(
     if unknown := set(graphs) - set(opened.graphs):
         raise InputError(f"bundle {opened.name!r} has no graph {min(unknown)!r}, choose from {', '.join(opened.graphs)}")
     try:
-        from snoopi_rt.runtime.compare import compare as run
+        from snoopi_rt.diagnostics.compare import compare as run
     except ImportError as error:
         raise EngineMissing(f"compare needs {error.name}: {how_to_install('export')}") from error
 

@@ -9,9 +9,11 @@ import numpy as np
 from snoopi_rt.bundle.bundle import Latent
 from snoopi_rt.engines.base import TensorSpec
 from snoopi_rt.errors import BundleError
-from snoopi_rt.prompt_encoder import States
 from snoopi_rt.request import Request
 from snoopi_rt.runtime.shape_ranges import TOKENS
+
+States = dict[str, np.ndarray]
+"""What the text encoder makes of one prompt, by output name: states (1, T, D) float32 and the like."""
 
 
 def in_batches(

@@ -8,13 +8,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
+from snoopi_rt.bundle.tokenizer import PromptTooLong
 from snoopi_rt.errors import Cancelled, InputError, SnoopiError
 from snoopi_rt.request import Request as ImageRequest
 from snoopi_rt.result import Result
 from snoopi_rt.server import schema
 from snoopi_rt.server.batcher import Drawing, QueueFull
 from snoopi_rt.server.http_errors import HttpError
-from snoopi_rt.tokenizer import PromptTooLong
 
 BODY_SECONDS = 10.0
 """Seconds in which a request's body must have arrived."""

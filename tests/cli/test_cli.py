@@ -18,9 +18,9 @@ from snoopi_rt import cache, image, pipeline
 from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.cli.main import main
+from snoopi_rt.diagnostics.bench import cold_start
 from snoopi_rt.engines import installed
 from snoopi_rt.runtime.auto_engine import Measurement, measurements
-from snoopi_rt.runtime.bench import cold_start
 
 HERE = [name for name in installed() if name in ("cpu", "openvino")]
 needs_engine = pytest.mark.skipif(not HERE, reason="needs an engine")
@@ -244,7 +244,7 @@ def test_what_is_typed_wrongly_is_one_line_that_says_where_to_read_on(here: Path
 def test_bench_knows_before_it_measures_that_an_engine_cannot_be_measured(
     original: Bundle, monkeypatch: pytest.MonkeyPatch, name: str, code: int
 ) -> None:
-    monkeypatch.setattr("snoopi_rt.runtime.bench.measure_engine", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("snoopi_rt.diagnostics.bench.measure_engine", lambda *_: pytest.fail("measured"))
     assert len(run("bench", "--bundle", original.folder, "--engine", HERE[0], "--engine", name, code=code).stderr.splitlines()) == 1
 
 
@@ -342,7 +342,7 @@ def test_bench_remembers_only_what_load_does_by_itself(
     original: Bundle, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...]
 ) -> None:
     monkeypatch.setattr(
-        "snoopi_rt.runtime.bench.cold_start",
+        "snoopi_rt.diagnostics.bench.cold_start",
         lambda *given: dict.fromkeys(("first", "again", "peak_memory", "peak_again")) | {"first": 1.0, "again": 1.0},
     )
     said = run("bench", "--bundle", original.folder, "--engine", HERE[0], "--runs", 1, *words).stdout.splitlines()[-2]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import snoopi_rt
 from snoopi_rt.bundle.bundle import GRAPHS, Bundle, Instruction
+from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.engines import load_engine
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones.sana import FoldedSana, GuidedSana
@@ -26,7 +27,6 @@ from snoopi_rt.export.source import find_source
 from snoopi_rt.export.text.gemma import InstructedGemma, instruction
 from snoopi_rt.export.text.rule import gemma_rule, gemma_tokenizer
 from snoopi_rt.runtime.inputs import draw_noise
-from snoopi_rt.tokenizer import Tokenizer
 
 PROMPT, NEGATIVE = "A red cat on a mat, it's naive ", "a blue dog in the fog"
 FP32 = {graph: ["fp32"] for graph in GRAPHS}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from snoopi_rt.bundle.bundle import Text
+from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.engines import load_engine
 from snoopi_rt.engines.openvino import import_openvino
 from snoopi_rt.errors import EngineMissing, InputError
@@ -18,7 +19,6 @@ from snoopi_rt.export.onnx_graphs.write import write_graph
 from snoopi_rt.export.text.clip import ClipTextEncoder, SdxlTextEncoder
 from snoopi_rt.export.text.rule import clip_rule, t5_rule
 from snoopi_rt.export.text.t5 import T5TextEncoder, T5Weights, reference_states, skeleton
-from snoopi_rt.tokenizer import Tokenizer
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 PROMPTS = [

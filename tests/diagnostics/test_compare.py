@@ -15,7 +15,7 @@ from snoopi_rt.cli.main import main
 from snoopi_rt.engines import installed
 
 pytest.importorskip("polygraphy", reason="the extra export is not installed")
-from snoopi_rt.runtime.compare import distance
+from snoopi_rt.diagnostics.compare import distance
 
 pytestmark = pytest.mark.skipif(not {"cpu", "openvino"} <= set(installed()), reason="needs ONNX Runtime and OpenVINO")
 

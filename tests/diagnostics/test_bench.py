@@ -11,14 +11,14 @@ import pytest
 from snoopi_rt.bundle.bundle import GRAPHS, Bundle
 from snoopi_rt.bundle.manifest import meaning
 from snoopi_rt.cache import Cache
+from snoopi_rt.diagnostics import bench as module
+from snoopi_rt.diagnostics.bench import bench, cold_start, measure, table, verdict
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.fake import FakeEngine
 from snoopi_rt.errors import InputError
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.prompt_encoder import write_prompts
-from snoopi_rt.runtime import bench as module
 from snoopi_rt.runtime.auto_engine import Choice, Measurement, choose_engine, measurements
-from snoopi_rt.runtime.bench import bench, cold_start, measure, table, verdict
 
 HERE = [name for name in installed() if name in ("cpu", "openvino")]
 ENGINE = HERE[0]

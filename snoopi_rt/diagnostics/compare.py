@@ -23,6 +23,7 @@ from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
 from snoopi_rt.bundle.bundle import GRAPHS, Bundle, Variant
+from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import check_engine, load_engine
 from snoopi_rt.engines.base import Engine
@@ -31,7 +32,6 @@ from snoopi_rt.pipeline import open_pipeline, runs_on
 from snoopi_rt.runtime.inputs import generator_inputs
 from snoopi_rt.runtime.precision import select_variants
 from snoopi_rt.runtime.shape_ranges import shape_ranges
-from snoopi_rt.tokenizer import Tokenizer
 
 Arrays = dict[str, np.ndarray]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from snoopi_rt.bundle.bundle import Bundle
+from snoopi_rt.bundle.tokenizer import Tokenizer, highest_id
 from snoopi_rt.errors import BundleError, InputError
-from snoopi_rt.tokenizer import Tokenizer, highest_id
 
 
 @pytest.fixture
