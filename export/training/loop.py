@@ -89,7 +89,7 @@ def run(
     `step` returns named scalars; `sample(path)` draws a picture of the present state. With several processes the main one writes, and all
     must get the same scalars. On the command line a signal to end takes effect after the running step, which is saved.
     Raises OutputError on NaN or infinity, for the reason that `stage.wrong` gives and when the disk is full (the last checkpoint stays),
-    and InputError when the folder's checkpoint was made by another recipe; only the number of steps may have grown.
+    and InputError when the folder's checkpoint was made by another recipe; only the number of steps may be another, and no fewer than are done.
     """
     start = _resume(stage, parts)
     if processes is not None and not processes.main:
@@ -179,13 +179,14 @@ def first_step(stage: Stage) -> int:
     if not any("." in name for name in before):  # a recipe without groups
         before = {stage.former_names.get(name, name): value for name, value in before.items()}
     before = {**defaults(stage.recipe), **before}  # settings that did not exist then
-    # A run may be made longer: from there on its learning rate is that of the longer run.
-    if before["steps"] < now["steps"]:
+    done = int(metadata["step"])
+    # A run may be made longer or shorter, but not than it is: from there on its learning rate is that of its new length.
+    if now["steps"] >= done:
         before["steps"] = now["steps"]
     if before != now:
         changed = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in sorted({*before, *now}) if before.get(k) != now.get(k))
         raise InputError(f"{stage.folder} holds a {stage.name} of another recipe ({changed}): use the same settings or another folder")
-    return int(metadata["step"])
+    return done
 
 
 def _resume(stage: Stage, parts: Mapping[str, Resumable]) -> int:

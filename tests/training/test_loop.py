@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,9 @@ with interruptible():
     ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, encoding="utf-8")
     assert ended.returncode == 128 + signal.SIGTERM and "tiny stopped after 6 of 8 steps" in ended.stderr, ended.stderr
     assert len(losses(tmp_path / "ended")) == 6
+    shorter = shutil.copytree(tmp_path / "ended", tmp_path / "shorter")
+    tiny_stage(shorter, steps=7)
+    assert losses(shorter)[:6] == losses(tmp_path / "ended") and len(losses(shorter)) == 7
     tiny_stage(tmp_path / "ended")
     assert losses(tmp_path / "ended") == losses(tmp_path / "unbroken")
 
