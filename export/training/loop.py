@@ -89,7 +89,7 @@ def run(
     `step` returns named scalars; `sample(path)` draws a picture of the present state. With several processes the main one writes, and all
     must get the same scalars. On the command line a signal to end takes effect after the running step, which is saved.
     Raises OutputError on NaN or infinity, for the reason that `stage.wrong` gives and when the disk is full (the last checkpoint stays),
-    and InputError when the folder's checkpoint was made by another recipe; only the number of steps may be another, and no fewer than are done.
+    and InputError when the folder's checkpoint was made by another recipe; only the number of steps may differ, if no fewer.
     """
     start = _resume(stage, parts)
     if processes is not None and not processes.main:
