@@ -15,6 +15,7 @@ import click
 import numpy as np
 import pytest
 import tiny_students
+from PIL import Image
 
 from snoopi_rt.cli.main import main
 from snoopi_rt.engines import installed
@@ -66,6 +67,12 @@ class Watched:
     def snoopi(self, *words: str) -> None:
         """Runs a command and looks at what it did."""
         self.run(sys.executable, "-m", "snoopi_rt", *words)
+        assert self.problems() == []
+
+    def snoopi_each(self, *commands: list[str]) -> None:
+        """Runs several commands in one process, which imports torch once."""
+        code = "import sys; from snoopi_rt.cli.main import main; sys.exit(any([main(words, standalone_mode=False) for words in {}]))"
+        self.run(sys.executable, "-c", code.format(commands))
         assert self.problems() == []
 
     def problems(self) -> list[str]:
@@ -181,6 +188,34 @@ def test_the_small_model_s_road_sends_nothing_and_leaves_no_file(watched: Watche
     watched.snoopi("eval", "small", "--quick", "--drawings", "pictures/npm", "--out", "evaluation")
 
 
+@pytest.mark.skipif("openvino" not in installed(), reason="OpenVINO is not installed")
+def test_comparing_engines_sends_nothing_and_leaves_no_file(watched: Watched) -> None:
+    pytest.importorskip("polygraphy", reason="the extra export is not installed")
+    watched.snoopi("compare", "--engine", "cpu", "--engine", "openvino", "--graph", "decoder")
+
+
+def test_measures_send_nothing_and_leave_no_file(watched: Watched) -> None:
+    """What they would fetch is told by --dry-run, which fetches nothing."""
+    (watched.here / "prompts.jsonl").write_text('{"prompt": "a red fox", "style": "anime"}\n')
+    (watched.here / "real").mkdir()
+    for i in range(2):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)).save(watched.here / "real" / f"{i:05}.png")
+    asked, real = ["--prompts", "prompts.jsonl", "--dry-run"], ["--reference", "real"]
+    watched.snoopi_each(
+        ["eval", "hps", *asked],
+        ["eval", "clip", *asked],
+        ["eval", "fid", *asked, *real],
+        ["eval", "pr", *asked, *real],
+        ["eval", "all", *asked, *real],
+        ["eval", "negatives", "--dry-run"],
+    )
+
+
+def test_checking_measures_sends_nothing_and_leaves_no_file(watched: Watched) -> None:
+    pytest.importorskip("open_clip", reason="the extra eval is not installed")
+    watched.snoopi("eval", "check")
+
+
 def test_on_ray_nothing_is_left() -> None:
     """Ray itself asks a cloud's own address for its name when it starts: connections are not looked at."""
     pytest.importorskip("ray", reason="the extra ray is not installed")
@@ -197,4 +232,4 @@ def test_every_command_is_watched() -> None:
     names = [(group.name, name) for group in groups for name in group.commands]
     names += [(name,) for name, command in main.commands.items() if not isinstance(command, click.Group)]
     source = Path(__file__).read_text(encoding="utf-8")
-    assert [name for name in names if not re.search(rf"""(snoopi\(|"snoopi_rt", )"{'", "'.join(name)}\"""", source)] == []
+    assert [name for name in names if not re.search(rf"""(snoopi\(|"snoopi_rt", |\[)"{'", "'.join(name)}\"""", source)] == []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from snoopi_rt.errors import EngineMissing, InputError, SnoopiError, how_to_install
 from snoopi_rt.export.small_model.features import weights_file
+from snoopi_rt.export.weights.hub import turn_off_telemetry
 from snoopi_rt.files import reason, sha256
 from snoopi_rt.shell import quote
 
@@ -170,18 +171,16 @@ def _from_url(weights: WeightFile, fetch: bool) -> tuple[Path | None, str]:
 
 
 def _from_hub(repository: str, file: str, fetch: bool) -> tuple[Path | None, str]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for local in (True, False) if fetch else (True,):
-        try:
-            return Path(hf_hub_download(repository, file, local_files_only=local)), ""
-        except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-            trouble = _first_line(error)
-        except Exception as error:  # what the HTTP client underneath raises
-            trouble = _first_line(error)
-    return None, trouble
+    turn_off_telemetry()
+    try:
+        cached = try_to_load_from_cache(repository, file)
+        if isinstance(cached, str):
+            return Path(cached), ""
+        return (Path(hf_hub_download(repository, file)), "") if fetch else (None, "not fetched")
+    except Exception as error:  # the hub's own, or what the HTTP client underneath raises
+        return None, _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

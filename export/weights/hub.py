@@ -75,12 +75,18 @@ def _needed(names: Sequence[str], parts: Sequence[str]) -> list[str]:
     return needed
 
 
-def _fetch(name: str, revision: str | None, parts: Sequence[str]) -> tuple[Path, str]:
+def turn_off_telemetry() -> None:
+    """Before anything is asked of the hub: its telemetry is off, unless HF_HUB_DISABLE_TELEMETRY says otherwise."""
     # huggingface_hub reads the variable at import, which the PyTorch side did already, and its downloader reads it later.
     off = os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub import constants, get_cached_repo_tree, snapshot_download
+    from huggingface_hub import constants
 
     constants.HF_HUB_DISABLE_TELEMETRY |= off == "1"
+
+
+def _fetch(name: str, revision: str | None, parts: Sequence[str]) -> tuple[Path, str]:
+    turn_off_telemetry()
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
 
     with _hub_errors(name, revision):
         # The first call also caches the list of the model's files, so that a downloaded model needs no network.

@@ -27,6 +27,7 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def test_a_bundle_draws_the_size_that_its_decoder_makes(factor: int, students, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(exporter, "LARGE_DECODER", 0)
     monkeypatch.setattr(exporter, "TILE", 8 * factor)  # so that the larger size is decoded in tiles
+    monkeypatch.setattr(exporter, "LATENT_TILE", 8)
     lines: list[str] = []
     source = find_source("pixart", str(students[factor]), say=lines.append)
     side = 8 * factor

@@ -199,7 +199,7 @@ def test_what_cannot_be_asked_is_one_clear_line(opened: Any) -> None:
     with pytest.raises(InputError, match="unknown kind 'projected' of _Flux, choose from nasa, nag, vsf, gated"):
         with_negative(opened("flux"), "projected")
     pipe = with_negative(opened("sd3"))
-    with pytest.raises(InputError, match="guidance_scale draws each step twice"):
+    with pytest.raises(InputError, match="guidance_scale runs each step twice"):
         drawn(pipe, negative_prompt="fog", guidance_scale=7.0)
     with pytest.raises(InputError, match="negative_prompt has 2 entries for 1 prompts"):
         drawn(pipe, negative_prompt=["fog", "moon"])

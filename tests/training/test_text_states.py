@@ -117,7 +117,7 @@ def test_prompts_are_read_from_every_format(tmp_path: Path) -> None:
         ("a.jsonl", b"{}\n", "line 1 of .* has no text under prompt, caption, text"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": 3}\n', "line 2 of .* has no text"),
         ("a.jsonl", b"{", "line 1 of .*: not a JSON object"),
-        ("a.parquet", b"PAR1", "is not a whole Parquet file"),
+        ("a.parquet", b"PAR1", "it is not a valid Parquet file"),
         ("none.txt", None, "cannot read .*none.txt: No such file"),
         ("-", None, "must be in a file"),
     ],
