@@ -208,8 +208,8 @@ def test_nothing_of_the_timestep_is_left_in_the_graph(bundle: Bundle) -> None:
         assert not {"Sin", "Cos"} & node_counts(bundle.folder / "text_encoder-fp32.onnx").keys()
 
 
-@pytest.mark.parametrize("kind", ["nag", "vsf", "projected", "none"])
-def test_every_kind_of_guidance_exports_and_draws(student: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["projected", "none"])
+def test_other_kinds_of_guidance_export_and_draw(student: Path, tmp_path: Path, kind: str) -> None:
     options = ExportOptions(kind, FP32, sizes=((64, 64),), prompts=(PROMPT, NEGATIVE), prompts_only=True)
     with snoopi_rt.load(export(find_source("sana", str(student)), tmp_path / "bundle", options), engine="cpu") as ours:
         plain = ours.generate(PROMPT, seed=1).images
