@@ -62,7 +62,7 @@ class OrtEngine:
         except EngineError as error:
             raise EngineError(f"{error}{conflict()}") from error
         if provider not in available:
-            needs = f"engine {name!r} needs ONNX Runtime with {provider}, which the one installed has not{conflict()}"
+            needs = f"engine {name!r} needs ONNX Runtime with {provider}, which the installed one lacks{conflict()}"
             raise EngineMissing(f"{needs}: pip uninstall onnxruntime, then {how_to_install(name)}")
         session, self._bound = None, None
         if cache is not None and name == "cpu":

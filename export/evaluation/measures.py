@@ -112,7 +112,7 @@ def dry_run(plan: Plan, say: Callable[[str], None]) -> None:
         else:
             made = len(list((plan.out / "images" / subject.name).glob("*.png")))
             images += len(rows)
-            say(f"images {subject.name}: {len(rows):,} to make less {made:,} there; `snoopi-rt bench` says how long one takes here")
+            say(f"images {subject.name}: {len(rows):,}, of which {made:,} are there; `snoopi-rt bench` says how long one takes here")
     if plan.reference is not None:
         real = len(reference_images(plan.reference).files)
         images += real

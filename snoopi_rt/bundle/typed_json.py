@@ -37,7 +37,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         construct: Any = kind
         hints, prefix, defaults = get_type_hints(kind), f"{where}." if where else "", _saved(kind)
         if missing := [name for name, default in defaults.items() if name not in value and default is MISSING]:
-            raise BundleError(f"key {prefix}{missing[0]} is missing")
+            raise BundleError(f"it has no key {prefix}{missing[0]}")
         if unknown := [name for name in value if name not in defaults]:
             raise BundleError(f"unknown key {prefix}{unknown[0]}")
         return construct(**{name: _parse(hints[name], value[name], f"{prefix}{name}") for name in defaults if name in value})

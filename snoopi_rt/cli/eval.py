@@ -97,9 +97,9 @@ def subjects(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--limit", type=Integer(1), metavar="N", help="At most so many prompts, evenly; the measure's name says so."),
         click.option("--seed", type=Integer(0), default=0, metavar="N", help="Of the first image; the others follow.  [default: 0]"),
-        click.option("--neg-scale", "scale", type=Number(), metavar="X", help="Of negative prompts.  [default: the bundle's]"),
+        click.option("--neg-scale", "scale", type=Number(0), metavar="X", help="Strength of negative prompts.  [default: the bundle's]"),
         click.option("--steps", type=Integer(1), metavar="N", help="Of a pipeline.  [default: its own]"),
-        click.option("--guidance", type=Number(0), metavar="X", help="Of a pipeline.  [default: its own]"),
+        click.option("--guidance", type=Number(0), metavar="X", help="Guidance scale of a --pipeline.  [default: its own]"),
         click.option("--dry-run", is_flag=True, help="Say what would be fetched, made and computed, and stop."),
         out_option,
     )

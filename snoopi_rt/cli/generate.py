@@ -214,8 +214,8 @@ def _draw_batch(batch: "Batch", count: int, load_options: dict[str, Any], worker
     if outcome.warned:
         from snoopi_rt.cli.output import warn
 
-        rows_warned = "1 row" if outcome.warned == 1 else f"{outcome.warned} rows"
-        warn([f"{rows_warned} ask for something the model cannot draw, listed in index.jsonl; {outcome.warning}"], pipe.bundle)
+        rows_warned = "1 row asks" if outcome.warned == 1 else f"{outcome.warned} rows ask"
+        warn([f"{rows_warned} for something the model cannot draw, listed in index.jsonl; {outcome.warning}"], pipe.bundle)
     if outcome.failed:
         rows_failed = "1 row" if outcome.failed == 1 else f"{outcome.failed} rows"
         click.echo(f"error: {rows_failed} could not be drawn: see error in {quote(batch.out / 'index.jsonl')}", err=True)

@@ -110,7 +110,7 @@ def test_an_unknown_format_is_refused(folder: Path, number: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.pop("name"), "key name is missing"),
+        (lambda d: d.pop("name"), "it has no key name"),
         (lambda d: d.update(nmae="x"), "unknown key nmae"),
         (lambda d: d.update(name=7), "key name must be a string, got 7"),
         (lambda d: d.update(text=None), "key text must be an object, got null"),
@@ -125,7 +125,7 @@ def test_an_unknown_format_is_refused(folder: Path, number: Any) -> None:
             "prompts must be in an .npz file, not tokenizer.json",
         ),
         (lambda d: d.update(tile={"size": 8, "overlap": 8}), "tiles of 8 latent pixels cannot overlap by 8"),
-        (lambda d: d.update(tile={"size": 8}), "key tile.overlap is missing"),
+        (lambda d: d.update(tile={"size": 8}), "it has no key tile.overlap"),
         (lambda d: generator(d)["files"][0].update(sha256="../../a\0"), "generator.onnx: '../../a\\x00' is not a SHA-256 in hexadecimal"),
         (lambda d: generator(d).update(max_batch=0), "generator.onnx: max_batch must be positive"),
         (lambda d: d["guidance"].update(kind="magic"), "key guidance.kind must be one of nasa, nag, vsf, projected, none"),
