@@ -125,7 +125,7 @@ def test_a_dry_run_says_what_would_be_fetched_made_and_computed(tmp_path: Path, 
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     lines: list[str] = []
     dry_run(Plan("hps", ("hps-v2.1",), (Subject("embedded", "bundle", None),), tmp_path / "prompts.txt", tmp_path / "out"), lines.append)
-    assert "to fetch: hf download xswu/HPSv2 HPS_v2.1_compressed.pt" in lines[0] and "2 to make less 0 there" in lines[1]
+    assert "to fetch: hf download xswu/HPSv2 HPS_v2.1_compressed.pt" in lines[0] and "2, of which 0 are there" in lines[1]
     done = CliRunner().invoke(main, ["eval", "fid", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "o"), "--dry-run"])
     assert done.exit_code == 2 and "--reference FOLDER" in done.output
     assert not (tmp_path / "out").exists()
