@@ -156,23 +156,29 @@ class Pipeline:
         truncate: bool = False,
         timeout: float | None = None,
         cancel: Sequence[Event] | None = None,
-    ) -> list[Result | Exception]:
-        """A Result per group, or why it could not be drawn: all in one call of `run`, and where that fails each group by itself.
+    ) -> Iterator[Result | BaseException]:
+        """A Result per group, or why it could not be drawn: all in one call of `run`, and where that fails each group by itself, when its
+        turn comes.
 
         `cancel`: an event per group; a call ends early when the events of all its groups are set.
         """
         events = [] if cancel is None else list(cancel)
+        requests = [request for group in groups for request in group]
         try:
-            together = self.run(
-                [request for group in groups for request in group], size, truncate, timeout, AllSet(events) if events else None
-            )
-        except Exception as error:
-            if len(groups) == 1 or isinstance(error, Cancelled):
-                return [error] * len(groups)
-            alone = [events[i : i + 1] or None for i in range(len(groups))]
-            return [self.run_each([group], size, truncate, timeout, event)[0] for group, event in zip(groups, alone, strict=True)]
-        ends = list(accumulate(map(len, groups)))
-        return [together[end - len(group) : end] for group, end in zip(groups, ends, strict=True)]
+            together = self.run(requests, size, truncate, timeout, AllSet(events) if events else None)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # panics of native code are no Exceptions
+            failure = error
+        else:
+            ends = accumulate(map(len, groups))
+            yield from (together[end - len(group) : end] for group, end in zip(groups, ends, strict=True))
+            return
+        if len(groups) == 1 or isinstance(failure, Cancelled):
+            yield from [failure] * len(groups)
+            return
+        for i, group in enumerate(groups):
+            yield from self.run_each([group], size, truncate, timeout, events[i : i + 1] or None)
 
     async def generate_async(self, *arguments: Any, **named: Any) -> Result:
         """What `generate` gives, drawn in a thread; when the task is cancelled, no further stage begins."""
@@ -210,7 +216,7 @@ class Pipeline:
                     break
             events = None if cancel is None else [cancel] * len(groups)
             for result in self.run_each(groups, size, truncate, timeout, events) if groups else []:
-                if isinstance(result, Exception):
+                if isinstance(result, BaseException):
                     raise result
                 yield result
             if wrong is not None:

@@ -114,9 +114,30 @@ def test_of_groups_drawn_together_a_wrong_one_costs_the_others_nothing(pipe: Pip
     np.testing.assert_array_equal(last.images, pipe.run(fox).images)
     gone = threading.Event()
     gone.set()
-    answers = pipe.run_each([cat, fox], cancel=[gone, gone])
+    answers = list(pipe.run_each([cat, fox], cancel=[gone, gone]))
     assert all(isinstance(answer, Cancelled) for answer in answers)
     assert all(isinstance(answer, Result) for answer in pipe.run_each([cat, fox], cancel=[gone, threading.Event()]))
+
+
+def test_a_panic_is_of_its_group_alone_and_nothing_is_drawn_ahead(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        """As native code raises it: no Exception."""
+
+    run, calls = pipe.run, []
+
+    def panics(requests: list[Request], *rest: object) -> Result:
+        calls.append(len(requests))
+        if any(request.prompt == "a fox" for request in requests):
+            raise Panic
+        return run(requests, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipe, "run", panics)
+    results = pipe.run_each([pipe.check(prompt, seed=1) for prompt in ("a cat", "a fox", "a red fox")])
+    assert isinstance(next(results), Result) and isinstance(next(results), Panic)
+    assert calls == [3, 1, 1]
+    assert isinstance(next(results), Result)
+    with pytest.raises(StopIteration):
+        next(results)
 
 
 def test_a_part_of_a_result_is_a_result(pipe: Pipeline) -> None:

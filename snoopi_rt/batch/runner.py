@@ -203,10 +203,10 @@ def draw_together(pipe: Pipeline, batch: Batch, jobs: list[Job]) -> list[Drawn]:
     return [_drawn(row, result, batch.format) for (row, _), result in zip(jobs, results, strict=True)]
 
 
-def _drawn(row: int, result: Result | Exception, format: str) -> Drawn:
+def _drawn(row: int, result: Result | BaseException, format: str) -> Drawn:
     """What became of a row. Raises what is no fault of this row alone."""
     try:
-        if isinstance(result, Exception):
+        if isinstance(result, BaseException):
             raise result
         metadata = result.metadata(0)
         file = image.encode(result.images[0], image.FORMATS[f".{format}"], metadata)

@@ -167,7 +167,7 @@ class Batcher:
 
     def _draw(self, batch: list[Waiting]) -> None:
         start, first = time.monotonic(), batch[0]
-        results = self.pipe.run_each([item.images for item in batch], first.size, first.truncate, cancel=batch)
+        results = list(self.pipe.run_each([item.images for item in batch], first.size, first.truncate, cancel=batch))
         drawn = sum(len(result) for result in results if isinstance(result, Result))
         if drawn:
             self._observe(drawn)
@@ -175,11 +175,11 @@ class Batcher:
         for item, result in zip(batch, results, strict=True):
             self._answer(item, result)
 
-    def _answer(self, item: Waiting, answer: Result | Exception) -> None:
+    def _answer(self, item: Waiting, answer: Result | BaseException) -> None:
         def give() -> None:
             if item.future.done():  # given up
                 return
-            if isinstance(answer, Exception):
+            if isinstance(answer, BaseException):
                 item.future.set_exception(answer)
             else:
                 item.future.set_result(answer)
