@@ -94,6 +94,8 @@ class Regression(LossSettings):
     """Pairs of noise and prompt of which the teacher draws pictures."""
     teacher_steps: int = 10
     """DDIM steps in which the teacher draws them, at the mean guidance scale."""
+    features: float = 0.0
+    """Weight, within this loss, of the distance in the frozen teacher's features; 0 compares latents alone."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ class StudentRecipe(StageRecipe):
 
 SHARES = ("lora.prompt_dropout", "optimiser.beta1", "optimiser.beta2", "optimiser.ema", "optimiser.decay_from")
 NOT_NEGATIVE = (
+    "regression.features",
     "micro_batch",
     "student_rank",
     "nasa_max",

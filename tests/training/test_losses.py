@@ -14,6 +14,7 @@ from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import find_backbone
 from snoopi_rt.export.training.edits import KEYS
 from snoopi_rt.export.training.losses.adversarial import AdversarialLoss
+from snoopi_rt.export.training.losses.teacher_features import feature_distance
 from snoopi_rt.export.training.models import Models, nasa_kernel
 from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.run import Samples, StudentBatch
@@ -34,6 +35,26 @@ def test_the_distance_to_the_teachers_pictures_can_stay_in_the_loss(teachers: Pa
     alone, held = (distil(teachers, tmp_path / str(weight), **both, **{"regression.weight": weight}) for weight in (0.0, 50.0))
     assert "regression" not in alone[-1] and held[0]["vsd"] == alone[0]["vsd"] and held[-1]["vsd"] != alone[-1]["vsd"]
     assert sum(row["regression"] for row in held[-5:]) < 0.7 * sum(row["regression"] for row in held[:5])
+
+
+def test_pictures_are_also_compared_by_what_the_frozen_teacher_sees_in_them(teachers: Path, tmp_path: Path) -> None:
+    learn = {"vsd.weight": 0.0, "regression.weight": 1.0, "regression.pairs": 8, "regression.teacher_steps": 2, "lr": 3e-3}
+    trainer = trainer_of(teachers, tmp_path, **learn, **{"regression.features": 1e8})  # the tiny networks' latents lie far apart
+    frozen = {name: value.clone() for name, value in trainer.run.models.teachers.network.named_parameters()}
+    batch = StudentBatch(trainer.run, Samples(0, range(8), 1.0))
+    before = trainer.losses["regression"].term(batch).logged
+    for i in range(25):
+        trainer.step(i)
+    after = trainer.losses["regression"].term(batch).logged
+    assert 0 < after["features"] < 0.9 * before["features"]
+    assert all(torch.equal(value, frozen[name]) for name, value in trainer.run.models.teachers.network.named_parameters())
+
+
+def test_the_distance_of_features_is_one_of_directions() -> None:
+    tokens = torch.randn(2, 5, 3)
+    assert torch.allclose(
+        feature_distance([tokens, tokens], [2 * tokens, -tokens]), torch.full((2,), 2.0)
+    )  # 0 in one layer, 4 in the other
 
 
 def test_the_teachers_pictures_are_drawn_once_and_a_resumed_run_sees_the_same(
@@ -121,6 +142,7 @@ def test_no_tensor_of_a_step_is_left_on_the_cpu(teachers: Path, tmp_path: Path, 
         "regression.weight": 1.0,
         "regression.pairs": 4,
         "regression.teacher_steps": 2,
+        "regression.features": 1.0,
     }
     recipe = tiny(precision="bf16", micro_batch=2, checkpointing=True, **losses)
     trainer = Trainer(task, recipe, find_backbone(backbone).denoiser(), Schedule.of(task.teacher), processes)
