@@ -1,1 +1,1 @@
-"""The PyTorch side: backbones, guidance, graphs, parity and training. `run.export` is the door."""
+"""The PyTorch side: backbones, guidance, graphs, parity and training."""

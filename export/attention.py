@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -113,6 +114,14 @@ class OneProductAttention(nn.Module):
             q, k[:, :, :t], v[:, :, :t], None, k[:, :, t:], v[:, :, t:], None, scale, *empty, attention=transposed_attention
         )
         return self.attn.to_out[0](merge_heads(z))
+
+
+def both_prompts(prompt_states: Tensor, negative_states: Tensor | None, *negative: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """The states of prompt and negative in one, (B, T + U, D), so that one key and one value product serve both; and what the attentions
+    need to take them apart: the prompt's length T and then `negative`, or None without a negative."""
+    if negative_states is None:
+        return prompt_states, None
+    return torch.cat([prompt_states, negative_states], 1), (prompt_states.shape[1], *negative)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Data only: the functions, and torch with them, are imported on first use.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from snoopi_rt.errors import InputError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Guidance:
     """How a negative prompt acts in a cross-attention. The scale is an input at run time."""
 
-    kind: Literal["nasa", "nag", "vsf", "projected", "none"]
+    kind: str
     formula: str | None
     """The function's name in snoopi_rt.kernels; None: takes no negative."""
     default_scale: float = 0.0

@@ -25,7 +25,12 @@ def without_negative(pipe: Pipeline) -> Pipeline:
 
 def _code() -> Any:
     try:
+        from snoopi_rt.export.torchvision_operators import import_torchvision
+
+        import_torchvision()
         from snoopi_rt.export import diffusers_pipelines
+    except EngineMissing:
+        raise
     except ImportError as error:
         raise EngineMissing(f"negative prompts in diffusers need {error.name}: {how_to_install('diffusers')}") from error
     return diffusers_pipelines

@@ -4,6 +4,7 @@ SnoopiError
 ├── EngineError         an engine cannot load or run a model
 │   └── EngineMissing   ... because its package is not installed (also ImportError)
 ├── BundleError         a bundle is not what its bundle.json promises
+│   └── BundleMissing   ... because no folder has the path (also InputError)
 ├── InputError          the caller's input is invalid (also ValueError)
 ├── Cancelled           the deadline has passed, or the caller no longer waits
 └── OutputError         a result is unusable (NaN) or cannot be written
@@ -40,6 +41,10 @@ class BundleError(SnoopiError):
 
 class InputError(SnoopiError, ValueError):
     """The caller's input is invalid."""
+
+
+class BundleMissing(BundleError, InputError):
+    """There is no folder at the path that was asked for."""
 
 
 class Cancelled(SnoopiError):

@@ -10,6 +10,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from snoopi_rt.errors import InputError
 from snoopi_rt.shell import quote
 
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -45,6 +46,13 @@ def remove_remains(folder: Path) -> None:
             if _TEMPORARY.fullmatch(entry.name):
                 with suppress(OSError):
                     os.unlink(entry.path)
+
+
+def check_folder(path: Path) -> Path:
+    """The path of a folder that exists, else raises InputError."""
+    if not path.is_dir():
+        raise InputError(f"{quote(path)} is not a folder" if path.exists() else f"no such folder: {quote(path)}")
+    return path
 
 
 def check_place(path: Path) -> None:

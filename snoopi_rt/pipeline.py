@@ -82,6 +82,9 @@ class Pipeline:
             self._generator.open()
             self._decoder.open()
 
+    def __repr__(self) -> str:
+        return f"<Pipeline: {self.bundle.name!r} on {self.engine}, {self.precision}, up to {self.max_batch} images at once>"
+
     @property
     def provider(self) -> str:
         """What generator and decoder really run on, in the words of the engine's package."""

@@ -301,7 +301,7 @@ def main(
 
 
 def _encoder() -> Any:
-    return _SMALL.prompt_encoder(Path(), default_preset("small").max_tokens)
+    return _SMALL.caption_encoder(Path(), default_preset("small").max_tokens)
 
 
 def _captions(grid: Grid) -> TextStates:

@@ -55,7 +55,7 @@ class Student:
 
 
 @dataclass(frozen=True)
-class PromptEncoder:
+class CaptionEncoder:
     """A backbone's text encoder as training uses it: without the layers that belong to the network, which it trains."""
 
     write_tokenizer: Callable[[Path], Text]
@@ -74,7 +74,7 @@ class Denoiser:
     """The folder of its weights in a diffusers model."""
     answer: Callable[..., Tensor]
     """answer(network, x_t, t, states, mask, negative, size): the prediction (B, C, h, w), without a learned variance, for x_t (B, C, h, w)
-    at timesteps t (B,). states (B, T, D): a PromptEncoder's; mask (B, T): bool or None; negative: None, or states (B, U, D), mask (B, U)
+    at timesteps t (B,). states (B, T, D): a CaptionEncoder's; mask (B, T): bool or None; negative: None, or states (B, U, D), mask (B, U)
     and scale (B,) for a network with GuidedAttention; size: height and width in pixels, on which some networks are conditioned."""
     lora_targets: tuple[str, ...]
     """The layers that a LoRA adapts, by the end of their names."""
@@ -82,8 +82,8 @@ class Denoiser:
     """The default timestep of a student."""
     masked: bool
     """Whether prompts have different lengths, and so a mask."""
-    prompt_encoder: Callable[[Path, int], PromptEncoder]
-    """prompt_encoder(folder, max_tokens): that of a teacher's folder."""
+    caption_encoder: Callable[[Path, int], CaptionEncoder]
+    """caption_encoder(folder, max_tokens): that of a teacher's folder."""
 
 
 @dataclass(frozen=True)

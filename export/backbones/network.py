@@ -12,7 +12,8 @@ from snoopi_rt.export.decoder import Decoder
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.weights.checkpoint import config_path, load_module, read_config, without_weights
 from snoopi_rt.export.weights.files import CONFIG
-from snoopi_rt.export.weights.text_files import check_folder, read_json
+from snoopi_rt.export.weights.text_files import read_json
+from snoopi_rt.files import check_folder
 from snoopi_rt.shell import quote
 
 

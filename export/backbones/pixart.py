@@ -10,7 +10,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from snoopi_rt.export.attention import GuidedAttention, merge_heads, split_heads
+from snoopi_rt.export.attention import GuidedAttention, both_prompts, merge_heads, split_heads
 from snoopi_rt.export.fold import gated, linear, modulated_norm
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
@@ -114,10 +114,7 @@ class FoldedPixArt(nn.Module):
         negative_scale: Tensor | None = None,
         renoise: Tensor | None = None,
     ) -> Tensor:
-        # One key and one value product serve both prompts.
-        states, negative = prompt_states, None
-        if negative_states is not None:
-            states, negative = torch.cat([prompt_states, negative_states], 1), (prompt_states.shape[1], negative_mask, negative_scale)
+        states, negative = both_prompts(prompt_states, negative_states, negative_mask, negative_scale)
 
         def network(step: int, latent: Tensor) -> Tensor:
             patches = self.patchify(latent)

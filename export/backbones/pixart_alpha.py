@@ -9,7 +9,7 @@ from torch import Tensor
 
 from snoopi_rt.bundle.bundle import Text
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
+from snoopi_rt.export.backbones import CaptionEncoder, Denoiser, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer
 from snoopi_rt.export.presets.preset import Preset
@@ -31,7 +31,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
     network.caption_projection = None
     tensor_of = T5Weights(text_encoder, projection, updates)
 
-    prompts = prompt_encoder(weights.folder, preset.max_tokens, updates)
+    prompts = caption_encoder(weights.folder, preset.max_tokens, updates)
 
     @torch.no_grad()
     def encode(ids: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -49,13 +49,13 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
     )
 
 
-def prompt_encoder(folder: Path, max_tokens: int, updates: Mapping[str, Sequence[Product]] | None = None) -> PromptEncoder:
+def caption_encoder(folder: Path, max_tokens: int, updates: Mapping[str, Sequence[Product]] | None = None) -> CaptionEncoder:
     """T5, one layer in memory at a time. `updates`: what LoRAs add to its weights, by parameter name."""
 
     def write_tokenizer(path: Path) -> Text:
         return t5_rule(folder / "tokenizer", path, max_tokens, t5_config(folder / "text_encoder").vocab_size)
 
-    return PromptEncoder(write_tokenizer, lambda ids: reference_states(folder / "text_encoder", ids, updates))
+    return CaptionEncoder(write_tokenizer, lambda ids: reference_states(folder / "text_encoder", ids, updates))
 
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -67,5 +67,5 @@ DENOISER = Denoiser(
     # Errors of epsilon grow by 2 in x0 here, and by 157 at 999.
     timestep=400,
     masked=True,
-    prompt_encoder=prompt_encoder,
+    caption_encoder=caption_encoder,
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.attention import GuidedAttention, OneProductAttention, linear_attention, merge_heads, split_heads
+from snoopi_rt.export.attention import GuidedAttention, OneProductAttention, both_prompts, linear_attention, merge_heads, split_heads
 from snoopi_rt.export.fold import gated, linear, modulated_norm
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
@@ -107,10 +107,7 @@ class FoldedSana(nn.Module):
         negative_scale: Tensor | None = None,
         renoise: Tensor | None = None,
     ) -> Tensor:
-        # One key and one value product serve both prompts.
-        states, negative = prompt_states, None
-        if negative_states is not None:
-            states, negative = torch.cat([prompt_states, negative_states], 1), (prompt_states.shape[1], negative_scale)
+        states, negative = both_prompts(prompt_states, negative_states, negative_scale)
 
         def network(step: int, latent: Tensor) -> Tensor:
             size = latent.shape[2:]

@@ -8,7 +8,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from snoopi_rt.bundle.bundle import File, Text
-from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
+from snoopi_rt.export.backbones import CaptionEncoder, Denoiser, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder, read_latent
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer
 from snoopi_rt.export.backbones.pixart_alpha import LORA_TARGETS
@@ -60,13 +60,13 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         generator=lambda guidance, empty: FoldedPixArt(network, preset.rule, guidance, empty, sizes[0], attention, attention),
         reference=lambda guidance, empty: GuidedPixArt(network, preset.rule, guidance, empty, sizes[0]),
         decoder=load_decoder(weights, preset),
-        write_tokenizer=prompt_encoder(weights.folder, preset.max_tokens).write_tokenizer,
+        write_tokenizer=caption_encoder(weights.folder, preset.max_tokens).write_tokenizer,
         vocabulary=known.VOCABULARY,
         examples=known.EXAMPLES,
     )
 
 
-def prompt_encoder(folder: Path, max_tokens: int) -> PromptEncoder:
+def caption_encoder(folder: Path, max_tokens: int) -> CaptionEncoder:
     """MiniLM as it ships in bundles: it is not in a teacher's folder."""
 
     def write_tokenizer(path: Path) -> Text:
@@ -78,10 +78,10 @@ def prompt_encoder(folder: Path, max_tokens: int) -> PromptEncoder:
         encoder = minilm.load_text_encoder()
         return [encoder(ids).last_hidden_state for ids in prompts]
 
-    return PromptEncoder(write_tokenizer, encode)
+    return CaptionEncoder(write_tokenizer, encode)
 
 
 # Zero terminal SNR: at 999 the noise is pure and x0 = -v.
 DENOISER = Denoiser(
-    PixArtTransformer2DModel, "transformer", pixart_answer, LORA_TARGETS, timestep=999, masked=True, prompt_encoder=prompt_encoder
+    PixArtTransformer2DModel, "transformer", pixart_answer, LORA_TARGETS, timestep=999, masked=True, caption_encoder=caption_encoder
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from snoopi_rt.bundle.bundle import Text
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.backbones import Denoiser, PromptEncoder, Student, Weights
+from snoopi_rt.export.backbones import CaptionEncoder, Denoiser, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet, unet_answer
 from snoopi_rt.export.presets.preset import Preset
@@ -49,11 +49,11 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         generator=lambda guidance, empty: FoldedUNet(network, preset.rule, guidance, empty, time_ids),
         reference=lambda guidance, empty: GuidedUNet(network, preset.rule, guidance, empty, time_ids),
         decoder=load_decoder(weights, preset),
-        write_tokenizer=prompt_encoder(weights.folder, preset.max_tokens).write_tokenizer,
+        write_tokenizer=caption_encoder(weights.folder, preset.max_tokens).write_tokenizer,
     )
 
 
-def prompt_encoder(folder: Path, max_tokens: int) -> PromptEncoder:
+def caption_encoder(folder: Path, max_tokens: int) -> CaptionEncoder:
     """The CLIP text encoder of SD 1.5 or 2.1; prompts always have 77 tokens."""
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ def prompt_encoder(folder: Path, max_tokens: int) -> PromptEncoder:
         embedded = min(config.vocab_size for config in _text_configs(folder))
         return clip_rule(folder / "tokenizer", path, embedded)
 
-    return PromptEncoder(write_tokenizer, encode)
+    return CaptionEncoder(write_tokenizer, encode)
 
 
 def _text_kinds() -> dict[str, Any]:
@@ -114,5 +114,5 @@ DENOISER = Denoiser(
     ("to_q", "to_k", "to_v", "to_out.0"),
     timestep=999,
     masked=False,
-    prompt_encoder=prompt_encoder,
+    caption_encoder=caption_encoder,
 )

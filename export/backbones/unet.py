@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.attention import GuidedAttention, OneProductAttention, SelfAttention
+from snoopi_rt.export.attention import GuidedAttention, OneProductAttention, SelfAttention, both_prompts
 from snoopi_rt.export.fold import linear, stacked
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
@@ -142,9 +142,7 @@ class FoldedUNet(nn.Module):
         prompt_pooled: Tensor | None = None,
         renoise: Tensor | None = None,
     ) -> Tensor:
-        states, negative = prompt_states, None
-        if negative_states is not None:
-            states, negative = torch.cat([prompt_states, negative_states], 1), (prompt_states.shape[1], negative_scale)
+        states, negative = both_prompts(prompt_states, negative_states, negative_scale)
 
         def network(step: int, latent: Tensor) -> Tensor:
             return self._answer(latent, Condition(step, self.prompt_shift and self.prompt_shift(step, prompt_pooled)), states, negative)

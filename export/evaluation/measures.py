@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import snoopi_rt
+from snoopi_rt.bundle.bundle import MANIFEST
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation import distances, image_text
 from snoopi_rt.export.evaluation.context import Context
@@ -26,6 +27,7 @@ from snoopi_rt.export.evaluation.report import Row, write
 from snoopi_rt.export.evaluation.samplers import Sampler, open_diffusers, open_student
 from snoopi_rt.export.evaluation.weight_files import WEIGHTS, locate, present
 from snoopi_rt.export.training.image_grid import image_grid
+from snoopi_rt.pipeline import EMBEDDED
 
 THUMBNAIL, SHEET, COLUMNS = 128, 64, 8
 
@@ -94,6 +96,15 @@ class Plan:
             raise InputError(f"{self.command} compares with real images: --reference FOLDER")
         if len({subject.name for subject in self.subjects}) < len(self.subjects):
             raise InputError("each model needs a name of its own: NAME=FOLDER gives it one")
+        check_scales(self.subjects, [] if self.scale is None else [self.scale])
+
+
+def check_scales(subjects: Sequence[Subject], scales: Sequence[float]) -> None:
+    """Raises InputError for a negative scale that one of the bundles does not take, and for any if one takes no negative prompt."""
+    folders = [EMBEDDED if subject.path is None else subject.path for subject in subjects if subject.kind == "bundle"]
+    for bundle in [snoopi_rt.Bundle.load(folder) for folder in folders if scales and (folder / MANIFEST).exists()]:
+        for scale in scales:
+            snoopi_rt.Request("any", "any", scale, seed=0).checked(bundle.guidance)
 
 
 def dry_run(plan: Plan, say: Callable[[str], None]) -> None:

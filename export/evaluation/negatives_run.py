@@ -16,7 +16,7 @@ from snoopi_rt.export.evaluation.context import Context
 from snoopi_rt.export.evaluation.features import FeatureCache
 from snoopi_rt.export.evaluation.figures import plot_tradeoff
 from snoopi_rt.export.evaluation.image_sets import ImageSet
-from snoopi_rt.export.evaluation.measures import THUMBNAIL, Subject, open_sampler
+from snoopi_rt.export.evaluation.measures import THUMBNAIL, Subject, check_scales, open_sampler
 from snoopi_rt.export.evaluation.negatives import (
     CLASSIFIER,
     Trial,
@@ -53,6 +53,7 @@ class NegativesPlan:
 
 def dry_run_negatives(plan: NegativesPlan, say: Callable[[str], None]) -> None:
     """Says what would be fetched and made."""
+    check_scales(plan.subjects, plan.scales)
     weights, count = WEIGHTS[CLASSIFIER], len(read_pairs(plan.pairs, plan.limit)) * plan.seeds
     there = present(weights, plan.weights.get(CLASSIFIER))
     say(f"weights {CLASSIFIER}: {weights.file}, {weights.size:,} MB, {'there' if there else f'to fetch: {weights.command}'}")
@@ -65,6 +66,7 @@ def evaluate_negatives(plan: NegativesPlan, say: Callable[[str], None], context:
 
     With `tune`, OUT/NAME-tuned is a bundle whose default scale was chosen on half of the prompts; the rows are of the other half.
     """
+    check_scales(plan.subjects, plan.scales)
     pairs = read_pairs(plan.pairs, plan.limit)
     labels = [] if plan.labelled is None else read_labels(plan.labelled, pairs)
     if plan.tune and len(pairs) < 2:

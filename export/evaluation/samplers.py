@@ -24,7 +24,7 @@ from snoopi_rt.export.small_model import teacher
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import fingerprint
-from snoopi_rt.export.weights.text_files import check_folder
+from snoopi_rt.files import check_folder
 from snoopi_rt.runtime.inputs import draw_noise
 
 BATCH = 16  # images of a student

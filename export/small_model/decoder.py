@@ -23,7 +23,7 @@ from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_diffusers
-from snoopi_rt.export.weights.text_files import check_folder
+from snoopi_rt.files import check_folder
 
 SIDE = 256  # pixels
 FACTOR = 16

@@ -19,7 +19,7 @@ from snoopi_rt.export.training.sampling import sample_ddim
 from snoopi_rt.export.training.schedule import Schedule
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, require, save_diffusers
-from snoopi_rt.export.weights.text_files import check_folder
+from snoopi_rt.files import check_folder
 
 SAMPLE_PROMPTS = (
     "a cat",

@@ -34,6 +34,6 @@ class Prompts:
 
     def encode(self, file: Path, texts: Callable[[], Iterable[str]], name: str) -> TextStates:
         """The states of the texts that are read from a file, kept under `name` among the run's text states."""
-        encoder = self._denoiser.prompt_encoder(self._task.teacher, self._max_tokens)
+        encoder = self._denoiser.caption_encoder(self._task.teacher, self._max_tokens)
         key = states_key(file, self._task.teacher / "text_encoder")
         return encode_prompts(texts, key, encoder, self._denoiser.masked, self._task.states_folder(name)).on(*self._on)

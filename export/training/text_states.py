@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.backbones import PromptEncoder
+from snoopi_rt.export.backbones import CaptionEncoder
 from snoopi_rt.export.text.by_length import encode_by_length
 from snoopi_rt.export.weights.files import save_tensors
 from snoopi_rt.export.weights.text_files import read_json
@@ -107,7 +107,7 @@ def check_states(folder: Path, key: str) -> bool:
 
 
 def encode_prompts(
-    prompts: Callable[[], Iterable[str]], key: str, encoder: PromptEncoder, masked: bool, folder: Path, shard: int = SHARD
+    prompts: Callable[[], Iterable[str]], key: str, encoder: CaptionEncoder, masked: bool, folder: Path, shard: int = SHARD
 ) -> TextStates:
     """The states of the prompts, computed into `folder` unless they are there. Memory does not grow with their number.
 

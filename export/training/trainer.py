@@ -176,7 +176,7 @@ def check(task: Task, recipe: StudentRecipe, denoiser: Denoiser) -> Schedule:
             check_prompts(file)
             task.check_states(file, name)
     with tempfile.TemporaryDirectory() as folder:
-        encoder = denoiser.prompt_encoder(task.teacher, own_preset(task.backbone).max_tokens)
+        encoder = denoiser.caption_encoder(task.teacher, own_preset(task.backbone).max_tokens)
         encoder.write_tokenizer(Path(folder) / "tokenizer.json")
     return schedule
 

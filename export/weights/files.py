@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snoopi_rt.errors import EngineMissing, InputError
-from snoopi_rt.export.weights.text_files import check_folder
-from snoopi_rt.files import write_whole
+from snoopi_rt.files import check_folder, write_whole
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -6,17 +6,9 @@ from typing import Any
 from snoopi_rt import json_reader
 from snoopi_rt.errors import InputError
 from snoopi_rt.files import is_lfs_pointer, read_bounded, reason
-from snoopi_rt.shell import quote
 
 MAX_BYTES = 2**26
 """Of such a file: tokenizers have up to 20 MB, the index of a large checkpoint 2 MB."""
-
-
-def check_folder(path: Path) -> Path:
-    """The path of a folder that exists, else raises InputError."""
-    if not path.is_dir():
-        raise InputError(f"{quote(path)} is not a folder" if path.exists() else f"no such folder: {quote(path)}")
-    return path
 
 
 def check_file(path: Path) -> Path:

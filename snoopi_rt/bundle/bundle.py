@@ -67,7 +67,7 @@ TEXT_ENGINE = "cpu"
 """Runs a text encoder that has no variant for the engine of the other graphs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
     """A bundle. `folder` and `hash` (SHA-256 of bundle.json) are set once it is on disk.
 
@@ -91,7 +91,7 @@ class Bundle:
     examples: tuple[str, ...] = ()
     folder: Path = field(default=Path(), metadata=UNSAVED)
     hash: str = field(default="", metadata=UNSAVED)
-    stamps: dict[str, Stamp | None] = field(default_factory=dict, metadata=UNSAVED, compare=False, repr=False)
+    stamps: dict[str, Stamp | None] = field(default_factory=dict, metadata=UNSAVED, compare=False)
 
     def __post_init__(self) -> None:
         encoding = "text_encoder" in self.graphs or self.prompts is None
@@ -113,6 +113,11 @@ class Bundle:
         seen: dict[str, File] = {}
         for file in self._listed():
             require(seen.setdefault(file.path, file) == file, f"{file.path} is listed twice with different contents")
+
+    def __repr__(self) -> str:
+        facts = [repr(self.name), f"backbone {self.backbone}", ", ".join(f"{width}x{height}" for height, width in self.sizes)]
+        facts += [f"guidance {self.guidance.kind}", f"for {', '.join(self.engines())}"]
+        return f"<Bundle: {', '.join(facts)}, in {str(self.folder)!r}>"
 
     @classmethod
     def load(cls, folder: str | Path, cache: Cache | None = None) -> "Bundle":
@@ -186,15 +191,15 @@ class Bundle:
         scale = self.guidance.scale
         lines = [
             f"{self.name}: backbone {self.backbone}, licence {self.licence}",
-            f"sizes {', '.join(f'{width}x{height}' for height, width in self.sizes)}, batch up to {self.max_batch}",
-            f"prompts up to {self.text.max_tokens} tokens",
-            f"guidance {self.guidance.kind}, scale {scale.min} to {scale.max}, default {scale.default}",
+            f"sizes {', '.join(f'{width}x{height}' for height, width in self.sizes)}, up to {self.max_batch} images at once",
+            f"prompts of up to {self.text.max_tokens} tokens",
+            f"guidance {self.guidance.kind}, negative scale {scale.min:g} to {scale.max:g}, by default {scale.default:g}",
         ]
         if self.prompts is not None:
             only = "" if "text_encoder" in self.graphs else ", and no text encoder for others"
-            lines[2] += f", includes the states of {len(self.prompts.texts)}{only}"
+            lines[2] += f", with the states of {len(self.prompts.texts)} included{only}"
         if self.vocabulary is not None:
-            lines.append(f"can draw {len(self.vocabulary.objects)} objects")
+            lines.append(f"draws {len(self.vocabulary.objects)} objects: --vocabulary lists them")
         if self.examples:
             lines.append(f"examples: {', '.join(map(quote, self.examples))}")
         if self.tile is not None:

@@ -160,11 +160,17 @@ class Scale:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the generator uses a negative prompt; `fixed` holds the constants of that kind, which are part of the graph."""
+    """How the generator uses a negative prompt; `fixed` holds the constants of that kind, which are part of the graph.
 
-    kind: Literal["nasa", "nag", "vsf", "projected", "none"]
+    `kind` is "none" for a generator that takes no negative prompt; every other name is for people, because the formula is in the graph.
+    """
+
+    kind: str
     scale: Scale
     fixed: dict[str, float]
+
+    def __post_init__(self) -> None:
+        require(PLAIN_NAME.fullmatch(self.kind) is not None, f"the guidance {self.kind!r} is not a plain name")
 
 
 @dataclass(frozen=True)
@@ -232,10 +238,16 @@ class Parity:
             return self.latent_error
         return self.relative_l2 if self.psnr is None else 10 ** (-self.psnr / 20)
 
+    @property
+    def kind(self) -> str:
+        """What that error is called."""
+        if self.latent_error is not None:
+            return "latent error"
+        return "relative L2" if self.psnr is None else "RMS of full white"
+
     def judged(self, digits: int = 2) -> str:
         """That error and its kind."""
-        kind = "relative L2" if self.psnr is None else "RMS of full white"
-        return f"{self.error:.{digits}g} ({'latent error' if self.latent_error is not None else kind})"
+        return f"{self.error:.{digits}g} ({self.kind})"
 
 
 @dataclass(frozen=True)
@@ -299,15 +311,12 @@ class Variant:
                 )
 
     def described(self) -> str:
-        """A description for people, with its error against PyTorch."""
-        size = sum(file.size for file in self.files) / 1e6
-        parity = self.parity
-        figures = [f"relative L2 to PyTorch {parity.relative_l2:.1e}"]
-        if parity.latent_error is not None:
-            figures.insert(0, f"latent error {parity.latent_error:.1e}")
+        """A description for people, with its error against PyTorch: first the one that counts, and how large it may be."""
+        size, parity = sum(file.size for file in self.files) / 1e6, self.parity
+        batch = "" if self.max_batch is None else f", up to {self.max_batch} at once"
+        figures = [f"{parity.kind} {parity.error:.2g} of {self.tolerance:.2g} allowed"]
+        if parity.kind != "relative L2":
+            figures.append(f"relative L2 {parity.relative_l2:.2g}")
         if parity.psnr is not None:
             figures.append(f"PSNR {parity.psnr:.1f} dB")
-        figures.append(f"tolerance {self.tolerance:.2g}, measured {parity.judged()}")
-        if self.max_batch is not None:
-            figures.append(f"batch up to {self.max_batch}")
-        return f"{self.format} for {', '.join(self.engines)}, {size:.1f} MB, precision {self.precision}, {', '.join(figures)}"
+        return f"{self.precision} for {', '.join(self.engines)} ({self.format}, {size:.1f} MB{batch}), {', '.join(figures)}"

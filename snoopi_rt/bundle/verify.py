@@ -10,7 +10,7 @@ from pathlib import Path
 from snoopi_rt.bundle.manifest import HASH, MANIFEST, File, require
 from snoopi_rt.bundle.onnx_file import external_data
 from snoopi_rt.cache import Cache
-from snoopi_rt.errors import BundleError
+from snoopi_rt.errors import BundleError, BundleMissing
 from snoopi_rt.files import is_lfs_pointer, read_bounded, reason, sha256
 from snoopi_rt.json_reader import parse_json
 
@@ -22,10 +22,11 @@ MAX_FOLDERS = 4
 
 
 def read_manifest(folder: Path) -> bytes:
-    """The bytes of the folder's bundle.json. Raises BundleError if there is none."""
+    """The bytes of the folder's bundle.json. Raises BundleMissing if there is no folder, BundleError if it has none."""
     path = folder / MANIFEST
     try:
-        require(folder.is_dir(), f"no bundle at {folder}: {'it is not a folder' if folder.exists() else 'no such folder'}")
+        if not folder.is_dir():
+            raise BundleMissing(f"no bundle at {folder}: {'it is not a folder' if folder.exists() else 'no such folder'}")
         require(path.exists(), f"no bundle at {folder}: it has no {MANIFEST}")
         require(not path.is_symlink(), f"{path} is a symbolic link")
         return read_bounded(path, MAX_MANIFEST)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from snoopi_rt.cli.options import Group, Integer, Number, complete_bundle, folder_path, named_folder
+from snoopi_rt.cli.options import Group, Integer, Number, Seed, complete_bundle, folder_path, named_folder
 from snoopi_rt.cli.torch_command import torch_command
 from snoopi_rt.errors import InputError
 from snoopi_rt.shell import quote, visible
@@ -19,8 +19,7 @@ out_option = click.option(
     type=folder_path,
     default=Path("evaluation"),
     metavar="FOLDER",
-    help="Where to write.  [default: evaluation]",
-    show_default=False,
+    help="Output folder.",
 )
 
 
@@ -36,14 +35,12 @@ def evaluate() -> None:
     multiple=True,
     metavar="[NAME=]FOLDER",
     shell_complete=complete_bundle,
-    help="A bundle, or a student's weights; several stand beside each other.  [default: the embedded bundle]",
+    help="A bundle, or a student's weights; repeatable, measured side by side.  [default: the embedded bundle]",
 )
-@click.option(
-    "--teacher", type=folder_path, metavar="FOLDER", help="Drawn in 25 steps and measured alike; distances are compared with the teacher's."
-)
-@click.option("--decoder", type=folder_path, metavar="FOLDER", help="Of the teacher's latents.  [default: its own vae]")
-@click.option("--drawings", type=folder_path, metavar="FOLDER", help="Where the emoji drawings are kept.  [default: npm in --out]")
-@click.option("--quick", is_flag=True, help="A few pictures of each kind: to see that it runs.")
+@click.option("--teacher", type=folder_path, metavar="FOLDER", help="Teacher to measure beside them, in 25 steps.")
+@click.option("--decoder", type=folder_path, metavar="FOLDER", help="Decoder for the teacher's latents.  [default: its own vae]")
+@click.option("--drawings", type=folder_path, metavar="FOLDER", help="Folder to keep the emoji drawings in.  [default: npm in --out]")
+@click.option("--quick", is_flag=True, help="Draw a few pictures of each kind, to see that it runs; the figures mean nothing.")
 @out_option
 def small(students: tuple[str, ...], teacher: Path | None, decoder: Path | None, drawings: Path | None, quick: bool, out: Path) -> None:
     """Judge the embedded model and others of its kind.
@@ -55,7 +52,7 @@ def small(students: tuple[str, ...], teacher: Path | None, decoder: Path | None,
         raise InputError("each bundle needs a name of its own: --bundle NAME=FOLDER gives it one")
     if decoder is not None and teacher is None:
         raise InputError("--decoder goes with --teacher")
-    with torch_command("eval small", "train", out):
+    with torch_command("eval small", "export,train", out):
         from snoopi_rt.export.evaluation.report import unmet
         from snoopi_rt.export.evaluation.small import QUICK, Extent
         from snoopi_rt.export.evaluation.small import evaluate as measure
@@ -81,26 +78,37 @@ def subjects(command: Callable[..., Any]) -> Callable[..., Any]:
             multiple=True,
             metavar="[NAME=]FOLDER",
             shell_complete=complete_bundle,
-            help="A bundle, or a student's weights; several stand beside each other.  [default: the embedded bundle]",
+            help="A bundle, or a student's weights; repeatable, measured side by side.  [default: the embedded bundle]",
         ),
-        click.option("--pipeline", "pipelines", multiple=True, metavar="[NAME=]FOLDER", help="A diffusers pipeline, through torch."),
-        click.option("--images", "folders", multiple=True, metavar="[NAME=]FOLDER", help="Images that another program made."),
+        click.option(
+            "--pipeline", "pipelines", multiple=True, metavar="[NAME=]FOLDER", help="A diffusers pipeline, run in PyTorch; repeatable."
+        ),
+        click.option("--images", "folders", multiple=True, metavar="[NAME=]FOLDER", help="Images made by another program; repeatable."),
         click.option(
             "--prompts",
             type=click.Path(path_type=Path),
             required=True,
             metavar="FILE",
-            help="Their prompts; columns style, negative_prompt, seed and file are read. A folder: a style per file.",
+            help="Prompts of the images, with optional columns style, negative_prompt, seed and file; or a folder with a file per style.",
         ),
         click.option(
-            "--weights", "weights", multiple=True, metavar="NAME=PATH|ID", help="Where a network's weights are; --dry-run lists them."
+            "--weights",
+            "weights",
+            multiple=True,
+            metavar="NAME=PATH|ID",
+            help="File, folder or hub id of a network's weights; --dry-run lists the names. Repeatable.",
         ),
-        click.option("--limit", type=Integer(1), metavar="N", help="At most so many prompts, evenly; the measure's name says so."),
-        click.option("--seed", type=Integer(0), default=0, metavar="N", help="Of the first image; the others follow.  [default: 0]"),
+        click.option(
+            "--limit",
+            type=Integer(1),
+            metavar="N",
+            help="Use at most N prompts, spread evenly over the styles; the measure's name then says so.",
+        ),
+        click.option("--seed", type=Seed(), default=0, metavar="N", help="Seed of the first image; the next has N + 1."),
         click.option("--neg-scale", "scale", type=Number(0), metavar="X", help="Strength of negative prompts.  [default: the bundle's]"),
-        click.option("--steps", type=Integer(1), metavar="N", help="Of a pipeline.  [default: its own]"),
+        click.option("--steps", type=Integer(1), metavar="N", help="Steps of a --pipeline.  [default: its own]"),
         click.option("--guidance", type=Number(0), metavar="X", help="Guidance scale of a --pipeline.  [default: its own]"),
-        click.option("--dry-run", is_flag=True, help="Say what would be fetched, made and computed, and stop."),
+        click.option("--dry-run", is_flag=True, help="List what would be fetched, drawn and computed, and stop."),
         out_option,
     )
     for option in reversed(options):
@@ -108,24 +116,27 @@ def subjects(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-reference_option = click.option("--reference", type=folder_path, metavar="FOLDER", help="Real images.")
+reference_option = click.option("--reference", type=folder_path, required=True, metavar="FOLDER", help="Folder of real images.")
 
 
 @evaluate.command(epilog="Example: snoopi-rt eval hps --bundle my-bundle --prompts HPDv2/benchmark --version 2.1")
 @subjects
 @click.option(
-    "--version", type=click.Choice(["2.0", "2.1"]), multiple=True, help="Of HPSv2; their scores cannot be compared.  [default: both]"
+    "--version",
+    type=click.Choice(["2.0", "2.1"]),
+    multiple=True,
+    help="Version of HPSv2; the scores of the two cannot be compared.  [default: both]",
 )
 def hps(version: tuple[str, ...], **options: Any) -> None:
-    """HPSv2, per style and average."""
+    """Score images with HPSv2, per style and on average."""
     _measure("hps", tuple(f"hps-v{one}" for one in version or ("2.0", "2.1")), options)
 
 
 @evaluate.command(epilog="Example: snoopi-rt eval clip --images pictures --prompts prompts.txt --network b32")
 @subjects
-@click.option("--network", type=click.Choice(["g14", "b32"]), multiple=True, help="ViT-g-14, the protocol's, or ViT-B-32.  [default: both]")
+@click.option("--network", type=click.Choice(["g14", "b32"]), multiple=True, help="ViT-g-14 (the protocol's) or ViT-B-32.  [default: both]")
 def clip(network: tuple[str, ...], **options: Any) -> None:
-    """CLIP score; CLIP+ and CLIP- where there are negative prompts."""
+    """Score how well images match their prompts: CLIP score, and CLIP+ and CLIP- with negative prompts."""
     _measure("clip", tuple(f"clip-{one}" for one in network or ("g14", "b32")), options)
 
 
@@ -136,10 +147,11 @@ def clip(network: tuple[str, ...], **options: Any) -> None:
     "--features",
     type=click.Choice(["inception", "dinov2", "cmmd", "lite2"]),
     multiple=True,
-    help="FID and KID; the Frechet distance in DINOv2's; CMMD; all of these in Lite2's, with nothing to fetch.  [default: inception]",
+    help="inception: FID and KID; dinov2: Frechet distance; cmmd: CMMD on CLIP; lite2: all of these on EfficientNet-Lite2, which needs no "
+    "download. Repeatable.  [default: inception]",
 )
 def fid(features: tuple[str, ...], **options: Any) -> None:
-    """FID and KID, or distances in other features, to real images."""
+    """Measure the distance to real images: FID and KID, or on other features."""
     _measure("fid", tuple("fid" if name == "inception" else name for name in features or ("inception",)), options)
 
 
@@ -147,16 +159,16 @@ def fid(features: tuple[str, ...], **options: Any) -> None:
 @subjects
 @reference_option
 def pr(**options: Any) -> None:
-    """Precision, recall, density and coverage against real images."""
+    """Measure precision, recall, density and coverage against real images."""
     _measure("pr", ("pr",), options)
 
 
 @evaluate.command("all", epilog="Example: snoopi-rt eval all --bundle my-bundle --prompts prompts.jsonl --reference real")
 @subjects
-@reference_option
-@click.option("--runs", type=Integer(1), default=20, metavar="N", help="Images that are timed.  [default: 20]")
+@click.option("--reference", type=folder_path, metavar="FOLDER", help="Folder of real images; without it no FID, precision and recall.")
+@click.option("--runs", type=Integer(1), default=20, metavar="N", help="Images to time.")
 def every(**options: Any) -> None:
-    """HPSv2, CLIP, FID, precision and recall; latency and memory beside them."""
+    """Measure HPSv2, CLIP, FID, precision and recall, and beside them latency and memory."""
     from snoopi_rt.export.evaluation.measures import COMMANDS
 
     _measure("all", COMMANDS["all"] if options["reference"] else (*COMMANDS["hps"], *COMMANDS["clip"]), options)
@@ -169,19 +181,19 @@ def every(**options: Any) -> None:
     multiple=True,
     metavar="[NAME=]FOLDER",
     shell_complete=complete_bundle,
-    help="A bundle, or a student's weights; several stand on the same axes.  [default: the embedded bundle]",
+    help="A bundle, or a student's weights; repeatable, plotted on the same axes.  [default: the embedded bundle]",
 )
-@click.option("--pairs", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Other pairs than those that ship.")
+@click.option("--pairs", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Pairs to use instead of those that ship.")
 @click.option("--scales", metavar="X,...", help="Negative scales.  [default: a quarter, a half, one and two of the bundle's]")
-@click.option("--seeds", type=Integer(1), default=4, metavar="N", help="Of each pair.  [default: 4]")
-@click.option("--limit", type=Integer(1), metavar="N", help="At most so many pairs, evenly.")
-@click.option("--labelled", type=folder_path, metavar="FOLDER", help="Labelled pictures, for the classifier's own error.")
-@click.option("--tune", is_flag=True, help="Choose each bundle's default scale on half of the prompts, report the other half.")
-@click.option("--weights", "weights", multiple=True, metavar="clip-b32=PATH|ID", help="Where the classifier's weights are.")
-@click.option("--dry-run", is_flag=True, help="Say what would be fetched and made, and stop.")
+@click.option("--seeds", type=Integer(1), default=4, metavar="N", help="Seeds per pair.")
+@click.option("--limit", type=Integer(1), metavar="N", help="Use at most N pairs, spread evenly.")
+@click.option("--labelled", type=folder_path, metavar="FOLDER", help="Labelled pictures, to measure the classifier's own error.")
+@click.option("--tune", is_flag=True, help="Choose each bundle's default scale on half of the prompts, and report the other half.")
+@click.option("--weights", "weights", multiple=True, metavar="clip-b32=PATH|ID", help="File or hub id of the classifier's weights.")
+@click.option("--dry-run", is_flag=True, help="List what would be fetched and drawn, and stop.")
 @out_option
 def negatives(bundles: tuple[str, ...], scales: str | None, dry_run: bool, out: Path, **options: Any) -> None:
-    """What negative prompts remove, keep, and do to pictures that do not show it."""
+    """Measure what negative prompts remove and keep, and what they do to pictures that do not show the unwanted thing."""
     with torch_command("eval negatives", "eval", out):
         from snoopi_rt.export.evaluation.measures import Subject
         from snoopi_rt.export.evaluation.negatives_run import NegativesPlan, dry_run_negatives, evaluate_negatives
@@ -206,9 +218,9 @@ def _numbers(text: str | None) -> tuple[float, ...]:
 
 
 @evaluate.command(epilog="Example: snoopi-rt eval check")
-@click.option("--whole", "network", metavar="NAME", help="Instead: what the network of those weights costs at its true size.")
+@click.option("--whole", "network", metavar="NAME", help="Instead, measure what a network costs at its true size; NAME is as in --weights.")
 def check(network: str | None) -> None:
-    """Run every measure with random weights against plain formulas: needs no weights, takes a minute."""
+    """Check every measure against its plain formula, on networks with random weights: fetches nothing, takes a minute."""
     with torch_command("eval check", "eval", Path()):
         from snoopi_rt.export.evaluation.check import check as run
         from snoopi_rt.export.evaluation.check import whole

@@ -51,7 +51,8 @@ class Scales(click.ParamType):
     "--prompts",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Instead of PROMPT, draw one image per row of a .txt, .csv, .tsv, .json, .jsonl or .parquet file; - is standard input.",
+    help="Instead of PROMPT, draw one image per row of a .txt, .csv, .tsv, .json, .jsonl or .parquet file with the columns prompt, "
+    "negative_prompt, negative_scale and seed; - is standard input.",
 )
 @prompt_file_options
 @click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Output folder for --prompts: the images and their index.")
@@ -61,7 +62,7 @@ class Scales(click.ParamType):
     "scales",
     type=Scales(),
     metavar="X[,X...]",
-    help="Strength of the negative prompt; several draw the same seed at each.  [default: the bundle's]",
+    help="Strength of the negative prompt; several draw the same seed at each, in files named NAME-SEED-SCALE.  [default: the bundle's]",
 )
 @click.option("--seed", type=Seed(), metavar="N", help="Seed of the first image; the next has N + 1.  [default: random, and printed]")
 @click.option("-n", "count", type=int, default=1, metavar="N", help="Number of images; several are named NAME-SEED.")

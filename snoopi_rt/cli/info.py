@@ -12,31 +12,42 @@ from snoopi_rt.shell import json_line, quote, visible
 @click.command(epilog="Example: snoopi-rt info image.png")
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 @click.option("--verify", is_flag=True, help="Hash every file of the bundle again.")
-@click.option("--vocabulary", is_flag=True, help="List what the bundle's model can draw.")
-@click.option("--json", "as_json", is_flag=True, help="With --vocabulary: print one line of JSON.")
+@click.option("--vocabulary", is_flag=True, help="List the objects, colours and styles that the bundle's model knows.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one line of JSON: all of bundle.json, only its --vocabulary, or an image's metadata.",
+)
 def info(path: Path | None, verify: bool, vocabulary: bool, as_json: bool) -> None:
     """Describe a bundle, or print the command that made an image. Without PATH: the embedded bundle."""
     from snoopi_rt.bundle.bundle import Bundle
     from snoopi_rt.bundle.typed_json import to_json
     from snoopi_rt.engines import conflict, installed
+    from snoopi_rt.image import read_metadata
     from snoopi_rt.pipeline import EMBEDDED
 
-    if as_json and not vocabulary:
-        raise InputError("--json goes with --vocabulary")
     if path is not None and not os.path.exists(path):
-        raise InputError(f"{path}: no such file or folder")
+        raise InputError(f"no such file or folder: {quote(path)}")
     if path is not None and os.path.isfile(path):
-        if vocabulary:
-            raise InputError(f"--vocabulary needs a bundle's folder, and {quote(path)} is a file")
-        _print_command(path)
+        if vocabulary or verify:
+            raise InputError(f"{'--vocabulary' if vocabulary else '--verify'} needs a bundle's folder, and {quote(path)} is a file")
+        if as_json:
+            click.echo(json_line(read_metadata(path)))
+        else:
+            _print_command(path)
         return
     bundle = Bundle.load(EMBEDDED if path is None else path)
     if verify:
         bundle.verify()
     if vocabulary:
         words = bundle.vocabulary
-        lines = words.described().splitlines() if words else [f"bundle {bundle.name!r} lists no vocabulary"]
+        lines = words.described().splitlines() if words else [f"bundle {bundle.name!r} has no vocabulary: its model is not a narrow one"]
         click.echo(json_line(words and to_json(words)) if as_json else "\n".join(map(visible, lines)))
+        return
+    if as_json:
+        place = {"folder": str(bundle.folder), "hash": bundle.hash, "installed_engines": list(installed())}
+        click.echo(json_line({**to_json(bundle), **place}))
         return
     click.echo(bundle.described())
     click.echo(f"installed engines: {', '.join(installed()) or 'none'}{conflict()}")

@@ -16,6 +16,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from snoopi_rt.errors import EngineMissing, InputError, how_to_install
+from snoopi_rt.files import check_folder
 
 if TYPE_CHECKING:
     from snoopi_rt.batch.ray import Workers
@@ -213,12 +214,12 @@ def prompt_file_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def named_folder(text: str) -> tuple[str, Path]:
     """The name and the folder of [NAME=]FOLDER; the name defaults to the folder's. A folder's name may contain an equals sign.
 
-    Raises InputError for an empty folder.
+    Raises InputError for one that does not exist.
     """
     if not text or text.endswith("="):
-        raise InputError("--bundle is empty: give a folder")
+        raise InputError(f"{text!r} names no folder: give FOLDER, or NAME=FOLDER")
     name, equals, path = text.partition("=") if not Path(text).is_dir() else ("", "", text)
-    folder = Path(path if equals else text).resolve()
+    folder = check_folder(Path(path if equals else text)).resolve()
     return (name if equals else folder.name), folder
 
 

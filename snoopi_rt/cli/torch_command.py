@@ -16,14 +16,17 @@ _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 @contextmanager
 def torch_command(command: str, extra: str, out: Path) -> Iterator[None]:
-    """Checks before the block runs that `out` can be written. Turns missing packages into EngineMissing, which names the extra, and
-    OSErrors into InputError or OutputError, which name the file."""
+    """Checks before the block runs that `out` can be written and that torchvision, where it is installed, imports. Turns missing packages
+    into EngineMissing, which names the extra, and OSErrors into InputError or OutputError, which name the file."""
     try:
         if out != Path():
             check_place(out / "config.json")
     except OSError as error:
         raise OutputError(f"cannot write {quote(out)}: {reason(error)}") from error
     try:
+        from snoopi_rt.export.torchvision_operators import import_torchvision
+
+        import_torchvision()  # before transformers and diffusers do
         yield
     except (SnoopiError, BrokenPipeError):
         raise

@@ -128,7 +128,7 @@ def test_an_unknown_format_is_refused(folder: Path, number: Any) -> None:
         (lambda d: d.update(tile={"size": 8}), "it has no key tile.overlap"),
         (lambda d: generator(d)["files"][0].update(sha256="../../a\0"), "generator.onnx: '../../a\\x00' is not a SHA-256 in hexadecimal"),
         (lambda d: generator(d).update(max_batch=0), "generator.onnx: max_batch must be positive"),
-        (lambda d: d["guidance"].update(kind="magic"), "key guidance.kind must be one of nasa, nag, vsf, projected, none"),
+        (lambda d: d["guidance"].update(kind="a b"), "the guidance 'a b' is not a plain name"),
         (lambda d: d["guidance"]["scale"].update(max=float("nan")), "NaN is not a number"),
         (lambda d: d["guidance"]["scale"].update(default=3), "scale 3.0 is outside 0.0 to 1.0"),
         (lambda d: d.update(sizes=[[16]]), "key sizes[0] must be a list of 2"),
@@ -381,7 +381,7 @@ def test_the_words_and_examples_of_format_2_are_read_strictly(original: Bundle, 
     vocabulary = Vocabulary({"cat": ("kitten",), "fox": ()}, colours=("red", "blue"), counts=("two",))
     told = replace(original, vocabulary=vocabulary, examples=("a red fox", "a cat")).save(folder)
     assert Bundle.load(folder) == told and told.vocabulary == vocabulary
-    assert "can draw 2 objects\nexamples: 'a red fox', 'a cat'\n" in told.described()
+    assert "draws 2 objects: --vocabulary lists them\nexamples: 'a red fox', 'a cat'\n" in told.described()
     for change, message in (
         ({"examples": "a cat"}, 'key examples must be a list, got "a cat"'),
         ({"examples": ["a cat", " "]}, "the example ' ' is no prompt of this bundle"),
@@ -424,15 +424,14 @@ def test_everything_measured_is_described(original: Bundle) -> None:
         decoder=(replace(original.variant("decoder", "cpu"), parity=Parity(1e-5, 1.0, psnr=48.25), tolerance=0.01),),
     )
     said = bundle.described()
-    assert "precision int8, latent error 4.1e-02, relative L2 to PyTorch 2.0e-02, tolerance 0.05, measured 0.041 (latent error)" in said
-    assert "batch up to 1" in said
-    assert "precision fp32, relative L2 to PyTorch 1.0e-05, PSNR 48.2 dB" in said
+    assert "int8 for cpu, openvino (onnx, 0.0 MB, up to 1 at once), latent error 0.041 of 0.05 allowed, relative L2 0.02\n" in said
+    assert "MB), RMS of full white 0.0039 of 0.01 allowed, relative L2 1e-05, PSNR 48.2 dB\n" in said
     assert "decoded in tiles of 16x16 that overlap by 4 pixels" in said
 
 
 def test_carried_prompts_are_described(carrying: Bundle, prompts_only: Bundle) -> None:
-    assert "prompts up to 6 tokens, includes the states of 3\n" in carrying.described()
-    assert "prompts up to 6 tokens, includes the states of 3, and no text encoder for others\n" in prompts_only.described()
+    assert "prompts of up to 6 tokens, with the states of 3 included\n" in carrying.described()
+    assert "prompts of up to 6 tokens, with the states of 3 included, and no text encoder for others\n" in prompts_only.described()
 
 
 def test_a_prompt_that_is_not_as_the_text_rule_leaves_it_is_refused(prompts_only: Bundle) -> None:

@@ -34,7 +34,8 @@ def commands(group: click.Group = main, path: tuple[str, ...] = ()) -> Iterator[
 
 @pytest.mark.parametrize(("path", "command"), list(commands()), ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
 def test_help_says_every_default_once_and_no_summary_is_cut(path: tuple[str, ...], command: click.Command) -> None:
-    context = click.Context(command, info_name=" ".join(("snoopi-rt", *path)), terminal_width=80)
+    program = click.Context(main, info_name="snoopi-rt", **main.context_settings)
+    context = click.Context(command, program, " ".join(path), terminal_width=80)
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         assert record is None or record[1].count("[default") <= 1, record
@@ -163,6 +164,30 @@ def test_nobody_is_told_to_install_a_name_that_is_not_on_pypi() -> None:
     assert not [path for path, text in texts.items() if re.search(r'pip install (?:-\S+ )*["\']?snoopi-rt', text)]
     hints = [path for path, text in texts.items() if path.endswith(".py") and "pip install" in re.sub(r'"""(?s:.*?)"""', "", text)]
     assert {Path(path).name for path in hints} == {"errors.py"}, "one place says how to install"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate cat --bundle nowhere",
+        "generate cat --bundle rows.txt",
+        "generate --prompts nowhere --out out",
+        "prompts nowhere",
+        "prompts rows.txt --bundle nowhere",
+        "serve --bundle mine=nowhere",
+        "info nowhere",
+        "info rows.txt --verify",
+        "bench --bundle nowhere",
+        "build --engine cpu --bundle nowhere",
+        "compare nowhere --engine cpu --engine cpu",
+    ],
+)
+def test_what_is_not_there_is_a_wrong_request_of_every_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.txt").write_text("a cat\n")
+    result = CliRunner().invoke(main, line.split())
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert ("nowhere" if "nowhere" in line else "rows.txt") in result.stderr
 
 
 @pytest.mark.parametrize("words", [[], ["data"], ["train"]])

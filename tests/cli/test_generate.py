@@ -299,6 +299,8 @@ def test_a_result_saves_itself_and_shows_itself(pipe: Pipeline, here: Path) -> N
         "a-cat-7-2.png",
         "dogs/a-cat-7.png",
     ]
+    assert repr(pipe) == "<Pipeline: 'tiny' on cpu, fp32, up to 4 images at once>"
+    assert repr(pipe.bundle).startswith("<Bundle: 'tiny', backbone none, 16x16, 24x16, guidance nasa, for cpu, openvino, in '/")
     assert repr(one).startswith("<Result: 1 of 16x16, 'a cat', seed 7, cpu, ") and len(repr(three)) < 100
     shown = pixels(io.BytesIO(three._repr_png_()))  # type: ignore[arg-type]
     assert shown.shape == (32, 32, 3)

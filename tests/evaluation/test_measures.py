@@ -127,5 +127,11 @@ def test_a_dry_run_says_what_would_be_fetched_made_and_computed(tmp_path: Path, 
     dry_run(Plan("hps", ("hps-v2.1",), (Subject("embedded", "bundle", None),), tmp_path / "prompts.txt", tmp_path / "out"), lines.append)
     assert "to fetch: hf download xswu/HPSv2 HPS_v2.1_compressed.pt" in lines[0] and "2, of which 0 are there" in lines[1]
     done = CliRunner().invoke(main, ["eval", "fid", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "o"), "--dry-run"])
-    assert done.exit_code == 2 and "--reference FOLDER" in done.output
+    assert done.exit_code == 2 and "--reference" in done.output
+    for words in (
+        ["eval", "clip", "--prompts", str(tmp_path / "prompts.txt"), "--neg-scale", "99"],
+        ["eval", "negatives", "--scales", "99"],
+    ):
+        done = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "o"), "--dry-run"])
+        assert done.exit_code == 2 and done.stderr == "error: negative scale must be a number from 0.0 to 1.5, got 99.0\n"
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.backbones import PromptEncoder, find_backbone
+from snoopi_rt.export.backbones import CaptionEncoder, find_backbone
 from snoopi_rt.export.training.prompt_files import read_prompts
 from snoopi_rt.export.training.text_states import encode_prompts, joined, shuffled
 
@@ -16,21 +16,21 @@ PROMPTS = ["a cat", "a red dog on a mat", "fish", "a cat in the fog", "moon"]
 
 
 @pytest.fixture
-def encoder(tmp_path: Path) -> PromptEncoder:
+def encoder(tmp_path: Path) -> CaptionEncoder:
     """MiniLM's tokenizer, and for an encoder each id as a state of width 3; `.calls` counts how often it ran."""
-    real = find_backbone("small").denoiser().prompt_encoder(tmp_path, 8)
+    real = find_backbone("small").denoiser().caption_encoder(tmp_path, 8)
     calls = []
 
     def encode(prompts: list[Tensor]) -> list[Tensor]:
         calls.append(len(prompts))
         return [ids[..., None].float().expand(-1, -1, 3) for ids in prompts]
 
-    made = PromptEncoder(real.write_tokenizer, encode)
+    made = CaptionEncoder(real.write_tokenizer, encode)
     object.__setattr__(made, "calls", calls)
     return made
 
 
-def test_every_prompt_has_the_states_that_it_has_alone(tmp_path: Path, encoder: PromptEncoder) -> None:
+def test_every_prompt_has_the_states_that_it_has_alone(tmp_path: Path, encoder: CaptionEncoder) -> None:
     together = encode_prompts(lambda: PROMPTS, "k", encoder, True, tmp_path / "all", shard=3)
     assert len(together) == len(PROMPTS) and together.first == PROMPTS
     for row, prompt in enumerate(PROMPTS):
@@ -42,7 +42,7 @@ def test_every_prompt_has_the_states_that_it_has_alone(tmp_path: Path, encoder: 
         assert int(batch.mask[2].sum()) == 2  # the empty prompt: [CLS] [SEP]
 
 
-def test_states_are_computed_once_and_a_stopped_run_goes_on(tmp_path: Path, encoder: PromptEncoder) -> None:
+def test_states_are_computed_once_and_a_stopped_run_goes_on(tmp_path: Path, encoder: CaptionEncoder) -> None:
     def stopping() -> list[str]:
         yield from PROMPTS[:4]
         raise KeyboardInterrupt
@@ -57,7 +57,7 @@ def test_states_are_computed_once_and_a_stopped_run_goes_on(tmp_path: Path, enco
     assert len(encoder.calls) == before + 1
 
 
-def test_states_of_other_prompts_are_refused_and_half_of_them_are_made_anew(tmp_path: Path, encoder: PromptEncoder) -> None:
+def test_states_of_other_prompts_are_refused_and_half_of_them_are_made_anew(tmp_path: Path, encoder: CaptionEncoder) -> None:
     encode_prompts(lambda: PROMPTS, "one", encoder, True, tmp_path / "s")
     with pytest.raises(InputError, match="states of other prompts"):
         encode_prompts(lambda: PROMPTS, "other", encoder, True, tmp_path / "s")
@@ -66,14 +66,14 @@ def test_states_of_other_prompts_are_refused_and_half_of_them_are_made_anew(tmp_
     assert torch.equal(anew.batch([0]).states, encode_prompts(lambda: ["moon"], "m", encoder, True, tmp_path / "m").batch([0]).states)
 
 
-def test_long_prompts_are_cut_with_a_warning_and_none_is_an_error(tmp_path: Path, encoder: PromptEncoder) -> None:
+def test_long_prompts_are_cut_with_a_warning_and_none_is_an_error(tmp_path: Path, encoder: CaptionEncoder) -> None:
     with pytest.warns(UserWarning, match="1 of 2 prompts are longer than 8 tokens and were cut"):
         encode_prompts(lambda: ["a " * 20, "a a a a a a"], "k", encoder, True, tmp_path / "s")
     with pytest.raises(InputError, match="no prompt to train on"):
         encode_prompts(lambda: [], "k", encoder, True, tmp_path / "none")
 
 
-def test_joined_batches_are_filled_to_the_longer_one(tmp_path: Path, encoder: PromptEncoder) -> None:
+def test_joined_batches_are_filled_to_the_longer_one(tmp_path: Path, encoder: CaptionEncoder) -> None:
     long = encode_prompts(lambda: PROMPTS, "k", encoder, True, tmp_path / "long").batch([1])
     short = encode_prompts(lambda: ["fish"], "k", encoder, True, tmp_path / "short").batch([0])
     for first, second in (long, short), (short, long):

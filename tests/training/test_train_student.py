@@ -93,7 +93,7 @@ STUDENT = "train student --backbone sd21 --teacher sd21 --prompts prompts.txt"
         ("data emoji --encoder sd21/unet", "sd21/unet holds a UNet2DConditionModel, not a AutoencoderTiny"),
         ("merge nope sd21 --backbone sd21", "no such folder: nope"),
         ("merge sd21 sd21 --backbone pixart", "sd21 has no transformer: it is not a model of backbone pixart"),
-        ("eval small --bundle a=nope", "no such folder: /"),
+        ("eval small --bundle a=nope", "no such folder: nope"),
         ("eval small --teacher nope", "no such folder: nope"),
         ("export --backbone sd21 --weights nope", "weights 'nope' are neither a folder"),
     ],

@@ -29,8 +29,8 @@ from snoopi_rt.export.training.edits import KEYS
 from snoopi_rt.export.training.image_grid import image_grid
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_tensors
-from snoopi_rt.export.weights.text_files import check_folder, read_json
-from snoopi_rt.files import write_whole
+from snoopi_rt.export.weights.text_files import read_json
+from snoopi_rt.files import check_folder, write_whole
 from snoopi_rt.request import check_seed, integer
 
 RECIPE = "recipe.json"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.backbones import PromptEncoder, Weights
+from snoopi_rt.export.backbones import CaptionEncoder, Weights
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.text.rule import clip_rule
 from snoopi_rt.export.training.losses.loss import Loss, Term
@@ -20,7 +20,7 @@ from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.training.text_states import encode_prompts, states_key
 from snoopi_rt.export.weights.checkpoint import load_module, read_config
 from snoopi_rt.export.weights.files import CONFIG
-from snoopi_rt.export.weights.text_files import check_folder
+from snoopi_rt.files import check_folder
 
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of CLIP's pictures, by channel (Radford et al. 2021)."""
@@ -68,7 +68,7 @@ class ClipLoss(Loss):
         return Term(batch.x0, loss, {"clip": loss})
 
 
-def _text_embedder(folder: Path, model: nn.Module) -> PromptEncoder:
+def _text_embedder(folder: Path, model: nn.Module) -> CaptionEncoder:
     """An encoder that makes one state, its embedding (1, P), of a prompt."""
 
     @torch.no_grad()
@@ -76,4 +76,4 @@ def _text_embedder(folder: Path, model: nn.Module) -> PromptEncoder:
         device = next(model.parameters()).device
         return [model.text_projection(model.text_model(ids.to(device)).pooler_output)[:, None].cpu() for ids in prompts]
 
-    return PromptEncoder(lambda path: clip_rule(folder, path, model.text_model.embeddings.token_embedding.num_embeddings), encode)
+    return CaptionEncoder(lambda path: clip_rule(folder, path, model.text_model.embeddings.token_embedding.num_embeddings), encode)
