@@ -68,4 +68,4 @@ def test_every_public_name_is_in_the_page_of_the_api() -> None:
 def test_the_readme_is_short_and_begins_with_a_picture() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.split()) <= 950
-    assert "![" in text[: text.index("## Two commands")]
+    assert "![" in text[: text.index("## Install and draw")]
