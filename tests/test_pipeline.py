@@ -357,8 +357,8 @@ def test_a_closed_pipeline_says_so(pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize("name", HERE)
 def test_auto_runs_the_builds_that_were_measured_here_unless_others_are_asked_for(original: Bundle, name: str) -> None:
-    build = original.variant("generator", name)
-    bundle = replace(original, graphs={**original.graphs, "generator": (build, replace(build, precision="int8"))})
+    variant = original.variant("generator", name)
+    bundle = replace(original, graphs={**original.graphs, "generator": (variant, replace(variant, precision="int8"))})
     with snoopi_rt.load(bundle) as pipe:
         assert pipe.precision == "fp32"
     precision = {"text_encoder": "fp32", "generator": "int8", "decoder": "fp32"}
@@ -395,8 +395,8 @@ def test_an_engine_that_the_bundle_does_not_serve_lists_those_that_it_serves(ori
 
 @pytest.mark.skipif(len(HERE) < 2, reason="needs both engines")
 def test_a_text_encoder_without_a_build_for_the_engine_runs_on_cpu(original: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = replace(original.variant("text_encoder", "cpu"), engines=("cpu",))
-    bundle = replace(original, graphs={**original.graphs, "text_encoder": (build,)})
+    variant = replace(original.variant("text_encoder", "cpu"), engines=("cpu",))
+    bundle = replace(original, graphs={**original.graphs, "text_encoder": (variant,)})
     opened: dict[str, str] = {}
 
     def spy(name: str, path: Path, *rest: Any) -> Any:
@@ -417,8 +417,8 @@ def test_a_clip_bundle_gets_padded_prompts(original: Bundle, functions: Function
         given.append(ids.tolist())
         return functions["text_encoder"](ids)
 
-    build = original.variant("text_encoder", "cpu")
-    fake = FakeEngine(encode, build.inputs, build.outputs)
+    variant = original.variant("text_encoder", "cpu")
+    fake = FakeEngine(encode, variant.inputs, variant.outputs)
     bundle = replace(original, text=replace(original.text, pad=1))
     others = {graph: FakeEngine(functions[graph], *_specs(original, graph)) for graph in ("generator", "decoder")}
     Pipeline(bundle, {**others, "text_encoder": fake}.__getitem__, "cpu")("a cat", "blurry")
@@ -492,8 +492,8 @@ class Opened:
 
 
 def _specs(bundle: Bundle, graph: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    build = bundle.variant(graph, "cpu")
-    return build.inputs, build.outputs
+    variant = bundle.variant(graph, "cpu")
+    return variant.inputs, variant.outputs
 
 
 def test_low_memory_never_has_the_text_encoder_open_beside_the_rest(original: Bundle, functions: Functions) -> None:
@@ -565,8 +565,8 @@ def test_a_result_says_the_precision_of_every_graph_so_that_it_can_be_asked_for_
     original: Bundle, fakes: dict[str, FakeEngine]
 ) -> None:
     assert Pipeline(original, fakes.__getitem__, "cpu")("a cat").precision == "fp32"
-    build = original.variant("generator", "cpu")
-    bundle = replace(original, graphs={**original.graphs, "generator": (build, replace(build, precision="int8"))})
+    variant = original.variant("generator", "cpu")
+    bundle = replace(original, graphs={**original.graphs, "generator": (variant, replace(variant, precision="int8"))})
     said = Pipeline(bundle, fakes.__getitem__, "cpu", "int8")("a cat").metadata(0)["precision"]
     assert said == "text_encoder=fp32,generator=int8,decoder=fp32"
     assert Pipeline(bundle, fakes.__getitem__, "cpu", said).precision == said

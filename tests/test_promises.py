@@ -82,8 +82,8 @@ def test_a_graph_that_breaks_its_bundles_promise_is_one_line(
     graph = onnx.load(folder / "decoder.onnx")
     break_it(graph)
     onnx.save(graph, folder / "decoder.onnx")
-    (build,) = original.graphs["decoder"]
-    graphs = {**original.graphs, "decoder": (replace(build, files=(File.of(folder / "decoder.onnx"),)),)}
+    (variant,) = original.graphs["decoder"]
+    graphs = {**original.graphs, "decoder": (replace(variant, files=(File.of(folder / "decoder.onnx"),)),)}
     bundle = replace(original, graphs=graphs).save(folder)
     with pytest.raises(BundleError, match=told):
         snoopi_rt.load(bundle, engine).generate("a cat", seed=1)

@@ -79,8 +79,8 @@ def test_carried_prompts_come_before_the_text_encoder_and_others_still_reach_it(
 
 def test_every_output_of_the_text_encoder_is_carried(prompts_only: Bundle) -> None:
     states = {"a cat": {"states": np.full((1, 2, 4), 3, np.float32), "pooled": np.full((1, 5), 7, np.float32)}}
-    build = prompts_only.variant("generator", "cpu")
-    pooled = replace(build, inputs=(*build.inputs, TensorSpec("prompt_pooled", (None, 5), "float32")))
+    variant = prompts_only.variant("generator", "cpu")
+    pooled = replace(variant, inputs=(*variant.inputs, TensorSpec("prompt_pooled", (None, 5), "float32")))
     graphs, prompts = {**prompts_only.graphs, "generator": (pooled,)}, write_prompts(prompts_only.folder, states)
     bundle = replace(prompts_only, prompts=prompts, graphs=graphs).save(prompts_only.folder)
     found = PromptEncoder(bundle, None, lambda: refuse("text_encoder"), Cache()).encode("a cat")
@@ -176,8 +176,8 @@ def test_kept_states_belong_to_one_build_one_text_rule_and_one_engine(original: 
     assert new(original)
     assert new(original, "openvino")
     assert not new(original, "openvino")
-    (build,) = original.graphs["text_encoder"]
-    other = replace(build, files=(replace(build.files[0], sha256="0" * 64),))
+    (variant,) = original.graphs["text_encoder"]
+    other = replace(variant, files=(replace(variant.files[0], sha256="0" * 64),))
     assert new(replace(original, graphs={**original.graphs, "text_encoder": (other,)}))
     assert new(replace(original, text=replace(original.text, max_tokens=5)))
     assert new(replace(original, text=replace(original.text, pad=0)))

@@ -84,7 +84,7 @@ class Kind:
         path.unlink(missing_ok=True)
         path.write_bytes(data)
         files = [document["text"]["tokenizer"], (document["prompts"] or {}).get("file")]
-        files += [file for builds in document["graphs"].values() for build in builds for file in build["files"]]
+        files += [file for variants in document["graphs"].values() for variant in variants for file in variant["files"]]
         for file in files:
             if file is not None and file["path"] == name:
                 file.update(vars(File.of(path)))

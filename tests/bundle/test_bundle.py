@@ -348,20 +348,20 @@ def test_an_engine_without_a_build_lists_those_that_are_served(original: Bundle)
 
 
 def test_a_text_encoder_for_cpu_alone_serves_every_engine_of_the_other_graphs(original: Bundle) -> None:
-    build = replace(original.variant("text_encoder", "cpu"), engines=("cpu",))
-    bundle = with_variants(original, text_encoder=(build,))
+    variant = replace(original.variant("text_encoder", "cpu"), engines=("cpu",))
+    bundle = with_variants(original, text_encoder=(variant,))
     assert bundle.engines() == original.engines() == ("cpu", "openvino")
-    assert bundle.variant("text_encoder", "openvino") is build
-    own = replace(build, engines=("openvino",), precision="bf16")
-    assert with_variants(original, text_encoder=(build, own)).variant("text_encoder", "openvino") is own
+    assert bundle.variant("text_encoder", "openvino") is variant
+    own = replace(variant, engines=("openvino",), precision="bf16")
+    assert with_variants(original, text_encoder=(variant, own)).variant("text_encoder", "openvino") is own
     for graph in ("generator", "decoder"):
         narrow = with_variants(original, **{graph: (replace(original.variant(graph, "cpu"), engines=("cpu",)),)})
         assert narrow.engines() == ("cpu",)
 
 
 def test_the_hash_of_a_build_changes_with_its_files(original: Bundle) -> None:
-    build = original.variant("text_encoder", "cpu")
-    assert build.hash != replace(build, files=(replace(build.files[0], sha256="0" * 64),)).hash
+    variant = original.variant("text_encoder", "cpu")
+    assert variant.hash != replace(variant, files=(replace(variant.files[0], sha256="0" * 64),)).hash
 
 
 @pytest.mark.parametrize("absent", ["prompts", "tile"])
@@ -407,8 +407,8 @@ def test_an_example_that_a_bundle_without_text_encoder_does_not_carry_is_refused
 
 
 def test_a_build_is_judged_by_its_latent_error_where_that_was_measured(original: Bundle) -> None:
-    build = original.variant("generator", "cpu")
-    judged = replace(build, parity=Parity(relative_l2=0.5, max_abs=9.0, latent_error=0.04), tolerance=0.05)
+    variant = original.variant("generator", "cpu")
+    judged = replace(variant, parity=Parity(relative_l2=0.5, max_abs=9.0, latent_error=0.04), tolerance=0.05)
     assert judged.parity.error == 0.04
     assert Parity(relative_l2=0.03, max_abs=9.0, psnr=40.0).error == 0.01
     for beyond in (0.06, float("nan")):
@@ -417,10 +417,10 @@ def test_a_build_is_judged_by_its_latent_error_where_that_was_measured(original:
 
 
 def test_everything_measured_is_described(original: Bundle) -> None:
-    build = original.variant("generator", "cpu")
+    variant = original.variant("generator", "cpu")
     bundle = with_variants(
         replace(original, tile=Tile(8, 2)),
-        generator=(replace(build, precision="int8", parity=Parity(2e-2, 1.0, 0.041), tolerance=0.05, max_batch=1),),
+        generator=(replace(variant, precision="int8", parity=Parity(2e-2, 1.0, 0.041), tolerance=0.05, max_batch=1),),
         decoder=(replace(original.variant("decoder", "cpu"), parity=Parity(1e-5, 1.0, psnr=48.25), tolerance=0.01),),
     )
     said = bundle.described()

@@ -119,8 +119,8 @@ def test_embeddings_are_counted_however_their_table_is_stored(tmp_path: Path) ->
 
 def spec(graph: str, name: str, axis: int, size: int) -> Callable[[dict[str, Any]], None]:
     def change(document: dict[str, Any]) -> None:
-        build = document["graphs"][graph][0]
-        next(each for each in (*build["inputs"], *build["outputs"]) if each["name"] == name)["shape"][axis] = size
+        variant = document["graphs"][graph][0]
+        next(each for each in (*variant["inputs"], *variant["outputs"]) if each["name"] == name)["shape"][axis] = size
 
     return change
 

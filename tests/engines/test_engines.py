@@ -53,9 +53,9 @@ def test_an_engine_is_installed() -> None:
 
 
 def test_it_describes_its_inputs_and_outputs(engine: Engine, original: Bundle) -> None:
-    build = original.variant("generator", "cpu")
-    assert set(engine.inputs) == set(build.inputs)
-    assert engine.outputs == build.outputs
+    variant = original.variant("generator", "cpu")
+    assert set(engine.inputs) == set(variant.inputs)
+    assert engine.outputs == variant.outputs
     assert engine.provider
 
 
@@ -379,8 +379,8 @@ def test_openvino_needs_no_more_memory_after_many_token_lengths() -> None:
     def memory() -> int:
         return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
 
-    build = Bundle.load(EMBEDDED).variant("generator", "openvino")
-    engine = load_engine("openvino", EMBEDDED / build.files[0].path, build.precision, 2)
+    variant = Bundle.load(EMBEDDED).variant("generator", "openvino")
+    engine = load_engine("openvino", EMBEDDED / variant.files[0].path, variant.precision, 2)
     shapes = {spec.name: spec.shape for spec in engine.inputs}
     stream, after = np.random.RandomState(0), {}
     for call in range(100):

@@ -22,9 +22,9 @@ def two_engines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bundle(original: Bundle) -> Bundle:
-    """A bundle whose generator has a second build, in bf16 for OpenVINO alone."""
-    (build,) = original.graphs["generator"]
-    variants = (build, replace(build, precision="bf16", engines=("openvino",)))
+    """A bundle whose generator has a second variant, in bf16 for OpenVINO alone."""
+    (variant,) = original.graphs["generator"]
+    variants = (variant, replace(variant, precision="bf16", engines=("openvino",)))
     return replace(original, graphs={**original.graphs, "generator": variants})
 
 
@@ -91,7 +91,7 @@ def test_a_damaged_file_is_no_measurement(bundle: Bundle, damaged: bytes) -> Non
 
 def test_a_bundle_that_serves_no_installed_engine_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto_engine, "installed", lambda: ("cpu",))
-    only = {graph: tuple(replace(build, engines=("openvino",)) for build in variants) for graph, variants in bundle.graphs.items()}
+    only = {graph: tuple(replace(variant, engines=("openvino",)) for variant in variants) for graph, variants in bundle.graphs.items()}
     with pytest.raises(BundleError, match=re.escape("bundle 'tiny' supports openvino, installed are cpu")):
         choose_engine(replace(bundle, graphs=only), Cache())
 

@@ -13,11 +13,11 @@ from snoopi_rt.runtime.precision import format_precision, parse_precision, selec
 def mixed(original: Bundle) -> Bundle:
     """The tiny bundle with the text encoder in fp32 and int4, the generator in fp32, int8 and (openvino) bf16, the decoder in fp32."""
 
-    def build(graph: str, precision: str, engines: tuple[str, ...] = ("cpu", "openvino")) -> object:
+    def variant(graph: str, precision: str, engines: tuple[str, ...] = ("cpu", "openvino")) -> object:
         return replace(original.variant(graph, "cpu"), precision=precision, engines=engines)
 
-    text_encoder = (build("text_encoder", "fp32"), build("text_encoder", "int4"))
-    generator = (build("generator", "fp32"), build("generator", "int8"), build("generator", "bf16", ("openvino",)))
+    text_encoder = (variant("text_encoder", "fp32"), variant("text_encoder", "int4"))
+    generator = (variant("generator", "fp32"), variant("generator", "int8"), variant("generator", "bf16", ("openvino",)))
     return replace(original, graphs={**original.graphs, "text_encoder": text_encoder, "generator": generator})
 
 
@@ -52,10 +52,10 @@ def test_what_is_no_precision_is_one_clear_line(text: str, message: str) -> None
 
 
 def chosen(bundle: Bundle, engine: str, precision: str | dict[str, str] | None) -> list[str]:
-    return [build.precision for build in select_variants(bundle, engine, precision).values()]
+    return [variant.precision for variant in select_variants(bundle, engine, precision).values()]
 
 
-def test_without_a_precision_each_graph_takes_its_first_build(mixed: Bundle) -> None:
+def test_without_a_precision_each_graph_takes_its_first_variant(mixed: Bundle) -> None:
     assert chosen(mixed, "cpu", None) == ["fp32", "fp32", "fp32"]
 
 
