@@ -6,30 +6,25 @@ Knows no formula, no backbone and no engine package: it feeds the inputs that th
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-import numpy as np
-
 from snoopi_rt.bundle.bundle import GRAPHS, TEXT_ENGINE, Bundle, Variant
-from snoopi_rt.bundle.manifest import require
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import known_engine, load_engine
 from snoopi_rt.engines.base import Engine, Progress
-from snoopi_rt.errors import BundleError, Cancelled, InputError, OutputError
+from snoopi_rt.errors import BundleError, Cancelled, InputError
 from snoopi_rt.prompt_encoder import Conditioning, PromptEncoder, States
 from snoopi_rt.request import FIELDS, Request, image_size, integer, parse_requests, prompt_text, shown
 from snoopi_rt.result import Result
 from snoopi_rt.runtime.auto_engine import choose_engine
 from snoopi_rt.runtime.deadline import AllSet, Deadline, Event
-from snoopi_rt.runtime.inputs import generator_inputs, in_batches
-from snoopi_rt.runtime.lazy_engine import LazyEngine
+from snoopi_rt.runtime.image_stages import ImageStages, timed
 from snoopi_rt.runtime.precision import format_precision, select_variants
 from snoopi_rt.runtime.shape_ranges import shape_ranges
-from snoopi_rt.runtime.tiling import decode_tiled
 from snoopi_rt.runtime.vocabulary import Matcher
 
 EMBEDDED = Path(__file__).parent / "bundles" / "small"
@@ -61,26 +56,21 @@ class Pipeline:
     ) -> None:
         variants = select_variants(bundle, engine, precision)
         self.bundle, self.engine, self.precision = bundle, engine, format_precision(variants)
-        self.max_batch, self._max_decoded = (
-            min(bundle.max_batch, variants[graph].max_batch or bundle.max_batch) for graph in ("generator", "decoder")
-        )
-        self._longest = bundle.text.max_tokens if known_engine(engine).prefers_fixed_shapes else None
         self._low_memory = low_memory
         self._turn: AbstractContextManager[Any] = threading.Lock() if low_memory else nullcontext()
-        self._generator, self._decoder = LazyEngine(lambda: open_engine("generator")), LazyEngine(lambda: open_engine("decoder"))
+        self._stages = ImageStages(bundle, variants, engine, open_engine)
+        self.max_batch = self._stages.max_batch
 
         def open_text_encoder() -> Engine:
             if low_memory:
-                self._generator.release()
-                self._decoder.release()
+                self._stages.release()
             return open_engine("text_encoder")
 
         text, cache = variants.get("text_encoder"), Cache() if cache is None else cache
         self._prompts = PromptEncoder(bundle, text, open_text_encoder, cache, "" if text is None else runs_on(text, engine))
         self._matcher = None if bundle.vocabulary is None else Matcher(bundle.vocabulary)
         if not low_memory:
-            self._generator.open()
-            self._decoder.open()
+            self._stages.open()
 
     def __repr__(self) -> str:
         return f"<Pipeline: {self.bundle.name!r} on {self.engine}, {self.precision}, up to {self.max_batch} images at once>"
@@ -88,7 +78,7 @@ class Pipeline:
     @property
     def provider(self) -> str:
         """What generator and decoder really run on, in the words of the engine's package."""
-        return ", ".join(dict.fromkeys([self._generator.open().provider, self._decoder.open().provider]))
+        return self._stages.provider
 
     def generate(
         self,
@@ -135,12 +125,11 @@ class Pipeline:
         timings = dict.fromkeys(STAGES, 0.0)
         with self._turn:
             states = self._encode(requests, truncate, timings, deadline)
-            batches = in_batches(requests, states, self._generator.open().inputs, self.max_batch)
-            images = [self._images(batch, states, size, timings, deadline) for batch in batches]
+            images = self._stages.draw(requests, states, size, timings, deadline)
             provider = self.provider
         timings["total"] = time.perf_counter() - start
         return Result(
-            images=np.concatenate(images),
+            images=images,
             requests=tuple(requests),
             timings=timings,
             engine=self.engine,
@@ -272,8 +261,7 @@ class Pipeline:
         """
         with self._turn:
             self._prompts.open()
-            self._generator.open()
-            self._decoder.open()
+            self._stages.open()
         self.bundle.check()
         return self
 
@@ -288,7 +276,7 @@ class Pipeline:
 
         What is later, further stages of those calls too, raises EngineError.
         """
-        parts, end = (self._prompts, self._generator, self._decoder), time.monotonic() + CLOSING
+        parts, end = (self._prompts, self._stages.generator, self._stages.decoder), time.monotonic() + CLOSING
         for part in parts:
             part.stop()
         for part in parts:
@@ -320,7 +308,7 @@ class Pipeline:
 
     def _encode(self, requests: Sequence[Request], truncate: bool, timings: dict[str, float], deadline: Deadline) -> dict[str, States]:
         """The states of all prompts and negative prompts."""
-        with _timed(timings, "text_encoder"):
+        with timed(timings, "text_encoder"):
             try:
                 states: dict[str, States] = {}
                 for text in _texts(requests):
@@ -333,62 +321,6 @@ class Pipeline:
             finally:
                 if self._low_memory:
                     self._prompts.release()
-
-    def _images(
-        self, batch: list[Request], states: dict[str, States], size: tuple[int, int], timings: dict[str, float], deadline: Deadline
-    ) -> np.ndarray:
-        deadline.check("generator")
-        with _timed(timings, "generator"):
-            inputs = self._generator.open().inputs
-            latent: Any = self._generator(**generator_inputs(batch, states, inputs, self.bundle.latent, size, self._longest))["latent"]
-            rows, columns = (side // self.bundle.latent.factor for side in size)
-            self._require_shape("generator", latent, (len(batch), self.bundle.latent.channels, rows, columns))
-            if isinstance(latent, np.ndarray):
-                self._refuse_broken(batch, latent)
-        deadline.check("decoder")
-        with _timed(timings, "decoder"):
-            images = self._decode(latent)
-            if not isinstance(latent, np.ndarray):  # on a device, which would have waited for this before the decoder
-                self._refuse_broken(batch, np.asarray(latent))
-            # NaN becomes one value as uint8. A decoder's noise makes a plain picture that is meant practically impossible.
-            self._refuse(batch, images.min(axis=(1, 2, 3)) == images.max(axis=(1, 2, 3)), "decoder gave one value for all pixels")
-            return images
-
-    def _decode(self, latent: np.ndarray) -> np.ndarray:
-        """The images of latents, as many at once as the decoder's variant takes, in tiles where the bundle wants that.
-
-        Latents that lie on a device stay there if they are decoded as they are.
-        """
-        tile = self.bundle.tile
-
-        def decode(part: np.ndarray) -> np.ndarray:
-            image = np.asarray(self._decoder(latent=part)["image"])
-            rows, columns = (side * self.bundle.latent.factor for side in part.shape[2:])
-            self._require_shape("decoder", image, (len(part), rows, columns, 3))
-            return image
-
-        if tile is None and len(latent) <= self._max_decoded:
-            return decode(latent)
-        latent = np.asarray(latent)
-        parts = [latent[start : start + self._max_decoded] for start in range(0, len(latent), self._max_decoded)]
-        if tile is None:
-            images = [decode(part) for part in parts]
-        else:
-            images = [decode_tiled(decode, part, tile.size, tile.overlap, self.bundle.latent.factor) for part in parts]
-        return np.concatenate(images)
-
-    def _require_shape(self, graph: str, array: Any, shape: tuple[int, ...]) -> None:
-        """Raises BundleError where a graph gave something else than its bundle promises."""
-        require(tuple(array.shape) == shape, f"{graph} of bundle {self.bundle.name!r} gave {tuple(array.shape)} where {shape} is promised")
-
-    def _refuse_broken(self, batch: list[Request], latent: np.ndarray) -> None:
-        self._refuse(batch, ~np.isfinite(latent).all(axis=(1, 2, 3)), "generator gave NaN or infinity")
-
-    def _refuse(self, batch: list[Request], broken: np.ndarray, what: str) -> None:
-        """Raises OutputError where one of the batch is broken, (B,) bool."""
-        if broken.any():
-            seeds = ", ".join(str(request.seed) for request, bad in zip(batch, broken, strict=True) if bad)
-            raise OutputError(f"{what} on engine {self.engine!r} for seed {seeds}: no picture was made")
 
 
 def load(
@@ -466,10 +398,3 @@ def _texts(requests: Iterable[Request]) -> list[str]:
     """Every prompt and negative prompt once, prepared ones before others: what is equal to them needs no text encoder."""
     texts = [text for request in requests for text in request.texts]
     return list(dict.fromkeys(sorted(texts, key=lambda text: not isinstance(text, Conditioning))))
-
-
-@contextmanager
-def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    timings[stage] += time.perf_counter() - start

@@ -30,15 +30,15 @@ from typing import Any
 import click
 
 KINDS = {
-    "bundle.json": "fuzz_kinds:Manifest",
-    "rows": "fuzz_kinds:Rows",
-    "images": "fuzz_kinds:Images",
+    "bundle.json": "fuzz_bundle:Manifest",
+    "rows": "fuzz_input:Rows",
+    "images": "fuzz_input:Images",
     "http": "fuzz_http:Http",
-    "options": "fuzz_kinds:Options",
-    "tokenizer": "fuzz_kinds:Tokenizers",
-    "carried prompts": "fuzz_kinds:Carried",
-    "cache": "fuzz_kinds:CacheFiles",
-    "graphs": "fuzz_kinds:Graphs",
+    "options": "fuzz_input:Options",
+    "tokenizer": "fuzz_bundle:Tokenizers",
+    "carried prompts": "fuzz_bundle:Carried",
+    "cache": "fuzz_bundle:CacheFiles",
+    "graphs": "fuzz_bundle:Graphs",
 }
 """The quick ones first: what they leave of the time is the others'."""
 HANG = 30.0

@@ -14,8 +14,8 @@ from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 
 
 @click.command(epilog="Example: snoopi-rt serve --port 8000, then POST http://127.0.0.1:8000/v1/images/generations")
-@click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Any address other than loopback needs an API key.")
-@click.option("--port", type=Integer(1, 65535), default=8000, metavar="N")
+@click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Address to listen on; any other than loopback needs an API key.")
+@click.option("--port", type=Integer(1, 65535), default=8000, metavar="N", help="Port to listen on.")
 @click.option(
     "--bundle",
     "bundles",
@@ -33,11 +33,13 @@ from snoopi_rt.errors import EngineMissing, InputError, how_to_install
     metavar="FILE",
     help="File with the bearer token that clients must send.  [default: $SNOOPI_RT_API_KEY]",
 )
-@click.option("--max-batch", type=Integer(1), default=16, metavar="N", help="Images of waiting requests drawn in one call; 1: no batching.")
-@click.option("--batch-wait", type=Number(0, 1000), default=0.0, metavar="MS", help="How long a batch waits for more requests.")
-@click.option("--queue", type=Integer(1), default=256, metavar="N", help="Images that may wait; beyond that, 429.")
-@click.option("--max-images", type=Integer(1), default=16, metavar="N", help="Images per request.")
-@click.option("--timeout", type=Number(0, 10**9, min_open=True), default=60.0, metavar="S", help="Seconds per request.")
+@click.option(
+    "--max-batch", type=Integer(1), default=16, metavar="N", help="Most images of waiting requests that one call draws; 1: no batching."
+)
+@click.option("--batch-wait", type=Number(0, 1000), default=0.0, metavar="MS", help="Milliseconds that a batch waits for more requests.")
+@click.option("--queue", type=Integer(1), default=256, metavar="N", help="Images that may wait; requests beyond that get 429.")
+@click.option("--max-images", type=Integer(1), default=16, metavar="N", help="Most images per request.")
+@click.option("--timeout", type=Number(0, 10**9, min_open=True), default=60.0, metavar="S", help="Seconds that a request may take.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Origin of a web page that may call; repeatable.  [default: none]")
 @click.option(
     "--allowed-host",

@@ -153,9 +153,11 @@ def test_presets_and_recipes_need_no_torch_and_errors_say_what_works_from_a_clon
         return subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
 
     presets, recipes, export = run("presets"), run("train", "recipes"), run("export", "--backbone", "pixart")
+    small = run("eval", "small")
     assert presets.returncode == recipes.returncode == 0, presets.stderr + recipes.stderr
     assert "pixart-dmd*" in presets.stdout and "snoopi-pixart" in recipes.stdout
     assert (export.returncode, export.stderr) == (1, 'error: export needs torch: pip install ".[export]" in the clone of snoopi-rt\n')
+    assert small.stderr == 'error: eval small needs torch: pip install ".[export,train]" in the clone of snoopi-rt\n'
 
 
 def test_nobody_is_told_to_install_a_name_that_is_not_on_pypi() -> None:

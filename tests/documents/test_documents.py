@@ -69,3 +69,8 @@ def test_the_readme_is_short_and_begins_with_a_picture() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.split()) <= 950
     assert "![" in text[: text.index("## Install and draw")]
+
+
+def test_the_torch_that_the_page_of_export_installs_is_the_one_of_the_extra() -> None:
+    (torch,) = re.findall(r'^TORCH = \["(torch[^"]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"), re.M)
+    assert f'pip install "{torch}" --index-url' in (ROOT / "docs" / "export.md").read_text(encoding="utf-8")

@@ -118,7 +118,7 @@ def test_the_engine_of_the_example_draws_what_the_others_draw(original: Bundle, 
         asked = {"prompt": "a red fox", "negative_prompt": "blurry", "seed": 1, "n": 2}
         np.testing.assert_array_equal(pipe.generate(**asked).images, other.generate(**asked).images)
         with pytest.raises(snoopi_rt.EngineError, match="must have shape"):
-            pipe._generator.open()(noise=np.zeros(3, np.float32))
+            pipe._stages.generator.open()(noise=np.zeros(3, np.float32))
 
 
 def test_the_guidance_of_the_example_takes_part_in_pipelines_of_diffusers(

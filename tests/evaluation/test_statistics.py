@@ -1,0 +1,91 @@
+"""Statistics against independent computations, and the rows and tables of a report."""
+
+import numpy as np
+import pytest
+from scipy import linalg, spatial, stats
+
+from snoopi_rt.export.evaluation.report import Goal, Row, markdown, mean, share
+from snoopi_rt.export.evaluation.statistics import (
+    frechet,
+    kernel_distance,
+    mean_interval,
+    precision_recall,
+    ratio_interval,
+    share_interval,
+)
+
+# Statistics, each computed another way.
+
+
+def test_the_frechet_distance_is_the_formula_with_a_matrix_root() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((60, 5)), rng.standard_normal((80, 5)) @ rng.standard_normal((5, 5)) + 1
+    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = linalg.sqrtm(first @ second).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first + second - 2 * root)
+    assert frechet(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet(a.astype(np.float32), a.astype(np.float32)) == pytest.approx(0, abs=1e-6)
+    few = rng.standard_normal((4, 5))  # fewer rows than columns
+    assert np.isfinite(frechet(few, b)) and frechet(few, few + 3) == pytest.approx(45, rel=1e-4)
+
+
+def test_the_kernel_distance_is_the_mean_over_all_pairs() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((7, 3)), rng.standard_normal((5, 3)) + 1
+
+    def k(x: np.ndarray, y: np.ndarray) -> float:
+        return float((x @ y / 3 + 1) ** 3)
+
+    expected = np.mean([k(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j])
+    expected += np.mean([k(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j])
+    expected -= 2 * np.mean([k(x, y) for x in a for y in b])
+    assert kernel_distance(a, b) == pytest.approx(expected)
+
+
+def test_precision_and_recall_are_those_of_balls_to_the_third_neighbour() -> None:
+    rng = np.random.default_rng(0)
+    real, made = rng.standard_normal((60, 2)), 0.5 * rng.standard_normal((50, 2)) + 0.7
+
+    def covered(points: np.ndarray, by: np.ndarray) -> float:
+        radius = spatial.KDTree(by).query(by, 4)[0][:, 3]
+        return float(np.mean([(np.linalg.norm(by - point, axis=1) <= radius).any() for point in points]))
+
+    assert precision_recall(real, made) == pytest.approx((covered(made, real), covered(real, made)))
+
+
+def test_intervals_are_scipys() -> None:
+    for successes, of in ((0, 300), (5, 10), (97, 100)):
+        expected = stats.binomtest(successes, of).proportion_ci(0.95, "wilson")
+        assert share_interval(successes, of) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    expected = stats.norm.interval(0.95, values.mean(), stats.sem(values))
+    assert mean_interval(values) == pytest.approx(expected, rel=1e-6)
+    wholes = values + 20
+    resampled = stats.bootstrap(
+        (values, wholes), lambda a, b: a.sum() / b.sum(), paired=True, vectorized=False, n_resamples=2000, method="percentile", rng=1
+    )
+    assert ratio_interval(values, wholes) == pytest.approx(tuple(resampled.confidence_interval), rel=0.02)
+
+
+# Rows and tables.
+
+
+def test_a_goal_that_could_not_be_measured_is_missed() -> None:
+    assert [Goal(least=0.5).met(value) for value in (None, float("nan"), 0.49, 0.5)] == [False, False, False, True]
+    assert Goal(0.8, 1.2).met(1.0) and not Goal(0.8, 1.2).met(1.3) and str(Goal(0.8, 1.2)) == "0.8 to 1.2"
+    assert share("a", "b", np.zeros(0, bool), 0.9).met is False and mean("a", "b", np.zeros(0), "levels", Goal(most=3)).met is False
+
+
+def test_a_share_is_relative_to_its_ceiling_and_so_is_its_interval() -> None:
+    row = share("a", "b", np.arange(10) < 4, 0.75, ceiling=0.5)
+    assert (row.value, row.count, row.of, row.met) == (0.8, 4, 10, True)
+    assert row.interval == pytest.approx(tuple(2 * np.array(share_interval(4, 10))))
+
+
+def test_the_table_has_a_line_per_figure_and_a_column_per_who_is_judged() -> None:
+    ours = [share("eyes", "two", np.ones(4, bool), 0.9), Row("cost", "an image", 30.0, Goal(most=25), "ms")]
+    ours.append(mean("eyes", "depth", np.array([1.0, 3.0]), "levels", missing=["left"], of_real=2.5))
+    lines = markdown({"ours": ours, "theirs": ours[:1]}).splitlines()
+    assert lines[0] == "| measure | goal | ours | theirs | ceiling | counter's error |" and len(lines) == 7
+    assert lines[-1] == "- ours, eyes: depth: missing 'left', of_real 2.5"
+    assert "| ≥ 0.9 | 1 (4/4) [0.51, 1] met |" in lines[2] and lines[3] == "| cost: an image, ms | ≤ 25 | 30 **missed** |  |  |  |"
