@@ -39,12 +39,14 @@ class Result:
 
     def __repr__(self) -> str:
         height, width = self.images.shape[1:3]
-        first, last = self.requests[0], self.requests[-1]
-        prompt = first.prompt if len(first.prompt) <= 40 else f"{first.prompt[:37]}..."
+        prompt = self.requests[0].prompt
+        prompt = prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
         others = len({request.prompt for request in self.requests}) - 1
         prompts = repr(str(prompt)) + (f" and {others} more" if others else "")
-        seeds = f"seed {first.seed}" + (f" to {last.seed}" if len(self) > 1 else "")
-        return f"<Result: {len(self)} of {width}x{height}, {prompts}, {seeds}, {self.engine}, {self.timings['total']:.3f} s>"
+        low, high = min(self.seeds), max(self.seeds)
+        seeds = f"seed {low}" if low == high else f"seeds {low} to {high}"
+        count = "1 image" if len(self) == 1 else f"{len(self)} images"
+        return f"<Result: {count} of {width}x{height}, {prompts}, {seeds}, {self.engine}, {self.timings['total']:.3f} s>"
 
     @property
     def seeds(self) -> list[int]:

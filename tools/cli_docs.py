@@ -18,7 +18,7 @@ BEGINNING = """# Command line
 
 `python tools/cli_docs.py` writes this page from what each command prints with `--help`.
 
-An error is one line. The exit code is 2 for a wrong request, 1 for any other error, 130 after Ctrl-C.
+An error is one line. The exit code is 2 for a wrong request (a path that does not exist, too), 1 for any other error, 130 after Ctrl-C.
 `--debug`, also at the end of the line, shows where an error comes from.
 
 One line in the shell's start-up file completes commands, options, engines, presets, backbones and bundles:

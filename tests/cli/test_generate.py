@@ -301,7 +301,9 @@ def test_a_result_saves_itself_and_shows_itself(pipe: Pipeline, here: Path) -> N
     ]
     assert repr(pipe) == "<Pipeline: 'tiny' on cpu, fp32, up to 4 images at once>"
     assert repr(pipe.bundle).startswith("<Bundle: 'tiny', backbone none, 16x16, 24x16, guidance nasa, for cpu, openvino, in '/")
-    assert repr(one).startswith("<Result: 1 of 16x16, 'a cat', seed 7, cpu, ") and len(repr(three)) < 100
+    assert repr(one).startswith("<Result: 1 image of 16x16, 'a cat', seed 7, cpu, ")
+    assert repr(three).startswith("<Result: 3 images of 16x16, 'a cat' and 1 more, seed 7, cpu, ")
+    assert "seeds 3 to 5, cpu" in repr(pipe("a cat", seed=[5, 3]))
     shown = pixels(io.BytesIO(three._repr_png_()))  # type: ignore[arg-type]
     assert shown.shape == (32, 32, 3)
     np.testing.assert_array_equal(shown[:16], np.hstack(three.images[:2]))
