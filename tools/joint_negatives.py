@@ -1,6 +1,6 @@
 """Negative prompts in joint attention, measured: a small teacher and a one-step student of SD3's kind, and every kind of guidance on it.
 
-The teacher learns the small model's pictures by v-prediction, the student the teacher's pictures of the same noise. Neither sees a negative:
+By v-prediction the teacher learns the small pictures, and the student the teacher's of the same noise. Neither sees a negative:
 all these kinds are training-free. Then each kind at several scales: what was asked for and is not wanted (removed, and the rest
 kept), clean pictures under negatives that name nothing of them (harmed), and what a call costs. One command, which resumes:
 
