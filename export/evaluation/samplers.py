@@ -94,11 +94,11 @@ def open_diffusers(folder: Path, steps: int | None = None, guidance: float | Non
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(check_folder(folder), local_files_only=True, torch_dtype=torch.float32)
+        pipe = DiffusionPipeline.from_pretrained(check_folder(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is not a whole diffusers pipeline: {str(error).splitlines()[0]}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe.to(device).set_progress_bar_config(disable=True)
+    pipe.to(device, torch.float32).set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance}
     settings = {name: value for name, value in settings.items() if value is not None}
 

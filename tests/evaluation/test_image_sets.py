@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from tiny_students import stable_diffusion
 
 from snoopi_rt.cli.main import main
 from snoopi_rt.errors import InputError, SnoopiError
@@ -16,7 +17,7 @@ from snoopi_rt.export.evaluation import weight_files
 from snoopi_rt.export.evaluation.context import named
 from snoopi_rt.export.evaluation.features import FeatureCache
 from snoopi_rt.export.evaluation.image_sets import PromptRow, images_with_prompts, make_images, read_prompts, reference_images
-from snoopi_rt.export.evaluation.samplers import Negative, Sampler
+from snoopi_rt.export.evaluation.samplers import Negative, Sampler, open_diffusers
 from snoopi_rt.export.evaluation.weight_files import WEIGHTS, identified, locate, parse_weights
 
 STYLES = ("anime", "photo")
@@ -196,3 +197,16 @@ def test_another_programs_images_are_measured_with_nothing_to_fetch(tmp_path: Pa
     (tmp_path / "made" / "00003.png").unlink()
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 2 and "00003.* is missing" in done.output
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # in diffusers' own scheduler
+def test_a_diffusers_pipeline_draws_beside_a_student_with_its_own_settings_and_seeds(tmp_path: Path) -> None:
+    sampler = open_diffusers(stable_diffusion(tmp_path / "pipe", scheduler="EulerDiscreteScheduler"), steps=2, guidance=3.0)
+    assert sampler.facts["pipeline"] == "StableDiffusionPipeline" and sampler.facts["num_inference_steps"] == 2
+    both, again = sampler(["a cat", "a dog"], [1, 2]), sampler(["a dog"], [2])
+    assert both.dtype == np.uint8 and both.ndim == 4 and len(both) == 2 and np.array_equal(both[1], again[0])
+    assert not np.array_equal(again, sampler(["a dog"], [2], "blurry"))
+    with pytest.raises(InputError, match="has no negative scale"):
+        sampler(["a dog"], [2], "blurry", 0.5)
+    with pytest.raises(InputError, match="is not a whole diffusers pipeline"):
+        open_diffusers(tmp_path)
