@@ -112,7 +112,7 @@ except snoopi_rt.EngineError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], env=place, cwd=tmp_path, capture_output=True, encoding="utf-8")
     told = done.stdout.strip().splitlines()[-1]  # before it stands what Ray says itself
-    assert told.startswith("a process on Ray failed: ") and told.endswith("BundleError: no bundle at /not/here: no such folder"), (
+    assert told.startswith("a process on Ray failed: ") and told.endswith("BundleMissing: no bundle at /not/here: no such folder"), (
         done.stderr
     )
 
