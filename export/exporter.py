@@ -204,8 +204,8 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
     options, backbone = plan.options, plan.backbone
     tolerance = LATENT_TOLERANCE if options.tolerance is None else options.tolerance
     (height, width), latent = plan.sizes[0], plan.source.latent
-    shape, steps = (latent.channels, height // latent.factor, width // latent.factor), len(plan.source.preset.rule.steps)
-    samples = calibration.generator_samples(states, plan.guidance, shape, steps, backbone.masks)
+    shape, renoises = (latent.channels, height // latent.factor, width // latent.factor), plan.source.preset.rule.renoises
+    samples = calibration.generator_samples(states, plan.guidance, shape, renoises, backbone.masks)
     reference = student.reference(plan.guidance, states[""]["states"])
     latents = [_run(reference, sample) for sample in tqdm(samples.evaluation, desc="reference", unit="sample", leave=False)]
     if not all(latent.isfinite().all() for latent in latents):

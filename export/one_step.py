@@ -1,4 +1,4 @@
-"""From a network's predictions to a clean latent: in one step, or in a few with fresh noise between them."""
+"""From a network's predictions to a clean latent: in one step, or in a few with fresh or predicted noise between them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-Prediction = Literal["epsilon", "v", "x0", "flow", "trigflow"]
+Prediction = Literal["epsilon", "v", "x0", "flow", "velocity", "trigflow"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,11 @@ class OneStepRule:
     """1 (raw noise) or, for Euler students, sigma: Euler calls with x / sqrt(s^2 + 1), x = s * noise and s = sigma / alpha, which is
     sigma * noise."""
     later: tuple["OneStepRule", ...] = ()
-    """The further steps of a student of 2 to 4 steps, each starting from alpha * x0 + sigma * fresh noise."""
+    """The further steps of a student of 2 to 8 steps, each starting from alpha * x0 + kept * predicted noise + fresh * new noise."""
+    kept: float = 0.0
+    """How much of a later step's noise is what the step before predicted: 0, all of it is new (LCM, DMD2), up to sigma (Euler, DDIM)."""
+    end: tuple[float, float] = (1.0, 0.0)
+    """alpha and sigma at which the last step ends: DEIS and TCD stop at their first timestep, and leave 0.03 of the predicted noise."""
 
     @property
     def steps(self) -> tuple["OneStepRule", ...]:
@@ -37,42 +41,63 @@ class OneStepRule:
         return (self, *self.later)
 
     @property
+    def fresh(self) -> float:
+        """How much new noise a later step's input has."""
+        if not self.kept:
+            return self.sigma
+        return 0.0 if math.isclose(self.kept, self.sigma, rel_tol=1e-4) else math.sqrt(self.sigma**2 - self.kept**2)
+
+    @property
+    def renoises(self) -> int:
+        """How many noises `run` reads beside the first: one for each later step, none where all of these keep the predicted noise."""
+        return len(self.later) if any(step.fresh for step in self.later) else 0
+
+    @property
     def error_gain(self) -> float:
         """How much an error in the answer of this step grows in the clean latent."""
         match self.prediction:
             case "epsilon":
                 return self.sigma / self.alpha
-            case "v" | "trigflow":
+            case "v" | "velocity" | "trigflow":
                 return self.sigma
             case _:
                 return 1.0
 
-    def x0(self, noise: "Tensor", answer: "Tensor") -> "Tensor":
+    def x0(self, x_t: "Tensor", answer: "Tensor") -> "Tensor":
         """The clean latent (B, C, h, w) of this step, always in fp32: epsilon errors grow by sigma / alpha here, 157 for PixArt at t = 999.
 
-        flow: the answer is x0 - noise, read by one Euler step (InstaFlow).
+        x_t: what the network was called with.
         """
-        return clean_latent(self.prediction, self.input_scale * noise.float(), answer.float(), self.alpha, self.sigma)
+        return clean_latent(self.prediction, x_t.float(), answer.float(), self.alpha, self.sigma)
 
     def run(self, network: "Callable[[int, Tensor], Tensor]", noise: "Tensor", renoise: "Tensor | None" = None) -> "Tensor":
-        """The clean latent (B, C, h, w) in fp32 after all S steps; network(i, x_t) is the student's answer at steps[i].timestep.
+        """The latent (B, C, h, w) in fp32 after all S steps; network(i, x_t) is the student's answer at steps[i].timestep.
 
-        noise (B, C, h, w); renoise (B, S - 1, C, h, w), read where S > 1 (DMD2, section 4.4; multistep sampling of consistency models).
-        diffusers' LCMScheduler also mixes c_skip = 0.25 / ((10 t)^2 + 0.25) of x_t into x0, 3e-9 at t = 999 and 4e-8 at t = 249, which is
-        left out here.
+        noise (B, C, h, w); renoise (B, S - 1, C, h, w), read where `renoises` is not 0 (DMD2, section 4.4; multistep sampling of
+        consistency models). diffusers' LCMScheduler also mixes c_skip = 0.25 / ((10 t)^2 + 0.25) of x_t into x0, 3e-9 at t = 999 and 4e-8
+        at t = 249, which is left out here.
         """
-        x0 = self.x0(noise, network(0, self.input_scale * noise))
-        for i, step in enumerate(self.later):
-            assert renoise is not None, "a student of several steps reads renoise"
-            x_t = step.alpha * x0 + step.sigma * renoise[:, i]
-            x0 = step.x0(x_t, network(i + 1, x_t))
-        return x0
+        x_t = self.input_scale * noise
+        ends = [*((step.alpha, step.kept, step.fresh) for step in self.later), (*self.end, 0.0)]
+        for i, (step, (alpha, kept, fresh)) in enumerate(zip(self.steps, ends, strict=True)):
+            x_t = step._onward(x_t, step.x0(x_t, network(i, x_t)), alpha, kept)
+            if fresh:
+                assert renoise is not None, "a student whose steps take new noise reads renoise"
+                x_t = x_t + fresh * renoise[:, i]
+        return x_t
+
+    def _onward(self, x_t: "Tensor", x0: "Tensor", alpha: float, kept: float) -> "Tensor":
+        """alpha * x0 + kept * the noise that this step predicted, which is (x_t - self.alpha * x0) / self.sigma."""
+        if not kept:
+            return x0 if alpha == 1 else alpha * x0
+        share = kept / self.sigma
+        return (alpha - share * self.alpha) * x0 + share * x_t.float()
 
 
 def clean_latent(prediction: Prediction, x_t: "Tensor", answer: "Tensor", alpha: "Tensor | float", sigma: "Tensor | float") -> "Tensor":
     """The x0 that a network's answer to x_t = alpha * x0 + sigma * eps implies, all (B, C, h, w); alpha and sigma may be one per sample.
 
-    flow: the answer is x0 - noise, added to x_t by one Euler step. trigflow: it is noise - x0, at alpha = 1 - sigma.
+    flow: the answer is x0 - noise, added to x_t by one Euler step. velocity and trigflow: it is noise - x0, at alpha = 1 - sigma.
     """
     match prediction:
         case "epsilon":
@@ -83,7 +108,7 @@ def clean_latent(prediction: Prediction, x_t: "Tensor", answer: "Tensor", alpha:
             return answer
         case "flow":
             return x_t + answer
-        case "trigflow":
+        case "velocity" | "trigflow":
             return x_t - sigma * answer
 
 

@@ -11,7 +11,7 @@ from snoopi_rt.export.backbones.network import own_side, read_latent
 from snoopi_rt.export.presets.preset import Preset, override
 from snoopi_rt.export.presets.rows import choose_preset
 from snoopi_rt.export.presets.scheduler_check import check_scheduler, follow_scheduler
-from snoopi_rt.export.weights.hub import find_weights
+from snoopi_rt.export.weights.hub import ModelFile, WeightsFolder, find_weights, list_weights
 from snoopi_rt.export.weights.lora import parse_lora
 
 
@@ -26,6 +26,53 @@ class Source:
     licence: str
     provenance: dict[str, str]
     """Where it comes from, as the bundle records it."""
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Files of one folder or hub model that an export reads; the fields are find_weights' arguments."""
+
+    weights: str
+    parts: tuple[str, ...]
+    replaced: tuple[str, ...] = ()
+
+
+def fetches(listed: Preset, weights: str | None = None, weights_file: Path | None = None, decoder: str = "full") -> dict[str, Fetch]:
+    """What an export reads from folders and hub models: `folder`, and where they apply `network`, `lora` and `decoder`.
+
+    Raises InputError where the preset's weights are on no hub, and for a backbone without a tiny decoder.
+    """
+    architecture, sources = find_backbone(listed.backbone), {}
+    network = weights_file is not None
+    if weights is None:
+        if not listed.weights and not network:
+            raise InputError(f"the weights of preset {listed.name} are on no hub: give them as --weights or --weights-file ({listed.note})")
+        if listed.file and not network:
+            sources["network"], network = Fetch(listed.weights, (listed.file,)), True
+        if listed.lora:
+            sources["lora"] = Fetch(listed.weights, (listed.lora,))
+    replaced = (architecture.parts[0],) * network + ("vae",) * (decoder != "full")
+    sources["folder"] = Fetch(weights or listed.base or listed.weights, architecture.parts, replaced)
+    if decoder != "full":
+        hub = architecture.tiny_decoder if decoder == "tiny" else decoder
+        if hub is None:
+            raise InputError(f"backbone {architecture.name} has no tiny decoder: leave --decoder out, or name a folder")
+        sources["decoder"] = Fetch(hub, (".",))
+    return sources
+
+
+def list_files(
+    backbone: str | None = None,
+    weights: str | None = None,
+    preset: str | None = None,
+    weights_file: Path | None = None,
+    decoder: str = "full",
+) -> dict[str, list[ModelFile]]:
+    """The files that find_source would read with these arguments, by folder or hub model; nothing is fetched. Raises what it does."""
+    listed: dict[str, list[ModelFile]] = {}
+    for source in fetches(choose_preset(backbone, preset), weights, weights_file, decoder).values():
+        listed.setdefault(source.weights, []).extend(list_weights(source.weights, source.parts, source.replaced))
+    return {name: list(dict.fromkeys(files)) for name, files in listed.items()}
 
 
 def find_source(
@@ -50,29 +97,29 @@ def find_source(
     architecture = find_backbone(chosen.backbone)
     if weights_file is not None and not weights_file.exists():
         raise InputError(f"no weights file {weights_file}")
-    network = weights_file
-    if weights is not None:
-        folder = find_weights(weights, parts=architecture.parts)
-        licence = folder.licence or f"not stated in the weights; that of preset {listed.name} is {listed.licence}"
-    else:
+    if weights is None:
         say(f"preset {listed.name}: {listed.weights or listed.base}, licence {listed.licence}")
         if listed.non_commercial and not accept_licence:
             raise InputError(
                 f"the weights of preset {listed.name} are not free for commercial use ({listed.licence}): add --accept-licence"
             )
-        if not listed.weights and weights_file is None:
-            raise InputError(f"the weights of preset {listed.name} are on no hub: give them as --weights or --weights-file ({listed.note})")
-        licence = listed.licence
-        if listed.file and network is None:
-            network = find_weights(listed.weights, parts=(listed.file,)).path / listed.file
-        folder = find_weights(listed.base or listed.weights, parts=architecture.parts)
+    sources = fetches(listed, weights, weights_file, decoder)
+    fetched = {name: find_weights(source.weights, source.parts, source.replaced) for name, source in sources.items()}
+    folder, network = fetched["folder"], weights_file
+    if "network" in fetched:
+        network = _only(fetched["network"], listed.file)
+    if "lora" in fetched:
+        merged = ((_only(fetched["lora"], listed.lora), 1.0), *merged)
+    licence = listed.licence
+    if weights is not None:
+        licence = folder.licence or f"not stated in the weights; that of preset {listed.name} is {listed.licence}"
     network_part = architecture.parts[0]
     if not (folder.path / network_part).is_dir() and network is None:
         raise InputError(f"{folder.path} has no {network_part}: it is not a model of backbone {architecture.name}")
     scheduler = folder.path / "scheduler"
     followed: list[str] = []
-    if preset is None and weights is not None and listed.from_scheduler:
-        # The user named no public student: the folder's own scheduler decides.
+    if listed.follows_scheduler or (preset is None and weights is not None and listed.from_scheduler):
+        # The row does not know better, or the user named no public student: the folder's own scheduler decides.
         followed, confirmed = follow_scheduler(chosen, scheduler, settings)
     else:
         confirmed = check_scheduler(chosen, scheduler)
@@ -80,12 +127,7 @@ def find_source(
     follows = f"; {', '.join(followed)} as the folder's scheduler has it" if followed else ""
     say(f"rule of preset {listed.name}{''.join(f', {setting}' for setting in settings)}{agrees}{follows}")
     chosen, settings = override(chosen, followed), [*settings, *followed]
-    tiny = None
-    if decoder != "full":
-        hub = architecture.tiny_decoder if decoder == "tiny" else decoder
-        if hub is None:
-            raise InputError(f"backbone {architecture.name} has no tiny decoder: leave --decoder out, or name a folder")
-        tiny = find_weights(hub, parts=(".",)).path
+    tiny = fetched["decoder"].path if "decoder" in fetched else None
     parts = Weights(folder.path, network, merged, tiny)
     latent = read_latent(parts, network_part)
     chosen = _with_own_size(chosen, settings, own_side(parts, network_part), latent.factor, say)
@@ -100,6 +142,15 @@ def find_source(
     return Source(chosen, parts, latent, licence, {key: value for key, value in provenance.items() if value})
 
 
+def _only(model: WeightsFolder, pattern: str) -> Path:
+    """The file or folder of that name or pattern; raises InputError where not one of the model's files fits it."""
+    paths = [model.path] if pattern == "." else sorted(model.path.glob(pattern))
+    if len(paths) != 1:
+        names = ", ".join(path.name for path in paths) or "none"
+        raise InputError(f"{model.name} should have one {pattern}, it has {names}: give the right one as --weights-file")
+    return paths[0]
+
+
 def _with_own_size(preset: Preset, settings: Sequence[str], side: int | None, factor: int, say: Callable[[str], None]) -> Preset:
     """The preset with the network's own sample size, `side` latent pixels, unless `settings` give a size."""
     by_hand = {setting.partition("=")[0] for setting in settings}
@@ -107,4 +158,4 @@ def _with_own_size(preset: Preset, settings: Sequence[str], side: int | None, fa
         return preset
     own = side * factor
     say(f"size {own}x{own}, {side} latent pixels of {factor}: what this network was made for; preset {preset.name} has {preset.size}")
-    return replace(preset, size=own, time_ids=preset.time_ids if "time_ids" in by_hand else ())
+    return replace(preset, size=own)

@@ -1,4 +1,4 @@
-"""Quoting and escaping of untrusted text for shells and terminals: prompts, paths and metadata are printed through these."""
+"""What is printed: quoting and escaping of untrusted text (prompts, paths, metadata) for shells and terminals, and sizes."""
 
 import json
 import re
@@ -31,6 +31,12 @@ def visible(line: str) -> str:
     """The text with control and unprintable characters escaped as a shell reads them back, such as `$'\\033'`."""
     parts = ((shown, "".join(part)) for shown, part in groupby(line, _is_printable))
     return "".join(part if shown else f"$'{''.join(map(_escaped, part))}'" for shown, part in parts)
+
+
+def size_text(count: int) -> str:
+    """A number of bytes to read."""
+    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= unit or name == "kB")
+    return f"{count / unit:.{0 if name == 'kB' else 1}f} {name}"
 
 
 def json_line(value: Any) -> str:

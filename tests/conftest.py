@@ -55,6 +55,7 @@ QUICK = (
     "export/test_guidance",
     "export/test_one_step",
     "export/test_presets",
+    "export/test_schedulers",
     "runtime/test_auto_engine",
     "runtime/test_precision",
     "runtime/test_tiling",

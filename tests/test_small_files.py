@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import Weights
 from snoopi_rt.export.backbones.network import read_latent
-from snoopi_rt.export.presets.scheduler_check import open_scheduler
+from snoopi_rt.export.presets.scheduler import open_scheduler
 from snoopi_rt.export.text.rule import clip_rule, t5_rule
 from snoopi_rt.export.text.t5 import reference_states
 from snoopi_rt.export.weights.checkpoint import load_module

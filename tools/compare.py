@@ -226,7 +226,10 @@ def generators(bundle: Bundle, student: Path, preset: Preset, inputs: dict[str, 
     def condition(loaded: torch.nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         kinds = size_condition(loaded, bundle.sizes[0], 1) if pixart else {}
         if bundle.backbone == "sdxl":
-            kinds = {"text_embeds": tensors["prompt_pooled"], "time_ids": torch.tensor([preset.time_ids])}
+            kinds = {
+                "text_embeds": tensors["prompt_pooled"],
+                "time_ids": torch.tensor([preset.time_ids or (*bundle.sizes[0], 0.0, 0.0, *bundle.sizes[0])]),
+            }
         return {"added_cond_kwargs": {name: None if value is None else value.to(dtype) for name, value in kinds.items()}} if kinds else {}
 
     def diffusers(dtype: torch.dtype, through: Callable[[torch.nn.Module], Callable[..., Any]] = lambda module: module) -> Run:
@@ -306,7 +309,7 @@ def unet_peer(
         peer = compile_peer(path)
     arrays = {name: value.numpy() for name, value in example.items()}
     arrays["sample"] = (rule.input_scale * noise).numpy()
-    return lambda: rule.x0(noise, torch.from_numpy(peer(arrays))).numpy()
+    return lambda: rule.run(lambda step, x_t: torch.from_numpy(peer(arrays)), noise).numpy()
 
 
 def in_onnxruntime(path: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:

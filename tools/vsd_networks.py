@@ -255,7 +255,7 @@ def _judge(grid: Grid) -> tuple[Any, nn.Module, list[str], Any, float]:
     scorer, sprites = open_scorer(KINDS[1], grid.scorers, grid.data / "npm"), fetch_sprites(grid.data / "npm")
     (real, captions), (other, _) = (_real_pictures(sprites, grid.samples, seed) for seed in (0, 1))
     seen, floor = (scorer(_small(pictures))[0] for pictures in (real, other))
-    decoder = load_decoder(Weights(grid.vae.parent, decoder=grid.vae), default_preset("small"))
+    decoder = load_decoder(Weights(grid.vae.parent, decoder=grid.vae))
     return scorer, decoder, captions, seen, frechet(floor, seen)
 
 

@@ -9,7 +9,6 @@ from snoopi_rt.bundle.bundle import Latent
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import Denoiser, Weights
 from snoopi_rt.export.decoder import Decoder
-from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.weights.checkpoint import config_path, load_module, read_config, without_weights
 from snoopi_rt.export.weights.files import CONFIG
 from snoopi_rt.export.weights.text_files import read_json
@@ -24,17 +23,11 @@ def check_network(folder: Path, backbone: str, denoiser: Denoiser) -> None:
     read_config(folder / denoiser.part / CONFIG, denoiser.kind)
 
 
-def load_decoder(weights: Weights, preset: Preset) -> Decoder:
-    """The decoder of the folder's autoencoder. Raises InputError for an unknown class and for a scale other than the preset's."""
+def load_decoder(weights: Weights) -> Decoder:
+    """The decoder of the folder's autoencoder. Raises InputError for an unknown class."""
     folder = weights.decoder or weights.folder / "vae"
     kind, _ = _autoencoder(folder)
-    decoder = Decoder(load_module(folder, kind))
-    scale = decoder.scale
-    if kind.__name__ in ("AutoencoderKL", "AutoencoderDC") and abs(scale - preset.vae_scaling) > 1e-5:
-        raise InputError(
-            f"the vae in {folder} has scaling_factor {scale}, preset {preset.name} says {preset.vae_scaling}: --set vae_scaling={scale}"
-        )
-    return decoder
+    return Decoder(load_module(folder, kind))
 
 
 def read_latent(weights: Weights, part: str) -> Latent:

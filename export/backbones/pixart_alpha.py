@@ -43,7 +43,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         encode=encode,
         generator=lambda guidance, empty: FoldedPixArt(network, preset.rule, guidance, empty, sizes[0]),
         reference=lambda guidance, empty: GuidedPixArt(network, preset.rule, guidance, empty, sizes[0]),
-        decoder=load_decoder(weights, preset),
+        decoder=load_decoder(weights),
         write_tokenizer=prompts.write_tokenizer,
         tensor_of=tensor_of,
     )

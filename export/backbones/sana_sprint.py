@@ -53,7 +53,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         encode=encode,
         generator=lambda guidance, empty: FoldedSana(network, preset.rule, guidance, empty, preset.embedded_guidance),
         reference=lambda guidance, empty: GuidedSana(network, preset.rule, guidance, empty, preset.embedded_guidance),
-        decoder=load_decoder(weights, preset),
+        decoder=load_decoder(weights),
         write_tokenizer=write_tokenizer,
         tensor_of=tensor_of,
     )

@@ -59,7 +59,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         # Token rows are short here: attention written out is the faster one.
         generator=lambda guidance, empty: FoldedPixArt(network, preset.rule, guidance, empty, sizes[0], attention, attention),
         reference=lambda guidance, empty: GuidedPixArt(network, preset.rule, guidance, empty, sizes[0]),
-        decoder=load_decoder(weights, preset),
+        decoder=load_decoder(weights),
         write_tokenizer=caption_encoder(weights.folder, preset.max_tokens).write_tokenizer,
         vocabulary=known.VOCABULARY,
         examples=known.EXAMPLES,

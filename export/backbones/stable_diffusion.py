@@ -46,9 +46,9 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         text_encoder=encoder,
         text_outputs=names,
         encode=encode,
-        generator=lambda guidance, empty: FoldedUNet(network, preset.rule, guidance, empty, time_ids),
-        reference=lambda guidance, empty: GuidedUNet(network, preset.rule, guidance, empty, time_ids),
-        decoder=load_decoder(weights, preset),
+        generator=lambda guidance, empty: FoldedUNet(network, preset.rule, guidance, empty, time_ids, preset.embedded_guidance),
+        reference=lambda guidance, empty: GuidedUNet(network, preset.rule, guidance, empty, time_ids, preset.embedded_guidance),
+        decoder=load_decoder(weights),
         write_tokenizer=caption_encoder(weights.folder, preset.max_tokens).write_tokenizer,
     )
 

@@ -7,10 +7,11 @@ to every block is computed once per call, in one product. `tests/export/test_une
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -28,7 +29,6 @@ UNSUPPORTED = {
     "class_embed_type": None,
     "num_class_embeds": None,
     "encoder_hid_dim_type": None,
-    "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
     "resnet_time_scale_shift": "default",
 }
@@ -41,10 +41,17 @@ class GuidedUNet(nn.Module):
     """
 
     def __init__(
-        self, network: UNet2DConditionModel, rule: OneStepRule, guidance: Guidance, empty_states: Tensor, time_ids: Tensor | None = None
+        self,
+        network: UNet2DConditionModel,
+        rule: OneStepRule,
+        guidance: Guidance,
+        empty_states: Tensor,
+        time_ids: Tensor | None = None,
+        embedded_guidance: float = 1.0,
     ):
         super().__init__()
         self.network, self.rule, self.time_ids = network, rule, time_ids
+        self.condition = guidance_condition(network, embedded_guidance)
         network.set_attn_processor(GuidedAttention(guidance, empty_states, fused_attention))
 
     def forward(
@@ -65,7 +72,7 @@ class GuidedUNet(nn.Module):
 
         def network(step: int, latent: Tensor) -> Tensor:
             t = torch.full((len(noise),), self.rule.steps[step].timestep)
-            return unet_answer(self.network, latent, t, prompt_states, None, negative, added=added)
+            return unet_answer(self.network, latent, t, prompt_states, None, negative, added=added, condition=self.condition)
 
         return self.rule.run(network, noise, renoise)
 
@@ -79,16 +86,27 @@ def unet_answer(
     negative: tuple[Tensor, Tensor | None, Tensor] | None,
     size: tuple[int, int] | None = None,
     added: dict[str, Tensor] | None = None,
+    condition: Tensor | None = None,
 ) -> Tensor:
-    """The network's prediction for x_t (B, C, h, w); see Denoiser. `added`: SDXL's pooled states and image size, in place of `size`."""
+    """The network's prediction for x_t (B, C, h, w); see Denoiser. `added`: SDXL's pooled states and image size, in place of `size`;
+    `condition`: see guidance_condition."""
     return network(
         x_t,
         t,
         encoder_hidden_states=states,
         cross_attention_kwargs={"negative": negative},
         added_cond_kwargs=added or {},
+        timestep_cond=condition,
         return_dict=False,
     )[0]
+
+
+def guidance_condition(network: UNet2DConditionModel, scale: float) -> Tensor | None:
+    """The input (1, D) by which a network that was distilled for it (LCM) follows a guidance scale; None for other networks."""
+    if (width := network.config.time_cond_proj_dim) is None:
+        return None
+    embed: Any = StableDiffusionPipeline.get_guidance_scale_embedding  # which reads nothing of its pipeline
+    return embed(None, torch.tensor([scale - 1]), embedding_dim=width)
 
 
 @dataclass(frozen=True)
@@ -104,11 +122,18 @@ class FoldedUNet(nn.Module):
     """`noise, prompt_states, negative_states, negative_scale, prompt_pooled, renoise -> latent`; the graph `generator`.
 
     noise (B, C, h, w), sides multiples of 8; states (B, 77, D); scale (B,); pooled (B, P) for SDXL only; renoise (B, S - 1, C, h, w) for S
-    steps; latent (B, C, h, w) fp32. `time_ids` (1, 6): SDXL's original size, crop and target size, height first.
+    steps; latent (B, C, h, w) fp32. `time_ids` (1, 6): SDXL's original size, crop and target size, height first. `embedded_guidance`: see
+    guidance_condition.
     """
 
     def __init__(
-        self, network: UNet2DConditionModel, rule: OneStepRule, guidance: Guidance, empty_states: Tensor, time_ids: Tensor | None = None
+        self,
+        network: UNet2DConditionModel,
+        rule: OneStepRule,
+        guidance: Guidance,
+        empty_states: Tensor,
+        time_ids: Tensor | None = None,
+        embedded_guidance: float = 1.0,
     ):
         super().__init__()
         check_config(network)
@@ -116,7 +141,9 @@ class FoldedUNet(nn.Module):
         # New modules, the same tensors.
         self.network = copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
         with torch.no_grad():
-            embedded = torch.cat([network.time_embedding(network.time_proj(torch.tensor([step.timestep]))) for step in rule.steps])
+            condition = guidance_condition(network, embedded_guidance)
+            timesteps = network.time_proj(torch.tensor([step.timestep for step in rule.steps]))
+            embedded = torch.cat([network.time_embedding(t[None], condition) for t in timesteps])
         children = [(parent, name, child) for parent in list(self.network.modules()) for name, child in parent.named_children()]
         resnets = [(parent, name, child) for parent, name, child in children if isinstance(child, ResnetBlock2D)]
         ends = np.cumsum([block.conv1.out_channels for _, _, block in resnets])
@@ -159,7 +186,7 @@ class FoldedUNet(nn.Module):
             hidden, more = block(hidden, temb=condition, **(text if hasattr(block, "attentions") else {}))
             skips += more
         if network.mid_block is not None:
-            hidden = network.mid_block(hidden, condition, **text)
+            hidden = network.mid_block(hidden, condition, **(text if hasattr(network.mid_block, "has_cross_attention") else {}))
         for block in network.up_blocks:
             count = len(block.resnets)
             hidden = block(

@@ -74,7 +74,7 @@ def open_teacher(folder: Path, decoder: Path | None = None) -> Sampler:
         check_folder(decoder)
     network = load_module(check_folder(folder) / "transformer", PixArtTransformer2DModel, dtype=torch.bfloat16)
     network.set_attn_processor(PlainAttention())
-    vae = load_decoder(Weights(folder, decoder=decoder), PRESET)
+    vae = load_decoder(Weights(folder, decoder=decoder))
 
     def latents(prompts: Sequence[str], noise: Tensor, negatives: Sequence[str | None], scale: float | None) -> Tensor:
         if any(negative is not None for negative in negatives):
@@ -147,7 +147,7 @@ def _bundle(folder: Path | None) -> Sampler:
 def _torch_student(folder: Path) -> Sampler:
     """In fp32, with the preset's guidance, as its bundle would draw."""
     network = load_module(folder / "transformer", PixArtTransformer2DModel)
-    vae, guidance = load_decoder(Weights(folder), PRESET), PRESET.guidance("nasa")
+    vae, guidance = load_decoder(Weights(folder)), PRESET.guidance("nasa")
     network.set_attn_processor(GuidedAttention(guidance, torch.zeros(1, 1, 1)))
 
     @torch.no_grad()

@@ -51,15 +51,15 @@ class GeneratorSamples:
 
 
 def generator_samples(
-    states: Mapping[str, Mapping[str, Tensor]], guidance: Guidance, latent: tuple[int, int, int], steps: int, masks: bool
+    states: Mapping[str, Mapping[str, Tensor]], guidance: Guidance, latent: tuple[int, int, int], renoises: int, masks: bool
 ) -> GeneratorSamples:
-    """Samples over the text encoder's outputs for TEXTS (`states`, by prompt) for a student of `steps` steps; `latent` is (C, h, w)."""
+    """Samples over the text encoder's outputs for TEXTS (`states`, by prompt) with `renoises` further noises; `latent` is (C, h, w)."""
     random = torch.Generator().manual_seed(0)
 
     def sample(number: int, prompt: str) -> dict[str, Tensor]:
         inputs = {"noise": torch.randn(1, *latent, generator=random), "prompt_states": states[prompt]["states"]}
-        if steps > 1:
-            inputs["renoise"] = torch.randn(1, steps - 1, *latent, generator=random)
+        if renoises:
+            inputs["renoise"] = torch.randn(1, renoises, *latent, generator=random)
         if masks:
             inputs["prompt_mask"] = _all_tokens(inputs["prompt_states"])
         if guidance.attend is not None:

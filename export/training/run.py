@@ -27,7 +27,7 @@ class Run:
     """One run of PG-SB. Its prompts are encoded when it is made, by the main process before the others."""
 
     def __init__(self, task: Task, recipe: StudentRecipe, models: Models, processes: Processes, preset: Preset):
-        self.task, self.recipe, self.models, self.processes, self.preset = task, recipe, models, processes, preset
+        self.task, self.recipe, self.models, self.processes = task, recipe, models, processes
         with self.prepared():
             self.prompts = Prompts(task, models.denoiser, preset.max_tokens, models.device, models.dtype)
 

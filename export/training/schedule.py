@@ -9,7 +9,7 @@ from torch import Tensor
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.one_step import OneStepRule, Prediction, clean_latent
-from snoopi_rt.export.presets.scheduler_check import DIFFUSERS_PREDICTION, open_scheduler
+from snoopi_rt.export.presets.scheduler import DIFFUSERS_PREDICTION, open_scheduler
 
 
 @dataclass(frozen=True)

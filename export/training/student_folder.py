@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.export.presets.preset import Preset, written
 from snoopi_rt.export.presets.rows import PRESETS
 from snoopi_rt.export.training.task import Task
-from snoopi_rt.export.weights.files import CONFIG, save_diffusers
-from snoopi_rt.export.weights.text_files import read_json
+from snoopi_rt.export.weights.files import save_diffusers
 
 
 def write_student(folder: Path, part: str, network: nn.Module, out: Path) -> None:
@@ -42,19 +40,10 @@ def own_preset(backbone: str) -> Preset:
     return PRESETS[backbone if backbone in PRESETS else f"pgsb-{backbone}"]
 
 
-def preset_of(task: Task) -> Preset:
-    """That preset with the scale of the teacher's own autoencoder: PixArt alpha's and sigma's differ."""
-    preset, config = own_preset(task.backbone), read_json(task.teacher / "vae" / CONFIG)
-    # AutoencoderTiny reads the scaled latent itself.
-    scaling = config.get("scaling_factor") if config.get("_class_name") == "AutoencoderKL" else None
-    return replace(preset, vae_scaling=scaling or preset.vae_scaling)
-
-
 def export_arguments(task: Task, rule: OneStepRule, size: tuple[int, int]) -> str:
     """The preset by which export reads the student, and a --set for each setting in which the student differs from it."""
     preset = own_preset(task.backbone)
-    trained = {"timestep": rule.timestep, "prediction": rule.prediction, "alpha": rule.alpha, "sigma": rule.sigma}
-    trained |= {"size": size[0], "vae_scaling": preset_of(task).vae_scaling}
+    trained = {"timestep": rule.timestep, "prediction": rule.prediction, "alpha": rule.alpha, "sigma": rule.sigma, "size": size[0]}
     defaults = {name: getattr(preset.rule if hasattr(preset.rule, name) else preset, name) for name in trained}
     settings = [f"--set {name}={written(value)}" for name, value in trained.items() if not _same(value, defaults[name])]
     return " ".join([preset.name, *settings])

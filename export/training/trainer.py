@@ -24,7 +24,7 @@ from snoopi_rt.export.training.recipe import StudentRecipe
 from snoopi_rt.export.training.recipes import FORMER_NAMES, described
 from snoopi_rt.export.training.run import Log, Run, Samples, StudentBatch, descend, master_weights
 from snoopi_rt.export.training.schedule import Schedule
-from snoopi_rt.export.training.student_folder import export_arguments, own_preset, preset_of, write_student
+from snoopi_rt.export.training.student_folder import export_arguments, own_preset, write_student
 from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.weights.files import fingerprint, nothing_if_refused
 from snoopi_rt.files import sha256
@@ -84,12 +84,12 @@ class Trainer:
         compiled: bool = False,
         ready: Callable[[], None] = lambda: None,
     ):
-        models, preset = Models(task, recipe, denoiser, schedule, processes.device, compiled), preset_of(task)
+        models, preset = Models(task, recipe, denoiser, schedule, processes.device, compiled), own_preset(task.backbone)
         self.weights = master_weights(
             models.student, recipe, processes, weight_decay=recipe.optimiser.weight_decay, ema=recipe.optimiser.ema
         )
         models.round_student()
-        self.decoder = load_decoder(Weights(task.teacher), preset) if processes.main else None
+        self.decoder = load_decoder(Weights(task.teacher)) if processes.main else None
         ready()
         self.run = Run(task, recipe, models, processes, preset)
         self.losses: dict[str, Loss] = {

@@ -157,15 +157,15 @@ def _places(prefix: str, layer: str, spellings: Mapping[str, Mapping[str, str]])
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """The tensors of a LoRA, and each part's peft config, which diffusers writes into the file and peft beside it."""
-    if file.suffix != ".safetensors":
-        raise InputError(f"LoRA {file} must be a .safetensors file")
     tensors = read_weights(file)
-    if not tensors:
-        raise InputError(f"LoRA {file} holds no tensors: there is nothing to merge")
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise InputError(f"LoRA {file} holds no tensors, or more than tensors: there is nothing to merge")
     if file.name == "adapter_model.safetensors" and (beside := file.with_name("adapter_config.json")).exists():
         return tensors, dict.fromkeys((NETWORK, *TEXT_ENCODERS), read_json(beside))
-    with safe_open(file, framework="pt") as opened:
-        inside = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+    inside = "{}"
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            inside = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
     configs: dict[str, dict[str, Any]] = {part: {} for part in (NETWORK, *TEXT_ENCODERS)}
     for name, value in parse_json(inside, f"lora_adapter_metadata of {file}").items():
         prefix, _, key = name.partition(".")

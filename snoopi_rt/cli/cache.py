@@ -5,7 +5,7 @@ import sys
 import click
 
 from snoopi_rt.errors import InputError, OutputError
-from snoopi_rt.shell import quote
+from snoopi_rt.shell import quote, size_text
 
 
 @click.command(epilog="Example: snoopi-rt cache --clear --yes")
@@ -21,17 +21,19 @@ def cache(clear: bool, yes: bool) -> None:
     if clear:
         before = sum(cache.sizes().values())
         if not yes:
-            _confirm(f"Remove {_size(before)} from {quote(cache.path)}?", "--clear needs a confirmation: add --yes if nobody can answer")
+            _confirm(
+                f"Remove {size_text(before)} from {quote(cache.path)}?", "--clear needs a confirmation: add --yes if nobody can answer"
+            )
         cache.clear()
         left = sum(cache.sizes().values())
-        click.echo(f"removed {_size(before - left)}")
+        click.echo(f"removed {size_text(before - left)}")
         if left:
-            raise OutputError(f"{_size(left)} could not be removed from {cache.path}: {cache.problem() or 'no permission, or in use'}")
+            raise OutputError(f"{size_text(left)} could not be removed from {cache.path}: {cache.problem() or 'no permission, or in use'}")
     click.echo(quote(cache.path))
     if problem := cache.problem():
         click.echo(f"nothing is cached: {problem}")
     for kind, size in cache.sizes().items():
-        click.echo(f"{kind:14}{_size(size):>12}")
+        click.echo(f"{kind:14}{size_text(size):>12}")
 
 
 def _confirm(question: str, unanswered: str) -> None:
@@ -45,7 +47,3 @@ def _confirm(question: str, unanswered: str) -> None:
         raise InputError(unanswered) from None
     if not confirmed:
         raise click.Abort
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"

@@ -1,14 +1,19 @@
 """`snoopi-rt export`. The PyTorch side is imported inside it."""
 
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from snoopi_rt.cli.options import Number, completed_by, folder_path, prompt_file_options
 from snoopi_rt.cli.torch_command import torch_command
 from snoopi_rt.errors import InputError
-from snoopi_rt.shell import quote, visible
+from snoopi_rt.shell import quote, size_text, visible
+
+if TYPE_CHECKING:
+    from snoopi_rt.export.weights.hub import ModelFile
 
 ROWS = "snoopi_rt.export.presets.rows"
 
@@ -72,6 +77,7 @@ ROWS = "snoopi_rt.export.presets.rows"
 @click.option("--prompts-only", is_flag=True, help="Leave out the text encoder: the bundle can draw the --prompts and no others.")
 @click.option("--accept-licence", is_flag=True, help="Accept a licence that forbids commercial use.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--dry-run", is_flag=True, help="Only list the files that would be read, with their sizes; fetch and write nothing.")
 def export(
     backbone: str | None,
     preset: str | None,
@@ -91,10 +97,17 @@ def export(
     prompts_only: bool,
     accept_licence: bool,
     force: bool,
+    dry_run: bool,
 ) -> None:
     """Turn a student's weights into a bundle, checked against PyTorch."""
     from snoopi_rt.export.presets.rows import choose_preset
 
+    if dry_run:
+        with torch_command("export", "export", Path()):
+            from snoopi_rt.export.source import list_files
+
+            _list(list_files(backbone, weights, preset, weights_file, decoder))
+        return
     out = out or Path(choose_preset(backbone, preset).name)
     with torch_command("export", "export", out):
         from snoopi_rt.export.exporter import ExportOptions, check_out
@@ -116,6 +129,17 @@ def export(
         bundle = write(source, out, options, _report)
     click.echo(bundle.described())
     _report(f"next: snoopi-rt generate --bundle {quote(out)}")
+
+
+def _list(models: Mapping[str, Sequence["ModelFile"]]) -> None:
+    """Prints the files of each model with their sizes."""
+    for name, files in models.items():
+        click.echo(visible(name))
+        for file in files:
+            click.echo(f"{size_text(file.size):>10}  {visible(file.name)}{', here' * file.here}")
+    every = [file for files in models.values() for file in files]
+    absent = sum(file.size for file in every if not file.here)
+    click.echo(f"{size_text(sum(file.size for file in every)):>10}  in all, {size_text(absent)} to fetch")
 
 
 def _report(line: str) -> None:

@@ -99,6 +99,18 @@ def test_a_bundle_of_two_sizes_a_tiny_decoder_and_carried_prompts_draws(folders:
         assert words in line and "Traceback" not in line
 
 
+def test_a_dry_run_lists_the_files_and_writes_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
+    words = ["--backbone", "sd21", "--weights", folders["sd21"], "--decoder", folders["taesd"], "--out", tmp_path / "bundle"]
+    listed = run("export", *words, "--dry-run").stdout
+    assert "  unet/diffusion_pytorch_model.safetensors, here\n" in listed and f"\n{folders['taesd']}\n" in listed
+    # The folder's own decoder is not read where another takes its place.
+    assert "  vae/config.json" in listed and "vae/diffusion_pytorch_model" not in listed
+    assert listed.endswith("  in all, 0 kB to fetch\n") and not list(tmp_path.iterdir())
+    alone = run("export", *words, "--dry-run", "--weights-file", folders["taesd"]).stdout
+    assert "  unet/config.json" in alone and "unet/diffusion_pytorch_model" not in alone
+    assert "unknown preset 'sd'" in run("export", "--preset", "sd", "--dry-run", code=2).stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -186,7 +198,7 @@ def test_a_student_of_ones_own_follows_its_folders_scheduler(
 ) -> None:
     damage_scheduler(student)
     told = run("export", "--backbone", "sd21", "--weights", student, "--precision", "int8", "--precision", "decoder=fp16", code=1).stderr
-    assert "rule of preset sd-turbo; its scheduler agrees on alpha, timestep, input_scale; prediction=v as the folder's" in told
+    assert "rule of preset sd-turbo; its scheduler agrees on alpha, timestep, input_scale, end; prediction=v as the folder's" in told
     ((source, out, options),) = asked
     assert source.preset.prediction == "v" and source.provenance["preset"] == "sd-turbo prediction=v"
     assert out == Path("sd-turbo")

@@ -38,9 +38,10 @@ def test_every_link_and_every_path_leads_somewhere(page: Path) -> None:
     assert not [path for path in NAMED.findall(page.read_text(encoding="utf-8")) if not (ROOT / path).exists()]
 
 
-def test_the_page_of_commands_is_what_the_commands_say() -> None:
-    page = runpy.run_path(str(ROOT / "tools" / "cli_docs.py"))["page"]
-    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == page(), "run `python tools/cli_docs.py`"
+@pytest.mark.parametrize(("document", "tool"), [("cli.md", "cli_docs.py"), ("export.md", "preset_docs.py")])
+def test_the_pages_that_are_made_from_the_code_are_up_to_date(document: str, tool: str) -> None:
+    page = runpy.run_path(str(ROOT / "tools" / tool))["page"]
+    assert (ROOT / "docs" / document).read_text(encoding="utf-8") == page(), f"run `python tools/{tool}`"
 
 
 def keys(kind: Any) -> set[str]:

@@ -84,7 +84,6 @@ CASES = {
         "StableDiffusionPipeline",
         SD,
         {"guidance_scale": 2.0},
-        settings=("input_scale=0.997667",),
         sizes=((64, 64), (128, 192)),
     ),
     "SD 2.1, DDPM": Case(

@@ -221,10 +221,16 @@ def test_a_merge_leaves_the_file_of_the_weights_as_it_was(tmp_path: Path) -> Non
     assert file.read_bytes() == before
 
 
-def test_only_safetensors_are_read(tmp_path: Path) -> None:
-    torch.save(CONV_IN, tmp_path / "x.bin")
-    with pytest.raises(InputError, match=r"must be a .safetensors file"):
-        merge_loras([(tmp_path / "x.bin", 1.0)], {NETWORK: tiny_unet()})
+def test_a_pickled_state_dict_is_merged_and_anything_else_refused(tmp_path: Path) -> None:
+    torch.save(CONV_IN, tmp_path / "x.pt")
+    network = tiny_unet()
+    before = network.conv_in.weight.clone()
+    merge_loras([(tmp_path / "x.pt", 1.0)], {NETWORK: network})
+    assert torch.equal(network.conv_in.weight, before + 2)
+    for content, message in (({"state": CONV_IN}, "or more than tensors"), (Path.cwd, "is not a plain state dict of torch")):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(InputError, match=message):
+            merge_loras([(tmp_path / "x.pt", 1.0)], {NETWORK: tiny_unet()})
 
 
 def test_file_and_weight_are_told_apart_also_with_colons_in_the_path(tmp_path: Path) -> None:
@@ -332,7 +338,7 @@ def test_a_lora_of_pixarts_t5_is_added_wherever_its_weights_are_read(tmp_path: P
 def test_a_lora_without_tensors_or_for_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     save_file({}, file)
-    with pytest.raises(InputError, match="holds no tensors: there is nothing to merge"):
+    with pytest.raises(InputError, match="holds no tensors, or more than tensors"):
         merge_loras([(file, 1.0)], {NETWORK: tiny_unet()})
     save_file(CONV_IN | {"unet.conv_in.alpha": torch.tensor(torch.nan)}, file)
     with pytest.raises(InputError, match="what it holds of conv_in is not finite"):

@@ -10,8 +10,9 @@ from snoopi_rt.errors import InputError
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.export.presets.preset import FACTS, SETTABLE
-from snoopi_rt.export.presets.rows import DEFAULT_PRESET, PRESETS, Preset, check_scheduler, default_preset, find_preset, override, table
+from snoopi_rt.export.presets.rows import DEFAULT_PRESET, PRESETS, Preset, check_scheduler, default_preset, find_preset, override
 from snoopi_rt.export.presets.scheduler_check import follow_scheduler
+from snoopi_rt.export.presets.table import markdown, table
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 PIXART = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000}
@@ -88,8 +89,7 @@ def test_every_row_is_complete(preset):
     assert preset.weights or "give" in preset.note, "a row without a public location says what to give"
     assert not preset.file or preset.base, "a single file needs a folder for everything else"
     assert preset.run_with_real_weights == (preset.name == "small")  # no other row was run with its real weights yet
-    assert set(preset.from_scheduler) <= {"prediction", "alpha", "timestep", "input_scale"}
-    assert bool(preset.time_ids) == (preset.backbone == "sdxl")
+    assert set(preset.from_scheduler) <= {"prediction", "alpha", "timestep", "input_scale", "kept", "end"}
     for kind in GUIDANCE:
         guidance = preset.guidance(kind)
         assert 0 <= guidance.default_scale <= guidance.max_scale
@@ -129,7 +129,7 @@ def test_the_embedded_student_is_read_at_zero_terminal_snr():
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(InputError, match=r"unknown preset 'sd-turob', choose from small, pgsb-sd15, .*nitrosd-vibrant"):
         find_preset("sd-turob")
-    with pytest.raises(InputError, match=r"unknown preset 'dmd2', choose from pgsb-sd15, sdxs-dreamshaper, dmd2-sd15, instaflow$"):
+    with pytest.raises(InputError, match=r"unknown preset 'dmd2', choose from pgsb-sd15, sdxs-dreamshaper, dmd2-sd15, hyper.*instaflow$"):
         find_preset("dmd2", "sd15")
     with pytest.raises(InputError, match="backbone 'flux' has no preset, those with one are small, pixart, sd15, sd21, sdxl, sana"):
         default_preset("flux")
@@ -160,7 +160,7 @@ def test_settings_change_the_rule():
 
 def test_every_field_is_a_fact_or_can_be_set():
     assert {*FACTS, *SETTABLE} == {field.name for field in fields(Preset)} and not {*FACTS} & {*SETTABLE}
-    assert {"timestep", "alpha", "sigma", "prediction", "input_scale", "time_ids", "vae_scaling", "size"} <= {*SETTABLE}
+    assert {"timestep", "alpha", "sigma", "prediction", "input_scale", "time_ids", "size"} <= {*SETTABLE}
 
 
 @pytest.mark.parametrize(
@@ -178,13 +178,13 @@ def test_every_field_is_a_fact_or_can_be_set():
         ("timestep=399.5", "has no timestep 399.5"),
         ("timestep=-1", "timestep must not be negative"),
         ("timestep=249,999", "the timesteps must fall from step to step"),
-        ("timestep=5,4,3,2,1", "timestep has 5 values, a student has 1 to 4 steps"),
+        ("timestep=9,8,7,6,5,4,3,2,1", "timestep has 9 values, a student has 1 to 8 steps"),
         ("alpha=0.1,0.2", "alpha has 2 values for 1 timesteps"),
         ("alpha=2", "alpha must lie between 0 and 1"),
         ("alpha=0", "prediction epsilon needs an alpha above 0"),
         ("nag_tau=0.5", "nag_tau must be 1 or more"),
         ("time_ids=512,512", "time_ids has six numbers"),
-        ("size=0", "size, max_tokens and vae_scaling must be above 0"),
+        ("size=0", "size and max_tokens must be above 0"),
     ],
 )
 def test_nonsense_is_one_clear_line(setting, message):
@@ -200,7 +200,7 @@ def test_a_flow_of_several_steps_and_a_scale_out_of_range_are_refused():
         override(find_preset("sd-turbo"), ["nasa_scale=3"]).guidance("nasa")
 
 
-EULER_FIELDS = ["prediction", "alpha", "timestep", "input_scale"]
+EULER_FIELDS = ["prediction", "alpha", "timestep", "input_scale", "end"]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_the_schedulers_that_come_with_the_weights_confirm_the_rows(tmp_path, na
         ("sd-turbo", {**TURBO, "timestep_spacing": "leading"}, "has timestep 999, but .* gives 1: "),
         ("sd-turbo", DDPM_SD, "has timestep 999, but .* gives 0: "),
         ("sdxs", {**DDPM_SD, "timestep_spacing": "trailing"}, r"has input_scale 0\.997667, but .* gives 1: --set input_scale=1 follows"),
-        ("pixart-dmd", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "has prediction epsilon, but .* gives flow"),
+        ("pixart-dmd", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "has prediction epsilon, but .* gives velocity"),
     ],
 )
 def test_a_contradiction_names_both_numbers_and_the_way_out(tmp_path, name, config, message):
@@ -252,7 +252,7 @@ def test_a_contradiction_names_both_numbers_and_the_way_out(tmp_path, name, conf
 
 
 def test_the_two_ways_out_of_a_contradiction_work(tmp_path):
-    for name, config, others in (("nitro-sd", DDPM_SD, ["alpha"]), ("sd-turbo", TURBO, ["alpha", "timestep", "input_scale"])):
+    for name, config, others in (("nitro-sd", DDPM_SD, ["alpha"]), ("sd-turbo", TURBO, ["alpha", "timestep", "input_scale", "end"])):
         preset, folder = find_preset(name), scheduler(tmp_path, {**config, "prediction_type": "v_prediction"})
         assert check_scheduler(override(preset, ["prediction=v"]), folder) == others
         assert check_scheduler(override(preset, ["prediction=epsilon"]), folder) == others
@@ -272,7 +272,7 @@ def test_without_its_exception_swiftbrush_would_contradict_its_own_scheduler(tmp
         ("[]", "scheduler_config.json holds a list and not a JSON object"),
         ({**DDPM_SD, "beta_schedule": "cosine-ish"}, "cannot read the schedule of .*cosine-ish"),
         ({**DDPM_SD, "beta_start": "small"}, "cannot read the schedule of "),
-        ({**DDPM_SD, "num_train_timesteps": 500}, "cannot read the schedule of .*: it has 500 timesteps, preset nitro-sd asks for 999"),
+        ({**DDPM_SD, "num_train_timesteps": 500}, "cannot read the schedule of .*: it has 500 timesteps, 999 is not one of them"),
     ],
 )
 def test_a_broken_scheduler_file_is_one_clear_line(tmp_path, content, message):
@@ -292,13 +292,22 @@ def test_a_folder_without_a_scheduler_confirms_nothing(tmp_path):
         ("sd-turbo", DDPM_SD, [], ["input_scale=1"], ["prediction", "alpha"]),
         # Spaced for many steps, the schedule of SD 1.5 itself ends in one step at 0 or 1: the student's timestep stays.
         ("sdxs-dreamshaper", PNDM_SD, [], [], ["prediction", "alpha"]),
+        # A row that is a guess follows whatever its repository says.
+        ("sdxs-dreamshaper", TURBO, [], ["input_scale=0.997667"], ["prediction", "alpha", "timestep", "end"]),
+        (
+            "sdxs-dreamshaper",
+            {**SD, "_class_name": "DEISMultistepScheduler"},
+            [],
+            ["end=0.999575,0.029154"],
+            ["prediction", "alpha", "timestep", "input_scale"],
+        ),
         ("sdxs-dreamshaper", {**DDPM_SD, "prediction_type": "v_prediction"}, [], ["prediction=v"], ["alpha"]),
         ("sdxs-dreamshaper", DDPM_PIXART, [], ["alpha=0.00635282"], ["prediction"]),
         ("pixart-dmd", DDPM_PIXART, [], [], ["prediction", "alpha"]),
         ("pixart-dmd", DDPM_SD, [], ["alpha=0.651523"], ["prediction"]),
         # A scheduler that starts from pure noise knows the timestep, unless it was set by hand.
-        ("hyper-sdxl", TURBO, [], ["alpha=0.0682649", "timestep=999", "input_scale=0.997667"], ["prediction"]),
-        ("hyper-sdxl", TURBO, ["timestep=400"], ["input_scale=0.997667"], ["prediction", "alpha"]),
+        ("hyper-sdxl", TURBO, [], ["alpha=0.0682649", "timestep=999", "input_scale=0.997667"], ["prediction", "end"]),
+        ("hyper-sdxl", TURBO, ["timestep=400"], ["input_scale=0.997667"], ["prediction", "alpha", "end"]),
         ("sd-turbo", {**DDPM_SD, "prediction_type": "sample"}, ["prediction=v", "input_scale=0.5"], [], ["alpha"]),
     ],
 )
@@ -311,10 +320,9 @@ def test_without_a_preset_the_folders_own_scheduler_is_followed(tmp_path, name, 
 
 def test_what_a_scheduler_does_not_say_is_not_guessed(tmp_path):
     assert follow_scheduler(find_preset("sd-turbo"), tmp_path, []) == ([], [])
-    for config in ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, {**DPM_PIXART, "prediction_type": "flow_prediction"}):
-        with pytest.raises(InputError, match=r"has prediction epsilon, but .* gives flow"):
-            follow_scheduler(find_preset("pixart-dmd"), scheduler(tmp_path, config), [])
-    with pytest.raises(InputError, match=r"cannot read the schedule of .*: it has 500 timesteps, preset nitro-sd asks for 999"):
+    with pytest.raises(InputError, match=r"cannot read the schedule of .*: it predicts a flow, and its sigmas are not one's"):
+        follow_scheduler(find_preset("pixart-dmd"), scheduler(tmp_path, {**DPM_PIXART, "prediction_type": "flow_prediction"}), [])
+    with pytest.raises(InputError, match=r"cannot read the schedule of .*: it has 500 timesteps, 999 is not one of them"):
         follow_scheduler(find_preset("nitro-sd"), scheduler(tmp_path, {**DDPM_SD, "num_train_timesteps": 500}), [])
 
 
@@ -327,3 +335,5 @@ def test_the_table_has_a_row_a_preset_and_says_which_were_run():
     assert "999,749,499,249" in four and "14.6,4.1,1.6,0.7" in four and "CC BY-NC-SA 4.0" in four and four.endswith("no")
     start = head.index("licence")
     assert all(row[start - 2 : start] == "  " for row in rows)
+    assert "diffusers' scheduler" in four and table().splitlines()[1].split("  ")[0] == "small*"
+    assert markdown().splitlines()[0].startswith("| preset | backbone |") and len(markdown().splitlines()) == len(PRESETS) + 2

@@ -1,25 +1,23 @@
 """Folders and hub models: what is taken from each, and one line for each thing that can be wrong, against a real server."""
 
-import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import COMMIT, Hub, serving
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.weights.hub import WeightsFolder, find_weights, weight_files
 
-COMMIT = "a" * 40
 # More than one chunk of the client: it resumes after the last complete one.
 BIG = bytes(range(256)) * 44_000
+LARGE = "unet/diffusion_pytorch_model.safetensors"
 
 FILES = {
     "README.md": b"---\nlicense: openrail++\ntags:\n- text-to-image\n---\n# Tiny\n",
@@ -37,6 +35,9 @@ FILES = {
     "text_encoder/model-00001-of-00002.safetensors": b"first shard",
     "text_encoder/model-00002-of-00002.safetensors": b"second shard",
     "text_encoder/model.safetensors.index.json": b"{}",
+    "text_encoder_2/config.json": b"{}",
+    "text_encoder_2/model.safetensors": b"full precision",
+    "text_encoder_2/model.fp16.safetensors": b"half precision",
     "text_encoder/pytorch_model.bin.index.json": b"{}",
     "text_encoder/pytorch_model-00001-of-00001.bin": b"pickled",
     "tokenizer/vocab.json": b"{}",
@@ -54,6 +55,8 @@ WANTED = {
     "text_encoder/model-00001-of-00002.safetensors",
     "text_encoder/model-00002-of-00002.safetensors",
     "text_encoder/model.safetensors.index.json",
+    "text_encoder_2/config.json",
+    "text_encoder_2/model.fp16.safetensors",
     "tokenizer/vocab.json",
     "tokenizer/merges.txt",
     "tokenizer_2/spiece.model",
@@ -61,98 +64,13 @@ WANTED = {
 }
 
 
-class Hub(ThreadingHTTPServer):
-    """The part of the hub's protocol that a download uses. `cut`: bytes of BIG after which a connection breaks, and how often."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), HubAnswer)
-        # The client keeps equal contents once, so no two files are equal.
-        self.files = {name: data if data in (BIG, FILES["README.md"]) else data + name.encode() for name, data in FILES.items()}
-        self.cut, self.cuts, self.broken = 0, 0, ""
-        self.sent: list[tuple[str, int, int]] = []
-        self.asked: list[tuple[str, str]] = []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is no news."""
-
-
-class HubAnswer(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: object) -> None:
-        """Says nothing."""
-
-    def refuse(self, status: int, code: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def answer(self, body: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        self.server.asked.append((path, self.headers.get("User-Agent", "")))
-        if "/absent" in path:
-            self.refuse(404, "RepoNotFound")
-        elif "/gated" in path:
-            self.refuse(403, "GatedRepo")
-        elif match := re.fullmatch(r"/api/models/some/\w+/revision/(.+)", path):
-            if match[1] in ("main", "v1", COMMIT):
-                self.answer(json.dumps({"id": "some/tiny", "sha": COMMIT, "siblings": []}).encode())
-            else:
-                self.refuse(404, "RevisionNotFound")
-        elif re.fullmatch(rf"/api/models/some/\w+/tree/{COMMIT}", path):
-            entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in self.server.files.items()
-            ]
-            self.answer(json.dumps(entries).encode())
-        elif match := re.fullmatch(rf"/some/\w+/resolve/{COMMIT}/(.+)", path):
-            self.send_file(match[1])
-        else:
-            self.refuse(404, "EntryNotFound")
-
-    def send_file(self, name: str) -> None:
-        data = self.server.files[name]
-        start = int(re.findall(r"\d+", self.headers.get("Range", "0"))[0])
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if self.command == "GET" and name == self.server.broken:
-            self.refuse(500, "")
-        elif self.command == "GET" and data is BIG and self.server.cuts:
-            self.server.cuts -= 1
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(data) - start))
-            self.end_headers()
-            self.wfile.write(data[start : start + self.server.cut])
-            self.server.sent.append((name, start, self.server.cut))
-            self.close_connection = True
-        elif start:
-            self.answer(data[start:], headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}, 206)
-            self.server.sent.append((name, start, len(data) - start))
-        else:
-            self.answer(data, headers)
-            if self.command == "GET":
-                self.server.sent.append((name, 0, len(data)))
-
-
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    with Hub() as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    # The client keeps equal contents once, so no two files are equal.
+    files = {name: data if data in (BIG, FILES["README.md"]) else data + name.encode() for name, data in FILES.items()}
+    with serving({"some/tiny": files}) as server:
+        server.large = LARGE
         yield server
-        server.shutdown()
 
 
 def run(cache: Path, endpoint: str, *arguments: object, prelude: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -192,7 +110,7 @@ def test_a_hub_model_is_fetched_by_parts_and_found_again_without_network(hub: Hu
     assert fetched == {"path": fetched["path"], "name": "some/tiny", "licence": "openrail++", "revision": COMMIT}
     assert held(fetched["path"]) == WANTED
     assert (Path(fetched["path"]) / "unet/diffusion_pytorch_model.safetensors").read_bytes() == BIG
-    assert {name for name, _, _ in hub.sent} == WANTED and len(hub.sent) == len(WANTED)
+    assert {name for _, name, _, _ in hub.sent} == WANTED and len(hub.sent) == len(WANTED)
     hub.shutdown()
     hub.server_close()
     assert fetch(tmp_path, hub.url, "some/tiny") == fetched
@@ -211,7 +129,7 @@ def test_the_hub_is_not_told_what_is_installed_here_nor_who_runs_it(hub: Hub, tm
 def test_a_file_goes_on_where_its_connection_broke(hub: Hub, tmp_path: Path) -> None:
     hub.cut, hub.cuts = 11_000_000, 1
     fetched = fetch(tmp_path, hub.url, "some/tiny", ("unet",))
-    first, second = (sent for sent in hub.sent if sent[0].endswith("model.safetensors"))
+    first, second = (sent[1:] for sent in hub.sent if sent[1] == LARGE)
     assert first[1:] == (0, 11_000_000) and 0 < second[1] <= 11_000_000 and second[1] + second[2] == len(BIG)
     assert (Path(fetched["path"]) / "unet/diffusion_pytorch_model.safetensors").read_bytes() == BIG
 
@@ -220,15 +138,15 @@ def test_a_second_call_fetches_only_what_the_first_one_lacks(hub: Hub, tmp_path:
     hub.broken = "unet/diffusion_pytorch_model.safetensors"
     assert "SnoopiError: hub model some/tiny cannot be fetched: " in (line := fetch(tmp_path, hub.url, "some/tiny"))
     assert "\n" not in line and "500" in line and line.endswith("run again to resume")
-    whole = {name for name, _, _ in hub.sent}
+    whole = {name for _, name, _, _ in hub.sent}
     assert len(whole) > 2
     hub.broken, hub.sent = "", []
     fetched = fetch(tmp_path, hub.url, "some/tiny")
-    assert held(fetched["path"]) == WANTED and {name for name, _, _ in hub.sent} == WANTED - whole
+    assert held(fetched["path"]) == WANTED and {name for _, name, _, _ in hub.sent} == WANTED - whole
 
 
 def test_root_parts_and_single_files_of_a_hub_model_are_parts_too(hub: Hub, tmp_path: Path) -> None:
-    hub.files = {
+    hub.models["some/tiny"] = {
         "config.json": b"{}",
         "diffusion_pytorch_model.safetensors": b"x",
         "model.onnx": b"x",
@@ -242,7 +160,7 @@ def test_root_parts_and_single_files_of_a_hub_model_are_parts_too(hub: Hub, tmp_
 
 
 def test_everything_that_can_be_wrong_with_a_hub_model_is_one_clear_line(hub: Hub, tmp_path: Path) -> None:
-    hub.files = {"README.md": b"# a data set", "data.csv": b"1"}
+    hub.models["some/tiny"] = {"README.md": b"# a data set", "data.csv": b"1"}
     for arguments, message in [
         (("some/absent",), "no folder and no hub model 'some/absent': check the name; a private model needs `hf auth login`"),
         (
@@ -324,6 +242,11 @@ def test_a_folder_is_taken_as_it_is_and_anything_else_is_one_clear_line(tmp_path
             find_weights(weights)
 
 
+def test_a_part_that_other_weights_replace_gives_its_config_alone(hub: Hub, tmp_path: Path) -> None:
+    fetched = fetch(tmp_path, hub.url, "some/tiny", ("unet", "tokenizer"), ("unet",))
+    assert held(fetched["path"]) == {"README.md", "model_index.json", "unet/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"}
+
+
 @pytest.mark.parametrize(
     ("names", "chosen"),
     [
@@ -340,3 +263,12 @@ def test_a_folder_is_taken_as_it_is_and_anything_else_is_one_clear_line(tmp_path
 )
 def test_one_set_of_weights_is_chosen(names: list[str], chosen: list[str]) -> None:
     assert weight_files(names) == chosen
+
+
+def test_of_text_encoders_half_the_precision_is_enough() -> None:
+    names = ["model.safetensors", "model.fp16.safetensors", "model.no_ema.safetensors", "pytorch_model.fp16.bin"]
+    assert weight_files(names, half=True) == ["model.fp16.safetensors"] and weight_files(names) == ["model.safetensors"]
+    assert weight_files(["pytorch_model.bin", "model.fp16-00001-of-00001.safetensors"], half=True) == [
+        "model.fp16-00001-of-00001.safetensors"
+    ]
+    assert weight_files(["model.safetensors", "model.no_ema.safetensors"], half=True) == ["model.safetensors"]

@@ -41,7 +41,7 @@ class ClipLoss(Loss):
         assert folder is not None  # see `check`
         with run.prepared():
             self._clip = load_module(folder, CLIPModel).to(run.models.device)
-            self._decoder = load_decoder(Weights(task.teacher), run.preset).to(run.models.device)
+            self._decoder = load_decoder(Weights(task.teacher)).to(run.models.device)
             texts, key = partial(read_prompts, task.prompts), states_key(task.prompts, folder)
             self._prompts = encode_prompts(texts, key, _text_embedder(folder, self._clip), masked=False, folder=task.states_folder("clip"))
         self._prompts.on(run.models.device, torch.float32)
