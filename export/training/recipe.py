@@ -14,7 +14,10 @@ Weighting = Literal["dmd", "swiftbrush", "epsilon", "x0"]
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW of the student; the LoRA teacher shares betas, max_norm and warmup."""
+    """The student's; the LoRA teacher's is AdamW and shares betas, max_norm and warmup."""
+
+    muon: bool = False
+    """Step the matrices of transformer blocks by Muon, and all other parameters by AdamW."""
 
     beta1: float = 0.9
     """Decay of the gradients' mean."""

@@ -85,9 +85,9 @@ class Trainer:
         ready: Callable[[], None] = lambda: None,
     ):
         models, preset = Models(task, recipe, denoiser, schedule, processes.device, compiled), own_preset(task.backbone)
-        self.weights = master_weights(
-            models.student, recipe, processes, weight_decay=recipe.optimiser.weight_decay, ema=recipe.optimiser.ema
-        )
+        optimiser = recipe.optimiser
+        settings = {"weight_decay": optimiser.weight_decay, "ema": optimiser.ema, "muon": optimiser.muon}
+        self.weights = master_weights(models.student, recipe, processes, **settings)
         models.round_student()
         self.decoder = load_decoder(Weights(task.teacher)) if processes.main else None
         ready()

@@ -38,9 +38,17 @@ def test_the_distance_to_the_teachers_pictures_can_stay_in_the_loss(teachers: Pa
 
 
 def test_pictures_are_also_compared_by_what_the_frozen_teacher_sees_in_them(teachers: Path, tmp_path: Path) -> None:
-    learn = {"vsd.weight": 0.0, "regression.weight": 1.0, "regression.pairs": 8, "regression.teacher_steps": 2, "lr": 3e-3}
+    learn = {
+        "vsd.weight": 0.0,
+        "regression.weight": 1.0,
+        "regression.pairs": 8,
+        "regression.teacher_steps": 2,
+        "lr": 3e-3,
+        "optimiser.muon": True,
+    }
     trainer = trainer_of(teachers, tmp_path, **learn, **{"regression.features": 1e8})  # the tiny networks' latents lie far apart
     frozen = {name: value.clone() for name, value in trainer.run.models.teachers.network.named_parameters()}
+    assert trainer.weights.muons
     batch = StudentBatch(trainer.run, Samples(0, range(8), 1.0))
     before = trainer.losses["regression"].term(batch).logged
     for i in range(25):
@@ -52,9 +60,8 @@ def test_pictures_are_also_compared_by_what_the_frozen_teacher_sees_in_them(teac
 
 def test_the_distance_of_features_is_one_of_directions() -> None:
     tokens = torch.randn(2, 5, 3)
-    assert torch.allclose(
-        feature_distance([tokens, tokens], [2 * tokens, -tokens]), torch.full((2,), 2.0)
-    )  # 0 in one layer, 4 in the other
+    distance = feature_distance([tokens, tokens], [2 * tokens, -tokens])  # 0 in one layer, 4 in the other
+    assert torch.allclose(distance, torch.full((2,), 2.0))
 
 
 def test_the_teachers_pictures_are_drawn_once_and_a_resumed_run_sees_the_same(
