@@ -102,7 +102,7 @@ setup(
     package_data={
         "snoopi_rt": ["py.typed", "bundles/*/*"],
         "snoopi_rt.server": ["page/*"],
-        "snoopi_rt.export.small_model.dataset": ["*.txt"],
+        "snoopi_rt.export.small_model.dataset": ["*.txt", "drawings/*.zip"],
         "snoopi_rt.export.evaluation": ["*.txt", "*.jsonl"],
     },
     entry_points={"console_scripts": ["snoopi-rt = snoopi_rt.__main__:run"]},

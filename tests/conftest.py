@@ -133,7 +133,7 @@ def pipe(original: Bundle, fakes: dict[str, FakeEngine]) -> Pipeline:
 
 @pytest.fixture(scope="session")
 def tiny_sprites() -> dict:
-    """A disc in a colour of its own for every thing and style: stands in for the drawings that npm would fetch."""
+    """A disc in a colour of its own for every thing and style: stands in for the drawings, which take seconds to read."""
     from PIL import Image, ImageDraw
 
     from snoopi_rt.export.small_model.dataset.scene import STYLES

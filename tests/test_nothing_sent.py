@@ -162,30 +162,13 @@ def test_training_and_export_send_nothing_and_leave_no_file(watched: Watched) ->
     watched.snoopi("export", "--preset", "pgsb-sd21", "--set", "size=64", "--weights", "merged", "--precision", "fp32", "--out", "bundle")
 
 
-def write_drawings(folder: Path) -> None:
-    """What stands in for the drawings that npm would fetch: a disc in a colour of its own for every thing and set."""
-    from snoopi_rt.export.small_model.dataset.sprites import SIDE, TRAINED, UNSEEN, stored
-    from snoopi_rt.export.small_model.dataset.vocabulary import things
-
-    folder.mkdir(parents=True)
-    names = [thing.name for thing in things()]
-    y, x = np.ogrid[:SIDE, :SIDE]
-    inside = (x - SIDE / 2) ** 2 + (y - SIDE / 2) ** 2 < (SIDE / 2) ** 2
-    for start, drawing in enumerate((*TRAINED, *UNSEEN)):
-        colours = np.random.default_rng(start).integers(0, 256, (len(names), 4), np.uint8) | np.uint8([0, 0, 0, 255])
-        discs = {f"s{number}": inside[..., None] * colour for number, colour in enumerate(colours)}
-        np.savez_compressed(stored(folder, drawing), allow_pickle=False, names=np.array(names), **discs)
-
-
 def test_the_small_model_s_road_sends_nothing_and_leaves_no_file(watched: Watched) -> None:
-    """The drawings are there already: fetching them with npm is what its command is for."""
-    write_drawings(watched.here / "pictures" / "npm")
     encoder = Path(__file__).parents[1] / "weights" / "small" / "teacher" / "vae"
     once = ["--set", "steps=1", "--set", "batch=2"]
     watched.snoopi("data", "emoji", "--encoder", str(encoder), "--out", "pictures", "--count", "4")
     watched.snoopi("train", "decoder", "--data", "pictures", "--encoder", str(encoder), "--out", "decoder", *once)
     watched.snoopi("train", "teacher", "--data", "pictures", "--decoder", "decoder", "--out", "teacher", *once, "--set", "layers=1")
-    watched.snoopi("eval", "small", "--quick", "--drawings", "pictures/npm", "--out", "evaluation")
+    watched.snoopi("eval", "small", "--quick", "--out", "evaluation")
 
 
 @pytest.mark.skipif("openvino" not in installed(), reason="OpenVINO is not installed")

@@ -288,10 +288,10 @@ def summary(rows: Sequence[Row]) -> dict[str, float | None]:
     }
 
 
-def measure(negatives: Negatives, drawings: Path, count: int | None, pairs: int, out: Path) -> list[dict[str, Any]]:
+def measure(negatives: Negatives, references: Path, count: int | None, pairs: int, out: Path) -> list[dict[str, Any]]:
     few = None if count is None else spread([thing.name for thing in things() if thing.common], count)
     domain = Domain(
-        Judge(drawings, names=few, sets=[drawing for drawing in TRAINED if drawing.style == DEFAULT_STYLE]), 100 if few is None else 12
+        Judge(references, names=few, sets=[drawing for drawing in TRAINED if drawing.style == DEFAULT_STYLE]), 100 if few is None else 12
     )
     counters = Counters(domain, 24 if few is None else 2)
     table = []
@@ -344,7 +344,7 @@ def main(data: Path, decoder: Path, runs: Path, teacher_steps: int, student_step
     negatives = Negatives(student, load_module(decoder, PixelShuffleDecoder))
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet(negatives).save(out.with_name(f"{out.stem}_sheet.png"))
-    table = measure(negatives, data / "npm", 4 if quick else None, 3 if quick else 40, out)
+    table = measure(negatives, runs / "references", 4 if quick else None, 3 if quick else 40, out)
     document = {
         "teacher": asdict(recipe),
         "student": asdict(of_student),

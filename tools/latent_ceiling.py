@@ -1,6 +1,6 @@
 """What latents keep: real drawings seen through the encoder and a decoder, judged as the model's pictures are.
 
-    python tools/latent_ceiling.py --decoder runs/decoder --drawings runs/emoji/npm --out out/latent_ceiling.json
+    python tools/latent_ceiling.py --decoder runs/decoder --out out/latent_ceiling.json
 
 A picture of the model cannot be recognised more often than these, and these not more often than the drawings themselves.
 """
@@ -28,11 +28,10 @@ SHOWN = 64
 @click.command()
 @click.option("--decoder", type=click.Path(path_type=Path), required=True)
 @click.option("--encoder", type=click.Path(path_type=Path), default=ENCODER)
-@click.option("--drawings", type=click.Path(path_type=Path), required=True, help="Where the emoji drawings are kept.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(decoder: Path, encoder: Path, drawings: Path, out: Path) -> None:
+def main(decoder: Path, encoder: Path, out: Path) -> None:
     """Print the shares that are recognised, write them as JSON, and 64 pictures beside it."""
-    judge = Judge(drawings)
+    judge = Judge(out.parent / "references")
     pictures = np.stack([judge.composer.draw(Scene((name,)), None, SIDE) for name in judge.names])
     latents = torch.cat(
         [encoded(AutoencoderTiny.from_pretrained(encoder).encoder.bfloat16(), part) for part in np.array_split(pictures, 16)]

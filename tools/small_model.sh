@@ -4,7 +4,7 @@
 #   tools/small_model.sh RUNS           pictures, decoder, teacher, student and its bundle below the folder RUNS
 #   tools/small_model.sh RUNS --quick   the same road in minutes, to see that it holds; what comes out is no model
 #
-# Needs pip install -e ".[export,train]", and npm for the drawings. The encoder is the first embedded model's, as it is.
+# Needs pip install -e ".[export,train]". The encoder is the first embedded model's, as it is.
 set -euo pipefail
 runs=${1:?the folder to work in}
 encoder=weights/small/teacher/vae
@@ -23,4 +23,4 @@ stage teacher --data "$emoji" --decoder "$runs/decoder" --start weights/small/te
 stage student --teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --edits "$emoji/edits.jsonl" --recipe small \
     --set regression.weight=1 --set vsd.weight=0 --set edits.weight=1 --set nasa_max=1 --out "$runs/student" "${students[@]}"
 snoopi-rt export --backbone small --weights "$runs/student" --set size=256 --out "$runs/bundle" --force
-snoopi-rt eval small --bundle "$runs/bundle" --teacher "$runs/teacher" --drawings "$emoji/npm" --out "$runs/evaluation" "${judged[@]}"
+snoopi-rt eval small --bundle "$runs/bundle" --teacher "$runs/teacher" --references "$runs/references" --out "$runs/evaluation" "${judged[@]}"

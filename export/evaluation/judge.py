@@ -26,20 +26,20 @@ from snoopi_rt.export.small_model.features import load_network, to_network, weig
 from snoopi_rt.export.weights.files import fingerprint, save_tensors
 
 SIDES = {"lite0": 224, "lite2": 260}  # pixels that each network was trained on
-REFERENCE = UNSEEN[0]
 TOP = 5
 MANY = 64  # scenes
 
 
 class Judge:
-    """Features of pictures, and the things that they show, for references drawn from npm packages that are fetched into `drawings`.
+    """Features of pictures, and the things that they show, by the drawings of a set that nothing is trained with.
 
-    names: the things that it tells apart; all by default. sets: the drawings that its composer has beside those of `REFERENCE`.
+    references: the folder that keeps the features of many scenes, since they take minutes. names: the things that it tells apart; all by
+    default. sets: the drawings that its composer has beside those of UNSEEN.
     """
 
     def __init__(
         self,
-        drawings: Path,
+        references: Path,
         network: Literal["lite0", "lite2"] = "lite2",
         names: Sequence[str] | None = None,
         sets: Sequence[DrawingSet] = TRAINED,
@@ -47,16 +47,15 @@ class Judge:
         self.name, self._side = network, SIDES[network]
         self.hash = fingerprint(weights_file(network))
         self._network = load_network(network).to(memory_format=torch.channels_last)
-        self._drawings, self._sets = drawings, (*sets, REFERENCE)
-        self.sets = [f"{drawing.package} {drawing.version}" for drawing in self._sets]
+        self._folder, self._sets = references, (*sets, UNSEEN)
+        self.sets = [drawing.package for drawing in self._sets]
         self.names = [thing.name for thing in things()] if names is None else list(names)
         self._references: dict[str, Tensor] = {}
 
     @cached_property
     def composer(self) -> Composer:
         """Draws all things in all sets."""
-        sprites = load_sprites(self._drawings, self._sets)
-        return Composer({key: sprite for key, sprite in sprites.items() if key[0] in self.names})
+        return Composer(load_sprites(self._sets, self.names))
 
     @torch.no_grad()
     def features(self, pictures: np.ndarray | Sequence[np.ndarray], batch: int = 8) -> Tensor:
@@ -72,7 +71,7 @@ class Judge:
     def ranks(self, features: Tensor, names: Sequence[str]) -> np.ndarray:
         """How many drawings of other things are nearer than the named thing's own, (N,), for pictures on white; 0 is recognised at once."""
         # Each kind of picture less its own mean drawing: what all of one set have in common tells nothing apart.
-        drawings, reference = (self.of_scenes(self._scenes(style)) for style in (DEFAULT_STYLE, REFERENCE.style))
+        drawings, reference = (self.of_scenes(self._scenes(style)) for style in (DEFAULT_STYLE, UNSEEN.style))
         own = [self.names.index(name) for name in names]
         return ranks(features - drawings.mean(0), reference - reference.mean(0), own)
 
@@ -81,16 +80,17 @@ class Judge:
         return self.ranks(self.of_scenes(self._scenes(DEFAULT_STYLE)), self.names)
 
     def of_scenes(self, scenes: Sequence[Scene], side: int = 256) -> Tensor:
-        """Features of scenes as they are composed without chance, (N, 1280); many are kept beside the drawings, since they take minutes."""
+        """Features of scenes as they are composed without chance, (N, 1280); those of many are kept on disk."""
         made_by = (self.hash, fingerprint(Path(compose.__file__)), self.sets, side, tuple(scenes))
         key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]
         if key not in self._references:
-            path = self._drawings / f"features-{self.name}-{key}.safetensors"
+            path = self._folder / f"features-{self.name}-{key}.safetensors"
             if path.exists():
                 self._references[key] = load_file(path)["features"]
             else:
                 self._references[key] = self.features(np.stack([self.composer.draw(scene, None, side) for scene in scenes]))
                 if len(scenes) >= MANY:
+                    self._folder.mkdir(parents=True, exist_ok=True)
                     save_tensors(path, {"features": self._references[key]})
         return self._references[key]
 

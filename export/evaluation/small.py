@@ -54,7 +54,7 @@ def evaluate(
     students: dict[str, Path | None],
     teacher: Path | None,
     decoder: Path | None,
-    drawings: Path,
+    references: Path,
     out: Path,
     extent: Extent,
     say: Callable[[str], None],
@@ -62,14 +62,14 @@ def evaluate(
     """The rows of each who is judged, by name, written to `out` as small.json, small.md and small.png; sheets of the first student beside.
 
     students: folders of bundles or of students by name, None is the embedded bundle. decoder: of the teacher's latents, its own vae by
-    default. drawings: where npm packages and the features of their drawings are kept. Raises what load and Pipeline.generate do.
+    default. references: where the features of reference pictures and the teacher's rows are kept. Raises what load and generate do.
     """
     teacher_sampler = None if teacher is None else open_teacher(teacher, decoder)
     samplers = {name: open_student(folder) for name, folder in students.items()}
     out.mkdir(parents=True, exist_ok=True)
     # A few things in the default set do for a quick run: reading all sets takes as long as the rest of it.
     few = None if extent.things is None else spread([thing.name for thing in things() if thing.common], extent.things)
-    judge = Judge(drawings, names=few, sets=[drawing for drawing in TRAINED if few is None or drawing.style == DEFAULT_STYLE])
+    judge = Judge(references, names=few, sets=[drawing for drawing in TRAINED if few is None or drawing.style == DEFAULT_STYLE])
     domain = Domain(judge, extent.limiting)
     counters, prompts = Counters(domain, extent.counted), read_natural()
     ceiling = judge.ceiling()
@@ -108,7 +108,7 @@ def evaluate(
     if teacher_sampler is not None:
         who["teacher"] = teacher_sampler.facts
         columns["teacher"] = _kept(
-            drawings, [facts["judge"], facts["extent"], teacher_sampler.facts], lambda: judged("teacher", teacher_sampler)
+            references, [facts["judge"], facts["extent"], teacher_sampler.facts], lambda: judged("teacher", teacher_sampler)
         )
         distance = next(row.value for row in columns["teacher"] if row.name == FRECHET)
     for number, (name, sampler) in enumerate(samplers.items()):

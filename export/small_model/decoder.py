@@ -87,7 +87,7 @@ def real_pictures(folder: Path, count: int, cache: Path) -> np.ndarray:
     path = cache / f"pictures-{count}.npy"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        composer = Composer(load_sprites(folder / "npm"))
+        composer = Composer(load_sprites())
         vocabulary, seed = Vocabulary(composer.colourable()), read_seed(folder)
         beside = cache / f".pictures-{count}.part"
         pictures = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=(count, SIDE, SIDE, 3))

@@ -22,7 +22,7 @@ def data() -> None:
 )
 @click.option("--seed", type=Seed(), default=0, metavar="N", help="The same seed gives the same images.")
 def emoji(encoder: Path, out: Path, count: int, seed: int) -> None:
-    """Fetch emoji drawings with npm and compose captioned images of them, stored as latents."""
+    """Compose captioned images of emoji drawings, stored as latents."""
     with torch_command("data emoji", "train", out):
         from snoopi_rt.export.small_model.dataset.build import build
 

@@ -39,10 +39,15 @@ def evaluate() -> None:
 )
 @click.option("--teacher", type=folder_path, metavar="FOLDER", help="Teacher to measure beside them, in 25 steps.")
 @click.option("--decoder", type=folder_path, metavar="FOLDER", help="Decoder for the teacher's latents.  [default: its own vae]")
-@click.option("--drawings", type=folder_path, metavar="FOLDER", help="Folder to keep the emoji drawings in.  [default: npm in --out]")
+@click.option(
+    "--references",
+    type=folder_path,
+    metavar="FOLDER",
+    help="Folder that keeps what takes minutes: the features of real pictures, and the teacher's figures.  [default: references in --out]",
+)
 @click.option("--quick", is_flag=True, help="Draw a few pictures of each kind, to see that it runs; the figures mean nothing.")
 @out_option
-def small(students: tuple[str, ...], teacher: Path | None, decoder: Path | None, drawings: Path | None, quick: bool, out: Path) -> None:
+def small(students: tuple[str, ...], teacher: Path | None, decoder: Path | None, references: Path | None, quick: bool, out: Path) -> None:
     """Judge the embedded model and others of its kind.
 
     Writes small.json, small.md, a plot, and sheets of uncurated pictures.
@@ -58,7 +63,9 @@ def small(students: tuple[str, ...], teacher: Path | None, decoder: Path | None,
         from snoopi_rt.export.evaluation.small import evaluate as measure
 
         extent = QUICK if quick else Extent()
-        columns = measure(named, teacher, decoder, drawings or out / "npm", out, extent, lambda line: click.echo(visible(line), err=True))
+        columns = measure(
+            named, teacher, decoder, references or out / "references", out, extent, lambda line: click.echo(visible(line), err=True)
+        )
     for name in named:
         rows = [row for row in columns[name] if row.goal is not None]
         click.echo(visible(f"{name}: {len(rows) - len(unmet(rows))} of {len(rows)} goals met"))

@@ -66,16 +66,16 @@ def sprite(number: int, style: int) -> Image.Image:
 def domain(tmp_path_factory: pytest.TempPathFactory) -> Domain:
     drawn = {
         (thing.name, drawing.style): sprite(number, style)
-        for style, drawing in enumerate((*TRAINED, UNSEEN[0]))
+        for style, drawing in enumerate((*TRAINED, UNSEEN))
         for number, thing in enumerate(things())
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judge_module, "load_network", lambda name: FarSighted())
-        patch.setattr(judge_module, "load_sprites", lambda folder, sets: drawn)
+        patch.setattr(judge_module, "load_sprites", lambda sets, names: {key: drawn[key] for key in drawn if key[0] in names})
         named = [thing.name for thing in things() if thing.common and not {*thing.name.split()} & {*COLOURS, "bicycle"}]
         judge = Judge(tmp_path_factory.mktemp("drawings"), names=spread(named, 30))
         judge._side = 64
-        assert judge.composer.has(judge.names[0], UNSEEN[0].style)
+        assert judge.composer.has(judge.names[0], UNSEEN.style)
         return Domain(judge, limiting=30)
 
 
@@ -294,7 +294,17 @@ def test_a_quick_run_writes_figures_and_sheets(domain: Domain, tmp_path: Path, m
     monkeypatch.setattr(Judge, "composer", domain.judge.composer)
     monkeypatch.setattr(small, "spread", lambda names, count: domain.names[:count])
     monkeypatch.setattr(teacher_stage, "draw", partial(teacher_stage.draw, steps=1))
-    words = ["eval", "small", "--quick", "--teacher", str(WEIGHTS / "teacher"), "--drawings", str(tmp_path), "--out", str(tmp_path / "out")]
+    words = [
+        "eval",
+        "small",
+        "--quick",
+        "--teacher",
+        str(WEIGHTS / "teacher"),
+        "--references",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = CliRunner().invoke(main, words, catch_exceptions=False)
     assert done.exit_code == 0 and re.search(r"embedded: \d+ of \d+ goals met", done.output), done.output
     document = json.loads((tmp_path / "out" / "small.json").read_text())

@@ -1,6 +1,8 @@
 """The captions of the small model determine their pictures, and every word of them is true."""
 
 import itertools
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image, ImageDraw
 from snoopi_rt.export.small_model.dataset.compose import Composer, recoloured
 from snoopi_rt.export.small_model.dataset.edits import draw_edit
 from snoopi_rt.export.small_model.dataset.scene import STYLES, Scene, Vocabulary, caption, plain_caption
+from snoopi_rt.export.small_model.dataset.sprites import SIDE, TRAINED, UNSEEN, load_sprites
 from snoopi_rt.export.small_model.dataset.vocabulary import (
     COLOUR_SYNONYMS,
     COLOURS,
@@ -137,3 +140,11 @@ def test_plain_captions_are_what_one_would_say() -> None:
     assert plain_caption(Scene(("cat", "dog"), flaw="grainy")) == "a grainy picture of a cat and a dog"
     assert plain_caption(Scene(("apple",), count=2, style="3d")) == "a 3d render of two apples"
     assert plain_caption(Scene(("bee", "flower"), stacked=True)) == "a bee above a flower"
+
+
+def test_every_thing_has_a_drawing_in_every_set_that_ships():
+    for drawing in (*TRAINED, UNSEEN):
+        with zipfile.ZipFile(drawing.path) as archive:
+            assert archive.testzip() is None and [Path(name).stem for name in archive.namelist()] == [thing.name for thing in things()]
+    sprites = load_sprites((*TRAINED, UNSEEN), ["cat", "robot"])
+    assert len(sprites) == 8 and all(sprite.size == (SIDE, SIDE) and sprite.getbbox() for sprite in sprites.values())

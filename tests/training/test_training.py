@@ -39,7 +39,7 @@ def road(tmp_path_factory, tiny_sprites):
     root = tmp_path_factory.mktemp("road")
     write_set(root / "pictures", tiny_sprites, ENCODER, count=48, seed=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "load_sprites", lambda folder: tiny_sprites)
+        patch.setattr(decoder, "load_sprites", lambda: tiny_sprites)
         decoder.train(root / "pictures", ENCODER, root / "decoder", decoder.DecoderRecipe(steps=3, batch=4))
     teacher.train(root / "pictures", root / "decoder", root / "teacher", TEACHER)
     distilled(root, root / "student")

@@ -51,11 +51,11 @@ class Sample:
 def build(out: Path, encoder: Path, count: int, seed: int) -> None:
     """Writes a set of `count` pictures as latents of the autoencoder in the folder `encoder`; a set that is there grows.
 
-    Raises InputError if `out` already holds another set, and SnoopiError if npm is missing or fails.
+    Raises InputError if `out` already holds another set.
     """
     integer("count", count, 1)
-    _facts(out, encoder, check_seed(seed))  # before anything is fetched
-    write_set(out, load_sprites(out / "npm"), encoder, count, seed)
+    _facts(out, encoder, check_seed(seed))  # before anything is drawn
+    write_set(out, load_sprites(), encoder, count, seed)
 
 
 def _facts(out: Path, encoder: Path, seed: int) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def write_set(out: Path, sprites: Mapping[tuple[str, str], Image.Image], encoder
     edits = [draw_edit(vocabulary, np.random.default_rng([seed, EDITS, i])) for i in range(count)]
     rows = [dict(zip(KEYS, (edit.prompt, edit.negative, edit.target), strict=True)) for edit in edits]
     write_whole(out / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    notice = "".join(f"- {drawing.package} {drawing.version}: {drawing.licence}, {drawing.upstream}\n" for drawing in TRAINED)
+    notice = "".join(f"- {drawing.package}: {drawing.licence}, {drawing.upstream}\n" for drawing in TRAINED)
     write_whole(out / "NOTICE.txt", f"The pictures are made from:\n{notice}".encode())
     facts |= {"count": count, "colourable": vocabulary.colourable}
     write_whole(out / "dataset.json", (json.dumps(facts, indent=1) + "\n").encode())
