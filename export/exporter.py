@@ -162,7 +162,7 @@ def check_out(out: Path, force: bool) -> None:
 def _write_files(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[str], None]) -> tuple[Bundle, list[Extreme]]:
     """Writes all files of a bundle but its bundle.json; returns what that will say, and the prompts of the final check."""
     text = student.write_tokenizer(folder / "tokenizer.json")
-    tokenizer = Tokenizer(folder / "tokenizer.json", text.max_tokens, text.lowercase, text.pad, text.instruction)
+    tokenizer = Tokenizer.of(folder / "tokenizer.json", text)
     carried = list(dict.fromkeys(text_rule(prompt, text.lowercase) for prompt in plan.options.prompts))
     say(f"encoding {len(calibration.TEXTS) + len(carried)} prompts")
     ids = {prompt: torch.from_numpy(tokenizer(prompt, truncate=prompt not in carried)) for prompt in (*calibration.TEXTS, *carried)}

@@ -1,4 +1,4 @@
-"""The one cache folder: verified hashes, prompt states, measurements, compiled models.
+"""The one cache folder: verified hashes, prompt states, measurements, compiled models, and scratch folders for large files.
 
 It knows nothing about its contents. An unusable cache stores nothing, silently: every reader works without it.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from snoopi_rt.files import sha256, write_whole
 
 LIMIT = 10 * 2**30
-KINDS = ("bundles", "engines", "hashes", "measurements", "states")
+KINDS = ("bundles", "engines", "hashes", "locks", "measurements", "scratch", "states")
 NOWHERE = Path(os.devnull) / "snoopi-rt"
 """A folder that cannot exist, for a user without a home."""
 DIGEST = 32
@@ -109,6 +109,16 @@ class Cache:
         finally:
             if new is not None:
                 shutil.rmtree(new, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """An empty folder for the block's own large files, since the system's temporary folder may be in memory; that one is taken if
+        there is no usable cache.
+
+        What a killed process leaves is removed by `trim`, an hour after anything was last written to it.
+        """
+        with tempfile.TemporaryDirectory(dir=self._folder("scratch"), prefix=".", suffix=".tmp") as folder:
+            yield Path(folder)
 
     def drop(self, name: str) -> None:
         """Removes the compiled files of that name."""
@@ -240,9 +250,9 @@ def _digest(kind: str, name: str, data: bytes) -> bytes:
 
 
 def _files(folder: Path) -> dict[str, os.stat_result]:
-    """The status of each file but FILES, by its name."""
-    with os.scandir(folder) as entries:
-        return {entry.name: entry.stat(follow_symlinks=False) for entry in entries if entry.name != FILES}
+    """The status of each file but FILES, by its path inside the folder."""
+    paths = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
+    return {path.relative_to(folder).as_posix(): path.lstat() for path in paths if path.name != FILES}
 
 
 def _contents(folder: Path) -> dict[str, list[int | str]]:

@@ -21,7 +21,7 @@ from snoopi_rt.prompt_encoder import Conditioning, PromptEncoder, States
 from snoopi_rt.request import FIELDS, Request, image_size, integer, parse_requests, prompt_text, shown
 from snoopi_rt.result import Result
 from snoopi_rt.runtime.auto_engine import choose_engine
-from snoopi_rt.runtime.deadline import AllSet, Deadline, Event
+from snoopi_rt.runtime.deadline import AllSet, AnySet, Deadline, Event
 from snoopi_rt.runtime.image_stages import ImageStages, timed
 from snoopi_rt.runtime.precision import format_precision, select_variants
 from snoopi_rt.runtime.shape_ranges import shape_ranges
@@ -58,13 +58,19 @@ class Pipeline:
         self.bundle, self.engine, self.precision = bundle, engine, format_precision(variants)
         self._low_memory = low_memory
         self._turn: AbstractContextManager[Any] = threading.Lock() if low_memory else nullcontext()
-        self._stages = ImageStages(bundle, variants, engine, open_engine)
-        self.max_batch = self._stages.max_batch
+
+        def open_image_stage(graph: str) -> Engine:
+            if low_memory:
+                self._prompts.release()
+            return open_engine(graph)
 
         def open_text_encoder() -> Engine:
             if low_memory:
                 self._stages.release()
             return open_engine("text_encoder")
+
+        self._stages = ImageStages(bundle, variants, engine, open_image_stage)
+        self.max_batch = self._stages.max_batch
 
         text, cache = variants.get("text_encoder"), Cache() if cache is None else cache
         self._prompts = PromptEncoder(bundle, text, open_text_encoder, cache, "" if text is None else runs_on(text, engine))
@@ -78,7 +84,8 @@ class Pipeline:
     @property
     def provider(self) -> str:
         """What generator and decoder really run on, in the words of the engine's package."""
-        return self._stages.provider
+        with self._turn:
+            return self._stages.provider
 
     def generate(
         self,
@@ -126,7 +133,7 @@ class Pipeline:
         with self._turn:
             states = self._encode(requests, truncate, timings, deadline)
             images = self._stages.draw(requests, states, size, timings, deadline)
-            provider = self.provider
+            provider = self._stages.provider
         timings["total"] = time.perf_counter() - start
         return Result(
             images=images,
@@ -172,15 +179,16 @@ class Pipeline:
         for i, group in enumerate(groups):
             yield from self.run_each([group], size, truncate, timeout, events[i : i + 1] or None)
 
-    async def generate_async(self, *arguments: Any, **named: Any) -> Result:
+    async def generate_async(self, *arguments: Any, cancel: Event | None = None, **named: Any) -> Result:
         """What `generate` gives, drawn in a thread; when the task is cancelled, no further stage begins."""
         import asyncio  # not at the top: it is a tenth of a cold start's imports
 
-        cancel = named["cancel"] = named.get("cancel") or threading.Event()
+        task_cancelled = threading.Event()  # its own: other calls may share the caller's
+        named["cancel"] = AnySet([task_cancelled] if cancel is None else [task_cancelled, cancel])
         try:
             return await asyncio.to_thread(self.generate, *arguments, **named)
         except asyncio.CancelledError:
-            cancel.set()
+            task_cancelled.set()
             raise
 
     def generate_many(
@@ -257,7 +265,8 @@ class Pipeline:
     def open(self) -> Self:
         """Opens all graphs and reads what else the bundle holds, instead of when it is first needed; returns the pipeline.
 
-        With weights "memory" the bundle's files are not needed any more then. Raises BundleError, also where they changed meanwhile.
+        With weights "memory" the bundle's files are not needed any more then, unless `low_memory` opens graphs again and again. Raises
+        BundleError, also where they changed meanwhile.
         """
         with self._turn:
             self._prompts.open()

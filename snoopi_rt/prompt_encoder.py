@@ -143,10 +143,7 @@ class PromptEncoder:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        text = self._bundle.text
-        assert text.tokenizer is not None
-        self._bundle.check_again([text.tokenizer])
-        return Tokenizer(self._bundle.folder / text.tokenizer.path, text.max_tokens, text.lowercase, text.pad, text.instruction)
+        return self._bundle.open_tokenizer()
 
     def _remembered(self, key: str | bytes) -> States | None:
         with self._lock:

@@ -277,6 +277,27 @@ def test_a_folder_that_is_being_filled_is_not_trimmed_and_one_that_a_crash_left_
         assert not folder.exists()
 
 
+def test_scratch_that_a_killed_process_left_and_locks_are_removed() -> None:
+    cache = Cache()
+    with cache.scratch() as folder:
+        model = folder / "engines" / "model"
+        model.mkdir(parents=True)
+        (model / "weights").write_bytes(bytes(2000))
+        os.utime(folder, (1000, 1000))
+        cache.trim()
+        assert cache.sizes()["scratch"] == 2000, "it is written to"
+        os.utime(model / "weights", (1000, 1000))
+        cache.trim()
+        assert not folder.exists()
+    with cache.scratch() as folder:
+        cache.clear()
+        assert not folder.exists()
+    with cache.alone("model"):
+        pass
+    cache.clear()
+    assert list((cache.path / "locks").iterdir()) == []
+
+
 def test_a_write_does_not_wait_for_the_cache_to_be_trimmed(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, over = threading.Event(), threading.Event()
     monkeypatch.setattr(Cache, "trim", lambda cache: (begun.set(), over.wait(60)))

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,12 +178,15 @@ def test_asyncio_has_the_same_call(slow: Pipeline, fakes: dict[str, FakeEngine])
         np.testing.assert_array_equal(both[0].images, slow.generate("a cat", seed=1).images)
         np.testing.assert_array_equal(both[1].images, slow.generate("a fox", "blurry", seed=2).images)
         decoded = fakes["decoder"].calls
-        task = asyncio.create_task(slow.generate_async("a red cat"))
+        shared = SimpleNamespace(is_set=lambda: False)  # nothing else of an event is asked for: one task cancels no other's calls
+        task = asyncio.create_task(slow.generate_async("a red cat", cancel=shared))
         await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         await asyncio.sleep(0.4)
         assert fakes["decoder"].calls == decoded
+        with pytest.raises(Cancelled):
+            await slow.generate_async("a cat", cancel=SimpleNamespace(is_set=lambda: True))
 
     asyncio.run(work())

@@ -52,6 +52,15 @@ def test_low_memory_never_has_the_text_encoder_open_beside_the_rest(original: Bu
     assert opened.now == []
 
 
+def test_low_memory_keeps_its_promise_when_all_is_opened_and_when_it_says_what_it_runs_on(original: Bundle, functions: Functions) -> None:
+    opened = Opened(functions)
+    with Pipeline(original, opened, "cpu", low_memory=True) as pipe:
+        pipe.open()
+        pipe.prepare("a cat")
+        assert pipe.provider
+    assert opened.moments == [{"text_encoder"}, {"generator"}, {"generator", "decoder"}] * 2
+
+
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_a_closed_pipeline_opens_nothing_again(original: Bundle, functions: Functions, low_memory: bool) -> None:
     opened = Opened(functions)

@@ -119,11 +119,9 @@ def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bo
 
 def encoded(bundle: Bundle) -> tuple[tuple[str, str], dict[str, np.ndarray]]:
     """The prompt and the negative as they are used, and the text encoder's outputs for them, by name of the generator's inputs."""
-    text, states = bundle.text, {}
-    assert text.tokenizer is not None
-    tokenizer = Tokenizer(bundle.folder / text.tokenizer.path, text.max_tokens, text.lowercase, text.pad)
+    tokenizer, states = bundle.open_tokenizer(), {}
     engine = fastest(bundle, "text_encoder")
-    texts = tuple(cut(words, tokenizer, text.pad is None) for words in (PROMPT, NEGATIVE))
+    texts = tuple(cut(words, tokenizer, bundle.text.pad is None) for words in (PROMPT, NEGATIVE))
     for kind, words in zip(("prompt", "negative"), texts, strict=True):
         states |= {f"{kind}_{name}": value for name, value in engine(ids=tokenizer(words)).items()}
     engine.close()

@@ -119,7 +119,7 @@ def encode_prompts(
     folder.mkdir(parents=True, exist_ok=True)
     _forget_others(folder, key)
     rule = encoder.write_tokenizer(folder / "tokenizer.json")
-    tokenizer = Tokenizer(folder / "tokenizer.json", rule.max_tokens, rule.lowercase, rule.pad)
+    tokenizer = Tokenizer.of(folder / "tokenizer.json", rule)
     count = longest = cut = 0
     first: list[str] = []
     with tqdm(desc="text states", unit="prompt") as bar:

@@ -32,6 +32,7 @@ from snoopi_rt.bundle.manifest import (
     require_range,
     text_rule,
 )
+from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.bundle.typed_json import UNSAVED, from_json, to_json
 from snoopi_rt.bundle.verify import Stamp, check_file, read_manifest, remember_folder, stamp
 from snoopi_rt.cache import Cache
@@ -185,6 +186,13 @@ class Bundle:
             known = ", ".join(variant.precision for variant in suitable)
             raise InputError(f"bundle {self.name!r} has no {graph} in precision {precision!r} for engine {engine!r}, choose from {known}")
         return variant
+
+    def open_tokenizer(self) -> Tokenizer:
+        """The tokenizer with the bundle's text rule. Raises BundleError where its file changed, or a bundle of prompts has none."""
+        if self.text.tokenizer is None:
+            raise BundleError(f"bundle {self.name!r} has no tokenizer")
+        self.check_again([self.text.tokenizer])
+        return Tokenizer.of(self.folder / self.text.tokenizer.path, self.text)
 
     def described(self) -> str:
         """A description for people, in several lines."""

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from snoopi_rt.bundle.manifest import Instruction, text_rule
+from snoopi_rt.bundle.manifest import Instruction, Text, text_rule
 from snoopi_rt.engines.messages import why
 from snoopi_rt.engines.native import native_code
 from snoopi_rt.errors import BundleError, InputError
@@ -41,6 +41,11 @@ class Tokenizer:
             self._instruction = instruction.text
             with _errors(path):
                 self._known = self._tokenizer.encode(instruction.text).ids[: instruction.tokens]
+
+    @classmethod
+    def of(cls, path: Path, text: Text) -> Self:
+        """The tokenizer with all of a text rule."""
+        return cls(path, text.max_tokens, text.lowercase, text.pad, text.instruction)
 
     def __call__(self, prompt: str, truncate: bool = False) -> np.ndarray:
         """The ids, int64 (1, T), including special tokens; with `pad` T is the limit, otherwise the prompt's length.

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -100,9 +99,9 @@ def measure_engine(
     """
     rounds = max(map(len, variants.values()))
     latencies: dict[str, dict[str, dict[str, float]]] = {graph: {} for graph in variants}
-    with tempfile.TemporaryDirectory() as scratch:
+    with Cache().scratch() as scratch:
         # Too small for a large compiled model: nobody needs those of variants that lose.
-        cache = Cache(Path(scratch), limit=2**28)
+        cache = Cache(scratch, limit=2**28)
 
         def measure_variants(chosen: Variants, series: int) -> tuple[Timings, str]:
             report(f"{engine}: images with {format_precision(chosen)}")
@@ -164,11 +163,9 @@ def cold_start(folder: Path, engine: str, precision: str | None, threads: int | 
     words = ["generate", prompt, "--bundle", str(folder), "--engine", engine, "--force", "--truncate"]
     words += [] if precision is None else ["--precision", precision]
     words += [] if threads is None else ["--threads", str(threads)]
-    # Inside the real cache: compiled models take gigabytes, and the system's temporary folder may be in memory.
-    real = Cache()
-    with tempfile.TemporaryDirectory(dir=None if real.problem() else real.path) as scratch:
-        words += ["--output", str(Path(scratch) / "image.png")]
-        environment = {**os.environ, "SNOOPI_RT_CACHE": str(Path(scratch) / "cache")}
+    with Cache().scratch() as scratch:
+        words += ["--output", str(scratch / "image.png")]
+        environment = {**os.environ, "SNOOPI_RT_CACHE": str(scratch / "cache")}
         first, peak = _run(words, environment)
         again, peak_again = _run(words, environment)
     return {"first": first, "again": again, "peak_memory": peak, "peak_again": peak_again}

@@ -3,7 +3,6 @@
 Needs the extra `export` or `tensorrt`; nothing that draws imports it.
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
 from snoopi_rt.bundle.bundle import GRAPHS, Bundle, Variant
-from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import check_engine, load_engine
 from snoopi_rt.engines.base import Engine
@@ -157,9 +155,7 @@ def _text_inputs(bundle: Bundle, side: Side, prompt: str, negative: str | None, 
     variant = side.variants["generator"]
     inputs = {"generator": generator_inputs(requests, states, variant.inputs, bundle.latent, bundle.sizes[0])}
     if bundle.text.tokenizer is not None:
-        text = bundle.text
-        tokenizer = Tokenizer(bundle.folder / bundle.text.tokenizer.path, text.max_tokens, text.lowercase, text.pad)
-        inputs["text_encoder"] = {"ids": tokenizer(prompt, truncate=True)}
+        inputs["text_encoder"] = {"ids": bundle.open_tokenizer()(prompt, truncate=True)}
     return inputs
 
 
@@ -170,16 +166,15 @@ def _models(bundle: Bundle, graph: str, sides: Sequence[Side], layers: bool) -> 
     if not layers:
         yield paths, {}
         return
-    cache = Cache()  # large enough: the system's temporary folder may be in memory
-    with tempfile.TemporaryDirectory(dir=None if cache.problem() else cache.path) as folder:
+    with Cache().scratch() as folder:
         nodes: dict[str, str] = {}
         for number, path in enumerate(paths):
             model = onnx.load(str(path))
             if number == 0:
                 nodes = {output: f"{node.op_type} {node.name or output!r}" for node in model.graph.node for output in node.output}
-            paths[number] = Path(folder) / str(number) / path.name
+            paths[number] = folder / str(number) / path.name
             paths[number].parent.mkdir()
-            onnx.save(modify_outputs(model, MARK_ALL), str(paths[number]), save_as_external_data=True, location=f"{Path(folder).name}.data")
+            onnx.save(modify_outputs(model, MARK_ALL), str(paths[number]), save_as_external_data=True, location="weights.data")
         yield paths, nodes
 
 

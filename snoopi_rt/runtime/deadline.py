@@ -28,6 +28,16 @@ class AllSet:
         return all(event.is_set() for event in self._events)
 
 
+class AnySet:
+    """An Event that is set once any of the given events is."""
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self._events = events
+
+    def is_set(self) -> bool:
+        return any(event.is_set() for event in self._events)
+
+
 class Deadline:
     """Checked before every stage: a stage that has begun is finished.
 

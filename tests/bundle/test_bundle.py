@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from damaged_bundle import edit, flip_a_byte, generator, refused
 
-from snoopi_rt.bundle.bundle import Bundle, Parity, Tile, Variant, Vocabulary
+from snoopi_rt.bundle.bundle import Bundle, Instruction, Parity, Tile, Variant, Vocabulary
 from snoopi_rt.bundle.verify import find_folder
 from snoopi_rt.cache import Cache
 from snoopi_rt.errors import BundleError, InputError
@@ -141,6 +142,13 @@ def test_everything_measured_is_described(original: Bundle) -> None:
 def test_carried_prompts_are_described(carrying: Bundle, prompts_only: Bundle) -> None:
     assert "prompts of up to 6 tokens, with the states of 3 included\n" in carrying.described()
     assert "prompts of up to 6 tokens, with the states of 3 included, and no text encoder for others\n" in prompts_only.described()
+
+
+def test_a_bundles_tokenizer_has_its_whole_text_rule(original: Bundle, prompts_only: Bundle) -> None:
+    told = replace(original, text=replace(original.text, instruction=Instruction("a red ", 3)))
+    np.testing.assert_array_equal(told.open_tokenizer()("FOX"), [[0, 6, 1]])
+    with pytest.raises(BundleError, match="has no tokenizer"):
+        prompts_only.open_tokenizer()
 
 
 def test_a_prompt_that_is_not_as_the_text_rule_leaves_it_is_refused(prompts_only: Bundle) -> None:

@@ -187,4 +187,5 @@ def test_a_cold_start_is_measured_twice_with_its_own_memory_and_leaves_nothing(b
     assert start["again"] > 0
     for peak in (start["peak_memory"], start["peak_again"]):
         assert peak is None or 2**24 < peak < size, "that of the process that measures does not count"
-    assert {path.name for path in Cache().path.iterdir()} == {"hashes", "states"}
+    assert {path.name for path in Cache().path.iterdir()} == {"hashes", "scratch", "states"}
+    assert not list((Cache().path / "scratch").iterdir())
