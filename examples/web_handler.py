@@ -18,12 +18,25 @@ import snoopi_rt
 pipe = snoopi_rt.load(threads=2).warmup()
 
 
+async def gone(request: Request) -> None:
+    """Returns when the client disconnects: no server cancels a handler for that."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 async def draw(request: Request) -> Response:
     """GET /?prompt=...&negative=...: a PNG."""
     asked = request.query_params
+    # In a thread: the event loop serves others meanwhile.
+    drawing = asyncio.create_task(pipe.generate_async(asked.get("prompt"), asked.get("negative"), timeout=5))
+    watching = asyncio.create_task(gone(request))
+    await asyncio.wait((drawing, watching), return_when=asyncio.FIRST_COMPLETED)
+    watching.cancel()
+    if not drawing.done():
+        drawing.cancel()  # no further stage begins
+        return PlainTextResponse("the client disconnected", 499)
     try:
-        # The event loop goes on meanwhile; when the client goes, the task is cancelled and no further stage begins.
-        result = await pipe.generate_async(asked.get("prompt"), asked.get("negative"), timeout=5)
+        result = drawing.result()
     except snoopi_rt.InputError as error:
         return PlainTextResponse(str(error), 400)
     except snoopi_rt.Cancelled as error:

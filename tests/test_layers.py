@@ -1,4 +1,4 @@
-"""Who may import whom at module level (design.md 2)."""
+"""Who may import whom at module level (docs/architecture.md)."""
 
 import ast
 from pathlib import Path

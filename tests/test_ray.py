@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,7 +85,7 @@ def test_a_batch_loses_nothing_when_a_worker_is_killed(tmp_path: Path, place: di
     arguments = ["generate", "--prompts", str(tmp_path / "rows.txt"), "--out", str(out), "--neg", "blurry", "--ray", "--workers", "2"]
     process = started(arguments, place)
     wait_for(process, lambda: out.is_dir() and any(out.glob("*.png")))
-    os.kill(wait_for(process, lambda: workers(process.pid, b"Drawer"))[0], signal.SIGKILL)
+    os.kill(wait_for(process, lambda: workers(process.pid, b"BatchWorker"))[0], signal.SIGKILL)
     printed, said = process.communicate(timeout=240)
     assert process.returncode == 2 and f"{ROWS} drawn".encode() in printed, said.decode()
     assert b"error: 1 row could not be drawn" in said
@@ -169,3 +171,7 @@ def test_a_server_loses_nothing_when_a_worker_is_killed(server: tuple[subprocess
     assert [model["id"] for model in httpx.get(f"{address}/v1/models").json()["data"]] == ["small"]
     process.send_signal(signal.SIGTERM)
     assert process.wait(90) == 0
+    logged = [json.loads(line) for line in process.stderr.read().splitlines() if line.startswith(b"{")]
+    assert Counter(line["status"] for line in logged if "images" in line.get("path", "")) == {200: 64, 400: 1, 503: 1}
+    assert [line["model"] for line in logged if line["event"] == "bundle cannot be served"] == ["broken"]
+    assert [(line["models"], line["address"]) for line in logged if line["event"] == "ready"] == [(["small"], address)]

@@ -74,7 +74,7 @@ class Workers:
 
 
 def draw_on_ray(load_options: dict[str, Any], workers: Workers, pipe: Pipeline, batch: Batch, jobs: Iterable[Job]) -> Iterator[Drawn]:
-    """With its first two given a Draw of batch.py; load_options: what `load` takes by name. `pipe` itself is not opened.
+    """With its first two given, a Draw of runner.py; load_options: what `load` takes by name. `pipe` itself is not opened.
 
     A process that dies is replaced, and what it was drawing is drawn again. Unlike here, all jobs are in memory first. Raises
     EngineError where a process cannot open the bundle, or Ray fails.
@@ -87,7 +87,7 @@ def draw_on_ray(load_options: dict[str, Any], workers: Workers, pipe: Pipeline, 
         logging.getLogger(name).setLevel(logging.ERROR)
     # A block is handed out, comes back and is drawn again at once: it is one call.
     made = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // pipe.max_batch)).map_batches(
-        Drawer,
+        BatchWorker,
         batch_size=pipe.max_batch,
         compute=ray.data.ActorPoolStrategy(min_size=workers.least, max_size=workers.most),
         num_cpus=workers.cpus,
@@ -102,7 +102,7 @@ def draw_on_ray(load_options: dict[str, Any], workers: Workers, pipe: Pipeline, 
         raise EngineError(f"a process on Ray failed: {str(error).strip().splitlines()[-1]}") from None
 
 
-class Drawer:
+class BatchWorker:
     """What a process keeps open."""
 
     def __init__(self, load_options: dict[str, Any], batch: Batch) -> None:

@@ -20,15 +20,16 @@ from snoopi_rt.cli.options import (
     ray_options,
     ray_workers,
     report_compiling,
-    threads_option,
+    worker_threads_option,
 )
 from snoopi_rt.cli.prompt_input import example, read_prompt
 from snoopi_rt.errors import InputError
 from snoopi_rt.shell import quote
 
 if TYPE_CHECKING:
+    from snoopi_rt.batch.prompt_file import PromptFile
     from snoopi_rt.batch.ray import Workers
-    from snoopi_rt.batch.runner import Batch, Draw
+    from snoopi_rt.batch.runner import Draw
 
 
 class Scales(click.ParamType):
@@ -64,7 +65,12 @@ class Scales(click.ParamType):
     metavar="X[,X...]",
     help="Strength of the negative prompt; several draw the same seed at each, in files named NAME-SEED-SCALE.  [default: the bundle's]",
 )
-@click.option("--seed", type=Seed(), metavar="N", help="Seed of the first image; the next has N + 1.  [default: random, and printed]")
+@click.option(
+    "--seed",
+    type=Seed(),
+    metavar="N",
+    help="Seed of the first image; the next has N + 1.  [default: random, and printed; with --prompts: 0]",
+)
 @click.option("-n", "count", type=int, default=1, metavar="N", help="Number of images; several are named NAME-SEED.")
 @click.option("-o", "--output", metavar="FILE|FOLDER/|-", help="File, folder, or standard output.  [default: PROMPT-SEED]")
 @click.option(
@@ -81,7 +87,7 @@ class Scales(click.ParamType):
 @bundle_option
 @engine_option
 @precision_option
-@threads_option
+@worker_threads_option
 @ray_options
 def generate(
     prompt: str | None,
@@ -89,6 +95,48 @@ def generate(
     prompts_format: str | None,
     ignore_columns: bool,
     out: Path | None,
+    bundle: str | None,
+    engine: str,
+    precision: str | None,
+    threads: int | None,
+    ray: bool,
+    workers: tuple[int, int] | None,
+    gpus: float | None,
+    **image_options: Any,
+) -> None:
+    """Draw PROMPT to an image file, or every row of a prompt file to a folder; an interrupted folder is resumed.
+
+    With - or no PROMPT it is read from standard input; if that is empty, one of the bundle's examples is drawn.
+    """
+    load_options: dict[str, Any] = {"bundle": bundle, "engine": engine, "precision": precision, "threads": threads}
+    if prompts is None and out is None:
+        if prompts_format is not None or ignore_columns:
+            raise InputError("--prompts-format and --ignore-columns go with --prompts FILE")
+        if ray:
+            raise InputError("--ray is for --prompts: one PROMPT is drawn faster without it")
+        ray_workers(ray, workers, gpus, threads)
+        _draw_prompt(prompt, load_options, **image_options)
+        return
+    if prompt is not None:
+        raise InputError(
+            "--out goes with --prompts: use -o for one PROMPT" if prompts is None else "give a PROMPT or --prompts FILE, not both"
+        )
+    if prompts is None or out is None:
+        raise InputError("--prompts FILE and --out FOLDER go together; use -o for one PROMPT")
+    from snoopi_rt.batch.prompt_file import PromptFile
+
+    batch_options = _batch_options(**image_options)
+    workers_on_ray = ray_workers(ray, workers, gpus, threads)
+    with ExitStack() as stack:
+        with progress_line("reading prompts"):
+            prompt_file = stack.enter_context(PromptFile(prompts, prompts_format, ignore_columns))
+            rows = prompt_file.check().rows
+        _draw_file(prompt_file, rows, out, batch_options, load_options, workers_on_ray)
+
+
+def _draw_prompt(
+    prompt: str | None,
+    load_options: dict[str, Any],
     neg: str | None,
     scales: tuple[float, ...] | None,
     seed: int | None,
@@ -101,59 +149,8 @@ def generate(
     size: tuple[int, int] | None,
     truncate: bool,
     force: bool,
-    bundle: str | None,
-    engine: str,
-    precision: str | None,
-    threads: int | None,
-    ray: bool,
-    workers: tuple[int, int] | None,
-    gpus: float | None,
 ) -> None:
-    """Draw PROMPT to an image file, or every row of a prompt file to a folder; an interrupted folder is resumed.
-
-    With - or no PROMPT it is read from standard input; if that is empty, one of the bundle's examples is drawn.
-    """
-    load_options: dict[str, Any] = {"bundle": bundle, "engine": engine, "precision": precision, "threads": threads}
-    if prompts is not None or out is not None:
-        from snoopi_rt.batch.prompt_file import PromptFile
-        from snoopi_rt.batch.runner import Batch
-
-        if prompt is not None:
-            raise InputError(
-                "--out goes with --prompts: use -o for one PROMPT" if prompts is None else "give a PROMPT or --prompts FILE, not both"
-            )
-        from snoopi_rt.request import seeds_from
-
-        if prompts is None or out is None:
-            raise InputError("--prompts FILE and --out FOLDER go together; use -o for one PROMPT")
-        for option, used in (
-            ("-n", count != 1),
-            ("-o", output),
-            ("--side-by-side", side_by_side),
-            ("--open", show),
-            ("--json", as_json),
-            ("--force", force),
-        ):
-            if used:
-                raise InputError(f"{option} is for one PROMPT: with --prompts each row is one image, listed in index.jsonl")
-        if len(scales or ()) > 1:
-            raise InputError("several scales are for one PROMPT: with --prompts each row is one image")
-        workers_on_ray = ray_workers(ray, workers, gpus, threads)
-        with ExitStack() as stack:
-            with progress_line("reading prompts"):
-                prompt_file = stack.enter_context(PromptFile(prompts, prompts_format, ignore_columns))
-                count = prompt_file.check().rows
-            if str(out) == "-":
-                raise InputError("--out is a folder: a batch cannot be written to standard output")
-            seeds_from(seed or 0, max(count, 1))
-            batch = Batch(prompt_file, out, seed or 0, neg, scales[0] if scales else None, size, truncate, format or "png")
-            _draw_batch(batch, count, load_options, workers_on_ray)
-        return
-    if prompts_format is not None or ignore_columns:
-        raise InputError("--prompts-format and --ignore-columns go with --prompts FILE")
-    if ray:
-        raise InputError("--ray is for --prompts: one PROMPT is drawn faster without it")
-    ray_workers(ray, workers, gpus, threads)
+    """Draws one prompt to image files."""
     from snoopi_rt.bundle.bundle import Bundle
     from snoopi_rt.cli.output import Files, ImageSet, report, warn
     from snoopi_rt.cli.output import show as show_picture
@@ -164,7 +161,7 @@ def generate(
     seeds = tuple(seeds_from(seed, count))
     text = read_prompt(prompt)
     if text is None:
-        text = example(Bundle.load(bundle or EMBEDDED), seeds[0])
+        text = example(Bundle.load(load_options["bundle"] or EMBEDDED), seeds[0])
         click.echo(f"no prompt given, drawing an example: {quote(text)}", err=True)
     if side_by_side and not (neg or "").strip():
         raise InputError("--side-by-side compares the image without and with a negative prompt: give --neg TEXT")
@@ -186,10 +183,43 @@ def generate(
         show_picture(path)
 
 
-def _draw_batch(batch: "Batch", count: int, load_options: dict[str, Any], workers: "Workers | None") -> None:
-    from snoopi_rt.batch.runner import draw_here
-    from snoopi_rt.pipeline import load
+def _batch_options(
+    neg: str | None,
+    scales: tuple[float, ...] | None,
+    seed: int | None,
+    format: str | None,
+    size: tuple[int, int] | None,
+    truncate: bool,
+    count: int,
+    **single: Any,
+) -> dict[str, Any]:
+    """The options of `generate` as settings of a Batch. Raises InputError for those that are for one prompt."""
+    spelling = {"output": "-o", "side_by_side": "--side-by-side", "show": "--open", "as_json": "--json", "force": "--force"}
+    for option in [*(["-n"] if count != 1 else []), *(spelling[name] for name, value in single.items() if value)]:
+        raise InputError(f"{option} is for one PROMPT: with --prompts each row is one image, listed in index.jsonl")
+    if len(scales or ()) > 1:
+        raise InputError("several scales are for one PROMPT: with --prompts each row is one image")
+    scale = scales[0] if scales else None
+    return {"seed": seed or 0, "negative": neg, "scale": scale, "size": size, "truncate": truncate, "format": format or "png"}
 
+
+def _draw_file(
+    prompts: "PromptFile",
+    rows: int,
+    out: Path,
+    batch_options: dict[str, Any],
+    load_options: dict[str, Any],
+    workers: "Workers | None",
+) -> None:
+    """Draws the rows of a file to a folder."""
+    from snoopi_rt.batch.runner import Batch, draw_here
+    from snoopi_rt.pipeline import load
+    from snoopi_rt.request import seeds_from
+
+    if str(out) == "-":
+        raise InputError("--out is a folder: a batch cannot be written to standard output")
+    seeds_from(batch_options["seed"], max(rows, 1))
+    batch = Batch(prompts, out, **batch_options)
     batch.check_folder()
     draw: Draw = draw_here
     with progress_line() as progress:
@@ -207,7 +237,7 @@ def _draw_batch(batch: "Batch", count: int, load_options: dict[str, Any], worker
             }
             draw = partial(draw_on_ray, load_options | worker_options, workers)
     start = time.monotonic()
-    with pipe, click.progressbar(length=count, label="images", show_pos=True, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+    with pipe, click.progressbar(length=rows, label="images", show_pos=True, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         outcome = batch.run(pipe, bar.update, draw)
     seconds = time.monotonic() - start
     pace = f" ({outcome.drawn / seconds:.1f} images per second)" if outcome.drawn else ""

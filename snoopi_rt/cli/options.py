@@ -136,6 +136,9 @@ precision_option = click.option(
     help="Precision of the bundle, such as fp32, or one per graph: generator=int8,decoder=fp16.  [default: the bundle's first]",
 )
 threads_option = click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: one per available core]")
+worker_threads_option = click.option(
+    "--threads", type=int, metavar="N", help="CPU threads, with --ray per worker.  [default: one per available core; with --ray: 1]"
+)
 
 
 backbone_option = click.option(

@@ -17,7 +17,7 @@ from snoopi_rt.errors import InputError
 from snoopi_rt.shell import visible
 
 
-@click.command(epilog="Example: snoopi-rt prompts presets.txt --bundle my-bundle")
+@click.command(epilog="Example: snoopi-rt prompts prompts.txt --bundle my-bundle")
 @click.argument("file", type=click.Path(path_type=Path))
 @prompt_file_options
 @bundle_option

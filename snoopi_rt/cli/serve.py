@@ -8,9 +8,19 @@ from typing import Any
 
 import click
 
-from snoopi_rt.cli.options import Integer, Number, complete_bundle, engine_option, named_folder, ray_options, ray_workers
+from snoopi_rt.cli.options import (
+    Integer,
+    Number,
+    complete_bundle,
+    engine_option,
+    named_folder,
+    ray_options,
+    ray_workers,
+    worker_threads_option,
+)
 from snoopi_rt.engines import known_engine
 from snoopi_rt.errors import EngineMissing, InputError, how_to_install
+from snoopi_rt.server.settings import MAX_TIMEOUT, Settings, read_key
 
 
 @click.command(epilog="Example: snoopi-rt serve --port 8000, then POST http://127.0.0.1:8000/v1/images/generations")
@@ -26,7 +36,7 @@ from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 )
 @engine_option
 @click.option("--precision", metavar="NAME", help="Precision of the bundles, or one per graph.  [default: the bundle's first]")
-@click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: one per available core]")
+@worker_threads_option
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
@@ -39,7 +49,7 @@ from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 @click.option("--batch-wait", type=Number(0, 1000), default=0.0, metavar="MS", help="Milliseconds that a batch waits for more requests.")
 @click.option("--queue", type=Integer(1), default=256, metavar="N", help="Images that may wait; requests beyond that get 429.")
 @click.option("--max-images", type=Integer(1), default=16, metavar="N", help="Most images per request.")
-@click.option("--timeout", type=Number(0, 10**9, min_open=True), default=60.0, metavar="S", help="Seconds that a request may take.")
+@click.option("--timeout", type=Number(0, MAX_TIMEOUT, min_open=True), default=60.0, metavar="S", help="Seconds that a request may take.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Origin of a web page that may call; repeatable.  [default: none]")
 @click.option(
     "--allowed-host",
@@ -82,7 +92,6 @@ def serve(
         threads = 1
     try:
         from snoopi_rt.server.serve import serve as run
-        from snoopi_rt.server.settings import Settings, read_key
     except ImportError as error:
         raise EngineMissing(f"serve needs {error.name}: {how_to_install('serve')}") from error
     from snoopi_rt.pipeline import load

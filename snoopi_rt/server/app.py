@@ -28,7 +28,7 @@ def log_opened(models: list[str], broken: dict[str, str], address: str | None = 
     for name, error in broken.items():
         log_event("bundle cannot be served", f"{name} cannot be served: {error}", model=name, error=error)
     fields = {} if address is None else {"address": address}
-    message = f"serving {', '.join(models)}" + ("" if address is None else f" on {address} (Ctrl-C ends it)")
+    message = f"serving {', '.join(models) or 'no bundle'}" + ("" if address is None else f" on {address} (Ctrl-C ends it)")
     log_event("ready", message, models=models, broken=broken, **fields)
 
 

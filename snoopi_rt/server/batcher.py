@@ -4,14 +4,19 @@ import asyncio
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import groupby
+from typing import Protocol
 
 from snoopi_rt.errors import Cancelled, SnoopiError
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.request import Request
 from snoopi_rt.result import Result
+
+Observe = Callable[[int, Mapping[str, float]], None]
+"""observe(images, seconds by stage), for every call of a pipeline."""
 
 
 class QueueFull(SnoopiError):
@@ -38,12 +43,12 @@ class Waiting:
     since: float = field(default_factory=time.monotonic)
 
     def is_set(self) -> bool:
-        """Whether nobody waits for it any longer: it is the event that cancels its own drawing."""
+        """Whether nobody waits for it any longer: it is the event that cancels its own call."""
         return self.future.cancelled() or time.monotonic() > self.end
 
 
-class Drawing(Protocol):
-    """What draws the images of a model: `name` is what clients call it, `pipe` tells what can be asked, `waiting` images wait.
+class ServedModel(Protocol):
+    """A model and what draws its images: `name` is what clients call it, `pipe` tells what can be asked, `waiting` images wait.
 
     `pace`: seconds per image, of late; None where that is not known.
     """
@@ -70,16 +75,14 @@ class Drawing(Protocol):
 
 
 class Batcher:
-    """A thread that draws for one pipeline, and the queue before it: a Drawing in this process. Made inside an event loop.
+    """A thread that draws for one pipeline, and the queue before it: a ServedModel of this process. Made inside an event loop.
 
     wait: seconds that a batch which is not full waits for more; without it, only what came while the last one was drawn is together.
     max_batch: the most images of one call, where the bundle takes as many; 1 turns batching off. limit: the most images that wait.
-    observe(images): told of every batch. pace: seconds per image before any were drawn.
+    observe: told of every call. pace: seconds per image before any were drawn.
     """
 
-    def __init__(
-        self, name: str, pipe: Pipeline, wait: float, max_batch: int, limit: int, observe: Any = lambda images: None, pace: float = 0.1
-    ) -> None:
+    def __init__(self, name: str, pipe: Pipeline, wait: float, max_batch: int, limit: int, observe: Observe, pace: float = 0.1) -> None:
         self.name, self.pipe = name, pipe
         self._wait, self._max_batch, self._limit, self._observe = wait, min(max_batch, pipe.max_batch), limit, observe
         self._loop = asyncio.get_running_loop()
@@ -96,7 +99,7 @@ class Batcher:
         return sum(len(each.images) for each in tuple(self._queue))
 
     async def draw(self, images: list[Request], size: tuple[int, int], timeout: float, truncate: bool) -> Result:
-        """See Drawing."""
+        """See ServedModel."""
         item = Waiting(images, size, truncate, time.monotonic() + timeout, self._loop.create_future())
         with self._changed:
             if self._closed:
@@ -110,7 +113,7 @@ class Batcher:
         return await item.future
 
     def close(self) -> None:
-        """See Drawing."""
+        """See ServedModel."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -168,10 +171,11 @@ class Batcher:
     def _draw(self, batch: list[Waiting]) -> None:
         start, first = time.monotonic(), batch[0]
         results = list(self.pipe.run_each([item.images for item in batch], first.size, first.truncate, cancel=batch))
-        drawn = sum(len(result) for result in results if isinstance(result, Result))
-        if drawn:
-            self._observe(drawn)
-            self.pace += 0.2 * ((time.monotonic() - start) / drawn - self.pace)
+        drawn = [result for result in results if isinstance(result, Result)]
+        for timings, together in groupby(drawn, lambda result: result.timings):  # several calls, if one of the requests was wrong
+            self._observe(sum(map(len, together)), timings)
+        if images := sum(map(len, drawn)):
+            self.pace += 0.2 * ((time.monotonic() - start) / images - self.pace)
         for item, result in zip(batch, results, strict=True):
             self._answer(item, result)
 

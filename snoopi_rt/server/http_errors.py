@@ -1,4 +1,4 @@
-"""Answers other than 200: what they mean, and their form, which is OpenAI's."""
+"""Errors as answers: what they mean, and their form, which is OpenAI's."""
 
 from typing import Any
 

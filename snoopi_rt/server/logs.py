@@ -28,13 +28,11 @@ def plain_fields(fields: dict[str, Any]) -> str:
     return "".join(f", {name} {quote(value) if isinstance(value, str) else value}" for name, value in fields.items())
 
 
-def write_logs(as_json: bool) -> "LineHandler":
-    """Sends the log, and the warnings of all packages, to standard error from now on."""
-    handler = LineHandler(2)
+def write_logs(as_json: bool, handler: logging.Handler) -> None:
+    """Sends the log, and the warnings of all packages, to the handler from now on."""
     handler.setFormatter(JsonLines() if as_json else PlainLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(logging.INFO)
-    return handler
 
 
 class JsonLines(logging.Formatter):
@@ -74,7 +72,10 @@ class LineHandler(logging.Handler):
         threading.Thread(target=self._work, daemon=True, name="writes the log").start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record)
+        self.add(self.format(record))
+
+    def add(self, line: str) -> None:
+        """Writes a line as it is, soon."""
         with self._changed:
             if len(self._lines) < MAX_BUFFERED_LINES:
                 self._lines.append(line)

@@ -1,11 +1,11 @@
 """Prometheus metrics: requests, images, batches, stages and the queue. One registry per server, so that a process may run several."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from snoopi_rt.result import Result
-from snoopi_rt.server.batcher import Drawing
+from snoopi_rt.server.batcher import ServedModel
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
@@ -16,21 +16,23 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self.requests = self._metric(Counter, "requests", "Requests answered.", ["path", "code"])
-        self.seconds = self._metric(Histogram, "request_seconds", "From a request's last byte to its answer.", ["path"], buckets=SECONDS)
+        self.seconds = self._metric(
+            Histogram, "request_seconds", "From a request's headers to the end of its answer.", ["path"], buckets=SECONDS
+        )
         self.images = self._metric(Counter, "images", "Images drawn.", ["model"])
         self.batch = self._metric(Histogram, "batch_images", "Images drawn in one call.", ["model"], buckets=(1, 2, 4, 8, 16, 32, 64))
-        self.stages = self._metric(Histogram, "stage_seconds", "Seconds of a batch by stage.", ["model", "stage"], buckets=SECONDS)
+        self.stages = self._metric(Histogram, "stage_seconds", "Seconds of a call by stage.", ["model", "stage"], buckets=SECONDS)
         self.refused = self._metric(Counter, "refused", "Requests refused because the queue was full.", ["model"])
         self._waiting = self._metric(Gauge, "waiting_images", "Images in the queue.", ["model"])
 
-    def watch(self, model: str, drawing: Drawing) -> None:
+    def watch(self, model: ServedModel) -> None:
         """Reports a model's queue length whenever the metrics are scraped."""
-        self._waiting.labels(model).set_function(lambda: drawing.waiting)
+        self._waiting.labels(model.name).set_function(lambda: model.waiting)
 
-    def drawn(self, model: str, result: Result) -> None:
-        """Counts the images of a request, and the time its batch took."""
-        self.images.labels(model).inc(len(result))
-        for stage, seconds in result.timings.items():
+    def called(self, model: str, images: int, timings: Mapping[str, float]) -> None:
+        """Observes one call of a model's pipeline, in which several requests may have been drawn."""
+        self.batch.labels(model).observe(images)
+        for stage, seconds in timings.items():
             self.stages.labels(model, stage).observe(seconds)
 
     def text(self) -> bytes:

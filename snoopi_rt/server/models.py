@@ -4,23 +4,22 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from snoopi_rt.errors import BundleError, SnoopiError
 from snoopi_rt.pipeline import EMBEDDED, Pipeline
 from snoopi_rt.server import schema
-from snoopi_rt.server.batcher import Batcher, Drawing
+from snoopi_rt.server.batcher import Batcher, Observe, ServedModel
 from snoopi_rt.server.http_errors import HttpError
 from snoopi_rt.server.settings import Settings
 
 SLOW = 1.0
 """Seconds an image may take for a second one to be drawn only to time it."""
-Observe = Callable[[int], None]
-"""observe(images), called for every batch."""
-OpenModel = Callable[[str, Settings, Observe], Awaitable[Drawing]]
+OpenModel = Callable[[str, Settings, Observe], Awaitable[ServedModel]]
 
 
-async def open_here(name: str, settings: Settings, observe: Observe) -> Drawing:
+async def open_here(name: str, settings: Settings, observe: Observe) -> ServedModel:
     """A model that draws in this process. Raises what `load` does."""
     pipe, seconds_per_image = await asyncio.to_thread(_open_warm, settings.models[name])
     return Batcher(name, pipe, settings.batch_wait, settings.max_batch, settings.queue, observe, seconds_per_image)
@@ -31,7 +30,7 @@ class Models:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._open: dict[str, Drawing] = {}
+        self._open: dict[str, ServedModel] = {}
         self._broken: dict[str, str] = {}
         self._created = int(time.time())
 
@@ -39,17 +38,17 @@ class Models:
         """Opens one model after the other; returns the names of those that opened, and an error for each of the others."""
         for name in self._settings.models:
             try:
-                self._open[name] = await open_model(name, self._settings, metrics.batch.labels(name).observe)
+                self._open[name] = await open_model(name, self._settings, partial(metrics.called, name))
             except Exception as error:
                 self._broken[name] = str(error) if isinstance(error, SnoopiError) else f"{type(error).__name__}: {error}"
                 continue
-            metrics.watch(name, self._open[name])
+            metrics.watch(self._open[name])
         return list(self._open), self._broken
 
     async def close(self) -> None:
         """Draws what is waiting and frees the models."""
-        for drawing in self._open.values():
-            await asyncio.to_thread(drawing.close)
+        for model in self._open.values():
+            await asyncio.to_thread(model.close)
 
     @property
     def is_ready(self) -> bool:
@@ -60,7 +59,7 @@ class Models:
         """By name: "loading", "ready" or an error."""
         return {**dict.fromkeys(self._settings.models, "loading"), **self._broken, **dict.fromkeys(self._open, "ready")}
 
-    def find(self, name: str | None) -> Drawing:
+    def find(self, name: str | None) -> ServedModel:
         """The model of that name, by default the first. Raises HttpError for one that is unknown, broken or still loading."""
         names = self._settings.models
         if name is None or (name not in names and self._settings.lenient):
@@ -75,18 +74,18 @@ class Models:
 
     def describe(self, name: str | None) -> schema.Model:
         """The model of that name for clients. Raises HttpError as `find` does."""
-        drawing = self.find(name)
-        bundle = drawing.pipe.bundle
+        model = self.find(name)
+        bundle = model.pipe.bundle
         scale = bundle.guidance.scale
         return schema.Model(
-            id=drawing.name,
+            id=model.name,
             created=self._created,
             sizes=[f"{width}x{height}" for height, width in bundle.sizes],
             negative_prompts=bundle.guidance.kind != "none",
             negative_scale={"min": scale.min, "max": scale.max, "default": scale.default},
-            engine=drawing.pipe.engine,
+            engine=model.pipe.engine,
             max_images=self._settings.max_images,
-            seconds_per_image=drawing.pace,
+            seconds_per_image=model.pace,
             vocabulary=bundle.vocabulary and replace(bundle.vocabulary, related=None),
             examples=bundle.examples,
             embedded=bundle.folder == EMBEDDED,

@@ -4,8 +4,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,9 +24,9 @@ from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.request import Request
 from snoopi_rt.result import Result
 from snoopi_rt.server.addresses import url
-from snoopi_rt.server.app import application
-from snoopi_rt.server.batcher import Drawing
-from snoopi_rt.server.logs import log_event, write_logs
+from snoopi_rt.server.app import application, log_opened
+from snoopi_rt.server.batcher import Observe, ServedModel
+from snoopi_rt.server.logs import FLUSH_SECONDS, MAX_BUFFERED_LINES, LineHandler, log, log_event, write_logs
 from snoopi_rt.server.models import none_served, open_here
 from snoopi_rt.server.serve import GRACE, check_address
 from snoopi_rt.server.settings import Settings
@@ -36,6 +36,10 @@ GONE = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
 PAUSE = 0.2
 """Seconds before another is asked."""
 NAME = "snoopi-rt"
+LOG = "log"
+"""The name of the actor LogLines."""
+END = ""
+"""The line after the last."""
 PATIENCE = 10.0
 """Seconds without a word while processes start."""
 UPSCALE = 5.0
@@ -48,9 +52,9 @@ class Replica:
     """A process that draws one bundle: the server's own batcher."""
 
     async def __init__(self, name: str, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
-        self._drawing: Drawing | None = None
+        self._model: ServedModel | None = None
         try:
-            self._drawing = await open_here(name, settings, lambda images: None)
+            self._model = await open_here(name, settings, lambda images, timings: None)
         except SnoopiError as error:  # told when asked: Ray would try again for ever, and other bundles would not be served
             self._error = error
 
@@ -59,38 +63,37 @@ class Replica:
         return self._opened().pipe.engine
 
     async def draw(self, images: list[Request], size: tuple[int, int], timeout: float, truncate: bool) -> Result:
-        """See Drawing."""
+        """See ServedModel."""
         return await self._opened().draw(images, size, timeout, truncate)
 
-    def _opened(self) -> Drawing:
-        if self._drawing is None:
+    def _opened(self) -> ServedModel:
+        if self._model is None:
             raise self._error
-        return self._drawing
+        return self._model
 
 
 class Remote:
-    """A Drawing whose images other processes draw. `pipe` is never opened: it says what can be asked."""
+    """A ServedModel whose images other processes draw. `pipe` is never opened: it says what can be asked."""
 
-    def __init__(self, name: str, pipe: Pipeline, handle: DeploymentHandle, observe: Callable[[int], None]) -> None:
-        self.name, self.pipe, self._handle, self._observe = name, pipe, handle, observe
+    def __init__(self, name: str, pipe: Pipeline, handle: DeploymentHandle) -> None:
+        self.name, self.pipe, self._handle = name, pipe, handle
         self.waiting = 0
         self.pace = None  # other processes draw
 
     async def draw(self, images: list[Request], size: tuple[int, int], timeout: float, truncate: bool) -> Result:
-        """See Drawing. What a process that dies was drawing another draws: the seed makes it the same image."""
+        """See ServedModel. What a process that dies was drawing another draws: the seed makes it the same image."""
         end = time.monotonic() + timeout
         self.waiting += len(images)
         try:
             while (rest := end - time.monotonic()) > 0:
                 try:
-                    result = await self._handle.draw.remote(images, size, rest, truncate)
+                    return await self._handle.draw.remote(images, size, rest, truncate)
                 except GONE:
                     await asyncio.sleep(PAUSE)
-                    continue
                 except RayTaskError as error:
+                    if not isinstance(error.cause, SnoopiError):
+                        log.error("a process that draws %s: %s", self.name, error)  # with the traceback
                     raise known(error) from None
-                self._observe(len(images))
-                return result
             raise Cancelled("the timeout is over, and no process that draws is left")
         finally:
             self.waiting -= len(images)
@@ -100,18 +103,72 @@ class Remote:
         self.pipe.close()
 
 
-async def remote(handles: dict[str, DeploymentHandle], name: str, settings: Settings, observe: Callable[[int], None]) -> Drawing:
-    """A model that replicas draw. Raises what opening the bundle raises, here or there."""
+async def remote(handles: dict[str, DeploymentHandle], name: str, settings: Settings, _: Observe) -> ServedModel:
+    """A model that replicas draw, whose calls only they could observe. Raises what opening the bundle raises, here or there."""
     try:
         engine = await handles[name].engine.remote() if name in handles else "auto"
     except RayTaskError as error:
         raise known(error) from None
     pipe = await asyncio.to_thread(settings.models[name], engine=engine, low_memory=True)
-    return Remote(name, pipe, handles[name], observe)
+    return Remote(name, pipe, handles[name])
 
 
-def deployed(settings: Settings, workers: Workers) -> serve.Application:
-    """The application for `serve.run(..., name=NAME)`. Bundles must lie in the same folders on every machine.
+class LogLines:
+    """An actor that takes the log's lines from the process that answers HTTP to the one of the command, which writes them."""
+
+    def __init__(self) -> None:
+        self._lines: asyncio.Queue[str] = asyncio.Queue(MAX_BUFFERED_LINES)
+
+    async def add(self, line: str) -> None:
+        """Drops the line if nobody takes them."""
+        with suppress(asyncio.QueueFull):
+            self._lines.put_nowait(line)
+
+    async def take(self) -> list[str]:
+        """All lines that there are; waits for the first."""
+        lines = [await self._lines.get()]
+        while not self._lines.empty():
+            lines.append(self._lines.get_nowait())
+        return lines
+
+
+class LinesToCommand(logging.Handler):
+    """Sends the log's lines to LogLines, but not what Ray says of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines = ray.get_actor(LOG, namespace=NAME)
+        self.addFilter(lambda record: not record.name.startswith("ray"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.add.remote(self.format(record))
+
+
+@contextmanager
+def lines_of_others(handler: LineHandler) -> Iterator[None]:
+    """Writes the lines that other processes log meanwhile."""
+    lines: Any = ray.remote(LogLines).options(name=LOG, namespace=NAME, num_cpus=0).remote()
+
+    def write() -> None:
+        with suppress(RayError):
+            while True:
+                for line in ray.get(lines.take.remote()):
+                    if line == END:
+                        return
+                    handler.add(line)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        lines.add.remote(END)
+        thread.join(FLUSH_SECONDS)
+        handler.flush()
+
+
+def deployed(settings: Settings, workers: Workers, address: str, log_json: bool) -> serve.Application:
+    """The application for `serve.run(..., name=NAME)` in `lines_of_others`. Bundles must lie in the same folders on every machine.
 
     Raises BundleError where no bundle is whole.
     """
@@ -122,10 +179,11 @@ def deployed(settings: Settings, workers: Workers) -> serve.Application:
         raise none_served(broken)
 
     def build() -> FastAPI:
+        write_logs(log_json, LinesToCommand())
         handles = {name: serve.get_deployment_handle(_deployment(name), app_name=NAME) for name in whole}
-        return application(settings, partial(remote, handles))
+        return application(settings, partial(remote, handles), partial(log_opened, address=address))
 
-    drawing = [
+    replicas = [
         deployment(Replica)
         .options(
             name=_deployment(name),
@@ -151,7 +209,7 @@ def deployed(settings: Settings, workers: Workers) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=max(GRACE, settings.timeout),
     )
-    return front.bind(*drawing)
+    return front.bind(*replicas)
 
 
 def serve_on_ray(settings: Settings, workers: Workers, host: str, port: int, log_json: bool = True) -> None:
@@ -160,20 +218,22 @@ def serve_on_ray(settings: Settings, workers: Workers, host: str, port: int, log
     Raises InputError where the address cannot be used, BundleError where no bundle is whole, EngineError where Ray cannot start.
     """
     host = check_address(host, settings.key)
-    write_logs(log_json)
+    log_handler = LineHandler(2)
+    write_logs(log_json, log_handler)
     start_ray()
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        _start(host, port)
-        with waiting_told():
-            serve.run(deployed(settings, workers), name=NAME)
-        address = url(host, port, settings.root_path)
-        log_event("ready", f"serving on {address} (Ctrl-C ends it)", models=list(settings.models), address=address)
-        threading.Event().wait()
+        with lines_of_others(log_handler):
+            try:
+                _start(host, port)
+                with waiting_told():
+                    serve.run(deployed(settings, workers, url(host, port, settings.root_path), log_json), name=NAME)
+                threading.Event().wait()
+            finally:
+                serve.shutdown()
     except KeyboardInterrupt:
         pass
     finally:
-        serve.shutdown()
         ray.shutdown()
 
 

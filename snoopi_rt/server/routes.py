@@ -13,7 +13,7 @@ from snoopi_rt.errors import Cancelled, InputError, SnoopiError
 from snoopi_rt.request import Request as ImageRequest
 from snoopi_rt.result import Result
 from snoopi_rt.server import schema
-from snoopi_rt.server.batcher import Drawing, QueueFull
+from snoopi_rt.server.batcher import QueueFull, ServedModel
 from snoopi_rt.server.http_errors import HttpError
 
 BODY_SECONDS = 10.0
@@ -42,34 +42,34 @@ async def generations(request: Request) -> Response:
     body = await _read_body(request, settings.max_body, min(settings.timeout, BODY_SECONDS))
     try:
         parameters = schema.parse_body(body)
-        drawing = request.app.state.models.find(parameters.model)
+        model = request.app.state.models.find(parameters.model)
         fields = request.state.log_fields
-        fields["model"] = drawing.name
+        fields["model"] = model.name
         if settings.log_prompts:
             fields |= {"prompt": parameters.prompt, "negative_prompt": parameters.negative_prompt}
-        size = parameters.height_and_width(drawing.pipe.bundle.sizes, settings.lenient)
-        requests, truncate = _requests(parameters, drawing, size, settings.max_images, settings.truncate)
+        size = parameters.height_and_width(model.pipe.bundle.sizes, settings.lenient)
+        requests, truncate = _requests(parameters, model, size, settings.max_images, settings.truncate)
         fields["images"] = len(requests)
     except InputError as error:
         raise HttpError(400, str(error)) from error
     try:
-        work = drawing.draw(requests, size, settings.timeout, truncate)
+        work = model.draw(requests, size, settings.timeout, truncate)
         result = await _unless_disconnected(request, work, settings.timeout)
     except QueueFull as error:
-        metrics.refused.labels(drawing.name).inc()
+        metrics.refused.labels(model.name).inc()
         raise HttpError(429, str(error), "rate_limit_error", {"retry-after": f"{error.seconds:.0f}"}) from error
     except (Cancelled, TimeoutError) as error:
         raise HttpError(504, str(error) or f"no image within {settings.timeout:g} s", "timeout") from error
     except SnoopiError as error:
         fields["error"] = str(error)
         raise HttpError(500, str(error), "server_error") from error
-    metrics.drawn(drawing.name, result)
+    metrics.images.labels(model.name).inc(len(result))
     try:
         files = await asyncio.gather(*(asyncio.to_thread(schema.encode, result, i, parameters) for i in range(len(result))))
         urls = [_url(request, file, parameters.output_format) for file in files] if parameters.formats()[1] else None
     except SnoopiError as error:
         raise HttpError(400, str(error)) from error
-    answer = schema.answer(drawing.name, result, files, urls, parameters)
+    answer = schema.answer(model.name, result, files, urls, parameters)
     return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
 
@@ -129,17 +129,17 @@ async def index() -> Response:
 
 
 def _requests(
-    parameters: schema.CreateImageRequest, drawing: Drawing, size: tuple[int, int], max_images: int, truncate: bool
+    parameters: schema.CreateImageRequest, model: ServedModel, size: tuple[int, int], max_images: int, truncate: bool
 ) -> tuple[list[ImageRequest], bool]:
     """What is to be drawn, and whether its prompts must be cut. Raises InputError; HttpError for a prompt that is too long."""
     seeds, scales = parameters.seeds_and_scales(max_images)
     columns = [parameters.prompt] * len(seeds), [parameters.negative_prompt] * len(seeds), scales, seeds
     try:
-        return drawing.pipe.check(*columns, size=size), False
+        return model.pipe.check(*columns, size=size), False
     except PromptTooLong as error:
         if not (truncate if parameters.truncate is None else parameters.truncate):
             raise HttpError(400, error.with_remedy('send "truncate": true')) from error
-        return drawing.pipe.check(*columns, size=size, truncate=True), True
+        return model.pipe.check(*columns, size=size, truncate=True), True
 
 
 async def _read_body(request: Request, limit: int, seconds: float) -> bytes:

@@ -143,7 +143,7 @@ class Error(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The body of every answer other than 200."""
+    """The body of an error."""
 
     error: Error
 

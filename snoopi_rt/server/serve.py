@@ -99,7 +99,8 @@ def serve(settings: Settings, host: str, port: int, log_json: bool = True) -> No
     Raises InputError if the address cannot be used, BundleError if no bundle can be opened.
     """
     host = check_address(host, settings.key)
-    sockets, log, broken = listening(host, port), write_logs(log_json), {}
+    sockets, log, broken = listening(host, port), LineHandler(2), {}
+    write_logs(log_json, log)
     address = url(host, port, settings.root_path)
 
     def opened(models: list[str], errors: dict[str, str]) -> None:

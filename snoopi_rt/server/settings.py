@@ -4,13 +4,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.files import read_bounded, reason
-from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.server.addresses import check_model_name, host_name, path_prefix, web_origin
 
-MAX_TIMEOUT = 86_400.0
+if TYPE_CHECKING:
+    from snoopi_rt.pipeline import Pipeline
+
+MAX_TIMEOUT = 86_400
 """Seconds: a longer timeout is no timeout."""
 MAX_KEY_FILE = 2**16
 """Bytes of a file with a key."""
@@ -20,7 +23,7 @@ MAX_KEY_FILE = 2**16
 class Settings:
     """The settings of a server. Raises InputError for values that make no sense."""
 
-    models: dict[str, Callable[..., Pipeline]]
+    models: "dict[str, Callable[..., Pipeline]]"
     """What opens each model, by name; the first is the default. On Ray it is called with `engine` and `low_memory`, as `load` is."""
     key: str | None = None
     """The bearer token that clients must send; None requires none."""

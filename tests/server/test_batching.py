@@ -25,6 +25,7 @@ def test_what_waits_is_drawn_together(slow: Slow, pipe: Pipeline) -> None:
         eventually(lambda: 'waiting_images{model="tiny"} 5.0' in httpx.get(f"{address}/metrics").text)
         slow.go.set()
         answers = [each.result() for each in (first, *rest)]
+        assert 'stage_seconds_count{model="tiny",stage="generator"} 3.0' in httpx.get(f"{address}/metrics").text  # once per call
     assert slow.calls == [1, 4, 1]  # as many as the bundle draws at once
     np.testing.assert_array_equal(np.concatenate([pictures(answer.json()) for answer in answers]), expected)
 

@@ -218,6 +218,11 @@ def test_what_is_wrong_is_said(browser: Any, address: str) -> None:
     page.wait_for_selector("#status.wrong")
     assert "the limit is 32" in page.inner_text("#status")
     assert page.is_enabled("#draw")
+    page.evaluate("document.getElementById('settings').open = true")
+    page.fill("#seed", str(2**32))
+    page.fill("#prompt", "a fox")
+    page.click("#draw")
+    sync_api.expect(page.locator("#status")).to_have_text("seed: must be an integer from 0 to 4294967295, got 4294967296")
 
 
 def test_a_key_is_asked_for(browser: Any) -> None:

@@ -84,7 +84,7 @@ function draw({ sameSeed = false, kept = true, live = false } = {}) {
   const asked = { model: model().id, prompt, size: at("size").value, n: 1 };
   if (negative && model().negative_prompts) Object.assign(asked, { negative_prompt: negative, negative_scale: scales() });
   const count = Math.min(4, Math.max(1, Number(at("count").value) || 1));
-  const job = { asked, model: model(), count, seed: at("seed").value, sameSeed, kept, live };
+  const job = { asked, model: model(), count, seed: at("seed").value.trim(), sameSeed, kept, live };
   if (!drawing) work(job);
   else if (JSON.stringify([asked, count, job.seed]) !== JSON.stringify([drawing.asked, drawing.count, drawing.seed])) next = job;
   else drawing.kept ||= kept; // it is being drawn already
@@ -105,14 +105,14 @@ async function work(job) {
 async function drawAll(job) {
   const { asked, count } = job;
   const shownSeed = job.sameSeed || job.live ? seedShown() : undefined;
-  const first = job.seed !== "" ? Number(job.seed) : (shownSeed ?? Math.floor(Math.random() * 2 ** 32));
+  const first = job.seed !== "" ? Number(job.seed) : (shownSeed ?? Math.floor(Math.random() * (2 ** 32 - count)));
   const begun = performance.now();
   at("status").setAttribute("aria-live", job.live ? "off" : "polite");
   if (!job.live) say("drawing ...");
   const rows = [];
   const drawn = { asked, model: job.model, scales: asked.negative_scale ?? [0], rows };
   for (let i = 0; i < count && !(i && next); i++) {
-    const seed = (first + i) % 2 ** 32;
+    const seed = Number.isFinite(first) ? first + i : job.seed; // what is no seed the server refuses
     const { data, warnings } = await call("v1/images/generations", { ...asked, seed });
     rows.push({ seed: data[0].seed, sources: data.map((each) => `data:image/png;base64,${each.b64_json}`) });
     show(drawn, say);

@@ -73,7 +73,7 @@ export function scaleWords(scale, usual, negative) {
 
 const SLUG = 60;
 
-// As snoopi_rt/names.py.
+// As snoopi_rt/image_names.py.
 export function slug(prompt) {
   const ascii = prompt.normalize("NFKD").replace(/[^\x00-\x7f]/g, "").toLowerCase().replaceAll("'", "");
   let words = ascii.replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "");
