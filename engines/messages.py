@@ -1,4 +1,4 @@
-"""Why an engine failed, from its package's messages: one line, without the source locations that precede it."""
+"""Why a package failed, from its messages: one line, without the source locations that precede it in an engine's."""
 
 import re
 from collections.abc import Iterable

@@ -10,6 +10,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from snoopi_rt.engines.messages import why
 from snoopi_rt.errors import InputError
 from snoopi_rt.shell import quote
 
@@ -135,7 +136,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 def reason(error: OSError) -> str:
     """The reason in a few words, also of OSErrors from packages that do not set strerror."""
-    return error.strerror or next(iter(str(error).splitlines()), "") or type(error).__name__
+    return error.strerror or why(error)
 
 
 def _check_regular(status: os.stat_result, path: Path) -> None:

@@ -17,11 +17,12 @@ import click
 import torch
 from diffusers import AutoencoderTiny
 from gpu_students import NETWORKS, TOKENS, case, folded, student
-from gpu_timing import gpu_name, interleaved, reason
+from gpu_timing import gpu_name, interleaved
 from torch import Tensor
 
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.engines.base import Axis, Engine
+from snoopi_rt.engines.messages import why
 from snoopi_rt.errors import EngineError, InputError
 from snoopi_rt.export.decoder import Decoder
 from snoopi_rt.export.guidance import find_guidance
@@ -94,7 +95,7 @@ def measured(kind: str, folder: Path, inputs: dict[str, Tensor], engine: str, ba
             seconds = interleaved({"one token": lambda short=short: draw(short), "negative": lambda arrays=arrays: draw(arrays)}, TIMES)
             rows.append({"student": kind, "batch": batch, "engine": engine, **seconds, "built": built})
     except (EngineError, InputError) as error:
-        rows.append({"student": kind, "batch": batches[len(rows)], "engine": engine, "why not": reason(error)})
+        rows.append({"student": kind, "batch": batches[len(rows)], "engine": engine, "why not": why(error)})
     for model in models.values():
         with suppress(EngineError):  # one that has failed may not even close
             model.close()

@@ -19,10 +19,11 @@ import click
 import gpu_timing
 import torch
 from diffusers import AutoencoderTiny, PixArtTransformer2DModel, UNet2DConditionModel
-from gpu_timing import apart, gpu_name, interleaved, peak, reason, recorded
+from gpu_timing import apart, gpu_name, interleaved, peak, recorded
 from random_student import UNETS
 from torch import Tensor, nn
 
+from snoopi_rt.engines.messages import why
 from snoopi_rt.export.attention import GuidedAttention
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt
 from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet
@@ -188,7 +189,7 @@ def measured(name: str, cases: list[Case], decoder: nn.Module, way: Callable[[Ca
                 TIMES,
             )
     except torch.OutOfMemoryError as error:
-        return {**row, "why not": reason(error)}, None
+        return {**row, "why not": why(error)}, None
     return {**row, **seconds, "GB": gigabytes[0]}, latent
 
 

@@ -80,8 +80,3 @@ def peak() -> Iterator[list[float]]:
 def apart(result: Tensor, expected: Tensor) -> float:
     """The size of the difference, of that of what is expected: 0 for equal tensors, 1 for zeros."""
     return ((result.float() - expected.float()).norm() / expected.float().norm()).item()
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

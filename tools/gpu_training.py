@@ -16,9 +16,10 @@ import click
 import gpu_timing
 import torch
 from gpu_students import NETWORKS, Case, case, student
-from gpu_timing import Run, apart, gpu_name, interleaved, peak, reason
+from gpu_timing import Run, apart, gpu_name, interleaved, peak
 from torch import Tensor, nn
 
+from snoopi_rt.engines.messages import why
 from snoopi_rt.export.attention import GuidedAttention
 from snoopi_rt.export.backbones import find_backbone
 from snoopi_rt.export.guidance import find_guidance
@@ -57,7 +58,7 @@ def measured(network: nn.Module, case: Case) -> dict[str, Any]:
             difference = apart(steps["kernel"](), steps["two attentions"]())
             seconds = interleaved(steps, TIMES)
     except torch.OutOfMemoryError as error:
-        return {**row, "why not": reason(error)}
+        return {**row, "why not": why(error)}
     return {**row, **seconds, "GB": gigabytes[0], "apart": difference}
 
 

@@ -1,7 +1,6 @@
 """`eval check`: every measure on its true network classes with random weights, against plain formulas, in a minute or two."""
 
 import io
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from torch import nn
 from snoopi_rt.errors import OutputError
 from snoopi_rt.export.evaluation import dinov2, image_text, inception, towers
 from snoopi_rt.export.evaluation.context import ARCHITECTURES, NETWORKS, Context
+from snoopi_rt.export.evaluation.cost import peak_memory
 from snoopi_rt.export.evaluation.features import FeatureCache
 from snoopi_rt.export.evaluation.image_sets import ImageSet, PromptRow, images_with_prompts, open_image, reference_images
 from snoopi_rt.export.evaluation.measures import MEASURES
@@ -110,13 +110,18 @@ def check(say: Callable[[str], None]) -> dict[str, float]:
             context = random_context(folder, measure.weights)
             context.reference = reference_images(folder / "real")
             figures = list(measure.run(images, context))
-            differences = [abs((row.value or 0) - value) / max(abs(value), 1e-3) for row, value in plain(name, images, figures, context)]
-            worst[name] = max(differences)
+            differences = [_difference(row.value, value) for row, value in plain(name, images, figures, context)]
+            worst[name] = float(np.max(differences))  # unlike max(), NaN where one is
             say(f"{name}: {len(differences)} figures, relative difference {worst[name]:.1e}, {time.perf_counter() - start:.1f} s")
     wrong = [name for name, difference in worst.items() if not difference <= TOLERANCE]
     if wrong:
         raise OutputError(f"{', '.join(wrong)} differ from the plain formula by more than {TOLERANCE:g}")
     return worst
+
+
+def _difference(figure: float | None, value: float) -> float:
+    """Relative to the value, infinite where the figure could not be measured."""
+    return float("inf") if figure is None else abs(figure - value) / max(abs(value), 1e-3)
 
 
 def whole(name: str, say: Callable[[str], None], count: int = 2) -> dict[str, float]:
@@ -136,7 +141,7 @@ def whole(name: str, say: Callable[[str], None], count: int = 2) -> dict[str, fl
         cost = {"seconds per image": _seconds(lambda: images(pictures)) / count}
         if texts is not None:
             cost["seconds per text"] = _seconds(lambda: texts(["a photo of a cat on a red sofa"] * count)) / count
-    cost["peak memory, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    cost["peak memory, MB"] = peak_memory() / 1e6
     say(f"{name} on {device}: " + ", ".join(f"{what} {value:.3g}" for what, value in cost.items()))
     return cost
 

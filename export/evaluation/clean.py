@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from snoopi_rt.export.evaluation import pixel_metrics
 from snoopi_rt.export.evaluation.domain import Domain
+from snoopi_rt.export.evaluation.harm import Harm, Seen
 from snoopi_rt.export.evaluation.judge import TOP
 from snoopi_rt.export.evaluation.report import Goal, Row, mean
 from snoopi_rt.export.evaluation.samplers import Negative, Sampler
-from snoopi_rt.export.evaluation.statistics import frechet, ratio_interval
 from snoopi_rt.export.small_model.dataset.scene import Scene, plain_caption
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, FLAWS, NEUTRAL
 
@@ -21,28 +23,20 @@ def clean(sampler: Sampler, domain: Domain, seeds: int) -> Iterator[Row]:
     names = [name for name in domain.common if name not in UNRELATED for _ in range(seeds)]
     scenes = [Scene((name,)) for name in names]
     prompts, numbers = [plain_caption(scene) for scene in scenes], list(range(len(names)))
+
+    def seen(pictures: np.ndarray) -> Seen:
+        features = domain.judge.features(pictures)
+        return Seen(domain.judge.ranks(features, names) < TOP, features.numpy(), *pixel_metrics.seams(pictures, sampler.cell))
+
     plain = sampler(prompts, numbers)
-    real = domain.judge.features(domain.real(scenes, plain.shape[1])).numpy()
-    features = domain.judge.features(plain)
-    seen, distance = domain.judge.ranks(features, names) < TOP, frechet(features.numpy(), real)
-    across, beside = pixel_metrics.seams(plain, sampler.cell)
-    blockiness = across.sum() / beside.sum()
+    harm = Harm(seen(plain), domain.judge.features(domain.real(scenes, plain.shape[1])).numpy())
     absent = {name: _absent_colour(domain, name) for name in dict.fromkeys(names)}
     negatives: dict[str, Negative] = {flaw: flaw for flaw in FLAWS}
     negatives |= {"generic list": GENERIC, UNRELATED: UNRELATED, "absent colour": [absent[name] for name in names]}
     for label, negative in negatives.items():
         pictures = sampler(prompts, numbers, negative)
         yield mean(SECTION, f"{label}, change of the thing", pixel_metrics.change(plain, pictures), "levels", Goal(most=3))
-        features = domain.judge.features(pictures)
-        gained = (domain.judge.ranks(features, names) < TOP).astype(float) - seen
-        yield mean(SECTION, f"{label}, recognition gained", 100 * gained, "points", Goal(-1, 1))
-        ratio = frechet(features.numpy(), real) / distance
-        yield Row(SECTION, f"{label}, Frechet distance", ratio, Goal(most=1.03), "of no negative's", of=len(names))
-        across, beside = pixel_metrics.seams(pictures, sampler.cell)
-        low, high = ratio_interval(across, beside)
-        interval = float(low / blockiness), float(high / blockiness)
-        ratio = float(across.sum() / beside.sum() / blockiness)
-        yield Row(SECTION, f"{label}, blockiness", ratio, Goal(most=1), "of no negative's", of=len(names), interval=interval)
+        yield from harm.rows(SECTION, label, seen(pictures), Goal(-1, 1))
 
 
 def _absent_colour(domain: Domain, name: str) -> str:

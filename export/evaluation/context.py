@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from snoopi_rt.export.evaluation.dinov2 import Dinov2
 from snoopi_rt.export.evaluation.features import FeatureCache
 from snoopi_rt.export.evaluation.image_sets import ImageSet
 from snoopi_rt.export.evaluation.inception import Inception
-from snoopi_rt.export.evaluation.judge import Judge
-from snoopi_rt.export.evaluation.weight_files import Located
+from snoopi_rt.export.evaluation.lite import Lite
+from snoopi_rt.export.evaluation.weight_files import Located, locate
 
 ARCHITECTURES = {
     "hps-v2.0": towers.HPS,
@@ -26,17 +27,8 @@ ARCHITECTURES = {
 }
 
 
-class Lite2:
-    """EfficientNet-Lite2's pooled features (N, 1280), as the small domain's judge has them; its package brings the weights."""
-
-    def __init__(self, weights: Path, device: str = "cpu") -> None:
-        self._judge = Judge(weights.parent)
-
-    def __call__(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        return np.asarray(self._judge.features([np.asarray(picture) for picture in pictures]).numpy())
-
-
-NETWORKS = {"inception": Inception, "dinov2": Dinov2, "lite2": Lite2}
+NETWORKS: dict[str, Callable[[Path, str], Any]] = {"inception": Inception, "dinov2": Dinov2, "lite2": partial(Lite, "lite2")}
+"""By the name of their weights, what takes those and a device."""
 
 
 @dataclass
@@ -84,6 +76,12 @@ class Context:
 
     def _identity(self, weights: str) -> str:
         return f"{weights} {self.located[weights].sha256} {self.architectures.get(weights, '')} {self.device} torch {torch.__version__}"
+
+
+def open_context(names: Sequence[str], chosen: Mapping[str, str], out: Path, say: Callable[[str], None]) -> Context:
+    """A context on this machine's GPU where it has one; weights are located as `locate` says, and features kept in the folder `out`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Context(locate(names, chosen, say), FeatureCache(out / "features"), device=device)
 
 
 def named(metric: str, used: int, protocol: int, unit: str) -> str:

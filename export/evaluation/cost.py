@@ -1,19 +1,28 @@
 """What a bundle costs on this machine: time per image, start, memory, size."""
 
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator
 
-from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.diagnostics.bench import bench
 from snoopi_rt.export.evaluation.report import Goal, Row
+from snoopi_rt.export.evaluation.samplers import Sampler
 
 THREADS = 2
 
 
-def cost(bundle: Bundle, runs: int | None, say: Callable[[str], None]) -> Iterator[Row]:
-    """Figures of ONNX Runtime on two threads. Each tells how busy the machine was before: they mean something on an idle one only."""
+def cost(sampler: Sampler, runs: int | None, say: Callable[[str], None]) -> Iterator[Row]:
+    """Figures of a bundle on two threads, by the engine and in the precisions that drew; none of another sampler.
+
+    Each tells how busy the machine was before: they mean something on an idle one only.
+    """
+    bundle = sampler.bundle
+    if bundle is None:
+        return
+    engine, precision = sampler.facts["engine"], sampler.facts["precision"]
     machine = {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
-    measured = bench(bundle, ["cpu"], None, THREADS, runs, say)["engines"]["cpu"]
+    measured = bench(bundle, [engine], precision, THREADS, runs, say)["engines"][engine]
     for way, words, goal in (("plain", "an image", Goal(most=25)), ("negative", "an image with a negative", None)):
         if way in measured:
             milliseconds = {name: 1000 * seconds for name, seconds in measured[way]["total"].items()}
@@ -25,3 +34,9 @@ def cost(bundle: Bundle, runs: int | None, say: Callable[[str], None]) -> Iterat
         yield Row("cost", "peak memory", start["peak_memory"] / 1e6, Goal(most=250), "MB")
     size = sum(path.stat().st_size for path in bundle.folder.iterdir() if path.is_file())
     yield Row("cost", "bundle", size / 1e6, Goal(most=60), "MB")
+
+
+def peak_memory() -> int:
+    """The most memory that this process has used so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

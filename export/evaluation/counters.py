@@ -15,6 +15,7 @@ from PIL import Image
 from snoopi_rt.export.evaluation import pixel_metrics
 from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.judge import TOP, ranks
+from snoopi_rt.export.evaluation.statistics import spread
 from snoopi_rt.export.small_model.dataset.compose import layout
 from snoopi_rt.export.small_model.dataset.scene import Scene
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, DEFAULT_BACKGROUND
@@ -96,11 +97,6 @@ def numbers_of(scene: Scene) -> list[Scene]:
 def colours_of(scene: Scene) -> list[Scene]:
     """The scene with its thing in every colour."""
     return [replace(scene, colour=colour) for colour in COLOURS]
-
-
-def spread(names: Sequence[str], count: int) -> list[str]:
-    """At most so many of the names, evenly over all."""
-    return [names[i * len(names) // count] for i in range(count)] if len(names) > count else list(names)
 
 
 def _grouped(scenes: Sequence[Scene], key: Callable[[Scene], Any]) -> dict[Any, list[int]]:

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
-from snoopi_rt.errors import InputError
+from snoopi_rt.export.evaluation.weight_files import loading
 
 SIDE = 224
 MEAN, DEVIATION = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
@@ -21,14 +20,12 @@ class Dinov2:
     """Features (N, 1024) of images, with the weights of facebook/dinov2-large. Raises InputError for another file."""
 
     def __init__(self, weights: Path, device: str = "cpu") -> None:
-        try:
+        with loading(weights, "dinov2-large"):
             state = load_file(weights)
             # As many layers as the file has: a test's has fewer.
             layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layer."))
             self._network = Dinov2Model(Dinov2Config(**{**CONFIG, "num_hidden_layers": layers})).eval().requires_grad_(False)
             self._network.load_state_dict(state)
-        except (SafetensorError, RuntimeError, ValueError, IndexError) as error:
-            raise InputError(f"{weights} does not hold dinov2-large: {str(error).splitlines()[0][:200]}") from error
         self._device = device
         self._network.to(device)
 

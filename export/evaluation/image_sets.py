@@ -19,6 +19,7 @@ from tqdm import tqdm
 from snoopi_rt.batch.prompt_file import PromptFile
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation.samplers import Sampler
+from snoopi_rt.export.evaluation.statistics import spread
 from snoopi_rt.files import remove_remains, sha256, write_whole
 
 BATCH = 16
@@ -117,7 +118,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[PromptRow]:
         rows = _rows(path, None)
     if not rows:
         raise InputError(f"{path} holds no prompt")
-    return [rows[i * len(rows) // limit] for i in range(limit)] if limit is not None and limit < len(rows) else rows
+    return spread(rows, limit)
 
 
 def _rows(path: Path, style: str | None) -> list[PromptRow]:

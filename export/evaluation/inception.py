@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from snoopi_rt.errors import EngineMissing, InputError, how_to_install
+from snoopi_rt.errors import EngineMissing, how_to_install
+from snoopi_rt.export.evaluation.weight_files import loading
 
 SIDE, PROTOCOL_SIDE = 299, 256
 DIMENSIONS = 2048
@@ -34,14 +35,13 @@ class Inception:
 
     def __init__(self, weights: Path, device: str = "cpu") -> None:
         network = network_class()
-        try:
+        with loading(weights, "torch-fidelity's Inception weights"):
             # Handed over as bytes of our own: it would load the file itself with whatever code is pickled in it.
             checked = io.BytesIO()
             torch.save(torch.load(weights, map_location="cpu", weights_only=True), checked)
             checked.seek(0)
-            self._network = network("inception-v3-compat", [str(DIMENSIONS)], checked).to(device)
-        except Exception as error:
-            raise InputError(f"{weights} does not hold torch-fidelity's Inception weights: {str(error).splitlines()[0][:200]}") from error
+            self._network = network("inception-v3-compat", [str(DIMENSIONS)], checked)
+        self._network.to(device)
         self._device = device
         self._prepared = torch.zeros(0)
         # The network takes 8-bit images and resizes them itself: its first layer gets those that are resized as clean-fid does.

@@ -12,20 +12,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from snoopi_rt.export.evaluation.lite import Lite
 from snoopi_rt.export.small_model.dataset import compose
 from snoopi_rt.export.small_model.dataset.compose import Composer
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE, Scene
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED, UNSEEN, DrawingSet, load_sprites
 from snoopi_rt.export.small_model.dataset.vocabulary import things
-from snoopi_rt.export.small_model.features import load_network, to_network, weights_file
 from snoopi_rt.export.weights.files import fingerprint, save_tensors
 
-SIDES = {"lite0": 224, "lite2": 260}  # pixels that each network was trained on
 TOP = 5
 MANY = 64  # scenes
 
@@ -44,9 +41,8 @@ class Judge:
         names: Sequence[str] | None = None,
         sets: Sequence[DrawingSet] = TRAINED,
     ):
-        self.name, self._side = network, SIDES[network]
-        self.hash = fingerprint(weights_file(network))
-        self._network = load_network(network).to(memory_format=torch.channels_last)
+        self.name, self._lite = network, Lite(network)
+        self.hash = fingerprint(self._lite.weights)
         self._folder, self._sets = references, (*sets, UNSEEN)
         self.sets = [drawing.package for drawing in self._sets]
         self.names = [thing.name for thing in things()] if names is None else list(names)
@@ -57,16 +53,9 @@ class Judge:
         """Draws all things in all sets."""
         return Composer(load_sprites(self._sets, self.names))
 
-    @torch.no_grad()
-    def features(self, pictures: np.ndarray | Sequence[np.ndarray], batch: int = 8) -> Tensor:
-        """(N, 1280) fp32 of pictures, (H, W, 3) uint8 each, resized to what the network was trained on."""
-        rows = []
-        steps = range(0, len(pictures), batch)
-        for start in tqdm(steps, desc=f"features ({self.name})", unit="batch", leave=False, disable=len(steps) < 5):
-            part = np.stack([self._resized(picture) for picture in pictures[start : start + batch]])
-            scaled = torch.from_numpy(part).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
-            rows.append(self._network.extract_features(to_network(scaled)).mean((2, 3)))
-        return torch.cat(rows) if rows else torch.zeros(0, 1280)
+    def features(self, pictures: np.ndarray | Sequence[np.ndarray]) -> Tensor:
+        """(N, 1280) fp32 of pictures, (H, W, 3) uint8 each."""
+        return torch.from_numpy(self._lite(pictures))
 
     def ranks(self, features: Tensor, names: Sequence[str]) -> np.ndarray:
         """How many drawings of other things are nearer than the named thing's own, (N,), for pictures on white; 0 is recognised at once."""
@@ -96,9 +85,6 @@ class Judge:
 
     def _scenes(self, style: str) -> list[Scene]:
         return [Scene((name,), style=style) for name in self.names]
-
-    def _resized(self, picture: np.ndarray) -> np.ndarray:
-        return np.asarray(Image.fromarray(picture).resize((self._side, self._side), Image.Resampling.BICUBIC))
 
 
 def ranks(features: Tensor, references: Tensor, own: Sequence[int]) -> np.ndarray:

@@ -1,16 +1,14 @@
 """The measures of any student: what each needs, and the run that makes images, computes features and writes one report."""
 
 import importlib.metadata
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -18,15 +16,16 @@ import snoopi_rt
 from snoopi_rt.bundle.bundle import MANIFEST
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation import distances, image_text
-from snoopi_rt.export.evaluation.context import Context
-from snoopi_rt.export.evaluation.cost import cost
-from snoopi_rt.export.evaluation.features import FeatureCache
+from snoopi_rt.export.evaluation.context import Context, open_context
+from snoopi_rt.export.evaluation.cost import cost, peak_memory
 from snoopi_rt.export.evaluation.figures import plot
 from snoopi_rt.export.evaluation.image_sets import ImageSet, PromptRow, images_with_prompts, make_images, read_prompts, reference_images
 from snoopi_rt.export.evaluation.report import Row, write
 from snoopi_rt.export.evaluation.samplers import Sampler, open_diffusers, open_student
-from snoopi_rt.export.evaluation.weight_files import WEIGHTS, locate, present
+from snoopi_rt.export.evaluation.statistics import spread
+from snoopi_rt.export.evaluation.weight_files import WEIGHTS, availability
 from snoopi_rt.export.training.image_grid import image_grid
+from snoopi_rt.files import check_folder
 from snoopi_rt.pipeline import EMBEDDED
 
 THUMBNAIL, SHEET, COLUMNS = 128, 64, 8
@@ -94,17 +93,23 @@ class Plan:
         """Raises InputError for what cannot be measured, before anything is fetched or made."""
         if any(MEASURES[name].reference for name in self.measures) and self.reference is None:
             raise InputError(f"{self.command} compares with real images: --reference FOLDER")
-        if len({subject.name for subject in self.subjects}) < len(self.subjects):
-            raise InputError("each model needs a name of its own: NAME=FOLDER gives it one")
-        check_scales(self.subjects, [] if self.scale is None else [self.scale])
+        check_subjects(self.subjects, [] if self.scale is None else [self.scale])
 
 
-def check_scales(subjects: Sequence[Subject], scales: Sequence[float]) -> None:
-    """Raises InputError for a negative scale that one of the bundles does not take, and for any if one takes no negative prompt."""
-    folders = [EMBEDDED if subject.path is None else subject.path for subject in subjects if subject.kind == "bundle"]
-    for bundle in [snoopi_rt.Bundle.load(folder) for folder in folders if scales and (folder / MANIFEST).exists()]:
+def check_subjects(subjects: Sequence[Subject], scales: Sequence[float]) -> None:
+    """Raises InputError for two subjects of one name, for a negative scale that one of the bundles does not take, and for any if one takes
+    no negative prompt."""
+    if len({subject.name for subject in subjects}) < len(subjects):
+        raise InputError("each model needs a name of its own: NAME=FOLDER gives it one")
+    for bundle in [bundle for subject in subjects if scales and (bundle := bundle_of(subject))]:
         for scale in scales:
             snoopi_rt.Request("any", "any", scale, seed=0).checked(bundle.guidance)
+
+
+def bundle_of(subject: Subject) -> snoopi_rt.Bundle | None:
+    """The subject's bundle, where it is one; nothing of it is opened. Raises InputError where there is no folder."""
+    folder = EMBEDDED if subject.path is None else check_folder(subject.path)
+    return snoopi_rt.Bundle.load(folder) if subject.kind == "bundle" and (folder / MANIFEST).exists() else None
 
 
 def dry_run(plan: Plan, say: Callable[[str], None]) -> None:
@@ -112,9 +117,7 @@ def dry_run(plan: Plan, say: Callable[[str], None]) -> None:
     plan.check()
     rows = read_prompts(plan.prompts, plan.limit)
     for name in plan.needed:
-        weights = WEIGHTS[name]
-        there = present(weights, plan.weights.get(name))
-        say(f"weights {name}: {weights.file}, {weights.size:,} MB, {'there' if there else f'to fetch: {weights.command}'}")
+        say(availability(WEIGHTS[name], plan.weights.get(name)))
     images = 0
     for subject in plan.subjects:
         if subject.kind == "images":
@@ -154,9 +157,7 @@ def evaluate(plan: Plan, say: Callable[[str], None], context: Context | None = N
     plan.check()
     rows = read_prompts(plan.prompts, plan.limit)
     reference = None if plan.reference is None else reference_images(plan.reference)
-    if context is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        context = Context(locate(plan.needed, plan.weights, say), FeatureCache(plan.out / "features"), device=device)
+    context = context or open_context(plan.needed, plan.weights, plan.out, say)
     context.reference = reference
     plan.out.mkdir(parents=True, exist_ok=True)
     timings: dict[str, Any] = {}
@@ -174,11 +175,13 @@ def evaluate(plan: Plan, say: Callable[[str], None], context: Context | None = N
                 start = time.perf_counter()
                 columns[subject.name] += MEASURES[name].run(images, context)
                 seconds[name] = round(time.perf_counter() - start, 3)
-        if plan.runs and sampler is not None and sampler.bundle is not None:
-            seconds["cost"] = [_as_timing(row) for row in cost(sampler.bundle, plan.runs, say)]
+        if plan.runs and sampler is not None:
+            # Without the embedded model's goals.
+            seconds["cost"] = [{"name": row.name, "value": row.value, "unit": row.unit} for row in cost(sampler, plan.runs, say)]
         _sheet(images).save(plan.out / f"sheet-{subject.name}.png")
-    timings["peak memory, MB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
-    write(plan.out, plan.command, {**document, "timings": timings}, columns)
+        timings["peak memory, MB"] = round(peak_memory() / 1e6)
+        # After each: what goes wrong with the next does not take this one's figures along.
+        write(plan.out, plan.command, {**document, "timings": timings}, columns)
     plot(columns, plan.out / f"{plan.command}.png")
     return columns
 
@@ -224,15 +227,8 @@ def open_sampler(subject: Subject, steps: int | None, guidance: float | None) ->
     return open_student(subject.path)
 
 
-def _as_timing(row: Row) -> dict[str, Any]:
-    """A figure of cost, without the embedded model's goals."""
-    row = replace(row, goal=None)
-    return {"name": row.name, "value": row.value, "unit": row.unit}
-
-
 def _sheet(images: ImageSet) -> Image.Image:
     """Images from all over the set, uncurated, with their prompts."""
-    count = min(SHEET, len(images.files))
-    places = [i * len(images.files) // count for i in range(count)]
+    places = spread(range(len(images.files)), SHEET)
     small = [np.asarray(images.open(i).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)) for i in places]
     return image_grid(np.stack(small), [images.prompts[i] for i in places], COLUMNS)

@@ -15,10 +15,11 @@ import numpy as np
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation import pixel_metrics
 from snoopi_rt.export.evaluation.context import Context
+from snoopi_rt.export.evaluation.harm import Harm, Seen
 from snoopi_rt.export.evaluation.image_sets import ImageSet, PromptRow, make_images
 from snoopi_rt.export.evaluation.report import Goal, Row, mean, share
 from snoopi_rt.export.evaluation.samplers import Sampler
-from snoopi_rt.export.evaluation.statistics import frechet, ratio_interval, share_interval
+from snoopi_rt.export.evaluation.statistics import share_interval, spread
 
 CLASSIFIER = "clip-b32"
 LABELS = "labels.jsonl"
@@ -48,7 +49,10 @@ class Label:
 
 
 def read_pairs(path: Path | None = None, limit: int | None = None) -> list[Pair]:
-    """The pairs of a file of JSON lines, by default the paper's six and fifty of everyday use. Raises InputError for another line."""
+    """The pairs of a file of JSON lines, by default the paper's six and fifty of everyday use.
+
+    Raises InputError for another line, and where a pair has no other whose negative is unrelated to it.
+    """
     source = path or files(__package__).joinpath("negative_pairs.jsonl")
     pairs = []
     for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
@@ -58,7 +62,27 @@ def read_pairs(path: Path | None = None, limit: int | None = None) -> list[Pair]
             raise InputError(f"line {number} of {path or 'the pairs'} is not a pair: {error}") from error
     if not pairs:
         raise InputError(f"{path} holds no pair")
-    return [pairs[i * len(pairs) // limit] for i in range(limit)] if limit is not None and limit < len(pairs) else pairs
+    pairs = spread(pairs, limit)
+    unrelated(pairs)
+    return pairs
+
+
+def unrelated(pairs: Sequence[Pair]) -> list[str]:
+    """For each pair what is unwanted in another one: the first, from half the list further on, that differs in prompt and unwanted thing.
+
+    Raises InputError where there is none.
+    """
+    chosen = []
+    for i, pair in enumerate(pairs):
+        further = (pairs[(i + len(pairs) // 2 + step) % len(pairs)] for step in range(len(pairs)))
+        other = next((other for other in further if other.prompt != pair.prompt and other.unwanted != pair.unwanted), None)
+        if other is None:
+            raise InputError(
+                f"pair {pair.prompt!r} without {pair.unwanted!r} needs another one of a different prompt and unwanted thing, "
+                "whose negative is the unrelated one"
+            )
+        chosen.append(other.unwanted)
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -127,8 +151,7 @@ class Trials:
     def __init__(self, name: str, sampler: Sampler, pairs: Sequence[Pair], seeds: int, context: Context, folder: Path) -> None:
         self._name, self._sampler, self._context, self._folder = name, sampler, context, folder
         self.pairs = [pair for pair in pairs for _ in range(seeds)]
-        count = len(pairs) // 2 or 1
-        self._unrelated = [pairs[(i + count) % len(pairs)].unwanted for i in range(len(pairs)) for _ in range(seeds)]
+        self._unrelated = [unwanted for unwanted in unrelated(pairs) for _ in range(seeds)]
         self.plain = self._images("plain", [None] * len(self.pairs))
         self._others = context.image_features(CLASSIFIER, self._images("others", [None] * len(self.pairs), seed=OTHERS))
         prompts = list(dict.fromkeys(pair.prompt for pair in self.pairs))
@@ -202,20 +225,12 @@ def figures(trial: Trial, error: float | None = None) -> Iterator[Row]:
 
 
 def harm(section: str, effect: Effect, others: np.ndarray) -> Iterator[Row]:
-    """What a negative that names nothing of the pictures makes of them, as `eval small` has it: none of it may be worse."""
-    unit = "of no negative's"
-    yield mean(section, "unrelated negative, change", effect.distance, "feature distance")
-    gained = effect.kept_after.astype(float) - effect.kept_before
-    yield mean(section, "unrelated negative, recognition gained", 100 * gained, "points", Goal(least=-1))
-    if len(others) > 1:
-        distance = frechet(effect.features_before, others)
-        ratio = frechet(effect.features_after, others) / distance if distance else float("inf")
-        yield Row(section, "unrelated negative, Frechet distance", ratio, Goal(most=1.03), unit, of=len(others))
-    (across, beside), (across_before, beside_before) = effect.seams_after.T, effect.seams_before.T
-    blockiness = across_before.sum() / beside_before.sum()
-    low, high = ratio_interval(across, beside)
-    value, interval = float(across.sum() / beside.sum() / blockiness), (float(low / blockiness), float(high / blockiness))
-    yield Row(section, "unrelated negative, blockiness", value, Goal(most=1), unit, of=len(across), interval=interval)
+    """What a negative that names nothing of the pictures makes of them: none of it may be worse."""
+    label = "unrelated negative"
+    yield mean(section, f"{label}, change", effect.distance, "feature distance")
+    plain = Seen(effect.kept_before, effect.features_before, *effect.seams_before.T)
+    after = Seen(effect.kept_after, effect.features_after, *effect.seams_after.T)
+    yield from Harm(plain, others).rows(section, label, after, Goal(least=-1))
 
 
 def choose(trials: Sequence[Trial], half: np.ndarray) -> float | None:

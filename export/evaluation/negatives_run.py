@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,12 @@ import numpy as np
 from PIL import Image
 
 import snoopi_rt
-from snoopi_rt.bundle.bundle import Bundle
-from snoopi_rt.errors import InputError
-from snoopi_rt.export.evaluation.context import Context
-from snoopi_rt.export.evaluation.features import FeatureCache
+from snoopi_rt.bundle.bundle import Bundle, Guidance
+from snoopi_rt.errors import BundleError, InputError
+from snoopi_rt.export.evaluation.context import Context, open_context
 from snoopi_rt.export.evaluation.figures import plot_tradeoff
 from snoopi_rt.export.evaluation.image_sets import ImageSet
-from snoopi_rt.export.evaluation.measures import THUMBNAIL, Subject, check_scales, open_sampler
+from snoopi_rt.export.evaluation.measures import THUMBNAIL, Subject, bundle_of, check_subjects, open_sampler
 from snoopi_rt.export.evaluation.negatives import (
     CLASSIFIER,
     Trial,
@@ -28,8 +28,8 @@ from snoopi_rt.export.evaluation.negatives import (
     read_pairs,
 )
 from snoopi_rt.export.evaluation.report import Row, write
-from snoopi_rt.export.evaluation.samplers import Sampler
-from snoopi_rt.export.evaluation.weight_files import WEIGHTS, locate, present
+from snoopi_rt.export.evaluation.statistics import spread
+from snoopi_rt.export.evaluation.weight_files import WEIGHTS, availability
 from snoopi_rt.export.training.image_grid import image_grid
 from snoopi_rt.files import remove_remains
 
@@ -50,13 +50,39 @@ class NegativesPlan:
     tune: bool = False
     weights: Mapping[str, str] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Raises InputError for what cannot be measured or written, before anything is fetched or made."""
+        check_subjects(self.subjects, self.scales)
+        for subject in self.subjects:
+            bundle = bundle_of(subject)
+            scales = self.scales_of(subject, bundle)
+            if self.tune:
+                if bundle is None:
+                    raise InputError(f"--tune writes a bundle, and {subject.name} is none")
+                _tuned_before(self.tuned(subject), bundle, scales)
+
+    def tuned(self, subject: Subject) -> Path:
+        """The folder of the subject's tuned bundle."""
+        return self.out / f"{subject.name}-tuned"
+
+    def scales_of(self, subject: Subject, bundle: Bundle | None) -> list[float]:
+        """The scales at which the subject is measured. Raises InputError where it has none."""
+        if bundle is not None and bundle.guidance.kind == "none":
+            raise InputError(f"{subject.name} takes no negative prompt")
+        if self.scales:
+            return sorted(self.scales)
+        if bundle is None:
+            raise InputError(f"{subject.name} has no default scale: --scales says which to try")
+        limits = bundle.guidance.scale
+        multiples = (limits.default * factor for factor in (0.25, 0.5, 1, 2))
+        return sorted({round(scale, 6) for scale in multiples if limits.min <= scale <= limits.max and scale > 0})
+
 
 def dry_run_negatives(plan: NegativesPlan, say: Callable[[str], None]) -> None:
     """Says what would be fetched and made."""
-    check_scales(plan.subjects, plan.scales)
-    weights, count = WEIGHTS[CLASSIFIER], len(read_pairs(plan.pairs, plan.limit)) * plan.seeds
-    there = present(weights, plan.weights.get(CLASSIFIER))
-    say(f"weights {CLASSIFIER}: {weights.file}, {weights.size:,} MB, {'there' if there else f'to fetch: {weights.command}'}")
+    plan.check()
+    count = len(read_pairs(plan.pairs, plan.limit)) * plan.seeds
+    say(availability(WEIGHTS[CLASSIFIER], plan.weights.get(CLASSIFIER)))
     scales = len(plan.scales) or 4
     say(f"images: {count:,} pictures of each of {len(plan.subjects)} students, twice without a negative and twice at {scales} scales")
 
@@ -66,34 +92,15 @@ def evaluate_negatives(plan: NegativesPlan, say: Callable[[str], None], context:
 
     With `tune`, OUT/NAME-tuned is a bundle whose default scale was chosen on half of the prompts; the rows are of the other half.
     """
-    check_scales(plan.subjects, plan.scales)
+    plan.check()
     pairs = read_pairs(plan.pairs, plan.limit)
     labels = [] if plan.labelled is None else read_labels(plan.labelled, pairs)
-    if plan.tune and len(pairs) < 2:
-        raise InputError("--tune needs at least two pairs: one half chooses, the other is reported")
-    if context is None:
-        context = Context(locate([CLASSIFIER], plan.weights, say), FeatureCache(plan.out / "features"))
+    context = context or open_context([CLASSIFIER], plan.weights, plan.out, say)
     plan.out.mkdir(parents=True, exist_ok=True)
     judged = classifier_error(labels, context) if labels else None
     columns: dict[str, list[Row]] = {}
     curves: dict[str, list[tuple[float, float, float]]] = {}
     who: dict[str, Any] = {}
-    for subject in plan.subjects:
-        sampler = open_sampler(subject, None, None)
-        who[subject.name] = sampler.facts
-        scales = _scales(plan, sampler, subject.name)
-        runs = Trials(subject.name, sampler, pairs, plan.seeds, context, plan.out / "images" / subject.name)
-        tried = [runs.at(scale) for scale in scales]
-        trials, reported = [trial for trial, _ in tried], np.ones(len(runs.pairs), bool)
-        if plan.tune:
-            # By prompt, not by picture: a prompt's other seeds would know too much.
-            reported = (np.arange(len(runs.pairs)) // plan.seeds) % 2 == 1
-            who[subject.name] = {**sampler.facts, "tuned": _tune(trials, reported, sampler, plan.out / f"{subject.name}-tuned", say)}
-        columns[subject.name] = [] if judged is None else [judged]
-        for trial in trials:
-            columns[subject.name] += figures(trial.of(reported), None if judged is None else judged.value)
-        curves[subject.name] = [(trial.scale, trial.of(reported).removed, trial.of(reported).kept) for trial in trials]
-        _sheet(runs, [images for _, images in tried], scales).save(plan.out / f"sheet-{subject.name}.png")
     document = {
         "snoopi_rt": snoopi_rt.__version__,
         "protocol": "zero-shot CLIP between the pair's two captions; an unrelated negative may make nothing worse",
@@ -101,61 +108,85 @@ def evaluate_negatives(plan: NegativesPlan, say: Callable[[str], None], context:
         "pairs": {"file": "built in" if plan.pairs is None else plan.pairs.name, "used": len(pairs), "seeds of each": plan.seeds},
         "who": who,
     }
-    write(plan.out, "negatives", document, columns)
+    for subject in plan.subjects:
+        sampler = open_sampler(subject, None, None)
+        scales = plan.scales_of(subject, sampler.bundle)
+        runs = Trials(subject.name, sampler, pairs, plan.seeds, context, plan.out / "images" / subject.name)
+        tried = [runs.at(scale) for scale in scales]
+        trials, reported = [trial for trial, _ in tried], np.ones(len(runs.pairs), bool)
+        who[subject.name] = sampler.facts
+        if plan.tune:
+            # By prompt, not by picture: a prompt's other seeds would know too much.
+            reported = (np.arange(len(runs.pairs)) // plan.seeds) % 2 == 1
+            who[subject.name] = {**sampler.facts, "tuned": _choice(trials, ~reported)}
+        columns[subject.name] = [] if judged is None else [judged]
+        for trial in trials:
+            columns[subject.name] += figures(trial.of(reported), None if judged is None else judged.value)
+        curves[subject.name] = [(trial.scale, trial.of(reported).removed, trial.of(reported).kept) for trial in trials]
+        _sheet(runs, [images for _, images in tried], scales).save(plan.out / f"sheet-{subject.name}.png")
+        # After each: what goes wrong with the next, or with the bundle, does not take this one's figures along.
+        write(plan.out, "negatives", document, columns)
+        if plan.tune and sampler.bundle is not None:
+            _write_choice(who[subject.name]["tuned"], sampler.bundle, plan.tuned(subject), say)
     plot_tradeoff(curves, plan.out / "negatives.png")
     return columns
 
 
-def _scales(plan: NegativesPlan, sampler: Sampler, name: str) -> list[float]:
-    bundle = sampler.bundle
-    if bundle is not None and bundle.guidance.kind == "none":
-        raise InputError(f"{name} takes no negative prompt")
-    if plan.scales:
-        return sorted(plan.scales)
-    if bundle is None:
-        raise InputError(f"{name} has no default scale: --scales says which to try")
-    limits = bundle.guidance.scale
-    multiples = (limits.default * factor for factor in (0.25, 0.5, 1, 2))
-    return sorted({round(scale, 6) for scale in multiples if limits.min <= scale <= limits.max and scale > 0})
+def _choice(trials: Sequence[Trial], half: np.ndarray) -> dict[str, Any]:
+    """The scale that a half of the pictures chooses, and what chose it."""
+    return {
+        "scale": choose(trials, half),
+        "removed on the half that chose": {f"{trial.scale:g}": round(trial.of(half).removed, 4) for trial in trials},
+        "harmless scales": [trial.scale for trial in trials if trial.of(half).harmless],
+    }
 
 
-def _tune(trials: Sequence[Trial], reported: np.ndarray, sampler: Sampler, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Chooses on the half that is not reported, and writes a bundle with that default scale; what chose it."""
-    if sampler.bundle is None:
-        raise InputError("--tune writes a bundle, and needs one")
-    scale = choose(trials, ~reported)
-    removed = {f"{trial.scale:g}": round(trial.of(~reported).removed, 4) for trial in trials}
-    harmless = [trial.scale for trial in trials if trial.of(~reported).harmless]
-    facts = {"scale": scale, "removed on the half that chose": removed, "harmless scales": harmless}
-    if scale is None:
+def _write_choice(choice: dict[str, Any], bundle: Bundle, folder: Path, say: Callable[[str], None]) -> None:
+    if choice["scale"] is None:
         say("no scale leaves pictures that do not show the unwanted thing as they are: no bundle is written")
-    else:
-        write_tuned(sampler.bundle, scale, folder, f"removed {removed}, harmless {harmless}")
-        say(f"default scale {scale:g}: {folder}")
-    return facts
+        return
+    removed, harmless = choice["removed on the half that chose"], choice["harmless scales"]
+    write_tuned(bundle, choice["scale"], folder, f"removed {removed}, harmless {harmless}")
+    say(f"default scale {choice['scale']:g}: {folder}")
 
 
 def write_tuned(bundle: Bundle, scale: float, folder: Path, why: str) -> Bundle:
-    """A copy of the bundle with another default scale, and in its provenance why. Raises InputError where the folder is there."""
-    if folder.exists():
-        raise InputError(f"{folder} is there already: remove it, or choose another --out")
+    """A copy of the bundle with another default scale, and in its provenance why; the one that an earlier run wrote is kept.
+
+    Raises InputError where the folder holds something else.
+    """
+    if before := _tuned_before(folder, bundle, [scale]):
+        return before
     beside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(bundle.folder, beside)
-    guidance = replace(bundle.guidance, scale=replace(bundle.guidance.scale, default=scale))
     provenance = {**bundle.provenance, "negative scale": f"{scale:g}, chosen by snoopi-rt eval negatives: {why}"}
-    replace(bundle, guidance=guidance, provenance=provenance).save(beside)
+    replace(bundle, guidance=_with_default(bundle.guidance, scale), provenance=provenance).save(beside)
     remove_remains(beside)
     beside.rename(folder)
     return Bundle.load(folder)
 
 
+def _tuned_before(folder: Path, bundle: Bundle, scales: Sequence[float]) -> Bundle | None:
+    """The folder's bundle, None where there is no folder. Raises InputError unless it is that bundle with one of the scales as default."""
+    if not folder.exists():
+        return None
+    with suppress(BundleError):
+        tuned = Bundle.load(folder)
+        if tuned.graphs == bundle.graphs and tuned.guidance in [_with_default(bundle.guidance, scale) for scale in scales]:
+            return tuned
+    tried = " or ".join(f"{scale:g}" for scale in scales)
+    raise InputError(f"{folder} is there already, and is not {bundle.name!r} with scale {tried}: remove it, or choose another --out")
+
+
+def _with_default(guidance: Guidance, scale: float) -> Guidance:
+    return replace(guidance, scale=replace(guidance.scale, default=scale))
+
+
 def _sheet(runs: Trials, after: Sequence[ImageSet], scales: Sequence[float]) -> Image.Image:
     """A row per pair: without a negative, then at each scale."""
-    count = len(runs.pairs)
-    places = [i * count // min(SHEET, count) for i in range(min(SHEET, count))]
     pictures, labels = [], []
-    for i in places:
+    for i in spread(range(len(runs.pairs)), SHEET):
         under = [f"- {runs.pairs[i].unwanted}, {scale:g}" for scale in scales]
         for images, label in zip((runs.plain, *after), (runs.pairs[i].prompt, *under), strict=True):
             pictures.append(np.asarray(images.open(i).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)))

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import snoopi_rt
 from snoopi_rt.bundle.bundle import MANIFEST
+from snoopi_rt.engines.messages import why
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.attention import GuidedAttention, PlainAttention
 from snoopi_rt.export.backbones import Weights
@@ -50,7 +51,7 @@ class Sampler:
     """
 
     draw: Draw
-    kind: Literal["student", "teacher"]
+    kind: Literal["student", "teacher", "peer"]
     cell: int
     facts: dict[str, Any] = field(default_factory=dict)
     bundle: snoopi_rt.Bundle | None = None
@@ -96,7 +97,7 @@ def open_diffusers(folder: Path, steps: int | None = None, guidance: float | Non
     try:
         pipe = DiffusionPipeline.from_pretrained(check_folder(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is not a whole diffusers pipeline: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{folder} is not a whole diffusers pipeline: {why(error)}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe.to(device, torch.float32).set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance}
@@ -105,7 +106,7 @@ def open_diffusers(folder: Path, steps: int | None = None, guidance: float | Non
     @torch.no_grad()
     def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
         if scale is not None:
-            raise InputError("a diffusers pipeline has no negative scale: --guidance is its own")
+            raise InputError("a diffusers pipeline has no negative scale: --guidance-scale is its own")
         pictures = []
         for prompt, seed, unwanted in zip(prompts, seeds, _each(negative, len(prompts)), strict=True):
             generator = torch.Generator("cpu").manual_seed(seed)
@@ -120,7 +121,7 @@ def open_diffusers(folder: Path, steps: int | None = None, guidance: float | Non
         "precision": "fp32",
         **settings,
     }
-    return Sampler(draw, "teacher", getattr(pipe, "vae_scale_factor", 8), facts)
+    return Sampler(draw, "peer", getattr(pipe, "vae_scale_factor", 8), facts)
 
 
 def weights_hash(folder: Path, decoder: Path | None = None) -> str:

@@ -13,7 +13,7 @@ import snoopi_rt
 from snoopi_rt.export.evaluation.attributes import attributes
 from snoopi_rt.export.evaluation.clean import clean
 from snoopi_rt.export.evaluation.cost import cost
-from snoopi_rt.export.evaluation.counters import Counters, spread
+from snoopi_rt.export.evaluation.counters import Counters
 from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.figures import plot
 from snoopi_rt.export.evaluation.judge import TOP, Judge
@@ -24,6 +24,7 @@ from snoopi_rt.export.evaluation.report import Goal, Row, write
 from snoopi_rt.export.evaluation.samplers import Sampler, open_student, open_teacher
 from snoopi_rt.export.evaluation.sharpness import FRECHET, sharpness
 from snoopi_rt.export.evaluation.sheets import sheets
+from snoopi_rt.export.evaluation.statistics import spread
 from snoopi_rt.export.evaluation.warnings import warnings
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED
@@ -67,61 +68,77 @@ def evaluate(
     teacher_sampler = None if teacher is None else open_teacher(teacher, decoder)
     samplers = {name: open_student(folder) for name, folder in students.items()}
     out.mkdir(parents=True, exist_ok=True)
-    # A few things in the default set do for a quick run: reading all sets takes as long as the rest of it.
-    few = None if extent.things is None else spread([thing.name for thing in things() if thing.common], extent.things)
-    judge = Judge(references, names=few, sets=[drawing for drawing in TRAINED if few is None or drawing.style == DEFAULT_STYLE])
-    domain = Domain(judge, extent.limiting)
-    counters, prompts = Counters(domain, extent.counted), read_natural()
-    ceiling = judge.ceiling()
+    examiner = Examiner(_judge(references, extent), extent, say)
     who: dict[str, Any] = {}
-    facts = {
-        "snoopi_rt": snoopi_rt.__version__,
-        "extent": asdict(extent),
-        "judge": {"network": f"efficientnet-{judge.name}", "sha256": judge.hash, "things": len(judge.names), "drawings": judge.sets},
-        "ceiling": {f"top {top}": float((ceiling < top).mean()) for top in (1, TOP)},
-        "who": who,
-    }
+    facts = {**examiner.facts, "who": who}
     columns: dict[str, list[Row]] = {}
     distance = None
+    if teacher_sampler is not None:
+        who["teacher"] = teacher_sampler.facts
+        known_by = [facts["judge"], facts["extent"], teacher_sampler.facts]
+        columns["teacher"] = _kept(references, known_by, lambda: examiner.rows("teacher", teacher_sampler))
+        distance = next(row.value for row in columns["teacher"] if row.name == FRECHET)
+    for number, (name, sampler) in enumerate(samplers.items()):
+        who[name] = sampler.facts
+        columns[name] = examiner.rows(name, sampler, distance)
+        if number == 0:
+            say("sheets")
+            sheets(sampler, teacher_sampler, examiner.domain, examiner.prompts, out)
+        # The students first: what they are judged by stands beside them.
+        ordered = {name: columns[name] for name in (*students, "teacher") if name in columns}
+        write(out, "small", facts, ordered)
+    plot(ordered, out / "small.png")
+    return ordered
 
-    def measured(sampler: Sampler) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
-        yield "recognition", lambda: recognition(sampler, domain, extent.seeds)
-        yield "natural prompts", lambda: natural(sampler, counters, prompts, extent.natural_seeds)
-        yield "attributes", lambda: attributes(sampler, counters)
-        yield "sharpness", lambda: sharpness(sampler, domain, extent.samples, distance if sampler.kind == "student" else None)
-        if sampler.kind == "student":
-            yield "clean pictures under negatives", lambda: clean(sampler, domain, extent.clean_seeds)
-            yield "negatives of what was asked for", lambda: removal(sampler, counters)
-        if sampler.bundle and (vocabulary := sampler.bundle.vocabulary):
-            yield "warnings", lambda: warnings(vocabulary)
-        if bundle := sampler.bundle:
-            yield "cost", lambda: cost(bundle, extent.runs, say)
 
-    def judged(name: str, sampler: Sampler) -> list[Row]:
+def _judge(references: Path, extent: Extent) -> Judge:
+    # A few things in the default set do for a quick run: reading all sets takes as long as the rest of it.
+    few = None if extent.things is None else spread([thing.name for thing in things() if thing.common], extent.things)
+    return Judge(references, names=few, sets=[drawing for drawing in TRAINED if few is None or drawing.style == DEFAULT_STYLE])
+
+
+class Examiner:
+    """Everything that is measured of a student or a teacher."""
+
+    def __init__(self, judge: Judge, extent: Extent, say: Callable[[str], None]) -> None:
+        self.domain, self._extent, self._say = Domain(judge, extent.limiting), extent, say
+        self._counters, self.prompts = Counters(self.domain, extent.counted), read_natural()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """By what is measured, for the report."""
+        judge, ceiling = self.domain.judge, self.domain.judge.ceiling()
+        return {
+            "snoopi_rt": snoopi_rt.__version__,
+            "extent": asdict(self._extent),
+            "judge": {"network": f"efficientnet-{judge.name}", "sha256": judge.hash, "things": len(judge.names), "drawings": judge.sets},
+            "ceiling": {f"top {top}": float((ceiling < top).mean()) for top in (1, TOP)},
+        }
+
+    def rows(self, name: str, sampler: Sampler, teacher: float | None = None) -> list[Row]:
+        """All rows. name: for the progress bar; teacher: its Frechet distance, beside which a student's is judged."""
         rows: list[Row] = []
-        with tqdm(list(measured(sampler)), desc=name, unit="measure") as bar:
+        with tqdm(self._measures(sampler, teacher).items(), desc=name, unit="measure") as bar:
             for what, measure in bar:
                 bar.set_postfix_str(what)
                 rows += measure()
         return rows
 
-    if teacher_sampler is not None:
-        who["teacher"] = teacher_sampler.facts
-        columns["teacher"] = _kept(
-            references, [facts["judge"], facts["extent"], teacher_sampler.facts], lambda: judged("teacher", teacher_sampler)
-        )
-        distance = next(row.value for row in columns["teacher"] if row.name == FRECHET)
-    for number, (name, sampler) in enumerate(samplers.items()):
-        who[name] = sampler.facts
-        columns[name] = judged(name, sampler)
-        if number == 0:
-            say("sheets")
-            sheets(sampler, teacher_sampler, domain, prompts, out)
-        # The students first: what they are judged by stands beside them.
-        ordered = {who: columns[who] for who in (*students, "teacher") if who in columns}
-        write(out, "small", facts, ordered)
-    plot(ordered, out / "small.png")
-    return ordered
+    def _measures(self, sampler: Sampler, teacher: float | None) -> dict[str, Callable[[], Iterator[Row]]]:
+        domain, counters, extent = self.domain, self._counters, self._extent
+        measures: dict[str, Callable[[], Iterator[Row]]] = {
+            "recognition": lambda: recognition(sampler, domain, extent.seeds),
+            "natural prompts": lambda: natural(sampler, counters, self.prompts, extent.natural_seeds),
+            "attributes": lambda: attributes(sampler, counters),
+            "sharpness": lambda: sharpness(sampler, domain, extent.samples, teacher),
+        }
+        if sampler.kind == "student":
+            measures["clean pictures under negatives"] = lambda: clean(sampler, domain, extent.clean_seeds)
+            measures["negatives of what was asked for"] = lambda: removal(sampler, counters)
+        if sampler.bundle and (vocabulary := sampler.bundle.vocabulary):
+            measures["warnings"] = lambda: warnings(vocabulary)
+        measures["cost"] = lambda: cost(sampler, extent.runs, self._say)
+        return measures
 
 
 def _kept(folder: Path, facts: list[Any], measure: Callable[[], list[Row]]) -> list[Row]:

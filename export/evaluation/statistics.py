@@ -1,7 +1,8 @@
 """What pictures amount to in numbers: shares and means with 95 % intervals, and distances between sets of features."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,14 @@ SUBSET = 1000
 """Images of each subset whose KID is taken (Binkowski et al. 2018)."""
 ROWS = 1000
 """Rows that are compared with all others at once: all pairs of a large set take tens of gigabytes."""
+
+
+Item = TypeVar("Item")
+
+
+def spread(items: Sequence[Item], count: int | None) -> list[Item]:
+    """At most so many of the items, evenly over all; None: all."""
+    return list(items) if count is None or count >= len(items) else [items[i * len(items) // count] for i in range(count)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from snoopi_rt.errors import EngineMissing, InputError, how_to_install
+from snoopi_rt.errors import EngineMissing, how_to_install
+from snoopi_rt.export.evaluation.weight_files import loading
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,9 @@ class Towers:
     def __init__(self, architecture: Architecture, weights: Path | None, device: str = "cpu") -> None:
         open_clip = _open_clip()
         network = build(architecture)
-        try:
-            if weights is not None:
+        if weights is not None:
+            with loading(weights, architecture.name):
                 open_clip.load_checkpoint(network, str(weights), strict=True, weights_only=True)
-        except Exception as error:
-            raise InputError(f"{weights} does not hold {architecture.name}: {str(error).splitlines()[0][:200]}") from error
         self.architecture, self._device = architecture, device
         self._network = network.to(device)
         self._tokens = open_clip.get_tokenizer(architecture.name)

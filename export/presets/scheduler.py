@@ -8,6 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from snoopi_rt.engines.messages import why
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.one_step import Prediction
 from snoopi_rt.export.weights.text_files import read_json
@@ -39,8 +40,7 @@ def reading(path: Path) -> Iterator[None]:
         raise
     # What a scheduler makes of a value that it does not know differs by class.
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"cannot read the schedule of {path}: {reason}") from error
+        raise InputError(f"cannot read the schedule of {path}: {why(error)}") from error
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -24,10 +24,11 @@ def weights_file(name: Network) -> Path:
     return Path(getattr(_imported(package), f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path())
 
 
-def load_network(name: Network) -> nn.Module:
-    """The network with its ImageNet weights, in fp32, without gradients. Raises EngineMissing if its package is not installed."""
+def load_network(name: Network, weights: Path | None = None) -> nn.Module:
+    """The network with its ImageNet weights, or those of a file, in fp32, without gradients. Raises EngineMissing if its package is not
+    installed."""
     network = _imported("efficientnet_lite_pytorch").EfficientNet
-    path = weights_file(name)
+    path = weights or weights_file(name)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
         model = network.from_name(f"efficientnet-{name}")
         model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from snoopi_rt.bundle.bundle import File, Instruction, Text
 from snoopi_rt.bundle.tokenizer import highest_id
+from snoopi_rt.engines.messages import why
 from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 from snoopi_rt.export.weights.text_files import check_file, read_json, read_text
 from snoopi_rt.files import write_whole
@@ -91,8 +92,7 @@ def _opened(kind: Any, folder: Path) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise InputError(f"{folder} is no {kind.__name__} that can be read: {reason}") from error
+        raise InputError(f"{folder} is no {kind.__name__} that can be read: {why(error)}") from error
 
 
 def _check_merges(merges: Path, vocabulary: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from snoopi_rt.engines.messages import why
 from snoopi_rt.errors import InputError, OutputError, SnoopiError
 
 PARTS = ("transformer", "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -181,15 +182,11 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
             "run again with a network, or give a folder"
         ) from error
     except (errors.EntryNotFoundError, errors.HFValidationError) as error:
-        raise InputError(f"hub model {name} cannot be fetched: {_first_line(error)}") from error
+        raise InputError(f"hub model {name} cannot be fetched: {why(error)}") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
             raise OutputError(f"hub model {name} cannot be written to {constants.HF_HUB_CACHE}: {error.strerror}") from error
-        raise SnoopiError(f"hub model {name} cannot be fetched: {_first_line(error)}; run again to resume") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise SnoopiError(f"hub model {name} cannot be fetched: {why(error)}; run again to resume") from error
 
 
 def _licence(readme: Path) -> str | None:

@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from snoopi_rt.batch.runner import Batch, Drawn, Job, draw_together
+from snoopi_rt.engines.messages import reason, why
 from snoopi_rt.errors import EngineError, SnoopiError
 from snoopi_rt.interrupts import handlers_kept
 from snoopi_rt.pipeline import Pipeline, load
@@ -34,7 +35,7 @@ def start_ray() -> None:
         with handlers_kept():
             ray.init(**_own_cluster(), ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
-        raise EngineError(f"Ray cannot start: {str(error).splitlines()[0]}") from error
+        raise EngineError(f"Ray cannot start: {why(error)}") from error
 
 
 def _own_cluster() -> dict[str, Any]:
@@ -99,7 +100,7 @@ def draw_on_ray(load_options: dict[str, Any], workers: Workers, pipe: Pipeline, 
             yield Drawn(row["row"], row["file"], json.loads(row["metadata"]), row["error"], row["warning"])
     except RayError as error:
         # Ray's page about it ends with the line that says why.
-        raise EngineError(f"a process on Ray failed: {str(error).strip().splitlines()[-1]}") from None
+        raise EngineError(f"a process on Ray failed: {reason(reversed(str(error).splitlines())) or why(error)}") from None
 
 
 class BatchWorker:

@@ -99,7 +99,7 @@ def subjects(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Prompts of the images, with optional columns style, negative_prompt, seed and file; or a folder with a file per style.",
         ),
         click.option(
-            "--weights",
+            "--network-weights",
             "weights",
             multiple=True,
             metavar="NAME=PATH|ID",
@@ -114,7 +114,9 @@ def subjects(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", type=Seed(), default=0, metavar="N", help="Seed of the first image; the next has N + 1."),
         click.option("--neg-scale", "scale", type=Number(0), metavar="X", help="Strength of negative prompts.  [default: the bundle's]"),
         click.option("--steps", type=Integer(1), metavar="N", help="Steps of a --pipeline.  [default: its own]"),
-        click.option("--guidance", type=Number(0), metavar="X", help="Guidance scale of a --pipeline.  [default: its own]"),
+        click.option(
+            "--guidance-scale", "guidance", type=Number(0), metavar="X", help="Guidance scale of a --pipeline.  [default: its own]"
+        ),
         click.option("--dry-run", is_flag=True, help="List what would be fetched, drawn and computed, and stop."),
         out_option,
     )
@@ -196,7 +198,7 @@ def every(**options: Any) -> None:
 @click.option("--limit", type=Integer(1), metavar="N", help="Use at most N pairs, spread evenly.")
 @click.option("--labelled", type=folder_path, metavar="FOLDER", help="Labelled pictures, to measure the classifier's own error.")
 @click.option("--tune", is_flag=True, help="Choose each bundle's default scale on half of the prompts, and report the other half.")
-@click.option("--weights", "weights", multiple=True, metavar="clip-b32=PATH|ID", help="File or hub id of the classifier's weights.")
+@click.option("--network-weights", "weights", multiple=True, metavar="clip-b32=PATH|ID", help="File or hub id of the classifier's weights.")
 @click.option("--dry-run", is_flag=True, help="List what would be fetched and drawn, and stop.")
 @out_option
 def negatives(bundles: tuple[str, ...], scales: str | None, dry_run: bool, out: Path, **options: Any) -> None:
@@ -225,7 +227,9 @@ def _numbers(text: str | None) -> tuple[float, ...]:
 
 
 @evaluate.command(epilog="Example: snoopi-rt eval check")
-@click.option("--whole", "network", metavar="NAME", help="Instead, measure what a network costs at its true size; NAME is as in --weights.")
+@click.option(
+    "--whole", "network", metavar="NAME", help="Instead, measure what a network costs at its true size; NAME is as in --network-weights."
+)
 def check(network: str | None) -> None:
     """Check every measure against its plain formula, on networks with random weights: fetches nothing, takes a minute."""
     with torch_command("eval check", "eval", Path()):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +18,15 @@ import torch
 from click.testing import CliRunner
 from PIL import Image, ImageDraw
 
+from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cli.main import main
 from snoopi_rt.errors import InputError
+from snoopi_rt.export.evaluation import cost as cost_module
 from snoopi_rt.export.evaluation import judge as judge_module
-from snoopi_rt.export.evaluation import small
+from snoopi_rt.export.evaluation import lite, small
 from snoopi_rt.export.evaluation.attributes import attributes, pairs
 from snoopi_rt.export.evaluation.clean import UNRELATED, clean
-from snoopi_rt.export.evaluation.counters import Counters, spread
+from snoopi_rt.export.evaluation.counters import Counters
 from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.judge import Judge, ranks
 from snoopi_rt.export.evaluation.natural import NaturalPrompt, natural, read_natural
@@ -32,6 +35,7 @@ from snoopi_rt.export.evaluation.removal import removal
 from snoopi_rt.export.evaluation.report import Row, share
 from snoopi_rt.export.evaluation.samplers import Negative, Sampler, open_student
 from snoopi_rt.export.evaluation.sharpness import sharpness
+from snoopi_rt.export.evaluation.statistics import spread
 from snoopi_rt.export.small_model import teacher as teacher_stage
 from snoopi_rt.export.small_model.dataset.scene import STYLES, Scene
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED, UNSEEN
@@ -70,11 +74,11 @@ def domain(tmp_path_factory: pytest.TempPathFactory) -> Domain:
         for number, thing in enumerate(things())
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge_module, "load_network", lambda name: FarSighted())
+        patch.setattr(lite, "load_network", lambda name, weights: FarSighted())
         patch.setattr(judge_module, "load_sprites", lambda sets, names: {key: drawn[key] for key in drawn if key[0] in names})
         named = [thing.name for thing in things() if thing.common and not {*thing.name.split()} & {*COLOURS, "bicycle"}]
         judge = Judge(tmp_path_factory.mktemp("drawings"), names=spread(named, 30))
-        judge._side = 64
+        judge._lite.side = 64
         assert judge.composer.has(judge.names[0], UNSEEN.style)
         return Domain(judge, limiting=30)
 
@@ -290,7 +294,7 @@ def test_a_folder_that_is_neither_bundle_nor_student_is_one_line(tmp_path: Path)
 
 
 def test_a_quick_run_writes_figures_and_sheets(domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_module, "load_network", lambda name: FarSighted())
+    monkeypatch.setattr(lite, "load_network", lambda name, weights: FarSighted())
     monkeypatch.setattr(Judge, "composer", domain.judge.composer)
     monkeypatch.setattr(small, "spread", lambda names, count: domain.names[:count])
     monkeypatch.setattr(teacher_stage, "draw", partial(teacher_stage.draw, steps=1))
@@ -324,6 +328,28 @@ def test_a_quick_run_writes_figures_and_sheets(domain: Domain, tmp_path: Path, m
     assert (tmp_path / "out" / "small.md").read_text().startswith("| measure | goal | embedded | teacher |")
     for name in ("small", "natural", "things", "clean", "teacher_student"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
+
+
+def test_a_bundle_is_timed_on_the_engine_and_in_the_precision_that_drew(original: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def bench(bundle: Bundle, engines: list[str], precision: str | None, *rest: object) -> dict:
+        asked.append((engines, precision))
+        start = {"first": 2.0, "again": 1.0, "peak_memory": None}
+        return {"engines": {"openvino": {"plain": {"total": {"p50": 0.1, "p95": 0.2}}, "runs": 1, "cold_start": start}}}
+
+    monkeypatch.setattr(cost_module, "bench", bench)
+    drawn_by = {"engine": "openvino", "precision": "generator=int8,decoder=fp16"}
+    rows = list(cost_module.cost(Sampler(lambda *_: np.zeros(0), "student", CELL, drawn_by, original), 1, lambda line: None))
+    assert asked == [(["openvino"], "generator=int8,decoder=fp16")] and rows[0].value == 100
+    assert not list(cost_module.cost(Sampler(lambda *_: np.zeros(0), "student", CELL), 1, lambda line: None))
+
+
+@pytest.mark.parametrize(("system", "expected"), [("linux", 1_024_000), ("darwin", 1000)])
+def test_peak_memory_is_in_bytes(system: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=1000))
+    assert cost_module.peak_memory() == expected
 
 
 def test_what_is_known_of_a_teacher_is_measured_once(tmp_path: Path) -> None:

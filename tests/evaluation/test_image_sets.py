@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 from tiny_students import stable_diffusion
@@ -14,11 +15,12 @@ from tiny_students import stable_diffusion
 from snoopi_rt.cli.main import main
 from snoopi_rt.errors import InputError, SnoopiError
 from snoopi_rt.export.evaluation import weight_files
-from snoopi_rt.export.evaluation.context import named
+from snoopi_rt.export.evaluation.context import NETWORKS, named
 from snoopi_rt.export.evaluation.features import FeatureCache
 from snoopi_rt.export.evaluation.image_sets import PromptRow, images_with_prompts, make_images, read_prompts, reference_images
 from snoopi_rt.export.evaluation.samplers import Negative, Sampler, open_diffusers
-from snoopi_rt.export.evaluation.weight_files import WEIGHTS, identified, locate, parse_weights
+from snoopi_rt.export.evaluation.weight_files import WEIGHTS, identified, loading, locate, parse_weights
+from snoopi_rt.export.small_model.features import weights_file
 
 STYLES = ("anime", "photo")
 
@@ -173,10 +175,12 @@ def test_each_missing_file_is_one_line_with_the_command_that_fetches_it(tmp_path
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(weight_files, "_from_url", lambda weights, fetch: (None, "no network"))
     lines: list[str] = []
-    with pytest.raises(SnoopiError, match=r"weights are missing: hps-v2.0, inception, clip-b32"):
-        locate(["hps-v2.0", "inception", "clip-b32"], parse_weights([f"clip-b32={tmp_path}/no.safetensors"]), lines.append)
+    chosen = parse_weights([f"clip-b32={tmp_path}/no.safetensors", "clip-g14=owner/clip-v1.5"])
+    with pytest.raises(SnoopiError, match=r"weights are missing: hps-v2.0, inception, clip-b32, clip-g14"):
+        locate(["hps-v2.0", "inception", "clip-b32", "clip-g14"], chosen, lines.append)
     assert "HPS_v2_compressed.pt (1,972 MB)" in lines[0] and "hf download xswu/HPSv2 HPS_v2_compressed.pt --local-dir weights" in lines[0]
-    assert str(tmp_path) in lines[1] and "curl -L" in lines[1] and f"nor at {tmp_path}/no.safetensors" in lines[2] and len(lines) == 3
+    assert str(tmp_path) in lines[1] and "curl -L" in lines[1] and f"nor at {tmp_path}/no.safetensors" in lines[2] and len(lines) == 4
+    assert "nor at" not in lines[3]  # a dot makes no file of a hub id
     with pytest.raises(InputError, match=r"is not NAME=PATH with one of hps-v2.0"):
         parse_weights(["hps=x"])
 
@@ -194,15 +198,28 @@ def test_another_programs_images_are_measured_with_nothing_to_fetch(tmp_path: Pa
     rows = {row["name"].partition(" (")[0]: row for row in document["judged"]["theirs"]}
     assert {"FD-Lite2", "KID, Lite2", "precision, Lite2", "coverage, Lite2"} <= rows.keys()
     assert all("interval" in row for row in rows.values())
-    (tmp_path / "made" / "00003.png").unlink()
-    done = CliRunner().invoke(main, words)
-    assert done.exit_code == 2 and "00003.* is missing" in done.output
+    (tmp_path / "out" / "fid.json").unlink()
+    done = CliRunner().invoke(main, [*words, "--images", f"fewer={write_images(tmp_path / 'fewer', 7)}"])
+    assert done.exit_code == 2 and "00007.* is missing" in done.output
+    assert json.loads((tmp_path / "out" / "fid.json").read_text())["judged"].keys() == {"theirs"}  # what was measured is not lost
+
+
+def test_lite2_has_the_weights_of_the_file_that_is_named_and_another_networks_are_refused(tmp_path: Path) -> None:
+    state = torch.load(weights_file("lite2"), weights_only=True, map_location="cpu")
+    torch.save({name: torch.zeros_like(values) for name, values in state.items()}, tmp_path / "zeros.pth")
+    features = NETWORKS["lite2"](tmp_path / "zeros.pth", "cpu")([Image.new("RGB", (8, 8), "red")])
+    assert features.shape == (1, 1280) and not features.any()
+    torch.save({}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"other.pth does not hold efficientnet-lite2"):
+        NETWORKS["lite2"](tmp_path / "other.pth", "cpu")
+    with pytest.raises(InputError, match=r"other.pth does not hold it: AssertionError"), loading(tmp_path / "other.pth", "it"):
+        raise AssertionError  # its message is empty
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # in diffusers' own scheduler
 def test_a_diffusers_pipeline_draws_beside_a_student_with_its_own_settings_and_seeds(tmp_path: Path) -> None:
     sampler = open_diffusers(stable_diffusion(tmp_path / "pipe", scheduler="EulerDiscreteScheduler"), steps=2, guidance=3.0)
-    assert sampler.facts["pipeline"] == "StableDiffusionPipeline" and sampler.facts["num_inference_steps"] == 2
+    assert sampler.kind == "peer" and sampler.facts["pipeline"] == "StableDiffusionPipeline" and sampler.facts["num_inference_steps"] == 2
     both, again = sampler(["a cat", "a dog"], [1, 2]), sampler(["a dog"], [2])
     assert both.dtype == np.uint8 and both.ndim == 4 and len(both) == 2 and np.array_equal(both[1], again[0])
     assert not np.array_equal(again, sampler(["a dog"], [2], "blurry"))

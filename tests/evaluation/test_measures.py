@@ -15,13 +15,15 @@ from snoopi_rt.cli.main import main
 pytest.importorskip("open_clip")
 pytest.importorskip("torch_fidelity")
 
-from snoopi_rt.errors import InputError
+from snoopi_rt.errors import InputError, OutputError
+from snoopi_rt.export.evaluation import check as check_module
 from snoopi_rt.export.evaluation import image_sets, towers
 from snoopi_rt.export.evaluation.check import check, random_context, random_images, random_weights, reduced
 from snoopi_rt.export.evaluation.context import Context
 from snoopi_rt.export.evaluation.features import FeatureCache
 from snoopi_rt.export.evaluation.inception import Inception, resized
-from snoopi_rt.export.evaluation.measures import MEASURES, Plan, Subject, dry_run, evaluate
+from snoopi_rt.export.evaluation.measures import MEASURES, Measure, Plan, Subject, dry_run, evaluate
+from snoopi_rt.export.evaluation.report import Row
 from snoopi_rt.export.evaluation.towers import Towers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -30,6 +32,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 def test_every_measure_agrees_with_its_plain_formula() -> None:
     lines: list[str] = []
     assert check(lines.append).keys() == MEASURES.keys() and len(lines) == len(MEASURES)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), 1.001])
+def test_a_figure_that_is_missing_nan_or_off_fails_the_check(value: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = 0.0 if value is None else 1.0
+    monkeypatch.setattr(check_module, "MEASURES", {"fid": Measure(lambda images, context: iter(()), (), "")})
+    monkeypatch.setattr(check_module, "plain", lambda *_: [(Row("", "", 1.0), 1.0), (Row("", "", value), expected)])
+    with pytest.raises(OutputError, match="fid differ from the plain formula"):
+        check(lambda line: None)
 
 
 @pytest.mark.parametrize("size", [(224, 224), (300, 200), (64, 128)])

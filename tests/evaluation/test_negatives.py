@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from snoopi_rt.export.evaluation import negatives_run
 from snoopi_rt.export.evaluation.context import Context
 from snoopi_rt.export.evaluation.image_sets import ImageSet
 from snoopi_rt.export.evaluation.measures import Subject
-from snoopi_rt.export.evaluation.negatives import Pair, Trial, Trials, choose, classifier_error, figures, read_labels, read_pairs
+from snoopi_rt.export.evaluation.negatives import Pair, Trial, Trials, choose, classifier_error, figures, read_labels, read_pairs, unrelated
 from snoopi_rt.export.evaluation.negatives_run import NegativesPlan, evaluate_negatives, write_tuned
 from snoopi_rt.export.evaluation.samplers import Negative, Sampler
 
@@ -83,6 +84,10 @@ def test_the_pairs_that_ship_are_the_papers_six_and_fifty_others(tmp_path: Path)
     pairs = read_pairs()
     assert [pair.set for pair in pairs].count("paper") == 6 and len(pairs) == 56
     assert len({(pair.prompt, pair.unwanted) for pair in pairs}) == 56 and all(pair.shows != pair.lacks for pair in pairs)
+    with pytest.raises(InputError, match="needs another one of a different prompt and unwanted thing"):
+        read_pairs(limit=1)
+    same = replace(PAIRS[1], unwanted=PAIRS[0].unwanted)
+    assert unrelated([*PAIRS[:2], same, PAIRS[2]]) == ["dark ring", "dark ring", "dark ring", "dark cube"]
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a cat"}\n')
     with pytest.raises(InputError, match=r"line 1 of .*pairs.jsonl is not a pair"):
         read_pairs(tmp_path / "pairs.jsonl")
@@ -131,8 +136,9 @@ def test_a_tuned_bundle_has_the_chosen_default_and_the_figures_that_chose_it(ori
     assert tuned.graphs == original.graphs and sorted(path.name for path in tuned.folder.iterdir()) == sorted(
         path.name for path in original.folder.iterdir()
     )
+    assert write_tuned(original, 0.5, tmp_path / "tuned", "again") == tuned
     with pytest.raises(InputError, match="is there already"):
-        write_tuned(original, 0.5, tmp_path / "tuned", "")
+        write_tuned(original, 0.25, tmp_path / "tuned", "")
 
 
 def test_a_run_stands_students_on_the_same_axes_and_tunes_on_half(
@@ -150,7 +156,8 @@ def test_a_run_stands_students_on_the_same_axes_and_tunes_on_half(
     context.located = {"clip-b32": type("Located", (), {"facts": {"status": "unverified"}})()}
     subjects = (Subject("nasa", "bundle", folder), Subject("vsf", "bundle", folder))
     plan = NegativesPlan(subjects, tmp_path / "out", tmp_path / "pairs.jsonl", (0.25, 0.5, 1), seeds=3, tune=True)
-    columns = evaluate_negatives(plan, lambda line: None, context)
+    evaluate_negatives(plan, lambda line: None, context)
+    columns = evaluate_negatives(plan, lambda line: None, context)  # again, as after a run that was stopped at its end
     removed = {(row.section, row.of) for row in columns["vsf"] if row.name.startswith("removed")}
     assert removed == {(f"negatives, scale {scale:g}", 6) for scale in (0.25, 0.5, 1)}  # the other half alone
     document = json.loads((tmp_path / "out" / "negatives.json").read_text())
@@ -158,3 +165,6 @@ def test_a_run_stands_students_on_the_same_axes_and_tunes_on_half(
     assert Bundle.load(tmp_path / "out" / "nasa-tuned").guidance.scale.default == 0.5
     for name in ("negatives.png", "sheet-nasa.png", "sheet-vsf.png", "negatives.md"):
         assert (tmp_path / "out" / name).stat().st_size > 200
+    (tmp_path / "other" / "vsf-tuned").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"vsf-tuned is there already"):
+        replace(plan, out=tmp_path / "other").check()

@@ -1,0 +1,59 @@
+"""What a negative prompt that names nothing of the pictures makes of them: none of it may be worse than without one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from snoopi_rt.export.evaluation.report import Goal, Row, mean
+from snoopi_rt.export.evaluation.statistics import Gaussian, ratio_interval
+
+UNIT = "of no negative's"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is compared of pictures. recognised: whether each shows its prompt, (N,); features (N, D); across, beside: the energies of
+    pixel_metrics.seams, (N,)."""
+
+    recognised: np.ndarray
+    features: np.ndarray
+    across: np.ndarray
+    beside: np.ndarray
+
+    @property
+    def blockiness(self) -> float:
+        return float(self.across.sum() / self.beside.sum())
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What pictures are compared with: the same ones without a negative, and the features of those that theirs should be distributed as."""
+
+    plain: Seen
+    reference: np.ndarray
+
+    def rows(self, section: str, label: str, seen: Seen, recognition: Goal) -> Iterator[Row]:
+        """Recognition, Frechet distance and blockiness of the pictures under the negative. recognition: the goal in points."""
+        count = len(seen.recognised)
+        gained = seen.recognised.astype(float) - self.plain.recognised
+        yield mean(section, f"{label}, recognition gained", 100 * gained, "points", recognition)
+        if count > 1:
+            distance = Gaussian.of(seen.features).distance(self._reference)
+            yield Row(section, f"{label}, Frechet distance", _relative(distance, self._distance), Goal(most=1.03), UNIT, of=count)
+        low, high = ratio_interval(seen.across, seen.beside)
+        ratio, *ends = (_relative(value, self.plain.blockiness) for value in (seen.blockiness, low, high))
+        yield Row(section, f"{label}, blockiness", ratio, Goal(most=1), UNIT, of=count, interval=(ends[0], ends[1]))
+
+    @cached_property
+    def _reference(self) -> Gaussian:
+        return Gaussian.of(self.reference)
+
+    @cached_property
+    def _distance(self) -> float:
+        return Gaussian.of(self.plain.features).distance(self._reference)
+
+
+def _relative(value: float, plain: float) -> float:
+    return float(value / plain) if plain else float("inf")
