@@ -54,8 +54,10 @@ class Settings:
     def __post_init__(self) -> None:
         for name in self.models:
             check_model_name(name)
-        if not (0 < self.timeout <= MAX_TIMEOUT and math.isfinite(self.batch_wait)):
-            raise InputError(f"timeout must be a number of seconds up to {MAX_TIMEOUT:g}, got {self.timeout:g}")
+        if not 0 < self.timeout <= MAX_TIMEOUT:
+            raise InputError(f"timeout must be a number of seconds up to {MAX_TIMEOUT}, got {self.timeout:g}")
+        if not 0 <= self.batch_wait < math.inf:
+            raise InputError(f"batch_wait must be a number of seconds, got {self.batch_wait:g}")
         object.__setattr__(self, "cors", tuple(map(web_origin, self.cors)))
         object.__setattr__(self, "allowed_hosts", tuple(map(host_name, self.allowed_hosts)))
         object.__setattr__(self, "root_path", path_prefix(self.root_path))

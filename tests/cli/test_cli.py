@@ -229,6 +229,10 @@ def test_debug_before_or_behind_the_command_shows_the_traceback(here: Path) -> N
             ["generate", "a cat", "a dog"],
             "got unexpected extra argument (a dog): quote words that belong together (see snoopi-rt generate --help)",
         ),
+        (
+            ["serve", "--timeout", "86401"],
+            "invalid value for '--timeout': 86401.0 is not in the range 0<x<=86400 (see snoopi-rt serve --help)",
+        ),
         (["draw"], "no such command 'draw' (see snoopi-rt --help)"),
         (["train", "qqq"], "no such command 'qqq' (see snoopi-rt train --help)"),
         (["serve", "--engine", "gpu"], "unknown engine 'gpu', choose from cpu, openvino, cuda, tensorrt"),
