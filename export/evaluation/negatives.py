@@ -78,8 +78,8 @@ def unrelated(pairs: Sequence[Pair]) -> list[str]:
         other = next((other for other in further if other.prompt != pair.prompt and other.unwanted != pair.unwanted), None)
         if other is None:
             raise InputError(
-                f"pair {pair.prompt!r} without {pair.unwanted!r} needs another one of a different prompt and unwanted thing, "
-                "whose negative is the unrelated one"
+                f"pair {pair.prompt!r}, {pair.unwanted!r} has no unrelated one: "
+                "at least two pairs with different prompts and unwanted things are needed"
             )
         chosen.append(other.unwanted)
     return chosen

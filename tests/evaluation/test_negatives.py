@@ -84,7 +84,7 @@ def test_the_pairs_that_ship_are_the_papers_six_and_fifty_others(tmp_path: Path)
     pairs = read_pairs()
     assert [pair.set for pair in pairs].count("paper") == 6 and len(pairs) == 56
     assert len({(pair.prompt, pair.unwanted) for pair in pairs}) == 56 and all(pair.shows != pair.lacks for pair in pairs)
-    with pytest.raises(InputError, match="needs another one of a different prompt and unwanted thing"):
+    with pytest.raises(InputError, match="has no unrelated one: at least two pairs"):
         read_pairs(limit=1)
     same = replace(PAIRS[1], unwanted=PAIRS[0].unwanted)
     assert unrelated([*PAIRS[:2], same, PAIRS[2]]) == ["dark ring", "dark ring", "dark ring", "dark cube"]
