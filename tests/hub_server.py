@@ -38,6 +38,7 @@ def serving(models: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
 class HubAnswer(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body in one packet: a second one would wait for the first one's acknowledgement
 
     def log_message(self, *args: object) -> None:
         """Says nothing."""
