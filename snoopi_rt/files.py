@@ -25,7 +25,7 @@ def write_whole(path: Path, data: bytes, durable: bool = False, new: bool = Fals
 
     Raises OSError, with `new` FileExistsError if the file exists.
     """
-    temporary = _temporary(path)
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -67,11 +67,11 @@ def check_place(path: Path) -> None:
         folder = folder.parent
     if not os.path.isdir(folder):
         raise NotADirectoryError(errno.ENOTDIR, f"{quote(folder)} is not a folder", str(folder))
-    for place in (*(folder / name for name in names), path, _temporary(path)):
+    for place in (*(folder / name for name in names), path, temporary_beside(path)):
         with suppress(FileNotFoundError):
             os.lstat(place)
     # Tried, not queried: a removed working directory and an immutable folder claim to be writable.
-    probe = _temporary(folder / path.name)
+    probe = temporary_beside(folder / path.name)
     os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     os.unlink(probe)
 
@@ -84,7 +84,7 @@ def hidden(path: Path, ending: str) -> Path:
     return path.with_name(f".{name}{ending}")
 
 
-def _temporary(path: Path) -> Path:
+def temporary_beside(path: Path) -> Path:
     """A new name beside the path; not derived from it, because that may already have the maximal length."""
     return path.with_name(f".{secrets.token_hex(8)}.tmp")
 

@@ -178,9 +178,7 @@ class Stage:
         return self.averaged()
 
     def averaged(self) -> nn.Module:
-        network = joint_transformer()
-        network.load_state_dict(self.weights.averaged(), strict=False)
-        return network.eval().bfloat16()
+        return self.weights.averaged(joint_transformer()).bfloat16()
 
 
 def train_teacher(folder: Path, recipe: Recipe, data: Path, decoder: Path, training_set: TrainingSet) -> nn.Module:

@@ -2,7 +2,7 @@
 # The embedded model from drawings, in one command. Started again, it resumes.
 #
 #   tools/small_model.sh RUNS           pictures, decoder, teacher, student and its bundle below the folder RUNS
-#   tools/small_model.sh RUNS --quick   the same road in minutes, to see that it holds; what comes out is no model
+#   tools/small_model.sh RUNS --quick   the same road in minutes, in a folder of its own, to see that it holds; what comes out is no model
 #
 # Needs pip install -e ".[export,train]". The encoder is the first embedded model's, as it is.
 set -euo pipefail

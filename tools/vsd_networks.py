@@ -169,9 +169,7 @@ def train_teacher(name: str, grid: Grid) -> None:
         return {"loss": loss.item(), "norm": weights.step(learning_rate(recipe.lr, i, recipe.steps))}
 
     loop.run(loop.Stage(f"teacher {name}", folder, recipe, {"architecture": name}), {"teacher": weights}, step, _nothing)
-    final = build()
-    final.load_state_dict(weights.averaged(), strict=False)
-    save_diffusers(final, folder / denoiser.part)
+    save_diffusers(weights.averaged(build()), folder / denoiser.part)
 
 
 def distillation(name: str, setting: dict[str, Any], seed: int, grid: Grid) -> Trainer:

@@ -21,6 +21,7 @@ from snoopi_rt.export.small_model.features import EarlyFeatures
 from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, decoder_of, to_pictures
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
+from snoopi_rt.export.weights.arrays import new_array
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_diffusers
 from snoopi_rt.files import check_folder
@@ -90,7 +91,7 @@ def real_pictures(folder: Path, count: int, cache: Path) -> np.ndarray:
         composer = Composer(load_sprites())
         vocabulary, seed = Vocabulary(composer.colourable()), read_seed(folder)
         beside = cache / f".pictures-{count}.part"
-        pictures = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=(count, SIDE, SIDE, 3))
+        pictures = new_array(beside, (count, SIDE, SIDE, 3), np.uint8)
         for i in tqdm(range(count), desc="pictures", unit="picture"):
             pictures[i] = compose(composer, vocabulary, seed, i, SIDE)[1]
         pictures.flush()
@@ -135,9 +136,7 @@ def train(folder: Path, encoder: Path, out: Path, recipe: DecoderRecipe, compile
         return {"loss": value.item(), "l1": distance.item(), "norm": norm}
 
     def averaged() -> PixelShuffleDecoder:
-        copy = PixelShuffleDecoder(**model.config)
-        copy.load_state_dict({**copy.state_dict(), **weights.averaged()})
-        return copy.eval()
+        return weights.averaged(PixelShuffleDecoder(**model.config))
 
     def sample(path: Path) -> None:
         drawn = to_pictures(averaged(), latents[:8])

@@ -125,9 +125,7 @@ def train(pictures: Path, decoder: Path, out: Path, recipe: TeacherRecipe, compi
         return {"loss": value.item(), "norm": norm}
 
     def averaged() -> PixArtTransformer2DModel:
-        copy = transformer(recipe.layers)
-        copy.load_state_dict(weights.averaged(), strict=False)
-        return copy.eval()
+        return weights.averaged(transformer(recipe.layers))
 
     def sample(path: Path) -> None:
         noise = torch.randn(len(SAMPLE_PROMPTS), 8, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,7 @@
 """The training loop of every stage: step, log, sample, save, resume exactly, stop on NaN. It knows no loss and no network.
 
-All randomness of step i comes from `generator(seed, i)`, so that a resumed run repeats an unbroken one bit for bit.
+All randomness of step i depends on the seed and i alone (`generator`, and for each sample training/noise.py), so that a resumed run repeats
+an unbroken one bit for bit.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,8 @@ from snoopi_rt.export.settings import defaults, flattened
 from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.stage_recipe import StageRecipe
 from snoopi_rt.export.weights.files import save_tensors
-from snoopi_rt.files import write_whole
-from snoopi_rt.interrupts import deferred
+from snoopi_rt.files import remove_remains, write_whole
+from snoopi_rt.interrupts import Interrupted, deferred
 
 
 class Resumable(Protocol):
@@ -87,7 +88,7 @@ def run(
     """Runs `step(i, generator)` for every step left. Writes checkpoints/, log.jsonl, tensorboard/ and samples/ in the stage's folder.
 
     `step` returns named scalars; `sample(path)` draws a picture of the present state. With several processes the main one writes, and all
-    must get the same scalars. On the command line a signal to end takes effect after the running step, which is saved.
+    must get the same scalars. On the command line a signal to end, in whichever process, ends all after the running step, which is saved.
     Raises OutputError on NaN or infinity, for the reason that `stage.wrong` gives and when the disk is full (the last checkpoint stays),
     and InputError when the folder's checkpoint was made by another recipe; only the number of steps may differ, if no fewer.
     """
@@ -96,11 +97,12 @@ def run(
         with deferred() as signals:
             for i in range(start, stage.recipe.steps):
                 _check(stage, i, step(i, generator(stage.recipe.seed, i)))
-                if signals:
-                    raise signals[0]
+                stopping = _signal_to_end(signals, processes)
+                if stopping and i + 1 < stage.recipe.steps:
+                    raise stopping
         return
     try:
-        _run(stage, parts, step, sample, start)
+        _run(stage, parts, step, sample, start, processes)
     except OSError as error:
         kept = f"; {stage.checkpoints[-1]} is kept" if stage.checkpoints else ""
         raise OutputError(f"{stage.name} stopped: cannot write in {stage.folder}: {error.strerror or error}{kept}") from error
@@ -112,12 +114,14 @@ def _run(
     step: Callable[[int, torch.Generator], dict[str, float]],
     sample: Callable[[Path], None],
     start: int,
+    processes: Processes | None,
 ) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     steps, batch = stage.recipe.steps, stage.recipe.batch
     for name in ("samples", "checkpoints"):
         (stage.folder / name).mkdir(parents=True, exist_ok=True)
+    remove_remains(stage.folder / "checkpoints")
     _cut_log(stage.folder / "log.jsonl", start)
     saved_at, took = time.monotonic(), 0.0
     with (
@@ -134,7 +138,7 @@ def _run(
                 board.add_scalar(name, value, i)
             bar.update(batch)
             bar.set_postfix({k: f"{v:.4g}" for k, v in scalars.items()}, refresh=False)
-            done, stopping = i + 1, list(signals)
+            done, stopping = i + 1, _signal_to_end(signals, processes)
             if done % stage.sample_every == 0 or done == steps:
                 picture = stage.folder / "samples" / f"{done:07d}.png"
                 sample(picture)
@@ -147,7 +151,16 @@ def _run(
                 took = saved_at - began
             if stopping and done < steps:
                 bar.write(f"{stage.name} stopped after {done} of {steps} steps: the same command resumes", file=sys.stderr)
-                raise stopping[0]
+                raise stopping
+
+
+def _signal_to_end(signals: Sequence[Interrupted], processes: Processes | None) -> Interrupted | None:
+    """The signal to end after this step, the same in all processes: the others would wait forever for one that left alone."""
+    code = signals[0].code if signals else 0
+    agreed = code if processes is None else processes.largest(code)
+    if agreed == code:
+        return signals[0] if signals else None
+    return Interrupted(agreed - 128)
 
 
 def _check(stage: Stage, i: int, scalars: Mapping[str, float]) -> None:

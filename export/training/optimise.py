@@ -5,18 +5,22 @@ lose small updates. So the optimiser and the moving average work on fp32 masters
 """
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from snoopi_rt.export.training.processes import Processes
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 class MasterWeights:
     """The trainable parameters of `network` in fp32, with their optimiser and moving average.
 
     ema: decay of the moving average after a ramp of (1 + step) / (10 + step); 0 keeps none. clip: the largest gradient norm. muon: step the
-    matrices of transformer blocks by Muon, scaled to the RMS of an AdamW step (Liu et al. 2025), so that one learning rate serves both.
+    weights of linear layers in transformer blocks by Muon, scaled to the RMS of an AdamW step (Liu et al. 2025), so that one learning rate
+    serves both.
     """
 
     def __init__(
@@ -36,7 +40,7 @@ class MasterWeights:
         self.averages = [p.clone() for p in self.masters] if ema else []
         self.ema, self.clip, self.steps, self.processes = ema, clip, 0, processes
         # In parts, so that fp32 gradients exist for one part at a time.
-        matrices = {i for i, p in enumerate(self.live) if muon and p.ndim == 2 and "blocks." in self.names[i]}
+        matrices = {self.names.index(name) for name in _block_matrices(network) if name in self.names} if muon else set()
         self.adams: list[tuple[list[int], torch.optim.Optimizer]] = [
             (part, torch.optim.AdamW([self.masters[i] for i in part], lr=0.0, betas=betas, weight_decay=weight_decay, fused=True))
             for part in _parts([i for i in range(len(self.live)) if i not in matrices], [p.numel() for p in self.live])
@@ -94,9 +98,20 @@ class MasterWeights:
         """Copies the masters, or their moving averages where there are any, into the network."""
         torch._foreach_copy_(list(self.live), self.averages if averaged and self.averages else self.masters)
 
-    def averaged(self) -> dict[str, Tensor]:
-        """The moving average as a state dict, fp32; the masters where none is kept."""
-        return dict(zip(self.names, self.averages or self.masters, strict=True))
+    def averaged(self, copy: Network) -> Network:
+        """`copy`, of the trained network, with the moving average (the masters where none is kept) in what was trained, for evaluation.
+
+        Raises ValueError for a network that lacks a trained parameter.
+        """
+        average = dict(zip(self.names, self.averages or self.masters, strict=True))
+        if unknown := copy.load_state_dict(average, strict=False).unexpected_keys:
+            raise ValueError(f"{type(copy).__name__} has no {', '.join(unknown)}")
+        return copy.eval()
+
+    def end(self) -> None:
+        """Lets go of the optimisers' memory. No step can follow."""
+        self.adams.clear()
+        self.muons.clear()
 
     def state(self) -> dict[str, Tensor]:
         """Everything that an exact resume needs, as named tensors."""
@@ -137,6 +152,12 @@ MUON_MOMENTS = {"momentum": "momentum_buffer"}
 """What an optimiser keeps of each parameter: its name in a checkpoint, and torch's own."""
 PART = 64 * 2**20
 """Parameters whose fp32 gradients exist at the same time: 256 MB."""
+
+
+def _block_matrices(network: nn.Module) -> list[str]:
+    """The weights of linear layers in diffusers' transformer blocks: neither tables of vectors, nor a UNet's embedding of the timestep."""
+    modules = network.named_modules()
+    return [f"{name}.weight" for name, module in modules if "transformer_blocks." in name and isinstance(module, nn.Linear)]
 
 
 def _parts(numbers: list[int], sizes: list[int]) -> list[list[int]]:

@@ -31,6 +31,14 @@ class Processes:
                 torch.distributed.all_reduce(tensor)
                 tensor /= self.count
 
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers, the same in each."""
+        if self.count == 1:
+            return number
+        tensor = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return int(tensor)
+
     def share(self, total: int) -> range:
         """The numbers of this process's samples, of a step's `total`."""
         part = total // self.count

@@ -23,7 +23,8 @@ def write_student(folder: Path, part: str, network: nn.Module, out: Path) -> Non
         if other.name == part or target.exists() or not (other.name == "model_index.json" or list(other.glob("*.json"))):
             continue
         if other.is_file():
-            shutil.copyfile(other, target)
+            shutil.copyfile(other, beside)
+            beside.replace(target)
         elif other.name.startswith("text_encoder"):
             # T5 takes 19 GB.
             target.unlink(missing_ok=True)

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from snoopi_rt.export.weights.arrays import open_array
+
 
 class TeacherPictures:
     """Clean latents by the number of their pair, drawn when they are first asked for, in two files of a folder.
@@ -29,12 +31,3 @@ class TeacherPictures:
         if not self._drawn[pairs].all():
             self._latents[pairs], self._drawn[pairs] = self._draw(pairs).half().cpu().numpy(), True
         return torch.from_numpy(self._latents[pairs]).float()
-
-
-def open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """An array in a file, mapped for reading and writing; a new one is all zeros and takes no space where nothing is written."""
-    if not path.exists():
-        beside = path.with_name(f".{path.name}.part")
-        np.lib.format.open_memmap(beside, mode="w+", dtype=dtype, shape=shape).flush()
-        beside.replace(path)
-    return np.load(path, mmap_mode="r+")

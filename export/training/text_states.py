@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import pad
@@ -24,7 +25,7 @@ from snoopi_rt.export.backbones import CaptionEncoder
 from snoopi_rt.export.text.by_length import encode_by_length
 from snoopi_rt.export.weights.files import save_tensors
 from snoopi_rt.export.weights.text_files import read_json
-from snoopi_rt.files import sha256, write_whole
+from snoopi_rt.files import remove_remains, sha256, write_whole
 
 INDEX = "index.json"
 SHARD = 4096
@@ -114,9 +115,18 @@ def encode_prompts(
     prompts() yields them in order; key tells one set of prompts and text encoder from another. Over-long prompts are cut, with a warning.
     Raises InputError if the folder holds other states, and if there is no prompt.
     """
-    if check_states(folder, key):
-        return TextStates(folder, masked)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not check_states(folder, key):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # several runs may share the folder
+            if not check_states(folder, key):
+                remove_remains(folder)
+                _encode_prompts(prompts, key, encoder, masked, folder, shard)
+    return TextStates(folder, masked)
+
+
+def _encode_prompts(
+    prompts: Callable[[], Iterable[str]], key: str, encoder: CaptionEncoder, masked: bool, folder: Path, shard: int
+) -> None:
     _forget_others(folder, key)
     rule = encoder.write_tokenizer(folder / "tokenizer.json")
     tokenizer = Tokenizer.of(folder / "tokenizer.json", rule)
@@ -138,10 +148,9 @@ def encode_prompts(
     if count == 1:
         raise InputError("there is no prompt to train on")
     if cut:
-        warnings.warn(f"{cut} of {count - 1} prompts are longer than {rule.max_tokens} tokens and were cut", stacklevel=2)
+        warnings.warn(f"{cut} of {count - 1} prompts are longer than {rule.max_tokens} tokens and were cut", stacklevel=3)
     index_of = {"key": key, "count": count - 1, "shard": shard, "longest": longest, "first": first[1:]}
     write_whole(folder / INDEX, json.dumps(index_of).encode())
-    return TextStates(folder, masked)
 
 
 def shuffled(position: int, count: int, seed: int) -> int:

@@ -149,7 +149,7 @@ class Trainer:
     def finished(self) -> nn.Module:
         """The student as it ships: the moving average in fp32. No step can follow."""
         self.losses, self.parts = {}, {}
-        self.weights.adams.clear()
+        self.weights.end()
         return self.run.models.finished(lambda: self.weights.publish(averaged=True))
 
     def _spread(self, x0: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snoopi_rt.errors import EngineMissing, InputError
-from snoopi_rt.files import check_folder, write_whole
+from snoopi_rt.files import check_folder, temporary_beside, write_whole
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -24,7 +24,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file atomically."""
-    part = path.with_name(f".{path.name}.part")
+    part = temporary_beside(path)
     try:
         part.touch()
         mode = part.stat().st_mode  # by the user's umask; safetensors makes files that nobody else may read

@@ -8,9 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from torch import nn
 
@@ -18,10 +22,17 @@ from snoopi_rt.errors import InputError, OutputError
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.loop import Stage, StageRecipe, run
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
+from snoopi_rt.interrupts import Interrupted
 
 
 def tiny_stage(
-    folder: Path, steps: int = 8, kill_at: int | None = None, poison_at: int | None = None, lr: float = 1e-2, by: int = signal.SIGKILL
+    folder: Path,
+    steps: int = 8,
+    kill_at: int | None = None,
+    poison_at: int | None = None,
+    lr: float = 1e-2,
+    by: int = signal.SIGKILL,
+    processes: Any = None,
 ) -> None:
     """A stage of a bf16 network of 9 parameters; may send its own process a signal or meet a NaN."""
     torch.manual_seed(0)
@@ -39,7 +50,7 @@ def tiny_stage(
 
     stage = Stage("tiny", folder, StageRecipe(steps, 16, lr), {"data": "abc"}, sample_every=4)
     loop.SAVE_EVERY_S, loop.SAVE_SHARE = 0.0, 0
-    run(stage, {"network": weights}, step, picture)
+    run(stage, {"network": weights}, step, picture, processes)
 
 
 def picture(path: Path) -> None:
@@ -84,6 +95,20 @@ with interruptible():
     assert losses(shorter)[:6] == losses(tmp_path / "ended") and len(losses(shorter)) == 7
     tiny_stage(tmp_path / "ended")
     assert losses(tmp_path / "ended") == losses(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path, main: bool) -> None:
+    own: list[int] = []
+
+    def largest(code: int) -> int:
+        own.append(code)
+        return 128 + signal.SIGTERM if len(own) == 3 else code
+
+    with pytest.raises(Interrupted) as ended:
+        tiny_stage(tmp_path, processes=SimpleNamespace(main=main, largest=largest))
+    assert ended.value.code == 128 + signal.SIGTERM and own == [0, 0, 0]
+    assert (tmp_path / "checkpoints" / "0000003.safetensors").exists() == main
 
 
 def test_a_finished_stage_run_again_does_nothing_more(tmp_path):
@@ -151,10 +176,10 @@ def test_muon_steps_matrices_of_blocks_and_resumes_exactly():
     class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.blocks, self.out = nn.ModuleList([nn.Linear(8, 8)]), nn.Linear(8, 1)
+            self.transformer_blocks, self.out = nn.ModuleList([nn.Linear(8, 8)]), nn.Linear(8, 1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.out(torch.relu(self.blocks[0](x)))
+            return self.out(torch.relu(self.transformer_blocks[0](x)))
 
     def steps(weights: MasterWeights, network: nn.Module, numbers: range) -> None:
         for i in numbers:
@@ -175,3 +200,20 @@ def test_muon_steps_matrices_of_blocks_and_resumes_exactly():
     again.restore(kept)
     steps(again, other, range(3, 6))
     assert all(torch.equal(value, again.state()[name]) for name, value in weights.state().items())
+
+
+def test_muon_takes_linear_weights_in_transformer_blocks_and_no_table_of_vectors() -> None:
+    network = nn.Module()
+    network.transformer_blocks = nn.ModuleList([BasicTransformerBlock(8, 2, 4, cross_attention_dim=8, norm_type="ada_norm_single")])
+    network.down_blocks = nn.ModuleList([ResnetBlock2D(in_channels=8, temb_channels=8, groups=4)])
+    weights = MasterWeights(network, muon=True)
+    names = {weights.names[i].removeprefix("transformer_blocks.0.") for part, _ in weights.muons for i in part}
+    linear = [f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")]
+    assert names == {f"{layer}.weight" for layer in (*linear, "ff.net.0.proj", "ff.net.2")}
+
+
+def test_a_moving_average_is_refused_by_another_network() -> None:
+    weights = MasterWeights(nn.Sequential(nn.Linear(2, 2)))
+    assert torch.equal(weights.averaged(nn.Sequential(nn.Linear(2, 2)))[0].weight, weights.averages[0])
+    with pytest.raises(ValueError, match=r"Linear has no 0\.weight, 0\.bias"):
+        weights.averaged(nn.Linear(2, 2))

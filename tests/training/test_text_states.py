@@ -1,7 +1,9 @@
 """Prompts of any length and number to text states on disk, and back in any order."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -55,6 +57,22 @@ def test_states_are_computed_once_and_a_stopped_run_goes_on(tmp_path: Path, enco
     assert len(encoder.calls) == before + 1
     encode_prompts(lambda: PROMPTS, "k", encoder, True, tmp_path / "s", shard=2)
     assert len(encoder.calls) == before + 1
+
+
+def test_two_runs_that_share_a_folder_compute_its_states_once(tmp_path: Path, encoder: CaptionEncoder) -> None:
+    encode, others = encoder.encode, []
+
+    def disturbed(prompts: list[Tensor]) -> list[Tensor]:
+        if not others:
+            others.append(Thread(target=encode_prompts, args=(lambda: PROMPTS, "k", encoder, True, tmp_path / "s")))
+            others[0].start()
+            others[0].join(0.2)  # waits for this run: without a lock it would be done by now
+        return encode(prompts)
+
+    states = encode_prompts(lambda: PROMPTS, "k", replace(encoder, encode=disturbed), True, tmp_path / "s")
+    before = len(encoder.calls)
+    others[0].join()
+    assert len(encoder.calls) == before and len(states) == len(PROMPTS)
 
 
 def test_states_of_other_prompts_are_refused_and_half_of_them_are_made_anew(tmp_path: Path, encoder: CaptionEncoder) -> None:

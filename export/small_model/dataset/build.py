@@ -33,7 +33,8 @@ from snoopi_rt.export.weights.text_files import read_json
 from snoopi_rt.files import check_folder, write_whole
 from snoopi_rt.request import check_seed, integer
 
-RECIPE = "recipe.json"
+IDENTITY = "recipe.json"
+DATASET = "dataset.json"
 SHARD = 4096  # pictures
 SIDE = 128  # pixels of the encoder's input; latents are decoded to twice as many
 TOGETHER = 64
@@ -51,27 +52,32 @@ class Sample:
 def build(out: Path, encoder: Path, count: int, seed: int) -> None:
     """Writes a set of `count` pictures as latents of the autoencoder in the folder `encoder`; a set that is there grows.
 
-    Raises InputError if `out` already holds another set.
+    Raises InputError if `out` already holds another set, or more pictures.
     """
     integer("count", count, 1)
-    _facts(out, encoder, check_seed(seed))  # before anything is drawn
+    _facts(out, encoder, count, check_seed(seed))  # before anything is drawn
     write_set(out, load_sprites(), encoder, count, seed)
 
 
-def _facts(out: Path, encoder: Path, seed: int) -> dict[str, Any]:
-    """What identifies a set. Raises InputError for a folder that is no encoder, and if `out` holds another set."""
+def _facts(out: Path, encoder: Path, count: int, seed: int) -> dict[str, Any]:
+    """What identifies a set. Raises InputError for a folder that is no encoder, and if `out` holds another set or more pictures."""
     load_module(check_folder(encoder), AutoencoderTiny)
     facts = {"kind": "emoji scenes", "seed": seed, "encoder": fingerprint(encoder / WEIGHTS)}
-    if (out / RECIPE).exists() and read_json(out / RECIPE) != facts:
+    if (out / IDENTITY).exists() and read_json(out / IDENTITY) != facts:
         raise InputError(f"{out} holds another set; choose another folder")
+    stored = sum(len(_stored_captions(out, number)) for number in range(len(list(out.glob("captions-*.jsonl")))))
+    if count < stored:
+        raise InputError(f"{out} holds {stored} pictures already, more than {count}: give at least as many, or choose another folder")
     return facts
 
 
 def write_set(out: Path, sprites: Mapping[tuple[str, str], Image.Image], encoder: Path, count: int, seed: int) -> None:
     """`build` with the sprites at hand, by (thing, style)."""
-    facts = _facts(out, encoder, seed)
+    facts = _facts(out, encoder, count, seed)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / RECIPE, json.dumps(facts).encode())
+    if (out / DATASET).exists() and read_json(out / DATASET)["count"] != count:
+        (out / DATASET).unlink()  # until the set is whole again
+    write_whole(out / IDENTITY, json.dumps(facts).encode())
     composer = Composer(sprites)
     vocabulary = Vocabulary(composer.colourable())
     network = load_module(encoder, AutoencoderTiny).encoder.bfloat16().to(memory_format=torch.channels_last)
@@ -88,7 +94,7 @@ def write_set(out: Path, sprites: Mapping[tuple[str, str], Image.Image], encoder
     notice = "".join(f"- {drawing.package}: {drawing.licence}, {drawing.upstream}\n" for drawing in TRAINED)
     write_whole(out / "NOTICE.txt", f"The pictures are made from:\n{notice}".encode())
     facts |= {"count": count, "colourable": vocabulary.colourable}
-    write_whole(out / "dataset.json", (json.dumps(facts, indent=1) + "\n").encode())
+    write_whole(out / DATASET, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def _write_shard(
@@ -141,7 +147,7 @@ def compose(composer: Composer, vocabulary: Vocabulary, seed: int, i: int, side:
 
 def read_seed(folder: Path) -> int:
     """The seed of a set."""
-    return json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["seed"]
+    return json.loads((folder / DATASET).read_text(encoding="utf-8"))["seed"]
 
 
 @torch.no_grad()
@@ -155,7 +161,7 @@ class TrainingSet:
     """All pictures of a folder as latents, and their captions as token states. Raises InputError for a folder without a set."""
 
     def __init__(self, folder: Path, longest: int = 24):
-        if not (folder / "dataset.json").exists():
+        if not (folder / DATASET).exists():
             raise InputError(f"no picture set in {folder}: make one with snoopi-rt data emoji --out {folder}")
         shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         self.latents = torch.cat([shard["latents"] for shard in shards])

@@ -14,7 +14,6 @@ from snoopi_rt.export.small_model.dataset.vocabulary import (
     COLOUR_SYNONYMS,
     COLOURS,
     COUNTS,
-    DEFAULT_BACKGROUND,
     FLAWS,
     SIZES,
     Thing,
@@ -234,8 +233,3 @@ def _names(name: str) -> tuple[str, ...]:
 
 def _one(choices: Sequence[str], rng: np.random.Generator) -> str:
     return choices[int(rng.integers(len(choices)))]
-
-
-def same_picture(scene: Scene) -> Scene:
-    """The scene with its defaults filled in: captions of scenes that are then equal are captions of the same picture."""
-    return replace(scene, background=scene.background or DEFAULT_BACKGROUND, style=scene.style or DEFAULT_STYLE)

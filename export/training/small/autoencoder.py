@@ -105,9 +105,7 @@ def train(pictures_folder: Path, out: Path, recipe: Recipe, compiled: bool = Fal
         return {"loss": value.item(), "mse": mse.item(), "norm": norm}
 
     def averaged() -> AutoencoderTiny:
-        copy = deepcopy(first)
-        copy.load_state_dict({**first.state_dict(), **weights.averaged()})
-        return copy.eval()
+        return weights.averaged(deepcopy(first))
 
     @torch.no_grad()
     def sample(path: Path) -> None:

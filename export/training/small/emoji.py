@@ -24,6 +24,7 @@ from tqdm import tqdm
 from snoopi_rt.errors import InputError, SnoopiError
 from snoopi_rt.export.training.image_grid import image_grid
 from snoopi_rt.export.training.small.concepts import CONCEPTS, Concept, with_article
+from snoopi_rt.export.weights.arrays import new_array
 from snoopi_rt.files import sha256, write_whole
 from snoopi_rt.request import integer
 
@@ -117,7 +118,7 @@ def build(out: Path, count: int, seed: int) -> None:
 def write_set(out: Path, sprites: dict[tuple[str, str], Image.Image], count: int, seed: int) -> None:
     """What `build` does once it has the sprites: RGBA pictures of 128 x 128 by (concept, style)."""
     out.mkdir(parents=True, exist_ok=True)
-    pictures = np.lib.format.open_memmap(out / "pictures.npy", mode="w+", dtype=np.uint8, shape=(count, SIZE, SIZE, 3))
+    pictures = new_array(out / "pictures.npy", (count, SIZE, SIZE, 3), np.uint8)
     with open(out / "captions.jsonl", "w", encoding="utf-8") as lines:
         for i in tqdm(range(count), desc="pictures", unit="picture", mininterval=0.5):
             row, pictures[i] = compose(sprites, np.random.default_rng([seed, i]))

@@ -154,9 +154,7 @@ def train(pictures: Path, autoencoder: Path, out: Path, recipe: Recipe, compiled
         return {"loss": value.item(), "norm": norm}
 
     def averaged() -> PixArtTransformer2DModel:
-        copy = network()
-        copy.load_state_dict(weights.averaged(), strict=False)
-        return copy.eval()
+        return weights.averaged(network())
 
     def sample(path: Path) -> None:
         noise = torch.randn(len(SAMPLE_PROMPTS), 8, 16, 16, generator=torch.Generator().manual_seed(0))
