@@ -5,7 +5,8 @@
 #   tools/gpu_check.sh OUT [PART...]     runs these parts, or all; the folder OUT gets log.txt and the tables as JSON
 #   tools/gpu_check.sh pack [FILE]       packs all that a bare machine needs into one file (build/gpu.tar), where there is a network
 #
-# A bare machine has CUDA, Python 3.12, torch 2.11 with triton, transformers, onnx and pytest, and can fetch nothing:
+# A bare machine has CUDA, Python 3.12, torch 2.11 or newer with triton, transformers, onnx, onnxscript, peft, accelerate and pytest, and
+# can fetch nothing; the engines' parts need their packages, too, and the last two the embedded bundle, which is not packed:
 #
 #   tar -xf gpu.tar && snoopi-rt-gpu/tools/gpu_check.sh OUT kernel-tests kernel
 #

@@ -140,7 +140,7 @@ def draw(path: Path) -> None:
     import snoopi_rt
     from snoopi_rt.engines import ort
 
-    ort.SMALLEST = 0
+    ort.MIN_CACHED = 0
     images = []
     for engine in ("cpu", "openvino"):
         with snoopi_rt.load(engine=engine, threads=1) as pipe:

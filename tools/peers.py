@@ -122,11 +122,6 @@ def convert_for_genai(job: Job, folder: Path) -> None:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    import_openvino()
-    from openvino_tokenizers import convert_tokenizer
-
-    from snoopi_rt.export.text.rule import clip_tokenizer
-
     states = torch.zeros(1, 77, read(job.student / "unet")["cross_attention_dim"])
     latent = torch.zeros(1, *job.noise.shape)
     ids = torch.zeros(1, 77, dtype=torch.int64)
@@ -166,9 +161,19 @@ def convert_for_genai(job: Job, folder: Path) -> None:
         config = {"_class_name": "AutoencoderKL", "latent_channels": config["latent_channels"], "scaling_factor": config["scaling_factor"]}
         config["block_out_channels"] = read(job.vae)["decoder_block_out_channels"]
     save_openvino(Decoder(), {"latent_sample": latent}, "sample", folder / "vae_decoder", config)
+    write_other_parts(job, folder)
+
+
+def write_other_parts(job: Job, folder: Path) -> None:
+    """Writes what openvino.genai reads beside the models: tokenizer, scheduler and the list of parts."""
+    openvino = import_openvino()
+    from openvino_tokenizers import convert_tokenizer
+
+    from snoopi_rt.export.text.rule import clip_tokenizer
+
     tokenizer = convert_tokenizer(clip_tokenizer(job.student / "tokenizer"), with_detokenizer=False)
     (folder / "tokenizer").mkdir()
-    import_openvino().save_model(tokenizer, folder / "tokenizer" / "openvino_tokenizer.xml")
+    openvino.save_model(tokenizer, folder / "tokenizer" / "openvino_tokenizer.xml")
     (folder / "scheduler").mkdir()
     scheduler = read(job.student / "scheduler", "scheduler_config.json")
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler), encoding="utf-8")

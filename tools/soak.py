@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -80,82 +81,107 @@ class Server:
         return code
 
 
-async def soak(server: Server, clients: int, seconds: float, seed: int) -> dict[str, Any]:
-    """What the clients got, and what is wrong with it."""
-    import snoopi_rt
-    from snoopi_rt.prompt_encoder import IN_MEMORY
+class Clients:
+    """What the clients of a server got, and what was `wrong` with it. `full_at`: when all had sent their long first prompts."""
 
-    address, answers, wrong = f"http://127.0.0.1:{server.port}", Counter[str](), []
-    memory: list[float] = []
-    pipe, begun = snoopi_rt.load(engine="cpu"), time.monotonic()
-    (states,) = pipe.bundle.variant("text_encoder", "cpu").outputs
-    # Two prompts a request, of as many tokens as there may be.
-    long = math.ceil(IN_MEMORY / (2 * 4 * pipe.bundle.text.max_tokens * (states.shape[-1] or 1)) / clients)
-    filling, settled = clients, 0
-    end = begun + seconds
+    def __init__(self, port: int, clients: int, seed: int) -> None:
+        import snoopi_rt
+        from snoopi_rt.prompt_encoder import IN_MEMORY
 
-    async def client(number: int, http: aiohttp.ClientSession) -> None:
-        nonlocal filling, settled
-        random, turn = Random(f"{seed} {number}"), 0
+        self.address, self.answers, self.wrong = f"http://127.0.0.1:{port}", Counter[str](), list[str]()
+        self.full_at: float | None = None
+        self._filling, self._seed, self._pipe = clients, seed, snoopi_rt.load(engine="cpu")
+        (states,) = self._pipe.bundle.variant("text_encoder", "cpu").outputs
+        # Two prompts a request, of as many tokens as there may be.
+        self._long = math.ceil(IN_MEMORY / (2 * 4 * self._pipe.bundle.text.max_tokens * (states.shape[-1] or 1)) / clients)
+
+    async def ready(self, http: aiohttp.ClientSession) -> None:
+        """Returns once the server is ready."""
+        while True:
+            try:
+                async with http.get(f"{self.address}/readyz") as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                await asyncio.sleep(0.1)
+
+    async def client(self, number: int, http: aiohttp.ClientSession, end: float) -> None:
+        """Sends requests one after the other until that time."""
+        random, turn = Random(f"{self._seed} {number}"), 0
         while time.monotonic() < end:
             turn += 1
-            if turn == long + 1:
-                filling -= 1
-                settled = settled if filling else max(5, len(memory))
-            words = random.choices(WORDS, k=150 if turn <= long else random.randint(1, 12))
-            body: dict[str, Any] = {"prompt": " ".join(words), "seed": random.randrange(2**32), "truncate": True}
-            if turn <= long or random.random() < 0.5:
-                negative = " ".join(words[::-1]) if turn <= long else random.choice(WORDS)
-                body |= {"negative_prompt": negative, "negative_scale": random.choice((0.25, 0.5, 1.0))}
+            if turn == self._long + 1:
+                self._filling -= 1
+                self.full_at = None if self._filling else time.monotonic()
+            body = self._body(random, turn <= self._long)
             try:
-                async with http.post(f"{address}/v1/images/generations", json=body) as response:
+                async with http.post(f"{self.address}/v1/images/generations", json=body) as response:
                     answer = await response.json()
             except (aiohttp.ClientError, TimeoutError) as error:
-                answers["no answer"] += 1
-                wrong.append(f"{type(error).__name__}: {error}")
+                self.answers["no answer"] += 1
+                self.wrong.append(f"{type(error).__name__}: {error}")
                 continue
-            answers[str(response.status)] += 1
+            self.answers[str(response.status)] += 1
             if response.status == 429:
                 await asyncio.sleep(random.random())
             elif response.status != 200:
-                wrong.append(f"{response.status}: {answer}")
+                self.wrong.append(f"{response.status}: {answer}")
             elif turn % CHECKED == 0:
-                answers["drawn again"] += 1
-                again = await asyncio.to_thread(
-                    pipe.generate, body["prompt"], body.get("negative_prompt"), body.get("negative_scale"), body["seed"], truncate=True
-                )
-                with Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))) as opened:
-                    difference = np.abs(np.asarray(opened).astype(int) - again.images[0]).max()
-                if difference > 1:
-                    wrong.append(f"a picture that is {difference} levels off: {body}")
+                await self._draw_again(body, answer)
 
-    async def every(pause: float, act: Any) -> None:
+    def close(self) -> None:
+        self._pipe.close()
+
+    def _body(self, random: Random, long: bool) -> dict[str, Any]:
+        words = random.choices(WORDS, k=150 if long else random.randint(1, 12))
+        body: dict[str, Any] = {"prompt": " ".join(words), "seed": random.randrange(2**32), "truncate": True}
+        if long or random.random() < 0.5:
+            negative = " ".join(words[::-1]) if long else random.choice(WORDS)
+            body |= {"negative_prompt": negative, "negative_scale": random.choice((0.25, 0.5, 1.0))}
+        return body
+
+    async def _draw_again(self, body: dict[str, Any], answer: dict[str, Any]) -> None:
+        self.answers["drawn again"] += 1
+        again = await asyncio.to_thread(
+            self._pipe.generate, body["prompt"], body.get("negative_prompt"), body.get("negative_scale"), body["seed"], truncate=True
+        )
+        with Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))) as opened:
+            difference = np.abs(np.asarray(opened).astype(int) - again.images[0]).max()
+        if difference > 1:
+            self.wrong.append(f"a picture that is {difference} levels off: {body}")
+
+
+async def soak(server: Server, count: int, seconds: float, seed: int) -> dict[str, Any]:
+    """What the clients got, what is wrong with it, and whether the server's memory grew."""
+    clients, memory = Clients(server.port, count, seed), list[tuple[float, float]]()
+
+    def measure() -> None:
+        memory.append((time.monotonic(), server.megabytes()))
+
+    async def every(pause: float, act: Callable[[], None]) -> None:
         while True:
             await asyncio.sleep(pause)
             await asyncio.to_thread(act)
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-        while True:
-            try:
-                async with http.get(f"{address}/readyz") as response:
-                    if response.status == 200:
-                        break
-            except aiohttp.ClientError:
-                await asyncio.sleep(0.1)
+        await clients.ready(http)
         begun = time.monotonic()
-        end = begun + seconds
-        tasks = [
-            asyncio.create_task(every(30.0, server.replace)),
-            asyncio.create_task(every(10.0, lambda: memory.append(server.megabytes()))),
-        ]
-        await asyncio.gather(*(client(number, http) for number in range(clients)))
+        tasks = [asyncio.create_task(every(30.0, server.replace)), asyncio.create_task(every(10.0, measure))]
+        await asyncio.gather(*(clients.client(number, http, begun + seconds) for number in range(count)))
         for task in tasks:
             task.cancel()
-    memory.append(server.megabytes())
-    pipe.close()
-    flat = settled > 0 and memory[-1] <= GROWTH * memory[min(settled, len(memory) - 1)]
-    settled_after = {"seconds until the store was full": 10 * settled, "flat from then on": flat}
-    return {"answers": dict(answers), "wrong": wrong[:20], **settled_after, "megabytes every 10 s": [round(value, 1) for value in memory]}
+    measure()
+    clients.close()
+    settled = [] if clients.full_at is None else [value for at, value in memory if at >= max(clients.full_at, begun + 60.0)]
+    if len(settled) < 2:
+        clients.wrong.append("the store was full too late to see whether memory grows: give more --minutes")
+    return {
+        "answers": dict(clients.answers),
+        "wrong": clients.wrong[:20],
+        "seconds until the store was full": None if clients.full_at is None else round(clients.full_at - begun),
+        "flat from then on": len(settled) > 1 and settled[-1] <= GROWTH * settled[0],
+        "megabytes every 10 s": [round(value, 1) for _, value in memory],
+    }
 
 
 @click.command()
