@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -10,6 +9,9 @@ from torch import Tensor, nn
 
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.kernels import attention, fused_attention, transposed_attention
+
+Negative = tuple[int, Tensor | None, Tensor]
+"""What an attention to both prompts needs: the prompt's length T, the negative's mask (B, U) bool or None, and its scale (B,)."""
 
 
 class PlainAttention:
@@ -36,8 +38,7 @@ class GuidedAttention(PlainAttention):
     """PlainAttention with a negative prompt, passed as `cross_attention_kwargs={"negative": (states, mask, scale)}`.
 
     `empty_states` (1, T0, D): the empty prompt, for a guidance that measures from it. It follows the formulas; exported networks have
-    OneProductAttention, which is tested against it. `attend` replaces the guidance's formula: on a GPU,
-    `snoopi_rt.kernels.nasa.fused_nasa_attention` for the guidance nasa.
+    OneProductAttention, which is tested against it. `attend` replaces the guidance's formula, see `fused_guidance`.
     """
 
     def __init__(
@@ -71,6 +72,18 @@ class GuidedAttention(PlainAttention):
         return attn.to_out[0](merge_heads(z))
 
 
+def fused_guidance(kind: str, device: torch.device, head_dim: int) -> Callable[..., Tensor] | None:
+    """What computes a guidance faster than its formula: our kernel for nasa on a GPU, where triton is installed and takes such heads; else
+    None."""
+    if device.type != "cuda" or kind != "nasa":
+        return None
+    try:
+        from snoopi_rt.kernels.nasa import MAX_HEAD_DIM, fused_nasa_attention
+    except ImportError:
+        return None
+    return fused_nasa_attention if head_dim <= MAX_HEAD_DIM else None
+
+
 class SelfAttention(nn.Module):
     """A self-attention for export, in place of a diffusers `Attention`; arguments that concern text are ignored."""
 
@@ -87,13 +100,13 @@ class OneProductAttention(nn.Module):
     """A cross-attention for export, in place of a diffusers `Attention`: one key and one value product over both prompts, and those of the
     empty prompt as constants.
 
-    `encoder_hidden_states` (B, T + U, D): the states of the prompt, then of the negative. `negative`: the prompt's length T and the scale
-    (B,), or None in a graph without negatives.
+    `encoder_hidden_states` (B, T + U, D): the states of the prompt, then of the negative, see `both_prompts`. `attention_mask` (B, T) bool,
+    of the prompt, or None: all tokens count. `attention`: see kernels/ops/reference.py.
     """
 
-    def __init__(self, attn: Attention, guidance: Guidance, empty_states: Tensor):
+    def __init__(self, attn: Attention, guidance: Guidance, empty_states: Tensor, attention: Callable[..., Tensor] = transposed_attention):
         super().__init__()
-        self.attn, self.guidance = attn, guidance
+        self.attn, self.guidance, self.attention = attn, guidance, attention
         if guidance.measures_from_empty:
             with torch.no_grad():
                 self.key_empty, self.value_empty = (nn.Buffer(x) for x in keys_values(attn, empty_states))
@@ -102,26 +115,28 @@ class OneProductAttention(nn.Module):
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
-        attention_mask: None = None,
-        negative: tuple[int, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        negative: Negative | None = None,
     ) -> Tensor:
         q, (k, v) = queries(self.attn, hidden_states), keys_values(self.attn, encoder_hidden_states)
         if self.guidance.attend is None or negative is None:
-            return self.attn.to_out[0](merge_heads(transposed_attention(q, k, v)))
-        t, scale = negative
+            return self.attn.to_out[0](merge_heads(self.attention(q, k, v, attention_mask)))
+        t, negative_mask, scale = negative
         empty = (self.key_empty, self.value_empty) if self.guidance.measures_from_empty else ()
-        z = self.guidance.attend(
-            q, k[:, :, :t], v[:, :, :t], None, k[:, :, t:], v[:, :, t:], None, scale, *empty, attention=transposed_attention
-        )
+        prompt, other = (k[:, :, :t], v[:, :, :t], attention_mask), (k[:, :, t:], v[:, :, t:], negative_mask)
+        z = self.guidance.attend(q, *prompt, *other, scale, *empty, attention=self.attention)
         return self.attn.to_out[0](merge_heads(z))
 
 
-def both_prompts(prompt_states: Tensor, negative_states: Tensor | None, *negative: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
-    """The states of prompt and negative in one, (B, T + U, D), so that one key and one value product serve both; and what the attentions
-    need to take them apart: the prompt's length T and then `negative`, or None without a negative."""
+def both_prompts(
+    prompt_states: Tensor, negative_states: Tensor | None, negative_scale: Tensor | None, negative_mask: Tensor | None = None
+) -> tuple[Tensor, Negative | None]:
+    """The states of prompt and negative in one, (B, T + U, D), so that one key and one value product serve both; and what takes them apart,
+    None without a negative."""
     if negative_states is None:
         return prompt_states, None
-    return torch.cat([prompt_states, negative_states], 1), (prompt_states.shape[1], *negative)
+    assert negative_scale is not None, "a negative has a scale"
+    return torch.cat([prompt_states, negative_states], 1), (prompt_states.shape[1], negative_mask, negative_scale)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

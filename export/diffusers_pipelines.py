@@ -7,6 +7,7 @@ So everything else in a pipeline still works: offloading, LoRAs, callbacks, batc
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.attention import keys_values, merge_heads, queries, text_mask
+from snoopi_rt.export.attention import fused_guidance, keys_values, merge_heads, queries, text_mask
 from snoopi_rt.export.guidance import GUIDANCE, Guidance, find_guidance
 from snoopi_rt.export.joint_attention import GUIDANCE as JOINT_GUIDANCE
 from snoopi_rt.export.joint_attention import JointGuidance, JointProcessor, joint_attentions
@@ -83,17 +84,21 @@ class _Negative(DiffusionPipeline):
     def __call__(
         self,
         *args: Any,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         negative_scale: float | Sequence[float] | None = None,
         **options: Any,
     ) -> Any:
         call = self._negative_call
+        entries = [negative_prompt] if negative_prompt is None or isinstance(negative_prompt, str) else negative_prompt
+        negatives = [text if text and text.strip() else "" for text in entries]
+        if negative_scale is not None and not any(negatives):
+            raise InputError("negative_scale without a negative_prompt: give both, or neither")
         scale = call.guidance.default_scale if negative_scale is None else negative_scale
         call.scales = [float(scale)] if isinstance(scale, int | float) else [float(value) for value in scale]
-        if negative_prompt is not None and any(call.scales):
+        if any(negatives) and any(call.scales):
             if not all(isinstance(attn.processor, _NegativeProcessor | JointProcessor) for attn in _attentions(self)):
                 raise InputError("the attention processors were set since with_negative: call it again")
-            call.negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+            call.negatives = negatives
         try:
             return super().__call__(*args, **options)
         finally:
@@ -110,14 +115,17 @@ class _Negative(DiffusionPipeline):
         if arguments.get("do_classifier_free_guidance", "do_classifier_free_guidance" in signature.parameters):
             raise InputError("guidance_scale runs each step twice: with a negative prompt in the attention, give guidance_scale=0")
         prompts = len(encoded[0]) // arguments.get("num_images_per_prompt", 1)
-        texts = [_per_prompt(call.negatives, prompts, "negative_prompt")]
+        negatives, scales = _per_prompt(call.negatives, prompts, "negative_prompt"), _per_prompt(call.scales, prompts, "negative_scale")
+        texts = [negatives]
         if call.guidance.measures_from_empty:
             texts.append([""] * prompts)
         # Some pipelines' parameters have no defaults.
         shared = arguments | {name: None for name in _OF_THE_PROMPT if name in signature.parameters}
         parts = [encoded, *(super(_Negative, self).encode_prompt(**shared | {"prompt": text}) for text in texts)]
         call.lengths = [part[0].shape[1] for part in parts]
-        scale = torch.tensor(_per_prompt(call.scales, prompts, "negative_scale"), dtype=encoded[0].dtype, device=encoded[0].device)
+        # A blank negative is none.
+        scales = [scale if text else 0.0 for text, scale in zip(negatives, scales, strict=True)]
+        scale = torch.tensor(scales, dtype=encoded[0].dtype, device=encoded[0].device)
         call.scale = scale.repeat_interleave(len(encoded[0]) // prompts)
         joined = list(encoded)
         for index, axis in self._token_axes(len(encoded), "prompt_attention_mask" in signature.parameters).items():
@@ -157,22 +165,10 @@ class _NegativeProcessor:
             tokens = slice(None) if mask_empty[0] is None else mask_empty[0][0]
             k_empty, v_empty = ([part[0][:1, :, tokens]] for part in (k_empty, v_empty))
         q = queries(attn, hidden_states)
-        z = _attend(call.guidance, q)(q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, call.scale, *k_empty, *v_empty)
+        guidance: Any = call.guidance
+        attend = fused_guidance(guidance.kind, q.device, q.shape[-1]) or partial(guidance.attend, attention=fused_attention)
+        z = attend(q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, call.scale, *k_empty, *v_empty)
         return attn.to_out[0](merge_heads(z)) / attn.rescale_output_factor
-
-
-def _attend(guidance: Any, q: Tensor) -> Any:
-    """The guidance's formula, in a Triton kernel where there is one."""
-    if q.is_cuda and guidance.kind == "nasa":
-        try:
-            from snoopi_rt.kernels.nasa import MAX_HEAD_DIM, fused_nasa_attention
-        except ImportError:  # no triton
-            pass
-        else:
-            if q.shape[-1] <= MAX_HEAD_DIM:
-                return fused_nasa_attention
-    attend = guidance.attend
-    return lambda *tensors: attend(*tensors, attention=fused_attention)  # type: ignore[misc]
 
 
 def _attentions(pipe: DiffusionPipeline) -> list[Any]:

@@ -90,7 +90,7 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """What is exported, checked before any weights are loaded."""
 
     source: Source
@@ -102,7 +102,7 @@ class Plan:
     engines: tuple[str, ...]
 
     @classmethod
-    def of(cls, source: Source, options: ExportOptions) -> "Plan":
+    def of(cls, source: Source, options: ExportOptions) -> "ExportPlan":
         """The plan. Raises InputError for unknown names and impossible sizes, EngineMissing where no engine can measure parity."""
         backbone, preset = find_backbone(source.preset.backbone), source.preset
         sizes, multiple = options.sizes or ((preset.size, preset.size),), backbone.multiple * source.latent.factor
@@ -123,7 +123,7 @@ def export(source: Source, out: Path, options: ExportOptions | None = None, say:
     finished bundle does not draw what it promises. The bundle appears under the name `out` when it is complete; with `force` it then
     replaces the one that is there.
     """
-    plan = Plan.of(source, options or ExportOptions())
+    plan = ExportPlan.of(source, options or ExportOptions())
     old = hidden(out, ".old")
     if old.exists() and not out.exists():  # killed between two renames
         old.replace(out)
@@ -159,7 +159,7 @@ def check_out(out: Path, force: bool) -> None:
         raise OutputError(f"cannot write {quote(out)}: {reason(error)}") from error
 
 
-def _write_files(folder: Path, name: str, plan: Plan, student: Student, say: Callable[[str], None]) -> tuple[Bundle, list[Extreme]]:
+def _write_files(folder: Path, name: str, plan: ExportPlan, student: Student, say: Callable[[str], None]) -> tuple[Bundle, list[Extreme]]:
     """Writes all files of a bundle but its bundle.json; returns what that will say, and the prompts of the final check."""
     text = student.write_tokenizer(folder / "tokenizer.json")
     tokenizer = Tokenizer.of(folder / "tokenizer.json", text)
@@ -199,47 +199,50 @@ def _write_files(folder: Path, name: str, plan: Plan, student: Student, say: Cal
     return bundle, extremes
 
 
-def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Mapping[str, dict[str, Tensor]]) -> Iterator[Graph]:
+class Reference:
+    """What PyTorch makes of a student's evaluation prompts in fp32, with which its graphs are compared. Raises InputError for NaN."""
+
+    def __init__(self, plan: ExportPlan, student: Student, states: Mapping[str, dict[str, Tensor]]):
+        (height, width), latent = plan.sizes[0], plan.source.latent
+        shape, renoises = (latent.channels, height // latent.factor, width // latent.factor), plan.source.preset.rule.renoises
+        self.samples = calibration.generator_samples(states, plan.guidance, shape, renoises, plan.backbone.masks)
+        """Inputs of the generator."""
+        self._network, self._decoder = student.reference(plan.guidance, states[""]["states"]), student.decoder
+        self.latents = [self.latent(sample) for sample in tqdm(self.samples.evaluation, desc="reference", unit="sample", leave=False)]
+        if not all(latent.isfinite().all() for latent in self.latents):
+            raise InputError("the student itself gives NaN or infinity in fp32: fetch its weights again, or choose its own --preset")
+
+    def latent(self, sample: Mapping[str, Tensor]) -> Tensor:
+        """The clean latent (1, C, h, w)."""
+        return _run(self._network, sample)
+
+    def decode(self, latent: np.ndarray) -> np.ndarray:
+        """The image (1, H, W, 3) uint8."""
+        return _run(self._decoder, {"latent": torch.from_numpy(latent)}).numpy()
+
+    def comparison(self, to_latent: Callable[[int, NamedArrays], np.ndarray]) -> LatentComparison:
+        """How a graph is judged whose outputs lead to a clean latent in that way."""
+        return LatentComparison(to_latent, [latent.numpy() for latent in self.latents], self.decode)
+
+    def by_text(self) -> LatentComparison:
+        """How a text encoder is judged."""
+
+        def draw(i: int, text_outputs: NamedArrays) -> np.ndarray:
+            conditioning = {f"prompt_{name}": torch.from_numpy(value) for name, value in text_outputs.items()}
+            return self.latent({**self.samples.evaluation[i], **conditioning}).numpy()
+
+        return self.comparison(draw)
+
+
+def _graphs(plan: ExportPlan, student: Student, ids: Mapping[str, Tensor], states: Mapping[str, dict[str, Tensor]]) -> Iterator[Graph]:
     """The graphs of a bundle, one after the other, so that the memory of one is free before the next."""
-    options, backbone = plan.options, plan.backbone
+    options, reference = plan.options, Reference(plan, student, states)
     tolerance = LATENT_TOLERANCE if options.tolerance is None else options.tolerance
-    (height, width), latent = plan.sizes[0], plan.source.latent
-    shape, renoises = (latent.channels, height // latent.factor, width // latent.factor), plan.source.preset.rule.renoises
-    samples = calibration.generator_samples(states, plan.guidance, shape, renoises, backbone.masks)
-    reference = student.reference(plan.guidance, states[""]["states"])
-    latents = [_run(reference, sample) for sample in tqdm(samples.evaluation, desc="reference", unit="sample", leave=False)]
-    if not all(latent.isfinite().all() for latent in latents):
-        raise InputError("the student itself gives NaN or infinity in fp32: fetch its weights again, or choose its own --preset")
-    reference_latents = [latent.numpy() for latent in latents]
-
-    def draw(i: int, text_outputs: NamedArrays) -> np.ndarray:
-        conditioning = {f"prompt_{name}": torch.from_numpy(value) for name, value in text_outputs.items()}
-        return _run(reference, {**samples.evaluation[i], **conditioning}).numpy()
-
-    def decode(latent: np.ndarray) -> np.ndarray:
-        return _run(student.decoder, {"latent": torch.from_numpy(latent)}).numpy()
-
-    by_text = LatentComparison(draw, reference_latents, decode)
-    by_latent = LatentComparison(lambda i, outputs: outputs["latent"], reference_latents, decode)
     padded = len({row.shape[1] for row in ids.values()}) == 1
-    shared: dict[str, Any] = {"opset": backbone.opset, "dynamic": dynamic_axes(plan.sizes, padded)}
+    shared: dict[str, Any] = {"opset": plan.backbone.opset, "dynamic": dynamic_axes(plan.sizes, padded)}
     if not options.prompts_only:
-        prompts = calibration.EVALUATION[:TEXT_SAMPLES]
-        yield Graph(
-            name="text_encoder",
-            module=student.text_encoder,
-            outputs=student.text_outputs,
-            example={"ids": ids[prompts[0]].expand(2, -1)},
-            calibration=[{"ids": ids[prompt]} for prompt in calibration.CALIBRATION],
-            evaluation=[{"ids": ids[prompt]} for prompt in prompts],
-            reference=[{name: value.numpy() for name, value in states[prompt].items()} for prompt in prompts],
-            error=by_text.error,
-            comparison=by_text,
-            tolerance=tolerance,
-            fp32_tolerance=FP32_TOLERANCE["text_encoder"],
-            tensor_of=student.tensor_of,
-            **shared,
-        )
+        yield _text_encoder(student, ids, states, reference.by_text(), tolerance=tolerance, **shared)
+    samples, by_latent = reference.samples, reference.comparison(lambda i, outputs: outputs["latent"])
     yield Graph(
         name="generator",
         module=student.generator(plan.guidance, states[""]["states"]).eval(),
@@ -247,7 +250,7 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
         example=samples.example,
         calibration=samples.calibration,
         evaluation=samples.evaluation,
-        reference=[{"latent": latent} for latent in reference_latents],
+        reference=[{"latent": latent} for latent in by_latent.reference],
         error=by_latent.error,
         comparison=by_latent,
         tolerance=tolerance,
@@ -255,32 +258,55 @@ def _graphs(plan: Plan, student: Student, ids: Mapping[str, Tensor], states: Map
         fp32_tolerance=FP32_TOLERANCE["generator"],
         **shared,
     )
+    # A larger tolerance for the latent is one for the image too.
+    yield _decoder(plan, student, reference, tolerance=IMAGE_TOLERANCE * max(1.0, tolerance / LATENT_TOLERANCE), **shared)
+
+
+def _text_encoder(
+    student: Student, ids: Mapping[str, Tensor], states: Mapping[str, dict[str, Tensor]], comparison: LatentComparison, **shared: Any
+) -> Graph:
+    prompts = calibration.EVALUATION[:TEXT_SAMPLES]
+    return Graph(
+        name="text_encoder",
+        module=student.text_encoder,
+        outputs=student.text_outputs,
+        example={"ids": ids[prompts[0]].expand(2, -1)},
+        calibration=[{"ids": ids[prompt]} for prompt in calibration.CALIBRATION],
+        evaluation=[{"ids": ids[prompt]} for prompt in prompts],
+        reference=[{name: value.numpy() for name, value in states[prompt].items()} for prompt in prompts],
+        error=comparison.error,
+        comparison=comparison,
+        fp32_tolerance=FP32_TOLERANCE["text_encoder"],
+        tensor_of=student.tensor_of,
+        **shared,
+    )
+
+
+def _decoder(plan: ExportPlan, student: Student, reference: Reference, **shared: Any) -> Graph:
     tile = _tile(plan, student)
 
     def first_tile(latent: Tensor) -> Tensor:
         return latent if tile is None else latent[..., : tile.size, : tile.size]
 
-    evaluation = [first_tile(latent) for latent in latents[:DECODER_SAMPLES]]
-    images = [{"image": decode(latent.numpy())} for latent in evaluation]
-    yield Graph(
+    evaluation = [first_tile(latent) for latent in reference.latents[:DECODER_SAMPLES]]
+    images = [{"image": reference.decode(latent.numpy())} for latent in evaluation]
+    return Graph(
         name="decoder",
         module=student.decoder,
         outputs=("image",),
         example={"latent": torch.cat([evaluation[0], evaluation[0]])},
         # The student's latents of other prompts.
-        calibration=[{"latent": first_tile(_run(reference, sample))} for sample in samples.calibration[:DECODER_SAMPLES]],
+        calibration=[{"latent": first_tile(reference.latent(sample))} for sample in reference.samples.calibration[:DECODER_SAMPLES]],
         evaluation=[{"latent": latent} for latent in evaluation],
         reference=images,
         error=lambda i, outputs: rms(outputs["image"].astype(np.float32) - images[i]["image"]) / 255,
-        # A larger tolerance for the latent is one for the image too.
-        tolerance=IMAGE_TOLERANCE * max(1.0, tolerance / LATENT_TOLERANCE),
         fp32_tolerance=FP32_TOLERANCE["decoder"],
         one_image=_large(student.decoder),
         **shared,
     )
 
 
-def _tile(plan: Plan, student: Student) -> Tile | None:
+def _tile(plan: ExportPlan, student: Student) -> Tile | None:
     """The tiles in which large images are decoded; None for a tiny decoder or small images."""
     factor = plan.source.latent.factor
     size = max(TILE // factor, LATENT_TILE)

@@ -67,7 +67,7 @@ def _conditioning(bundle: Bundle, engine: str, extreme: Extreme, states: Mapping
         output = states[name]
         if output.shape != tuple(expected.shape):
             raise OutputError(f"text_encoder gives {name} of shape {output.shape} on engine {engine!r}, PyTorch {tuple(expected.shape)}")
-        if (error := relative_l2(output, expected.numpy())) > MAX_DISTANCE:
+        if not (error := relative_l2(output, expected.numpy())) <= MAX_DISTANCE:  # NaN neither
             raise OutputError(
                 f"text_encoder gives other {name} than PyTorch on engine {engine!r} for {extreme.name} (relative L2 {error:.2g}): "
                 "the bundle would draw something else"

@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-Prediction = Literal["epsilon", "v", "x0", "flow", "velocity", "trigflow"]
+Prediction = Literal["epsilon", "v", "x0", "velocity", "reversed_velocity"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class OneStepRule:
         match self.prediction:
             case "epsilon":
                 return self.sigma / self.alpha
-            case "v" | "velocity" | "trigflow":
+            case "v" | "velocity" | "reversed_velocity":
                 return self.sigma
             case _:
                 return 1.0
@@ -97,7 +97,7 @@ class OneStepRule:
 def clean_latent(prediction: Prediction, x_t: "Tensor", answer: "Tensor", alpha: "Tensor | float", sigma: "Tensor | float") -> "Tensor":
     """The x0 that a network's answer to x_t = alpha * x0 + sigma * eps implies, all (B, C, h, w); alpha and sigma may be one per sample.
 
-    flow: the answer is x0 - noise, added to x_t by one Euler step. velocity and trigflow: it is noise - x0, at alpha = 1 - sigma.
+    velocity: the answer is noise - x0, at alpha = 1 - sigma (a flow in a straight line). reversed_velocity: it is x0 - noise.
     """
     match prediction:
         case "epsilon":
@@ -106,20 +106,20 @@ def clean_latent(prediction: Prediction, x_t: "Tensor", answer: "Tensor", alpha:
             return alpha * x_t - sigma * answer
         case "x0":
             return answer
-        case "flow":
-            return x_t + answer
-        case "velocity" | "trigflow":
+        case "velocity":
             return x_t - sigma * answer
+        case "reversed_velocity":
+            return x_t + sigma * answer
 
 
 def trigflow_rule(angles: Sequence[float]) -> OneStepRule:
     """The rule of a student that is called at those timesteps of SCMScheduler, angles t in radians (SANA-Sprint, arXiv 2503.09641).
 
     With s = sin t / (cos t + sin t) the network is fed s and x_s = (1 - s) x0 + s * noise, in units of the data's deviation, and what the
-    pipeline makes of its answer m comes to x0 = x_s - s m: a flow in a straight line. It starts from pure noise times |(s, 1 - s)|.
+    pipeline makes of its answer m comes to x0 = x_s - s m: m is a velocity. It starts from pure noise times |(s, 1 - s)|.
     """
     shares = [math.sin(angle) / (math.cos(angle) + math.sin(angle)) for angle in angles]
-    first, *later = (OneStepRule("trigflow", share, 1 - share, share) for share in shares)
+    first, *later = (OneStepRule("velocity", share, 1 - share, share) for share in shares)
     return replace(first, input_scale=math.hypot(shares[0], 1 - shares[0]), later=tuple(later))
 
 

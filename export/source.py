@@ -44,6 +44,9 @@ def fetches(listed: Preset, weights: str | None = None, weights_file: Path | Non
     """
     architecture, sources = find_backbone(listed.backbone), {}
     network = weights_file is not None
+    place = weights or listed.base or listed.weights
+    if not place and network:
+        raise InputError(f"preset {listed.name} is on no hub, and --weights-file is its network alone: give its folder as --weights, too")
     if weights is None:
         if not listed.weights and not network:
             raise InputError(f"the weights of preset {listed.name} are on no hub: give them as --weights or --weights-file ({listed.note})")
@@ -52,7 +55,7 @@ def fetches(listed: Preset, weights: str | None = None, weights_file: Path | Non
         if listed.lora:
             sources["lora"] = Fetch(listed.weights, (listed.lora,))
     replaced = (architecture.parts[0],) * network + ("vae",) * (decoder != "full")
-    sources["folder"] = Fetch(weights or listed.base or listed.weights, architecture.parts, replaced)
+    sources["folder"] = Fetch(place, architecture.parts, replaced)
     if decoder != "full":
         hub = architecture.tiny_decoder if decoder == "tiny" else decoder
         if hub is None:
@@ -110,23 +113,13 @@ def find_source(
         network = _only(fetched["network"], listed.file)
     if "lora" in fetched:
         merged = ((_only(fetched["lora"], listed.lora), 1.0), *merged)
-    licence = listed.licence
-    if weights is not None:
-        licence = folder.licence or f"not stated in the weights; that of preset {listed.name} is {listed.licence}"
     network_part = architecture.parts[0]
     if not (folder.path / network_part).is_dir() and network is None:
         raise InputError(f"{folder.path} has no {network_part}: it is not a model of backbone {architecture.name}")
-    scheduler = folder.path / "scheduler"
-    followed: list[str] = []
-    if listed.follows_scheduler or (preset is None and weights is not None and listed.from_scheduler):
-        # The row does not know better, or the user named no public student: the folder's own scheduler decides.
-        followed, confirmed = follow_scheduler(chosen, scheduler, settings)
-    else:
-        confirmed = check_scheduler(chosen, scheduler)
-    agrees = f"; its scheduler agrees on {', '.join(confirmed)}" if confirmed else ""
-    follows = f"; {', '.join(followed)} as the folder's scheduler has it" if followed else ""
-    say(f"rule of preset {listed.name}{''.join(f', {setting}' for setting in settings)}{agrees}{follows}")
-    chosen, settings = override(chosen, followed), [*settings, *followed]
+    # Where the row does not know better, or the user named no public student, the folder's own scheduler decides.
+    follows = listed.follows_scheduler or (preset is None and weights is not None and bool(listed.from_scheduler))
+    settings = [*settings, *_followed(chosen, folder.path / "scheduler", settings, follows, say)]
+    chosen = override(listed, settings)
     tiny = fetched["decoder"].path if "decoder" in fetched else None
     parts = Weights(folder.path, network, merged, tiny)
     latent = read_latent(parts, network_part)
@@ -139,7 +132,19 @@ def find_source(
         "decoder": "" if tiny is None else decoder,
         "preset": " ".join([listed.name, *settings]),
     }
-    return Source(chosen, parts, latent, licence, {key: value for key, value in provenance.items() if value})
+    licence = listed.licence if weights is None else folder.licence
+    stated = licence or f"not stated in the weights; that of preset {listed.name} is {listed.licence}"
+    return Source(chosen, parts, latent, stated, {key: value for key, value in provenance.items() if value})
+
+
+def _followed(preset: Preset, scheduler: Path, settings: Sequence[str], follows: bool, say: Callable[[str], None]) -> list[str]:
+    """The further settings by which the preset agrees with the scheduler in that folder, none unless it `follows` it. Raises InputError
+    where it does not and they contradict each other."""
+    followed, confirmed = follow_scheduler(preset, scheduler, settings) if follows else ([], check_scheduler(preset, scheduler))
+    agrees = f"; its scheduler agrees on {', '.join(confirmed)}" if confirmed else ""
+    as_there = f"; {', '.join(followed)} as the folder's scheduler has it" if followed else ""
+    say(f"rule of preset {preset.name}{''.join(f', {setting}' for setting in settings)}{agrees}{as_there}")
+    return followed
 
 
 def _only(model: WeightsFolder, pattern: str) -> Path:

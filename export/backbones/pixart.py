@@ -10,7 +10,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from snoopi_rt.export.attention import GuidedAttention, both_prompts, merge_heads, split_heads
+from snoopi_rt.export.attention import GuidedAttention, Negative, OneProductAttention, both_prompts, merge_heads, split_heads
 from snoopi_rt.export.fold import gated, linear, modulated_norm
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
@@ -114,7 +114,7 @@ class FoldedPixArt(nn.Module):
         negative_scale: Tensor | None = None,
         renoise: Tensor | None = None,
     ) -> Tensor:
-        states, negative = both_prompts(prompt_states, negative_states, negative_mask, negative_scale)
+        states, negative = both_prompts(prompt_states, negative_states, negative_scale, negative_mask)
 
         def network(step: int, latent: Tensor) -> Tensor:
             patches = self.patchify(latent)
@@ -150,7 +150,7 @@ class FoldedTransformer(nn.Module):
         # A network that also learns the variance predicts 2 C channels; the first C are the mean.
         self.project = _first_channels(network.proj_out, network.out_channels, network.config.in_channels)
 
-    def forward(self, hidden: Tensor, states: Tensor, mask: Tensor | None, negative: tuple[int, Tensor | None, Tensor] | None) -> Tensor:
+    def forward(self, hidden: Tensor, states: Tensor, mask: Tensor | None, negative: Negative | None) -> Tensor:
         for block in self.blocks:
             hidden = block(hidden, states, mask, negative)
         return self.project(self.norm(hidden))
@@ -172,41 +172,22 @@ class FoldedBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
             block.scale_shift_table[None] + modulation.reshape(1, 6, -1)
         ).chunk(6, dim=1)
-        self.guidance, self.heads = guidance, block.attn1.heads
-        self.attention, self.cross_attention = attention, cross_attention
+        self.heads, self.attention = block.attn1.heads, attention
         self.norm1 = modulated_norm(block.norm1, scale_msa, shift_msa)
         # Three products: splitting one product into three copies it.
         self.own_query, self.own_key, self.own_value = block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
         self.out1 = gated(block.attn1.to_out[0], gate_msa)
-        self.query = block.attn2.to_q
-        self.key, self.value = block.attn2.to_k, block.attn2.to_v
-        self.out2 = block.attn2.to_out[0]
+        self.cross = OneProductAttention(block.attn2, guidance, empty_states, cross_attention)
         self.norm2 = modulated_norm(block.norm2, scale_mlp, shift_mlp)
         self.widen = block.ff.net[0].proj
         self.narrow = gated(block.ff.net[2], gate_mlp)
-        if guidance.measures_from_empty:
-            self.key_empty = nn.Buffer(split_heads(self.key(empty_states), self.heads))
-            self.value_empty = nn.Buffer(split_heads(self.value(empty_states), self.heads))
 
-    def forward(self, hidden: Tensor, states: Tensor, mask: Tensor | None, negative: tuple[int, Tensor | None, Tensor] | None) -> Tensor:
+    def forward(self, hidden: Tensor, states: Tensor, mask: Tensor | None, negative: Negative | None) -> Tensor:
         normed = self.norm1(hidden)
         q, k, v = (split_heads(own(normed), self.heads) for own in (self.own_query, self.own_key, self.own_value))
         hidden = hidden + self.out1(merge_heads(self.attention(q, k, v)))
-        hidden = hidden + self.out2(merge_heads(self._cross(hidden, states, mask, negative)))
+        hidden = hidden + self.cross(hidden, states, mask, negative)
         return hidden + self.narrow(nn.functional.gelu(self.widen(self.norm2(hidden)), approximate="tanh"))
-
-    def _cross(self, hidden: Tensor, states: Tensor, mask: Tensor | None, negative: tuple[int, Tensor | None, Tensor] | None) -> Tensor:
-        q, k, v = (
-            split_heads(self.query(hidden), self.heads),
-            split_heads(self.key(states), self.heads),
-            split_heads(self.value(states), self.heads),
-        )
-        if self.guidance.attend is None or negative is None:
-            return self.cross_attention(q, k, v, mask)
-        t, negative_mask, scale = negative
-        empty = (self.key_empty, self.value_empty) if self.guidance.measures_from_empty else ()
-        prompt, other = (k[:, :, :t], v[:, :, :t], mask), (k[:, :, t:], v[:, :, t:], negative_mask)
-        return self.guidance.attend(q, *prompt, *other, scale, *empty, attention=self.cross_attention)
 
 
 class Positions(nn.Module):

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.attention import GuidedAttention, OneProductAttention, both_prompts, linear_attention, merge_heads, split_heads
+from snoopi_rt.export.attention import (
+    GuidedAttention,
+    Negative,
+    OneProductAttention,
+    both_prompts,
+    linear_attention,
+    merge_heads,
+    split_heads,
+)
 from snoopi_rt.export.fold import gated, linear, modulated_norm
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
@@ -130,7 +138,7 @@ class FoldedTransformer(nn.Module):
         shift, scale = (network.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
         self.norm, self.project = modulated_norm(network.norm_out.norm, scale, shift), network.proj_out
 
-    def forward(self, hidden: Tensor, size: torch.Size, states: Tensor, negative: tuple[int, Tensor] | None) -> Tensor:
+    def forward(self, hidden: Tensor, size: torch.Size, states: Tensor, negative: Negative | None) -> Tensor:
         for block in self.blocks:
             hidden = block(hidden, size, states, negative)
         return self.project(self.norm(hidden))
@@ -148,7 +156,7 @@ class FoldedBlock(nn.Module):
         self.cross = OneProductAttention(block.attn2, guidance, empty_states)
         self.norm2, self.convolve = modulated_norm(block.norm2, scale_mlp, shift_mlp), GatedConvolutions(block.ff, gate_mlp)
 
-    def forward(self, hidden: Tensor, size: torch.Size, states: Tensor, negative: tuple[int, Tensor] | None) -> Tensor:
+    def forward(self, hidden: Tensor, size: torch.Size, states: Tensor, negative: Negative | None) -> Tensor:
         hidden = hidden + self.own(self.norm1(hidden))
         hidden = hidden + self.cross(hidden, states, negative=negative)
         return hidden + self.convolve(self.norm2(hidden), size)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.attention import GuidedAttention, OneProductAttention, SelfAttention, both_prompts
+from snoopi_rt.export.attention import GuidedAttention, Negative, OneProductAttention, SelfAttention, both_prompts
 from snoopi_rt.export.fold import linear, stacked
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
@@ -176,7 +176,7 @@ class FoldedUNet(nn.Module):
 
         return self.rule.run(network, noise, renoise)
 
-    def _answer(self, latent: Tensor, condition: Condition, states: Tensor, negative: tuple[int, Tensor] | None) -> Tensor:
+    def _answer(self, latent: Tensor, condition: Condition, states: Tensor, negative: Negative | None) -> Tensor:
         """UNet2DConditionModel.forward, without what one-step students do not have."""
         network = self.network
         text = {"encoder_hidden_states": states, "cross_attention_kwargs": {"negative": negative}}

@@ -1,7 +1,8 @@
 """How far a variant is from PyTorch: in its outputs, in the image, and in the clean latent."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def measure(
 ) -> Measurement:
     """The largest distance over samples and engines of the outputs of the model in `path` from PyTorch's, the `reference`.
 
-    Raises OutputError for NaN or infinity, and for a flat image where PyTorch's is not.
+    Raises OutputError for NaN or infinity in an output or in what is compared, and for a flat image where PyTorch's is not.
     """
     worst, providers = Parity(0.0, 0.0), []
     for name in engines:
@@ -78,13 +79,15 @@ def measure(
             progress = tqdm(samples, desc=f"{name} {precision}", unit="sample", leave=False)
             for i, (sample, expected) in enumerate(zip(progress, reference, strict=True)):
                 outputs = engine(**{spec.name: sample[spec.name] for spec in engine.inputs})
-                worst = _worse(worst, _distance(graph, name, outputs, expected))
+                distance = _distance(graph, name, outputs, expected)
                 if comparison is not None:
                     latent = comparison.to_latent(i, outputs)
-                    worst = _worse(worst, Parity(0.0, 0.0, latent_error=rms(latent - comparison.reference[i])))
+                    distance = replace(distance, latent_error=rms(latent - comparison.reference[i]))
                     if i == 0:
-                        images = comparison.decode(latent), comparison.decode(comparison.reference[i])
-                        worst = _worse(worst, Parity(0.0, 0.0, psnr=psnr(*images)))
+                        distance = replace(distance, psnr=psnr(comparison.decode(latent), comparison.decode(comparison.reference[i])))
+                worst = _worse(worst, distance)
+                if not all(math.isfinite(value) for value in astuple(worst) if value is not None):
+                    raise OutputError(f"graph {graph} on engine {name!r} leads to NaN or infinity in the comparison with PyTorch")
             specs = engine.inputs, engine.outputs
         finally:
             engine.close()
@@ -99,7 +102,8 @@ def rms(difference: np.ndarray) -> float:
 def relative_l2(output: np.ndarray, expected: np.ndarray) -> float:
     """The L2 norm of the difference over that of the expected array: 0 for equal arrays, 1 for zeros."""
     output, expected = output.astype(np.float64), expected.astype(np.float64)
-    return float(np.linalg.norm(output - expected) / np.linalg.norm(expected))
+    difference, size = float(np.linalg.norm(output - expected)), float(np.linalg.norm(expected))
+    return difference / size if size else (math.inf if difference else 0.0)
 
 
 def psnr(image: np.ndarray, expected: np.ndarray) -> float:
@@ -122,11 +126,12 @@ def _distance(graph: str, engine: str, outputs: NamedArrays, expected: NamedArra
 
 
 def _worse(one: Parity, other: Parity) -> Parity:
+    """The larger error of both in each respect; NaN where one is NaN, as np.max has it and max has not."""
     errors = [error for error in (one.latent_error, other.latent_error) if error is not None]
     ratios = [ratio for ratio in (one.psnr, other.psnr) if ratio is not None]
     return Parity(
-        max(one.relative_l2, other.relative_l2),
-        max(one.max_abs, other.max_abs),
-        max(errors) if errors else None,
+        float(np.max([one.relative_l2, other.relative_l2])),
+        float(np.max([one.max_abs, other.max_abs])),
+        float(np.max(errors)) if errors else None,
         min(ratios) if ratios else None,
     )

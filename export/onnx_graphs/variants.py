@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from snoopi_rt.export.onnx_graphs.quantise import calibrate, quantisable_layers,
 from snoopi_rt.export.onnx_graphs.weight_compression import WeightFormat
 from snoopi_rt.export.onnx_graphs.write import write_graph
 
-Samples = Sequence[Mapping[str, Tensor]]
+GraphInputs = Sequence[Mapping[str, Tensor]]
 """Inputs of a graph by name, of batch 1 each."""
 
 
@@ -83,8 +84,8 @@ class Graph:
     """Input name to {axis: axis name}."""
     example: Mapping[str, Tensor]
     """Inputs of batch 2."""
-    calibration: Samples
-    evaluation: Samples
+    calibration: GraphInputs
+    evaluation: GraphInputs
     reference: Sequence[NamedArrays]
     """PyTorch's outputs of `evaluation`, in fp32."""
     error: Callable[[int, NamedArrays], float]
@@ -209,7 +210,8 @@ def _write_gpu_variant(graph: Graph, precision: GpuPrecision, folder: Path, engi
     finally:
         simulated.unlink()
     _check_tolerance(graph, precision, measured.parity, f"{engine} with a GPU's rounding")
-    return Variant(GPU_ENGINES, precision, "onnx", _files(path, base), measured.inputs, measured.outputs, measured.parity, graph.tolerance)
+    files, max_batch = _files(path, base), 1 if graph.one_image else None
+    return Variant(GPU_ENGINES, precision, "onnx", files, measured.inputs, measured.outputs, measured.parity, graph.tolerance, max_batch)
 
 
 def _write_once(graph: Graph, module: nn.Module, path: Path, weights: WeightFormat) -> None:
@@ -253,7 +255,7 @@ def _hashed(path: Path, stamp: Stamp) -> File:
     return hash_file(path, Cache())
 
 
-def _arrays(samples: Samples) -> list[NamedArrays]:
+def _arrays(samples: GraphInputs) -> list[NamedArrays]:
     return [{name: value.numpy() for name, value in sample.items()} for sample in samples]
 
 
@@ -272,7 +274,8 @@ def _quantised(graph: Graph, say: Callable[[str], None]) -> nn.Module:
         module = copy.deepcopy(graph.module, dict(shared))
         errors = quantise(module, statistics, unquantised)
         worst_first = worst_first or sorted(errors, key=lambda name: -errors[name])
-        error = max(graph.error(i, _named(module(**sample), graph.outputs)) for i, sample in enumerate(graph.evaluation[:2]))
+        # NumPy's maximum of NaN is NaN.
+        error = float(np.max([graph.error(i, _named(module(**sample), graph.outputs)) for i, sample in enumerate(graph.evaluation[:2])]))
         if error <= limit:
             say(f"{graph.name}: {len(errors)} of {len(quantisable_layers(graph.module))} layers in int8, simulated error {error:.2g}")
             return module

@@ -32,9 +32,10 @@ class Preset:
     """The student's LoRA file in `weights` (or a pattern for it), merged into the network of `base`."""
     base: str = ""
     """Hub id of the folder with all other parts; empty where `weights` has them."""
-    prediction: Prediction = "epsilon"
+    prediction: Literal[Prediction, "trigflow"] = "epsilon"
+    """What the network's answer is; trigflow: a velocity, at timesteps that are angles."""
     timestep: tuple[float, ...] = (999.0,)
-    """One for each of 1 to 8 steps, falling; for prediction trigflow SCMScheduler's, which are angles and determine alpha and sigma."""
+    """One for each of 1 to 8 steps, falling; for trigflow SCMScheduler's angles, which determine alpha and sigma."""
     schedule: Literal["sd", "pixart"] = "sd"
     """The noise schedule that alpha and sigma are taken from."""
     alpha: tuple[float, ...] = ()
@@ -79,7 +80,7 @@ class Preset:
     """Whether this project has drawn images with it."""
 
     def __post_init__(self) -> None:
-        steps, one = len(self.timestep), len(self.timestep) == 1
+        steps = len(self.timestep)
         self._require(1 <= steps <= MAX_STEPS, f"timestep has {steps} values, a student has 1 to {MAX_STEPS} steps")
         self._require(list(self.timestep) == sorted(set(self.timestep), reverse=True), "the timesteps must fall from step to step")
         self._require(self.timestep[-1] >= 0, "timestep must not be negative")
@@ -87,7 +88,6 @@ class Preset:
             values = getattr(self, key)
             self._require(len(values) in (0, steps), f"{key} has {len(values)} values for {steps} timesteps")
             self._require(all(0 <= value <= 1 for value in values), f"{key} must lie between 0 and 1")
-        self._require(one or self.prediction != "flow", "prediction flow is read in one step only")
         angles = all(0 < angle < 2 for angle in self.timestep)
         self._require(angles or self.prediction != "trigflow", "the timesteps of prediction trigflow are angles, 1.5708 at most")
         self._require(self.input_scale > 0, "input_scale must be above 0")
@@ -107,8 +107,7 @@ class Preset:
         if self.prediction == "trigflow":
             return trigflow_rule(self.timestep)
         alphas = self.alpha or tuple(self._scheduled_alpha(t) for t in self.timestep)
-        straight = self.prediction == "velocity"
-        sigmas = self.sigma or tuple(1 - alpha if straight else math.sqrt(1 - alpha**2) for alpha in alphas)
+        sigmas = self.sigma or tuple(1 - alpha if self._straight else math.sqrt(1 - alpha**2) for alpha in alphas)
         first, *later = (OneStepRule(self.prediction, *step) for step in zip(self.timestep, alphas, sigmas, strict=True))
         if self.kept:
             later = [replace(step, kept=kept) for step, kept in zip(later, self.kept, strict=True)]
@@ -122,10 +121,13 @@ class Preset:
         fixed = {name: getattr(self, f"{kind}_{name}", value) for name, value in guidance.fixed.items()}
         return replace(guidance, default_scale=scale, fixed=fixed)
 
+    @property
+    def _straight(self) -> bool:
+        """Whether it goes from noise to data in a straight line."""
+        return self.prediction in ("velocity", "reversed_velocity")
+
     def _scheduled_alpha(self, timestep: float) -> float:
-        if self.prediction == "flow":
-            return 0.0
-        if self.prediction == "velocity":
+        if self._straight:
             return max(0.0, 1 - timestep / 1000)
         cumprod = SCHEDULES[self.schedule]
         known = timestep == int(timestep) and timestep < len(cumprod)

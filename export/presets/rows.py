@@ -268,7 +268,7 @@ PRESETS = {
             **_SD15 | _CC_BY_NC | {"nasa_scale": 0.19},
             name="instaflow",
             weights="XCLiu/instaflow_0_9B_from_sd_1_5",
-            prediction="flow",
+            prediction="reversed_velocity",
             timestep=(1000.0,),
             from_scheduler=(),
             checked="a public source",

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from snoopi_rt.engines.messages import why
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.one_step import Prediction
 from snoopi_rt.export.weights.text_files import read_json
 
-DIFFUSERS_PREDICTION: dict[str, Prediction] = {
+DIFFUSERS_PREDICTION: dict[str, Literal[Prediction, "trigflow"]] = {
     "epsilon": "epsilon",
     "v_prediction": "v",
     "sample": "x0",

@@ -17,7 +17,7 @@ def check_scheduler(preset: Preset, folder: Path) -> list[str]:
     Raises InputError for a file that cannot be read and for the first field that it contradicts.
     """
     path = folder / "scheduler_config.json"
-    if not path.exists() or preset.prediction == "flow":  # a flow is read in one step without any schedule
+    if not path.exists() or preset.prediction == "reversed_velocity":  # which is no scheduler's
         return []
     scheduler = open_scheduler(path)
     with reading(path):
@@ -41,7 +41,8 @@ def follow_scheduler(preset: Preset, folder: Path, settings: Sequence[str]) -> t
 
     The file states the prediction type and the schedule. The rest (timesteps, input scale, what is kept of the noise, where the last step
     ends) it states only if its own steps start from pure noise: with the spacing "trailing", for a flow, or if they are the preset's own.
-    Otherwise the timesteps are the preset's and the noise is fed unscaled. What `settings` set is left alone.
+    Otherwise, and for other timesteps set by hand, the timesteps are the preset's and the noise is fed unscaled. What `settings` set is
+    left alone.
     Raises InputError as check_scheduler does.
     """
     path = folder / "scheduler_config.json"
@@ -56,11 +57,10 @@ def follow_scheduler(preset: Preset, folder: Path, settings: Sequence[str]) -> t
         own: tuple[float, ...] = ()
         with suppress(ValueError, IndexError):  # PNDM cannot take so few steps, SCM cannot be asked
             own = own_timesteps(scheduler, len(preset.timestep))
-        if own and (scheduler.config.get("timestep_spacing") == "trailing" or is_flow(scheduler) or _close(preset.timestep, own)):
+        from_pure_noise = bool(own) and (scheduler.config.get("timestep_spacing") == "trailing" or is_flow(scheduler))
+        timesteps = own if from_pure_noise and "timestep" not in by_hand else preset.timestep
+        if _close(timesteps, own):
             theirs |= {"timestep": own, **steps_of(scheduler, own)}
-        timesteps = preset.timestep if "timestep" in by_hand else theirs.get("timestep", preset.timestep)
-        if not _close(timesteps, own):
-            theirs.pop("kept", None)
         if alphas := alphas_at(scheduler, timesteps):
             theirs["alpha"] = alphas
     agreed = [key for key in ours if key in theirs and key not in by_hand and ours[key] != () and _close(ours[key], theirs[key])]

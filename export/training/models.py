@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from snoopi_rt.export.attention import GuidedAttention, PlainAttention
+from snoopi_rt.export.attention import GuidedAttention, PlainAttention, fused_guidance
 from snoopi_rt.export.backbones import Denoiser, Weights
 from snoopi_rt.export.backbones.network import read_latent
 from snoopi_rt.export.guidance import find_guidance
@@ -118,14 +119,6 @@ class Models:
         if not self.recipe.nasa_max:
             self.student.set_attn_processor(PlainAttention(form))
         else:
-            kernel = nasa_kernel(self.device)
-            self.student.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), form, kernel))
-
-
-def nasa_kernel(device: torch.device) -> Callable[..., Tensor] | None:
-    """What computes NASA in place of its formula: our kernel on a GPU, where torch brings triton along; elsewhere None."""
-    if device.type != "cuda":
-        return None
-    from snoopi_rt.kernels.nasa import fused_nasa_attention
-
-    return fused_nasa_attention
+            largest = max(attn.inner_dim // attn.heads for attn in self.student.modules() if isinstance(attn, Attention))
+            fused = fused_guidance("nasa", self.device, largest)
+            self.student.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), form, fused))

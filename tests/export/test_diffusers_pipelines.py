@@ -63,7 +63,7 @@ def test_without_a_negative_it_is_the_untouched_pipeline_bit_for_bit(opened: Any
     pipe = opened(family)
     before, kind = drawn(pipe), type(pipe)
     assert with_negative(pipe) is pipe and type(pipe).__name__ == kind.__name__ and isinstance(pipe, kind)
-    for options in ({}, {"negative_prompt": None, "negative_scale": 1.0}, {"negative_prompt": "blurry", "negative_scale": 0.0}):
+    for options in ({}, {"negative_prompt": " "}, {"negative_prompt": "blurry", "negative_scale": 0.0}):
         np.testing.assert_array_equal(drawn(pipe, **options), before)
     assert not np.allclose(drawn(pipe, negative_prompt="blurry fog", negative_scale=1.0), before, atol=1e-4)
     np.testing.assert_array_equal(drawn(pipe), before)  # nothing is left of the call before
@@ -110,6 +110,9 @@ def test_every_prompt_of_a_batch_has_its_own_negative_and_scale(opened: Any, fam
     for i, (prompt, negative, scale) in enumerate(rows):
         alone = drawn(pipe, prompt, negative_prompt=negative, negative_scale=scale, latents=noise[i : i + 1])
         np.testing.assert_allclose(both[i], alone[0], atol=1e-5)
+    blank = drawn(pipe, [row[0] for row in rows], negative_prompt=["blue fog", None], negative_scale=0.9, latents=noise)
+    np.testing.assert_allclose(blank[0], both[0], atol=1e-5)
+    np.testing.assert_allclose(blank[1], drawn(pipe, "a blue dog", latents=noise[1:])[0], atol=1e-5)
     two = drawn(pipe, "a red cat", negative_prompt="blue fog", negative_scale=0.9, latents=noise, num_images_per_prompt=2)
     np.testing.assert_allclose(two[0], both[0], atol=1e-5)
 
@@ -209,6 +212,7 @@ def asking(opened: Any) -> Iterator[DiffusionPipeline]:
     [
         ({"guidance_scale": 7.5}, "guidance_scale runs each step twice"),
         ({"negative_prompt": ["fog", "moon"]}, "negative_prompt has 2 entries for 1 prompts"),
+        ({"negative_prompt": [None, ""], "negative_scale": 1.0}, "negative_scale without a negative_prompt: give both, or neither"),
         ({"negative_scale": [0.1, 0.2, 0.3]}, "negative_scale has 3 entries for 1 prompts"),
     ],
 )

@@ -88,7 +88,7 @@ def test_an_euler_student_is_a_rule_whose_input_is_scaled_by_sigma():
 
 def test_instaflow_is_one_euler_step_from_noise():
     noise = noises(*SHAPE)
-    latent = OneStepRule("flow", 1000.0, 0.0, 1.0).run(lambda _, x_t: toy(x_t, 1000), noise)
+    latent = OneStepRule("reversed_velocity", 1000.0, 0.0, 1.0).run(lambda _, x_t: toy(x_t, 1000), noise)
     assert torch.equal(latent, noise + toy(noise, 1000))
 
 
@@ -138,7 +138,7 @@ def test_a_half_precision_answer_is_read_in_float32():
     torch.testing.assert_close(latent, expected)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0", "flow"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0", "velocity", "reversed_velocity"])
 def test_error_gain_is_the_measured_growth_of_an_error(prediction):
     one_step = rule(prediction, 399)
     noise, answer = noises(*SHAPE).double(), noises(*SHAPE, seed=1).double()

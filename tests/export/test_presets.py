@@ -80,7 +80,7 @@ def test_rows_give_the_numbers_of_their_checkpoints(name, timesteps, ratios, inp
 def test_v_and_flow_students_do_not_magnify_errors():
     yoso, instaflow = find_preset("yoso-pixart").rule, find_preset("instaflow").rule
     assert (yoso.prediction, yoso.timestep) == ("v", 999) and yoso.error_gain == pytest.approx(0.99998, abs=1e-6)
-    assert (instaflow.prediction, instaflow.timestep, instaflow.error_gain) == ("flow", 1000, 1.0)
+    assert (instaflow.prediction, instaflow.timestep, instaflow.error_gain) == ("reversed_velocity", 1000, 1.0)
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
@@ -168,8 +168,8 @@ def test_every_field_is_a_fact_or_can_be_set():
     [
         ("timestpe=400", "unknown setting 'timestpe', choose from prediction, timestep, schedule, alpha"),
         ("licence=MIT", "unknown setting 'licence', choose from"),
-        ("prediction", "setting prediction is '', which is not one of epsilon, v, x0, flow"),
-        ("prediction=eps", "setting prediction is 'eps', which is not one of epsilon, v, x0, flow"),
+        ("prediction", "setting prediction is '', which is not one of epsilon, v, x0, velocity, reversed_velocity, trigflow"),
+        ("prediction=eps", "setting prediction is 'eps', which is not one of epsilon, v, x0, velocity, reversed_velocity, trigflow"),
         ("timestep=soon", "setting timestep is 'soon', which is not a number"),
         ("timestep=999,,1", "which is not a number"),
         ("timestep=nan", "which is not a finite number"),
@@ -193,9 +193,7 @@ def test_nonsense_is_one_clear_line(setting, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_flow_of_several_steps_and_a_scale_out_of_range_are_refused():
-    with pytest.raises(InputError, match="prediction flow is read in one step only"):
-        override(find_preset("dmd2-sdxl-4step"), ["prediction=flow"])
+def test_a_scale_out_of_range_is_refused():
     with pytest.raises(InputError, match=r"nasa_scale is 3\.0, allowed is 0 to 1\.5"):
         override(find_preset("sd-turbo"), ["nasa_scale=3"]).guidance("nasa")
 
@@ -307,7 +305,7 @@ def test_a_folder_without_a_scheduler_confirms_nothing(tmp_path):
         ("pixart-dmd", DDPM_SD, [], ["alpha=0.651523"], ["prediction"]),
         # A scheduler that starts from pure noise knows the timestep, unless it was set by hand.
         ("hyper-sdxl", TURBO, [], ["alpha=0.0682649", "timestep=999", "input_scale=0.997667"], ["prediction", "end"]),
-        ("hyper-sdxl", TURBO, ["timestep=400"], ["input_scale=0.997667"], ["prediction", "alpha", "end"]),
+        ("hyper-sdxl", TURBO, ["timestep=400"], [], ["prediction", "alpha"]),
         ("sd-turbo", {**DDPM_SD, "prediction_type": "sample"}, ["prediction=v", "input_scale=0.5"], [], ["alpha"]),
     ],
 )

@@ -13,6 +13,8 @@ import pytest
 from hub_server import COMMIT, Hub, serving
 
 from snoopi_rt.errors import InputError
+from snoopi_rt.export.presets.rows import find_preset
+from snoopi_rt.export.source import fetches
 from snoopi_rt.export.weights.hub import WeightsFolder, find_weights, weight_files
 
 # More than one chunk of the client: it resumes after the last complete one.
@@ -272,3 +274,9 @@ def test_of_text_encoders_half_the_precision_is_enough() -> None:
         "model.fp16-00001-of-00001.safetensors"
     ]
     assert weight_files(["model.safetensors", "model.no_ema.safetensors"], half=True) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("preset", ["small", "pgsb-sd15"])
+def test_the_network_alone_of_a_student_on_no_hub_needs_a_folder(preset: str) -> None:
+    with pytest.raises(InputError, match=f"^preset {preset} is on no hub, .*: give its folder as --weights, too$"):
+        fetches(find_preset(preset), weights_file=Path("unet.safetensors"))

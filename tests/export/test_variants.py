@@ -176,7 +176,8 @@ def test_a_gpu_gets_the_arithmetic_that_is_close_enough(
     precisions: list[str], tolerance: float, expected: list[str], tmp_path: Path
 ) -> None:
     lines: list[str] = []
-    variants = write_variants(graph(0, tolerance), precisions, tmp_path, ENGINES, lines.append)
+    variants = write_variants(replace(graph(0, tolerance), one_image=True), precisions, tmp_path, ENGINES, lines.append)
+    assert {variant.max_batch for variant in variants} == {1}
     gpu = [variant for variant in variants if variant.engines == GPU_ENGINES]
     assert [variant.precision for variant in gpu] == expected
     for variant in gpu:
@@ -249,6 +250,15 @@ def test_bf16_is_not_made_where_its_error_cannot_be_measured(tmp_path: Path) -> 
 def test_fp32_has_a_tolerance_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"^graph generator in fp32 is 0.001 \(relative L2\) off .* allowed is 0.0001$"):
         written(graph(0, 1.0, off=1.001), ["auto", "fp32"], tmp_path)
+
+
+def test_nan_in_what_a_later_sample_leads_to_is_one_clear_line(tmp_path: Path) -> None:
+    judged = graph(0, 1.0)
+    assert judged.comparison is not None
+    to_latent = judged.comparison.to_latent
+    spoilt = replace(judged.comparison, to_latent=lambda i, outputs: to_latent(i, outputs) * (np.nan if i else 1))
+    with pytest.raises(OutputError, match=r"^graph generator on engine 'cpu' leads to NaN or infinity in the comparison with PyTorch$"):
+        written(replace(judged, comparison=spoilt), ["fp32"], tmp_path)
 
 
 def test_a_precision_for_an_engine_that_is_not_installed_is_one_clear_line(tmp_path: Path) -> None:

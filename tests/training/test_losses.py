@@ -11,11 +11,12 @@ import torch
 from tiny_training import always_save, assert_near, distil, tiny, trainer_of
 
 from snoopi_rt.errors import InputError
+from snoopi_rt.export.attention import fused_guidance
 from snoopi_rt.export.backbones import find_backbone
 from snoopi_rt.export.training.edits import KEYS
 from snoopi_rt.export.training.losses.adversarial import AdversarialLoss
 from snoopi_rt.export.training.losses.teacher_features import feature_distance
-from snoopi_rt.export.training.models import Models, nasa_kernel
+from snoopi_rt.export.training.models import Models
 from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.run import Samples, StudentBatch
 from snoopi_rt.export.training.schedule import Schedule
@@ -98,7 +99,8 @@ def test_nasa_t_through_the_kernel_of_a_gpu_takes_the_steps_of_the_formula(
 ) -> None:
     """In Triton's interpreter, with the masks, shapes and dtypes that training hands over."""
     kernel = pytest.importorskip("snoopi_rt.kernels.nasa", reason="needs triton").fused_nasa_attention
-    assert nasa_kernel(torch.device("cuda")) is kernel and nasa_kernel(torch.device("cpu")) is None
+    cuda = torch.device("cuda")
+    assert fused_guidance("nasa", cuda, 256) is kernel and fused_guidance("nasa", cuda, 257) is None is fused_guidance("nag", cuda, 64)
     settings = {"files": {"negatives": teachers / "negatives.txt"}, "nasa_max": 1.0, "batch": 1, "steps": 1}
     plain = distil(teachers, tmp_path / "plain", **settings)
     calls: list[torch.dtype] = []
@@ -107,7 +109,7 @@ def test_nasa_t_through_the_kernel_of_a_gpu_takes_the_steps_of_the_formula(
         calls.append(q.dtype)
         return kernel(q, *rest)
 
-    monkeypatch.setattr("snoopi_rt.export.training.models.nasa_kernel", lambda device: counted)
+    monkeypatch.setattr("snoopi_rt.export.training.models.fused_guidance", lambda kind, device, head_dim: counted)
     assert_near(plain, distil(teachers, tmp_path / "kernel", **settings))
     assert calls and set(calls) == {torch.float32}
     calls.clear()
