@@ -70,7 +70,7 @@ class Judge:
 
     def of_scenes(self, scenes: Sequence[Scene], side: int = 256) -> Tensor:
         """Features of scenes as they are composed without chance, (N, 1280); those of many are kept on disk."""
-        made_by = (self.hash, fingerprint(Path(compose.__file__)), self.sets, side, tuple(scenes))
+        made_by = (self.hash, fingerprint(*sorted(Path(compose.__file__).parent.glob("*.*"))), self.sets, side, tuple(scenes))
         key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]
         if key not in self._references:
             path = self._folder / f"features-{self.name}-{key}.safetensors"

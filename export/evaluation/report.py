@@ -107,7 +107,7 @@ def markdown(columns: Mapping[str, Sequence[Row]]) -> str:
 
     Ceiling and error are the first one's: they hardly differ. Below it stands what else there is to tell.
     """
-    cells = {who: {(row.section, row.name): row for row in rows} for who, rows in columns.items()}
+    cells = {who: {(row.section, row.name, row.unit): row for row in rows} for who, rows in columns.items()}
     keys = dict.fromkeys(key for rows in cells.values() for key in rows)
     lines = [
         f"| measure | goal | {' | '.join(columns)} | ceiling | counter's error |",

