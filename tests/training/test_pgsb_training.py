@@ -138,8 +138,9 @@ def test_a_run_of_a_recipe_without_groups_resumes(teachers: Path, tmp_path: Path
     with safe_open(before, framework="pt") as stored:
         metadata = stored.metadata()
         recipe = {former.get(name, name): value for name, value in json.loads(metadata["recipe"]).items()}
+        recipe = {name: value for name, value in recipe.items() if "." not in name}  # later settings did not exist
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - safe_open is not a dict
-    assert "kappa_min" in recipe and not any("." in name for name in recipe)
+    assert "kappa_min" in recipe
     del recipe["clip_threshold"]  # as if it had not existed then: it counts as its default
     save_file(tensors, before, {**metadata, "recipe": json.dumps(recipe)})
     assert distil(teachers, tmp_path / "old") == whole
