@@ -12,7 +12,7 @@ from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.cache import Cache
 from snoopi_rt.errors import OutputError
 from snoopi_rt.export.onnx_graphs.parity import relative_l2
-from snoopi_rt.pipeline import open_pipeline
+from snoopi_rt.loading import open_pipeline
 from snoopi_rt.prompt_encoder import Conditioning
 
 MAX_DISTANCE = 0.5

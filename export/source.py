@@ -8,8 +8,8 @@ from snoopi_rt.bundle.bundle import Latent
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import Weights, find_backbone
 from snoopi_rt.export.backbones.network import own_side, read_latent
+from snoopi_rt.export.presets.choose import choose_preset
 from snoopi_rt.export.presets.preset import Preset, override
-from snoopi_rt.export.presets.rows import choose_preset
 from snoopi_rt.export.presets.scheduler_check import check_scheduler, follow_scheduler
 from snoopi_rt.export.weights.hub import ModelFile, WeightsFolder, find_weights, list_weights
 from snoopi_rt.export.weights.lora import parse_lora

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from snoopi_rt.bundle.bundle import Bundle
     from snoopi_rt.errors import BundleError, Cancelled, EngineError, EngineMissing, InputError, OutputError, SnoopiError
-    from snoopi_rt.pipeline import Pipeline, load
+    from snoopi_rt.loading import load
+    from snoopi_rt.pipeline import Pipeline
     from snoopi_rt.prompt_encoder import Conditioning
     from snoopi_rt.request import Request
     from snoopi_rt.result import Result
@@ -27,7 +28,7 @@ _HOMES = {
     "Request": "snoopi_rt.request",
     "Result": "snoopi_rt.result",
     "SnoopiError": "snoopi_rt.errors",
-    "load": "snoopi_rt.pipeline",
+    "load": "snoopi_rt.loading",
 }
 
 __all__ = [

@@ -10,32 +10,24 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
-from snoopi_rt.bundle.bundle import GRAPHS, TEXT_ENGINE, Bundle, Variant
+from snoopi_rt.bundle.bundle import GRAPHS, Bundle
 from snoopi_rt.cache import Cache
-from snoopi_rt.engines import known_engine, load_engine
-from snoopi_rt.engines.base import Engine, Progress
-from snoopi_rt.errors import BundleError, Cancelled, InputError
+from snoopi_rt.engines.base import Engine
+from snoopi_rt.errors import Cancelled, InputError
 from snoopi_rt.prompt_encoder import Conditioning, PromptEncoder, States
-from snoopi_rt.request import FIELDS, Request, image_size, integer, parse_requests, prompt_text, shown
+from snoopi_rt.request import FIELDS, Request, image_size, parse_requests, prompt_text, shown
 from snoopi_rt.result import Result
-from snoopi_rt.runtime.auto_engine import choose_engine
 from snoopi_rt.runtime.deadline import AllSet, AnySet, Deadline, Event
 from snoopi_rt.runtime.image_stages import ImageStages, timed
-from snoopi_rt.runtime.precision import format_precision, select_variants
-from snoopi_rt.runtime.shape_ranges import shape_ranges
+from snoopi_rt.runtime.precision import format_precision, runs_on, select_variants
 from snoopi_rt.runtime.vocabulary import Matcher
 
 EMBEDDED = Path(__file__).parent / "bundles" / "small"
 STAGES = GRAPHS
 CLOSING = 60.0
 """Seconds that closing a pipeline waits for stages that run."""
-Weights = Literal["auto", "memory", "mapped"]
-MOST_THREADS = 1024
-"""More than cores that share memory: with tens of thousands an engine starts for minutes, and takes no signal meanwhile."""
-LITTLE = 2 * 2**30
-"""Bytes of weights that are read where "auto" is to decide."""
 
 
 class Pipeline:
@@ -330,77 +322,6 @@ class Pipeline:
             finally:
                 if self._low_memory:
                     self._prompts.release()
-
-
-def load(
-    bundle: str | Path | Bundle | None = None,
-    engine: str = "auto",
-    precision: str | None = None,
-    threads: int | None = None,
-    low_memory: bool = False,
-    progress: Progress | None = None,
-    weights: Weights = "mapped",
-) -> Pipeline:
-    """The pipeline of a bundle (a folder; None = the embedded one) on an engine.
-
-    `engine` "auto" takes the fastest that `snoopi-rt bench` measured here, with its precisions, else `cpu`, then `openvino`; `precision` is
-    one of the bundle's, or one a graph ("generator=int8,decoder=fp16"); `threads` bounds the CPU threads; with `low_memory` the
-    memory's peak is that of the text encoder or that of the rest, not both: a new prompt then waits for models to be opened again.
-    An engine that compiles for minutes calls progress(what, share of it that is done, 0 to 1) meanwhile. `weights` "mapped" leaves them
-    in the bundle's files, which saves memory, but another bundle copied over them ends the process; "memory" reads them; "auto" does so
-    up to 2 GiB.
-    Raises BundleError, EngineMissing, EngineError, InputError.
-    """
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.load(EMBEDDED if bundle is None else bundle)
-    cache = Cache()
-    chosen: str | Mapping[str, str] | None = precision
-    if engine == "auto":
-        choice = choose_engine(opened, cache, precision)
-        engine, chosen = choice.engine, choice.precision if precision is None else precision
-    return open_pipeline(opened, engine, chosen, threads, cache, low_memory, progress, weights)
-
-
-def open_pipeline(
-    bundle: Bundle,
-    engine: str,
-    precision: str | Mapping[str, str] | None,
-    threads: int | None,
-    cache: Cache,
-    low_memory: bool = False,
-    progress: Progress | None = None,
-    weights: Weights = "mapped",
-) -> Pipeline:
-    """The pipeline of a bundle on an engine by its own name, with its files in the cache. Raises as `load` does."""
-    known_engine(engine)
-    if threads is not None:
-        integer("threads", threads, 1, MOST_THREADS)
-    if weights not in get_args(Weights):
-        raise InputError(f"unknown weights {weights!r}, choose from {', '.join(get_args(Weights))}")
-    variants = select_variants(bundle, engine, precision)
-    size = sum(file.size for variant in variants.values() for file in variant.files)
-    mapped = weights == "mapped" or (weights == "auto" and size > LITTLE)
-
-    def open_engine(graph: str) -> Engine:
-        variant = variants[graph]
-        name = runs_on(variant, engine)
-        path = bundle.folder / variant.files[0].path
-        ranges = shape_ranges(bundle, graph, variant)
-        bundle.check_again(variant.files)
-        opened = load_engine(name, path, variant.precision, threads, cache, variant.hash, ranges, progress, mapped)
-        try:
-            bundle.check_again(variant.files)  # else what was opened may be another file
-            variant.check_graph(opened.inputs, opened.outputs)
-        except BundleError:
-            opened.close()
-            raise
-        return opened
-
-    return Pipeline(bundle, open_engine, engine, precision, cache, low_memory)
-
-
-def runs_on(variant: Variant, engine: str) -> str:
-    """The engine that runs the variant of a pipeline on `engine`: a text encoder may run on another."""
-    return engine if engine in variant.engines else TEXT_ENGINE
 
 
 def _texts(requests: Iterable[Request]) -> list[str]:

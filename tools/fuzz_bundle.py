@@ -20,7 +20,7 @@ from snoopi_rt.bundle.bundle import MANIFEST, Bundle
 from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.cache import Cache
 from snoopi_rt.errors import SnoopiError
-from snoopi_rt.pipeline import load
+from snoopi_rt.loading import load
 from snoopi_rt.prompt_encoder import write_prompts
 
 

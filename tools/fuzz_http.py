@@ -17,7 +17,7 @@ from fuzz_kinds import ASKED, LONGEST, PICTURE, REFUSED, Finding, Kind, pixels, 
 from mutations import ODD, TEXTS, damaged_bytes, damaged_json
 
 from snoopi_rt import image
-from snoopi_rt.pipeline import load
+from snoopi_rt.loading import load
 from snoopi_rt.server.app import application
 from snoopi_rt.server.connection import connections
 from snoopi_rt.server.settings import Settings

@@ -21,7 +21,8 @@ from mutations import ODD, TEXTS, damaged_bytes, damaged_json, damaged_png
 from snoopi_rt import image
 from snoopi_rt.batch.runner import Batch
 from snoopi_rt.errors import SnoopiError
-from snoopi_rt.pipeline import Pipeline, load
+from snoopi_rt.loading import load
+from snoopi_rt.pipeline import Pipeline
 
 
 class Rows(Kind):

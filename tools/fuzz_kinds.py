@@ -17,7 +17,7 @@ import tiny_bundle
 from snoopi_rt.bundle.bundle import MANIFEST, File
 from snoopi_rt.engines import installed
 from snoopi_rt.errors import InputError, SnoopiError
-from snoopi_rt.pipeline import load
+from snoopi_rt.loading import load
 
 ASKED: dict[str, Any] = {"prompt": "a red fox", "negative_prompt": "blurry", "negative_scale": 0.5, "seed": 7, "size": (16, 16)}
 LONGEST = 1000

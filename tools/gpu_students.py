@@ -29,7 +29,7 @@ from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt
 from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet
 from snoopi_rt.export.decoder import Decoder
 from snoopi_rt.export.guidance import Guidance, find_guidance
-from snoopi_rt.export.presets.rows import default_preset
+from snoopi_rt.export.presets.choose import default_preset
 from snoopi_rt.kernels import fused_attention
 from snoopi_rt.kernels.nasa import fused_nasa_attention
 

@@ -61,7 +61,7 @@ class Exports:
         return size_of(left)
 
     def check_whole(self) -> None:
-        from snoopi_rt.pipeline import load
+        from snoopi_rt.loading import load
 
         with load(self._out, "cpu") as pipe:
             pipe.generate("a cat", seed=1)

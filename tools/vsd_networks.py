@@ -36,7 +36,7 @@ from snoopi_rt.export.backbones import Denoiser, Weights, find_backbone
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.unet import unet_answer
 from snoopi_rt.export.evaluation.statistics import frechet
-from snoopi_rt.export.presets.rows import default_preset
+from snoopi_rt.export.presets.choose import default_preset
 from snoopi_rt.export.settings import changed
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.models import Models

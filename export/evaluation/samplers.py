@@ -20,7 +20,7 @@ from snoopi_rt.export.backbones import Weights
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.pixart import pixart_answer
 from snoopi_rt.export.decoder import Decoder
-from snoopi_rt.export.presets.rows import default_preset
+from snoopi_rt.export.presets.choose import default_preset
 from snoopi_rt.export.small_model import teacher
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.weights.checkpoint import load_module

@@ -20,7 +20,8 @@ from snoopi_rt.batch.runner import Batch, Drawn, Job, draw_together
 from snoopi_rt.engines.messages import reason, why
 from snoopi_rt.errors import EngineError, SnoopiError
 from snoopi_rt.interrupts import handlers_kept
-from snoopi_rt.pipeline import Pipeline, load
+from snoopi_rt.loading import load
+from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.request import Request
 
 

@@ -1,26 +1,23 @@
 """Many prompts of a file to images in a folder: in constant memory, resumed after a kill, with an index of what became of each row."""
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from snoopi_rt import image
+from snoopi_rt.batch.index import INDEX, Index
 from snoopi_rt.batch.prompt_file import PromptFile
-from snoopi_rt.batch.prompt_formats import MAX_LINE, InvalidRow
+from snoopi_rt.batch.prompt_formats import InvalidRow
 from snoopi_rt.errors import InputError, OutputError
-from snoopi_rt.files import check_place, open_regular, reason, remove_remains
-from snoopi_rt.json_reader import parse_json
+from snoopi_rt.files import check_place, reason, remove_remains
 from snoopi_rt.pipeline import Pipeline
-from snoopi_rt.request import FIELDS, Request, check_seed, image_size, parse_requests
+from snoopi_rt.request import Request, check_seed, image_size, parse_requests
 from snoopi_rt.result import Result
 from snoopi_rt.shell import quote
 
-INDEX = "index.jsonl"
 Job = tuple[int, Request]
 """A row's number and what is drawn for it."""
 
@@ -75,7 +72,7 @@ class Batch:
         except OSError as error:
             raise OutputError(f"cannot write into {self.out}: {reason(error)}") from error
         outcome = Outcome()
-        with self._alone(), _Index(self.out / INDEX, self._identity(pipe, self.prompts), self._path) as index:
+        with self._alone(), Index(self.out / INDEX, self._identity(pipe, self.prompts), self._path) as index:
             for drawn in (draw or draw_here)(pipe, self, self._to_draw(pipe, self.prompts, index, outcome, progress)):
                 if drawn.error:
                     outcome.failed += 1
@@ -131,7 +128,7 @@ class Batch:
             held.release()
 
     def _to_draw(
-        self, pipe: Pipeline, prompts: PromptFile, index: "_Index", outcome: Outcome, progress: Callable[[int], None]
+        self, pipe: Pipeline, prompts: PromptFile, index: Index, outcome: Outcome, progress: Callable[[int], None]
     ) -> Iterator[Job]:
         """The jobs that are still to be drawn; of the other rows it is noted what became of them."""
         for number, _, row in prompts.rows():
@@ -148,7 +145,7 @@ class Batch:
                 index.add(number, {"error": state})
             progress(1)
 
-    def _state(self, number: int, job: Request, pipe: Pipeline, index: "_Index") -> str:
+    def _state(self, number: int, job: Request, pipe: Pipeline, index: Index) -> str:
         """ "kept" for a row whose image is there, "draw" for one that is to be drawn, else why it cannot be.
 
         An image that is not in the index is noted there: a kill came between the two, or it is of something else.
@@ -213,97 +210,6 @@ def _drawn(row: int, result: Result | BaseException, format: str) -> Drawn:
     except (InputError, OutputError) as error:
         return Drawn(row, error=str(error))
     return Drawn(row, file, metadata, warning="".join(result.warnings))
-
-
-class _Index:
-    """One line of JSON per row; the first says what batch it is. A line that a kill cut short is written again.
-
-    damaged: the rows whose images were listed and are not whole.
-    """
-
-    def __init__(self, path: Path, identity: dict[str, Any], image_path: Callable[[int], Path]) -> None:
-        self._path, self._identity, self._image_path = path, identity, image_path
-        self._known: set[int] = set()
-        self.damaged: set[int] = set()
-
-    def __enter__(self) -> Self:
-        beside = self._path.with_name(f".{self._path.name}.part")
-        try:
-            beside.unlink(missing_ok=True)  # of a run that was killed
-            with open(beside, "xb") as file:
-                file.write(json.dumps(self._identity).encode() + b"\n")
-                for line in self._still_right():
-                    file.write(line)
-            os.replace(beside, self._path)
-            self._file = open(self._path, "ab", buffering=0)
-        except OSError as error:
-            raise OutputError(f"cannot write {self._path}: {reason(error)}") from error
-        finally:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def holds(self, number: int, request: Request) -> bool:
-        """Whether the row's image, of this very request, was listed and whole when the batch began."""
-        return _key(number, vars(request)) in self._known
-
-    def add(self, number: int, record: dict[str, Any]) -> None:
-        """Writes one row's line."""
-        line = json.dumps({"row": number, **record}).encode() + b"\n"
-        try:
-            written = self._file.write(line)
-        except OSError as error:
-            raise OutputError(f"cannot write {self._path}: {reason(error)}") from error
-        if written != len(line):
-            raise OutputError(f"cannot write {self._path}: the disk is full")
-
-    def drawn(self, number: int, size: int, metadata: dict[str, str], warning: str = "") -> None:
-        """Writes the line of an image of so many bytes, of the metadata that is in it."""
-        numbers = {name: kind(metadata[name]) for name, kind in (("negative_scale", float), ("seed", int)) if name in metadata}
-        texts = {name: metadata[name] for name in FIELDS if name in metadata}
-        warned = {"warning": warning} if warning else {}
-        self.add(number, {"file": self._image_path(number).name, "bytes": size, **texts, **numbers, **warned})
-
-    def _still_right(self) -> Iterator[bytes]:
-        """The lines of images that are there and whole. What failed, is damaged or is not there any more is drawn again."""
-        if not self._path.is_file() or self._path.stat().st_size == 0:  # a power cut may leave its name alone
-            return
-        with open_regular(self._path) as file:
-            first = _record(file.readline(MAX_LINE))
-            if "batch" not in first:
-                raise InputError(f"{self._path} is not an index of snoopi-rt")
-            if first != json.loads(json.dumps(self._identity)):
-                raise InputError(f"{self._path.parent} holds another batch (other prompts, bundle or settings): choose another folder")
-            while line := file.readline(MAX_LINE):
-                record = _record(line)
-                row = record.get("row")
-                if type(row) is not int or record.get("file") != self._image_path(row).name:
-                    continue
-                condition = image.condition(self._image_path(row), record.get("bytes"))
-                if condition == "whole":
-                    self._known.add(_key(row, record))
-                    yield line
-                elif condition == "damaged":
-                    self.damaged.add(row)
-
-
-def _record(line: bytes) -> dict[str, Any]:
-    """What a whole line says; nothing where it was cut short or damaged."""
-    with suppress(ValueError):
-        record = parse_json(line)
-        if isinstance(record, dict) and line.endswith(b"\n"):
-            return record
-    return {}
-
-
-def _key(number: int, job: Mapping[str, Any]) -> int:
-    """What tells a row's job from every other, in few bytes: an index may have millions of lines."""
-    scale = job.get("negative_scale")
-    scale = float(scale) if isinstance(scale, int | float) else scale
-    return hash(json.dumps([number, job.get("prompt"), job.get("negative_prompt"), scale, job.get("seed")]))
 
 
 def _fits(metadata: dict[str, str], request: Request, bundle_hash: str) -> bool:

@@ -26,7 +26,7 @@ from snoopi_rt.shell import quote
 def build(bundle: str | None, engine: str, precision: str | None, threads: int | None) -> None:
     """Compile a bundle for an engine ahead of time, so that later starts on this machine do not wait for it."""
     from snoopi_rt.cache import Cache
-    from snoopi_rt.pipeline import load
+    from snoopi_rt.loading import load
 
     start, before = time.monotonic(), Cache().sizes()["engines"]
     with ExitStack() as bars:

@@ -100,7 +100,7 @@ def export(
     dry_run: bool,
 ) -> None:
     """Turn a student's weights into a bundle, checked against PyTorch."""
-    from snoopi_rt.export.presets.rows import choose_preset
+    from snoopi_rt.export.presets.choose import choose_preset
 
     if dry_run:
         with torch_command("export", "export", Path()):

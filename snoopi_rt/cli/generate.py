@@ -154,7 +154,8 @@ def _draw_prompt(
     from snoopi_rt.bundle.bundle import Bundle
     from snoopi_rt.cli.output import Files, ImageSet, report, warn
     from snoopi_rt.cli.output import show as show_picture
-    from snoopi_rt.pipeline import EMBEDDED, load
+    from snoopi_rt.loading import load
+    from snoopi_rt.pipeline import EMBEDDED
     from snoopi_rt.request import MAX_IMAGES, integer, seeds_from
 
     integer("n", count, 1, MAX_IMAGES)
@@ -213,7 +214,7 @@ def _draw_file(
 ) -> None:
     """Draws the rows of a file to a folder."""
     from snoopi_rt.batch.runner import Batch, draw_here
-    from snoopi_rt.pipeline import load
+    from snoopi_rt.loading import load
     from snoopi_rt.request import seeds_from
 
     if str(out) == "-":

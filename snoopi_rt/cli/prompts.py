@@ -38,7 +38,7 @@ def prompts(
     FILE is as for generate --prompts; - is standard input.
     """
     from snoopi_rt.batch.prompt_file import PromptFile, texts_of
-    from snoopi_rt.pipeline import load
+    from snoopi_rt.loading import load
 
     new = cached = failed = 0
     with progress_line() as progress, PromptFile(file, prompts_format, ignore_columns) as prompt_file:

@@ -94,7 +94,7 @@ def serve(
         from snoopi_rt.server.serve import serve as run
     except ImportError as error:
         raise EngineMissing(f"serve needs {error.name}: {how_to_install('serve')}") from error
-    from snoopi_rt.pipeline import load
+    from snoopi_rt.loading import load
 
     if engine != "auto":
         known_engine(engine)

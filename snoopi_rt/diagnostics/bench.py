@@ -17,7 +17,8 @@ from snoopi_rt.bundle.manifest import legend
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import check_engine
 from snoopi_rt.errors import BundleError, EngineError, EngineMissing
-from snoopi_rt.pipeline import STAGES, Pipeline, open_pipeline
+from snoopi_rt.loading import open_pipeline
+from snoopi_rt.pipeline import STAGES, Pipeline
 from snoopi_rt.request import integer
 from snoopi_rt.runtime.auto_engine import Measurement, choose_engine, measurements, remember
 from snoopi_rt.runtime.precision import format_names, format_precision, select_variants

@@ -26,9 +26,9 @@ from snoopi_rt.cache import Cache
 from snoopi_rt.engines import check_engine, load_engine
 from snoopi_rt.engines.base import Engine
 from snoopi_rt.errors import EngineError, InputError
-from snoopi_rt.pipeline import open_pipeline, runs_on
+from snoopi_rt.loading import open_pipeline
 from snoopi_rt.runtime.inputs import generator_inputs
-from snoopi_rt.runtime.precision import select_variants
+from snoopi_rt.runtime.precision import runs_on, select_variants
 from snoopi_rt.runtime.shape_ranges import shape_ranges
 
 Arrays = dict[str, np.ndarray]

@@ -1,8 +1,8 @@
-"""The precision of each graph: as users write it, and the variants it selects."""
+"""The precision of each graph: as users write it, the variants it selects, and the engine that runs each."""
 
 from collections.abc import Mapping
 
-from snoopi_rt.bundle.bundle import GRAPHS, Bundle, Variant
+from snoopi_rt.bundle.bundle import GRAPHS, TEXT_ENGINE, Bundle, Variant
 from snoopi_rt.errors import InputError
 
 
@@ -56,3 +56,8 @@ def select_variants(bundle: Bundle, engine: str, precision: str | Mapping[str, s
     if unknown := precisions.keys() - variants.keys():
         raise InputError(f"bundle {bundle.name!r} has no graph {min(unknown)!r}, choose from {', '.join(variants)}")
     return {graph: bundle.variant(graph, engine, precisions.get(graph)) for graph in variants}
+
+
+def runs_on(variant: Variant, engine: str) -> str:
+    """The engine that runs the variant of a pipeline on `engine`: a text encoder may run on another."""
+    return engine if engine in variant.engines else TEXT_ENGINE

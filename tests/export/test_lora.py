@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import Weights, pixart_alpha, stable_diffusion
 from snoopi_rt.export.guidance import GUIDANCE
-from snoopi_rt.export.presets.rows import find_preset
+from snoopi_rt.export.presets.choose import find_preset
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.lora import NETWORK, merge_loras, parse_lora
 

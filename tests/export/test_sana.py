@@ -22,7 +22,7 @@ from snoopi_rt.export.exporter import ExportOptions, export
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import trigflow_rule
 from snoopi_rt.export.onnx_graphs.write import node_counts
-from snoopi_rt.export.presets.rows import find_preset
+from snoopi_rt.export.presets.choose import find_preset
 from snoopi_rt.export.source import find_source
 from snoopi_rt.export.text.gemma import InstructedGemma, instruction
 from snoopi_rt.export.text.rule import gemma_rule, gemma_tokenizer

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.one_step import OneStepRule
+from snoopi_rt.export.presets.choose import find_preset
 from snoopi_rt.export.presets.preset import Preset, override
-from snoopi_rt.export.presets.rows import find_preset
 from snoopi_rt.export.presets.scheduler_check import check_scheduler, follow_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Euler's sigmas

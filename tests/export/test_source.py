@@ -13,7 +13,7 @@ import pytest
 from hub_server import COMMIT, Hub, serving
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.presets.rows import find_preset
+from snoopi_rt.export.presets.choose import find_preset
 from snoopi_rt.export.source import fetches
 from snoopi_rt.export.weights.hub import WeightsFolder, find_weights, weight_files
 
