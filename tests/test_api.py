@@ -49,6 +49,13 @@ def test_the_error_tree_has_one_root() -> None:
     assert issubclass(snoopi_rt.InputError, ValueError)
 
 
+@pytest.mark.parametrize("error", ["BundleError", "EngineError", "EngineMissing", "InputError"])
+def test_an_error_is_one_line_that_ends_however_long_the_names_in_it_are(error: str) -> None:
+    line = str(getattr(snoopi_rt, error)("column 'a\n\u2028b" + "x" * 10**6 + "':\r\nknown are prompt, seed"))
+    assert len(line) < 1000 and len(line.splitlines()) == 1
+    assert line.startswith("column 'a bxx") and line.endswith("xx': known are prompt, seed")
+
+
 def test_importing_takes_nothing_heavy(tmp_path: Path) -> None:
     heavy = {"numpy", "onnxruntime", "openvino", "PIL", "tokenizers", "torch"}
     run(f"import sys, snoopi_rt, snoopi_rt.cli.main; assert not {heavy} & set(sys.modules)", tmp_path)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_images import HERE
+from tiny_bundle import HERE
 
 import snoopi_rt
-from snoopi_rt import pipeline
+from snoopi_rt import loading
 from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.fake import FakeEngine
@@ -130,8 +130,8 @@ def test_a_text_encoder_without_a_variant_for_the_engine_runs_on_cpu(original: B
         opened[path.stem.partition("-")[0]] = name
         return load_engine(name, path, *rest)
 
-    load_engine = pipeline.load_engine
-    monkeypatch.setattr(pipeline, "load_engine", spy)
+    load_engine = loading.load_engine
+    monkeypatch.setattr(loading, "load_engine", spy)
     with snoopi_rt.load(bundle, "openvino") as pipe:
         assert pipe("a cat", "blurry", seed=1).engine == "openvino"
     assert opened == {"text_encoder": "cpu", "generator": "openvino", "decoder": "openvino"}

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_bundle import SPECS
-from tiny_images import HERE, Functions, expected
+from tiny_bundle import HERE, SPECS
+from tiny_images import Functions, expected
 
 import snoopi_rt
 from snoopi_rt.bundle.bundle import Bundle, Tile

@@ -9,7 +9,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from snoopi_rt.bundle.bundle import Bundle, File, Guidance, Latent, Parity, Scale, Text, Variant
+from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import TensorSpec
+
+HERE = [name for name in installed() if name in ("cpu", "openvino")]
+"""The engines that are installed, of those that run the bundle without a GPU."""
 
 WORDS = ["[CLS]", "[SEP]", "[UNK]", "a", "red", "blue", "fox", "cat", "blurry", "warm"]
 WIDTH, FACTOR = 4, 2
@@ -61,6 +65,19 @@ def decode(latent: np.ndarray) -> dict[str, np.ndarray]:
 
 
 FUNCTIONS: dict[str, Callable[..., dict[str, np.ndarray]]] = {"text_encoder": encode, "generator": generate, "decoder": decode}
+
+
+def generator_arrays(batch: int = 2, tokens: int = 3, negative: int = 1, side: int = 4, seed: int = 7) -> dict[str, np.ndarray]:
+    """Random inputs of the generator, with all tokens real."""
+    stream = np.random.RandomState(seed)
+    return {
+        "noise": stream.standard_normal((batch, 4, side, side)).astype(np.float32),
+        "prompt_states": stream.standard_normal((batch, tokens, 4)).astype(np.float32),
+        "prompt_mask": np.ones((batch, tokens), bool),
+        "negative_states": stream.standard_normal((batch, negative, 4)).astype(np.float32),
+        "negative_mask": np.ones((batch, negative), bool),
+        "negative_scale": np.full(batch, 0.5, np.float32),
+    }
 
 
 def onnx_graph(graph: str) -> onnx.ModelProto:

@@ -4,9 +4,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from snoopi_rt.engines import installed
-
-HERE = [name for name in installed() if name in ("cpu", "openvino")]
 Functions = dict[str, Callable[..., dict[str, np.ndarray]]]
 IDS = {"a red fox": [0, 3, 4, 6, 1], "a cat": [0, 3, 7, 1], "blurry": [0, 8, 1]}
 

@@ -16,17 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_students
+from tiny_bundle import HERE
 
 from snoopi_rt import pipeline
 from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cache import Cache
-from snoopi_rt.engines import installed
 from snoopi_rt.engines.fake import FakeEngine
 from snoopi_rt.errors import EngineError
 from snoopi_rt.image import condition
 from snoopi_rt.pipeline import Pipeline
 
-HERE = [name for name in ("cpu", "openvino") if name in installed()]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
 

@@ -13,20 +13,13 @@ import onnx_ir
 import pytest
 import tiny_students
 import torch
-from click.testing import CliRunner, Result
+from command_line import run
 from PIL import Image
 
 from snoopi_rt.bundle.bundle import Bundle
-from snoopi_rt.cli.main import main
 from snoopi_rt.errors import OutputError
 
 FP32 = ("--precision", "fp32")
-
-
-def run(*words: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exit_code == code, result.output
-    return result
 
 
 @pytest.fixture(scope="module")

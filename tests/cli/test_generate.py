@@ -31,13 +31,6 @@ Generate = Callable[..., Result]
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
-
-
-@pytest.fixture
 def generate(folder: Path, original: Bundle, here: Path) -> Generate:
     """`generate` with the tiny bundle, which has two examples."""
     bundle = replace(original, examples=("a red fox", "a blue cat")).save(folder)
@@ -211,7 +204,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(
 ) -> None:
     (here / "file").touch()
     (here / "x.png").symlink_to("nowhere")
-    monkeypatch.setattr("snoopi_rt.pipeline.load", lambda *given, **named: pytest.fail("loaded"))
+    monkeypatch.setattr("snoopi_rt.loading.load", lambda *given, **named: pytest.fail("loaded"))
     result = CliRunner().invoke(main, ["generate", "a cat", *map(str, words)])
     assert result.exit_code in (1, 2) and result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
 
@@ -322,7 +315,7 @@ def test_a_result_saves_itself_and_shows_itself(pipe: Pipeline, here: Path) -> N
 def test_no_command_begins_what_it_could_not_write(here: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
     (here / "file").touch()
     (here / "prompts.txt").write_text("a cat")
-    monkeypatch.setattr("snoopi_rt.pipeline.load", lambda *given, **named: pytest.fail("loaded"))
+    monkeypatch.setattr("snoopi_rt.loading.load", lambda *given, **named: pytest.fail("loaded"))
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 1 and result.stderr.startswith("error: cannot write ") and len(result.stderr.splitlines()) == 1
     assert sorted(path.name for path in here.iterdir()) == ["file", "prompts.txt"]
@@ -332,7 +325,7 @@ def test_no_command_begins_what_it_could_not_write(here: Path, monkeypatch: pyte
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a current folder cannot be removed")
 def test_a_removed_current_folder_is_one_line_before_anything_is_loaded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here.rmdir()
-    monkeypatch.setattr("snoopi_rt.pipeline.load", lambda *given, **named: pytest.fail("loaded"))
+    monkeypatch.setattr("snoopi_rt.loading.load", lambda *given, **named: pytest.fail("loaded"))
     result = CliRunner().invoke(main, ["generate", "a cat", "--seed", "1"])
     assert result.stderr == "error: cannot write a-cat-1.png: No such file or directory\n"
 

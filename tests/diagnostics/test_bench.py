@@ -7,20 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_bundle import HERE
 
 from snoopi_rt.bundle.bundle import GRAPHS, Bundle
 from snoopi_rt.bundle.manifest import meaning
 from snoopi_rt.cache import Cache
 from snoopi_rt.diagnostics import bench as module
 from snoopi_rt.diagnostics.bench import bench, cold_start, measure, table, verdict
-from snoopi_rt.engines import installed
 from snoopi_rt.engines.fake import FakeEngine
 from snoopi_rt.errors import InputError
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.prompt_encoder import write_prompts
 from snoopi_rt.runtime.auto_engine import Choice, Measurement, choose_engine, measurements
 
-HERE = [name for name in installed() if name in ("cpu", "openvino")]
 ENGINE = HERE[0]
 START = {"first": 1.0, "again": 0.5, "peak_memory": 2**27, "peak_again": None}
 pytestmark = pytest.mark.skipif(not HERE, reason="needs an engine")

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from tiny_bundle import HERE
 
 from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cache import Cache
-from snoopi_rt.engines import installed, load_engine, ort
+from snoopi_rt.engines import load_engine, ort
 from snoopi_rt.engines.compiled_cache import compiled_name, model_files, processor
 from snoopi_rt.engines.openvino import import_openvino
 from snoopi_rt.errors import EngineError
 
-HERE = [name for name in installed() if name in ("cpu", "openvino")]
 GIVEN = {"latent": np.random.RandomState(0).standard_normal((1, 4, 3, 5)).astype(np.float32)}
 
 

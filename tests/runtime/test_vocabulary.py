@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 from serving import served
 
-from snoopi_rt.batch.runner import INDEX, Batch
+from snoopi_rt.batch.index import INDEX
+from snoopi_rt.batch.runner import Batch
 from snoopi_rt.bundle.bundle import Bundle, Vocabulary
 from snoopi_rt.cache import Cache
 from snoopi_rt.cli.main import main

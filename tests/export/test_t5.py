@@ -1,191 +1,22 @@
-"""Text encoders and tokenizers give what diffusers' pipelines give, in PyTorch and as graphs, and T5 does so piece by piece."""
+"""T5 and its tokenizer give what diffusers' PixArt gives, in PyTorch, as a graph, and piece by piece."""
 
-import json
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
+import tiny_students
 import torch
+from text_encoding import PROMPTS, on_cpu, relative, tokens
 from torch import Tensor, nn
 
-from snoopi_rt.bundle.bundle import Text
-from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.engines import load_engine
 from snoopi_rt.engines.openvino import import_openvino
 from snoopi_rt.errors import EngineMissing, InputError
 from snoopi_rt.export.onnx_graphs.write import write_graph
-from snoopi_rt.export.text.clip import ClipTextEncoder, SdxlTextEncoder
-from snoopi_rt.export.text.rule import clip_rule, t5_rule
+from snoopi_rt.export.text.rule import t5_rule
 from snoopi_rt.export.text.t5 import T5TextEncoder, T5Weights, reference_states, skeleton
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-PROMPTS = [
-    "",
-    "a cat",
-    "A  photo of\ta CAT, it's 3 o'clock!! ",
-    "naïve café 猫 🐈 ΣΑΣ \N{LATIN SMALL LETTER A}\N{COMBINING ACUTE ACCENT}",
-    f"a {EOS} b",
-    "cat on a mat, " * 60,
-]
 LENGTHS = (1, 2, 17, 129, 300)
-
-
-def relative(output: Tensor | np.ndarray, expected: Tensor) -> float:
-    assert output.shape == expected.shape
-    return float(np.linalg.norm(np.asarray(output) - expected.numpy()) / np.linalg.norm(expected.numpy()))
-
-
-def on_cpu(
-    module: nn.Module, example: Tensor, axes: Mapping[int, str], outputs: list[str], path: Path, opset: int
-) -> Callable[[Tensor], dict[str, np.ndarray]]:
-    """The module as a graph in ONNX Runtime."""
-    write_graph(module, {"ids": example}, outputs, {"ids": axes}, path, opset=opset)
-    engine = load_engine("cpu", path)
-    return lambda ids: engine(ids=ids.numpy())
-
-
-def tokens(rule: Text, folder: Path) -> Tokenizer:
-    assert rule.tokenizer is not None
-    return Tokenizer(folder / rule.tokenizer.path, rule.max_tokens, rule.lowercase, rule.pad)
-
-
-# ---- CLIP
-
-
-def clip_folder(folder: Path, pad: str) -> Path:
-    """A byte-level BPE with two merges; as in OpenAI's, "!" is id 0 and the special tokens come last."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    letters = sorted(ByteLevel.alphabet())
-    merges = ["c a", "ca t</w>"]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges), BOS, EOS]
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad, "unk_token": EOS}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """CLIP tokenizers by their pad."""
-    base = tmp_path_factory.mktemp("clip")
-    return {EOS: clip_folder(base / "eos", EOS), "!": clip_folder(base / "exclamation", "!")}
-
-
-def clip_config(**changes: object) -> object:
-    from transformers import CLIPTextConfig
-
-    sizes = {"vocab_size": 520, "hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 3}
-    return CLIPTextConfig(**{**sizes, "projection_dim": 24, **changes})
-
-
-def clip_model(projected: bool = False, **changes: object) -> nn.Module:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(0)
-    model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(clip_config(**changes))
-    for name, weight in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.normal_(weight, 1, 0.3)
-    return model.eval().requires_grad_(False)
-
-
-@pytest.mark.parametrize("pad", [EOS, "!"])
-def test_clip_ids_are_those_of_transformers_for_any_prompt(folders: dict[str, Path], tmp_path: Path, pad: str) -> None:
-    from transformers import CLIPTokenizer
-
-    rule = clip_rule(folders[pad], tmp_path / "tokenizer.json", 10**6)
-    theirs = CLIPTokenizer.from_pretrained(folders[pad])
-    assert (rule.max_tokens, rule.lowercase, rule.pad) == (77, False, theirs.pad_token_id)
-    ours = tokens(rule, tmp_path)
-    for prompt in PROMPTS:
-        expected = theirs(prompt, padding="max_length", max_length=77, truncation=True).input_ids
-        assert ours(prompt, truncate=True).tolist() == [expected]
-    with pytest.raises(InputError, match="the limit is 77"):
-        ours(PROMPTS[-1])
-
-
-def test_a_clip_tokenizer_may_lie_in_one_file_as_transformers_saves_it(folders: dict[str, Path], tmp_path: Path) -> None:
-    from transformers import CLIPTokenizer
-
-    CLIPTokenizer.from_pretrained(folders["!"]).save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved" / "vocab.json").exists()
-    again = clip_rule(tmp_path / "saved", tmp_path / "again.json", 10**6)
-    rule = clip_rule(folders["!"], tmp_path / "tokenizer.json", 10**6)
-    for prompt in PROMPTS[:-1]:
-        assert tokens(again, tmp_path)(prompt).tolist() == tokens(rule, tmp_path)(prompt).tolist()
-
-
-@pytest.mark.parametrize("rule", [clip_rule, lambda folder, out, embedded: t5_rule(folder, out, 120, embedded)])
-def test_a_folder_without_a_tokenizer_is_one_clear_line(tmp_path: Path, rule: Callable[[Path, Path, int], Text]) -> None:
-    with pytest.raises(InputError, match=r"tokenizer: it has neither tokenizer\.json nor"):
-        rule(tmp_path, tmp_path / "tokenizer.json", 10**6)
-
-
-@pytest.mark.parametrize("changes", [{}, {"hidden_act": "gelu", "num_hidden_layers": 2}], ids=["sd15", "sd21"])
-def test_clip_states_are_those_of_the_diffusers_pipeline(folders: dict[str, Path], tmp_path: Path, changes: dict[str, object]) -> None:
-    from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTokenizer
-
-    model = clip_model(**changes)
-    parts = dict.fromkeys(("vae", "unet", "scheduler", "safety_checker", "feature_extractor"))
-    pipe = StableDiffusionPipeline(
-        **parts, tokenizer=CLIPTokenizer.from_pretrained(folders["!"]), text_encoder=model, requires_safety_checker=False
-    )
-    tokenizer = tokens(clip_rule(folders["!"], tmp_path / "tokenizer.json", 10**6), tmp_path)
-    for prompt in PROMPTS:
-        expected, _ = pipe.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
-        assert relative(ClipTextEncoder(model)(torch.from_numpy(tokenizer(prompt, truncate=True))), expected) < 1e-6
-
-
-@pytest.mark.parametrize("eos", [2, 515], ids=["old config", "new config"])
-def test_sdxl_states_and_pooled_state_are_those_of_the_diffusers_pipeline(folders: dict[str, Path], tmp_path: Path, eos: int) -> None:
-    from diffusers import StableDiffusionXLPipeline
-    from transformers import CLIPTokenizer
-
-    models = clip_model(eos_token_id=eos), clip_model(True, eos_token_id=eos, hidden_act="gelu", hidden_size=48)
-    tokenizers = [CLIPTokenizer.from_pretrained(folders[pad]) for pad in (EOS, "!")]
-    assert tokenizers[0].eos_token_id == 515
-    parts = dict(zip(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), (*models, *tokenizers), strict=True))
-    pipe = StableDiffusionXLPipeline(**parts, vae=None, unet=None, scheduler=None, add_watermarker=False)
-    encoder = SdxlTextEncoder(*models, eos=515, pads=(515, 0))
-    tokenizer = tokens(clip_rule(folders[EOS], tmp_path / "tokenizer.json", 10**6), tmp_path)
-    for prompt in (prompt.replace("!", "") for prompt in PROMPTS):
-        expected, _, wanted_pooled, _ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
-        states, pooled = encoder(torch.from_numpy(tokenizer(prompt, truncate=True)))
-        assert states.shape == (1, 77, 32 + 48)
-        assert relative(states, expected) < 1e-6
-        assert relative(pooled, wanted_pooled) < 1e-6
-
-
-def test_an_exclamation_mark_in_a_prompt_stays_a_word_in_sdxl() -> None:
-    encoder = SdxlTextEncoder(nn.Identity(), nn.Identity(), eos=9, pads=(9, 0))
-    ids = torch.tensor([[8, 0, 1, 9, 9, 9], [8, 1, 9, 2, 9, 9], [8, 9, 9, 9, 9, 9], [8, 1, 2, 3, 4, 9]])
-    expected = [[8, 0, 1, 9, 0, 0], [8, 1, 9, 2, 9, 0], [8, 9, 0, 0, 0, 0], [8, 1, 2, 3, 4, 9]]
-    assert encoder._padded_for_second(ids).tolist() == expected
-    other = SdxlTextEncoder(nn.Identity(), nn.Identity(), eos=9, pads=(7, 0))
-    assert other._padded_for_second(torch.tensor([[8, 1, 9, 7, 7], [8, 1, 2, 3, 9]])).tolist() == [[8, 1, 9, 0, 0], [8, 1, 2, 3, 9]]
-
-
-@pytest.mark.parametrize("opset", [20, 23])
-def test_clip_graphs_take_any_batch(tmp_path: Path, opset: int) -> None:
-    torch.manual_seed(1)
-    ids = torch.randint(0, 515, (3, 77))
-    ids[0, 30:], ids[1, 2:], ids[2, 76:] = 515, 515, 515
-    one = ClipTextEncoder(clip_model(num_hidden_layers=1))
-    graph = on_cpu(one, ids[:2], {0: "batch"}, ["states"], tmp_path / "one.onnx", opset)
-    assert relative(graph(ids)["states"], one(ids)) < 1e-5
-    both = SdxlTextEncoder(clip_model(num_hidden_layers=2), clip_model(True, eos_token_id=2, num_hidden_layers=2), eos=515, pads=(515, 0))
-    graph = on_cpu(both, ids[:2], {0: "batch"}, ["states", "pooled"], tmp_path / "both.onnx", opset)
-    for output, expected in zip(graph(ids).values(), both(ids), strict=True):
-        assert relative(output, expected) < 1e-5
-
-
-# ---- T5
 
 
 def t5_model(**changes: object) -> nn.Module:
@@ -210,21 +41,7 @@ def projection() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def t5_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A unigram model trained on a few words, as transformers saves it."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers, trainers
-    from transformers import T5Tokenizer
-
-    backend = Backend(models.Unigram())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False)
-    backend.train_from_iterator(SENTENCES, trainer)
-    folder = tmp_path_factory.mktemp("t5") / "tokenizer"
-    T5Tokenizer(vocab=[tuple(piece) for piece in json.loads(backend.to_str())["model"]["vocab"]], extra_ids=0).save_pretrained(folder)
-    return folder
-
-
-SENTENCES = ["a red cat on a mat", "a blue dog in the fog", "cats and dogs", "it's a naive photo of the moon"]
+    return tiny_students.t5_tokenizer(tmp_path_factory.mktemp("t5") / "tokenizer")
 
 
 def pixart_ids(folder: Path, prompt: str, max_tokens: int) -> list[int]:
@@ -247,12 +64,22 @@ def test_t5_ids_are_the_real_tokens_of_pixart_for_any_prompt(t5_tokenizer_folder
         ours(PROMPTS[-1])
 
 
+def test_a_folder_without_a_tokenizer_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"tokenizer: it has neither tokenizer\.json nor"):
+        t5_rule(tmp_path, tmp_path / "tokenizer.json", 120, 10**6)
+
+
 def test_t5_ids_from_a_sentencepiece_model_are_those_of_pixart(tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     with open(tmp_path / "spiece.model", "wb") as file:
         special = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(SENTENCES), model_writer=file, vocab_size=60, hard_vocab_limit=False, minloglevel=2, **special
+            sentence_iterator=iter(tiny_students.SENTENCES),
+            model_writer=file,
+            vocab_size=60,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **special,
         )
     ours = tokens(t5_rule(tmp_path, tmp_path / "tokenizer.json", 120, 10**6), tmp_path)
     (tmp_path / "tokenizer.json").rename(tmp_path / "written.json")
@@ -335,7 +162,7 @@ def test_t5_in_fp16_is_refused_and_would_be_wrong(projection: nn.Module) -> None
         T5TextEncoder(model, projection)(ids)
 
 
-# ---- T5 piece by piece
+# Piece by piece: what makes 4.7 B parameters exportable.
 
 
 @pytest.fixture(scope="module", params=["one file", "shards"])
