@@ -222,7 +222,7 @@ def test_kept_states_that_are_not_what_was_written_are_made_again(pipe: Pipeline
     [np.full((1, 4, 4), np.nan, np.float32), np.zeros((1, 4, 5), np.float32), np.zeros((2, 4, 4), np.float32), np.zeros((1, 4, 4))],
 )
 def test_kept_states_that_cannot_be_this_builds_are_made_again(pipe: Pipeline, original: Bundle, fakes: Fakes, states: np.ndarray) -> None:
-    """Whole as they were written, by a version that was wrong."""
+    """The file is whole, its contents are wrong."""
     expected, (file,) = pipe("a red fox", seed=1).images, (Cache().path / "states").iterdir()
     data = io.BytesIO()
     np.save(data, states)

@@ -14,7 +14,7 @@ MARKS = ("<!-- presets: python tools/preset_docs.py -->\n", "<!-- end of presets
 
 
 def page() -> str:
-    """docs/export.md with the table of today's presets."""
+    """docs/export.md with the table of the presets."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
     return f"{before}{MARKS[0]}\n{markdown()}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
 

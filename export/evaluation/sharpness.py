@@ -1,4 +1,4 @@
-"""How near whole sets of pictures are to real ones, how much fine detail they have, and the metrics of earlier reports."""
+"""How near whole sets of pictures are to real ones, how much fine detail they have, and pixel metrics."""
 
 from collections.abc import Iterator
 

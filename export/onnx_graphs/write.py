@@ -83,7 +83,7 @@ def _lazy_tensor(tensor_of: Callable[[str], Tensor], name: str, value: ir.Value)
 
 
 def _share_views(graph: ir.Graph) -> None:
-    """Leaves one of all initializers that are views of the same memory: each step of a student transposed its matrices again."""
+    """Leaves one of all initializers that are views of the same memory: each step of a student transposes its matrices again."""
     arrays = {name: value.const_value.numpy() for name, value in graph.initializers.items() if value.const_value.size}
     first: dict[tuple, ir.Value] = {}
     for name, array in arrays.items():

@@ -140,11 +140,11 @@ def _spellings(module: nn.Module) -> dict[str, str]:
     names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     spelled: dict[str, str] = {}
     for name in names:
-        # Before peft, diffusers named CLIP's projections like a UNet's, and `to_out.0` without its index.
+        # diffusers without peft names CLIP's projections like a UNet's, and `to_out.0` without its index.
         clip = re.sub(r"self_attn\.(q|k|v|out)_proj", r"self_attn.to_\1", name)
         spelled |= dict.fromkeys((_original_name(module, name), clip, name.removesuffix(".0")), name)
     spelled |= {name: name for name in names}
-    # transformers once had CLIP's text model in a module `text_model`.
+    # LoRAs made with older transformers have CLIP's text model in a module `text_model`.
     spelled = {f"text_model.{spelling}": name for spelling, name in spelled.items()} | spelled
     return {spelling.replace(".", "_"): name for spelling, name in spelled.items()}
 

@@ -17,7 +17,7 @@ EPS = 1e-6  # of the squared norm of the negative's direction in `projected_atte
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v.
 
-    Written out, because the backward pass of torch's fused operator took half of a training step on a CPU at these lengths, and because an
+    Written out, because the backward pass of torch's fused operator takes half of a training step on a CPU at these lengths, and because an
     exported graph must give 0, not NaN, for a fully masked row.
     """
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))

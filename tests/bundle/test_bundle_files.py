@@ -116,7 +116,7 @@ def test_external_data_that_is_listed_is_loaded(folder: Path) -> None:
     assert len(Bundle.load(folder).variant("generator", "cpu").files) == 2
 
 
-# The last one is a number without end, which took time quadratic in its length.
+# The last one is a number without end: to add up all of it takes time quadratic in its length.
 @pytest.mark.parametrize("data", [b"", b"\xff" * 40, b"\x3a\xff\xff\x03", b"\x80" * 2**22])
 def test_a_file_that_is_no_onnx_is_refused(folder: Path, data: bytes) -> None:
     (folder / "generator.onnx").write_bytes(data)

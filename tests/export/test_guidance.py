@@ -194,7 +194,7 @@ def test_nag_survives_fp16_where_a_sum_over_channels_would_overflow():
 
 
 def test_vsf_is_nasa_behind_a_gate_of_the_attention():
-    """Z = W Z+ - s (1 - W) Z-, W the prompt's share of the softmax over both prompts (algorithms.md 3.2)."""
+    """Z = W Z+ - s (1 - W) Z-, W the prompt's share of VSF's one softmax over both prompts (kernels/ops/reference.py)."""
     q, k, v, _, k_neg, v_neg, _ = tensors(*SHAPES[1])
     scores = [torch.matmul(q, keys.transpose(-1, -2)) / q.shape[-1] ** 0.5 for keys in (k, k_neg)]
     share = torch.sigmoid(scores[0].logsumexp(-1, keepdim=True) - scores[1].logsumexp(-1, keepdim=True))

@@ -80,7 +80,7 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off(pipe: Pipeline, monke
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_is_sent_ahead_and_a_log_that_nobody_reads_cost_next_to_nothing() -> None:
-    """60 clients that send thousands of requests and read nothing took 0.9 GB; a full pipe on standard error stopped everything."""
+    """Unbounded, 60 clients that send thousands of requests and read none take 0.9 GB; a full pipe on standard error stops everything."""
 
     def megabytes(process: subprocess.Popen) -> float:
         return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6

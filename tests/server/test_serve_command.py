@@ -18,7 +18,8 @@ import pytest
 
 from snoopi_rt.engines import installed
 from snoopi_rt.errors import BundleError
-from snoopi_rt.pipeline import EMBEDDED, Pipeline, load
+from snoopi_rt.loading import load
+from snoopi_rt.pipeline import EMBEDDED, Pipeline
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 httpx = pytest.importorskip("httpx")
@@ -96,7 +97,7 @@ def test_a_signal_to_stop_lets_accepted_requests_finish() -> None:
 
 @pytest.mark.parametrize("engine", [name for name in ("cpu", "openvino") if name in installed()])
 def test_a_bundle_whose_files_are_overwritten_is_served_on(engine: str, tmp_path: Path) -> None:
-    """What `cp` does to each file first. Weights that are mapped into memory ended the process: SIGBUS."""
+    """What `cp` does to each file first. Weights that were mapped into memory would end the process: SIGBUS."""
     folder = Path(shutil.copytree(EMBEDDED, tmp_path / "mine"))
     body = {"prompt": "an owl on a red background", "negative_prompt": "blurry", "seed": 1}
     with command("--bundle", str(folder), "--engine", engine) as (_, address):
