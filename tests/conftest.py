@@ -1,5 +1,6 @@
 """The tiny bundle, whole and damaged, on its engines and on fakes; folders of tiny students."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -55,6 +56,7 @@ QUICK = (
     "export/test_guidance",
     "export/test_one_step",
     "export/test_presets",
+    "export/test_scheduler_check",
     "export/test_schedulers",
     "runtime/test_auto_engine",
     "runtime/test_precision",
@@ -70,6 +72,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path in quick:
             item.add_marker("quick")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, and garbage collections need not look through it again and again: an export takes a tenth less."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

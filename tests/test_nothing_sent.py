@@ -69,10 +69,10 @@ class Watched:
         self.run(sys.executable, "-m", "snoopi_rt", *words)
         assert self.problems() == []
 
-    def snoopi_each(self, *commands: list[str]) -> None:
-        """Runs several commands in one process, which imports torch once."""
+    def snoopi_each(self, *commands: list[str], before: str = "") -> None:
+        """Runs several commands in one process, which imports torch once; `before` them other code."""
         code = "import sys; from snoopi_rt.cli.main import main; sys.exit(any([main(words, standalone_mode=False) for words in {}]))"
-        self.run(sys.executable, "-c", code.format(commands))
+        self.run(sys.executable, "-c", before + code.format(commands))
         assert self.problems() == []
 
     def problems(self) -> list[str]:
@@ -154,21 +154,33 @@ server.wait()
 
 def test_training_and_export_send_nothing_and_leave_no_file(watched: Watched) -> None:
     (watched.here / "prompts.txt").write_text("a red fox\nan owl\n")
-    tiny_students.stable_diffusion(watched.here / "teacher", "sd21", tiny_vae=True)
+    tiny_students.stable_diffusion(watched.here / "teacher", "sd21", levels=1, mid_block_type=None, tiny_vae=True)
     steps = ["--set", "steps=1", "--set", "batch=2", "--set", "collapse=0"]
-    watched.snoopi("train", "student", "--backbone", "sd21", "--teacher", "teacher", "--prompts", "prompts.txt", "--out", "student", *steps)
-    watched.snoopi("train", "recipes")
-    watched.snoopi("merge", "student", "student", "--backbone", "sd21", "--out", "merged")
-    watched.snoopi("export", "--preset", "pgsb-sd21", "--set", "size=64", "--weights", "merged", "--precision", "fp32", "--out", "bundle")
+    watched.snoopi_each(
+        ["train", "student", "--backbone", "sd21", "--teacher", "teacher", "--prompts", "prompts.txt", "--out", "student", *steps],
+        ["train", "recipes"],
+        ["merge", "student", "student", "--backbone", "sd21", "--out", "merged"],
+        ["export", "--preset", "pgsb-sd21", "--set", "size=64", "--weights", "merged", "--precision", "fp32", "--out", "bundle"],
+    )
 
 
 def test_the_small_model_s_road_sends_nothing_and_leaves_no_file(watched: Watched) -> None:
     encoder = Path(__file__).parents[1] / "weights" / "small" / "teacher" / "vae"
     once = ["--set", "steps=1", "--set", "batch=2"]
-    watched.snoopi("data", "emoji", "--encoder", str(encoder), "--out", "pictures", "--count", "4")
-    watched.snoopi("train", "decoder", "--data", "pictures", "--encoder", str(encoder), "--out", "decoder", *once)
-    watched.snoopi("train", "teacher", "--data", "pictures", "--decoder", "decoder", "--out", "teacher", *once, "--set", "layers=1")
-    watched.snoopi("eval", "small", "--quick", "--out", "evaluation")
+    # Two of the stages read all drawings, which takes seconds.
+    before = """
+import functools
+from snoopi_rt.export.small_model.dataset import sprites
+read, read_all = sprites.load_sprites, functools.cache(sprites.load_sprites)
+sprites.load_sprites = lambda *some: read(*some) if some else read_all()
+"""
+    watched.snoopi_each(
+        ["data", "emoji", "--encoder", str(encoder), "--out", "pictures", "--count", "4"],
+        ["train", "decoder", "--data", "pictures", "--encoder", str(encoder), "--out", "decoder", *once],
+        ["train", "teacher", "--data", "pictures", "--decoder", "decoder", "--out", "teacher", *once, "--set", "layers=1"],
+        ["eval", "small", "--quick", "--out", "evaluation"],
+        before=before,
+    )
 
 
 @pytest.mark.skipif("openvino" not in installed(), reason="OpenVINO is not installed")

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif("cpu" not in installed(), reason="ONNX Runtime is not installed"),
     pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc"),
 ]
-ROWS = 400
+ROWS = 240
 
 
 def children(of: int) -> set[int]:

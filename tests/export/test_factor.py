@@ -32,7 +32,9 @@ def test_a_bundle_draws_the_size_that_its_decoder_makes(factor: int, students, t
     source = find_source("pixart", str(students[factor]), say=lines.append)
     side = 8 * factor
     assert f"size {side}x{side}, 8 latent pixels of {factor}: what this network was made for; preset pixart-dmd has 512" in lines
-    bundle = exporter.export(source, tmp_path / "bundle", exporter.ExportOptions(precision=FP32, sizes=((side, side), (side, 2 * side))))
+    sizes = ((side, side), (side, 2 * side))
+    options = exporter.ExportOptions(precision=FP32, sizes=sizes, prompts=("a red cat",), prompts_only=True)
+    bundle = exporter.export(source, tmp_path / "bundle", options)
     assert bundle.latent == Latent(4, factor) and bundle.tile == Tile(8, 4)
     with snoopi_rt.load(bundle, "cpu") as pipe:
         for size in bundle.sizes:
