@@ -64,11 +64,19 @@ QUICK = (
     "runtime/test_vocabulary",
 )
 """The modules of `pytest -m quick`, which takes at most a minute."""
+FIRST = ("training/test_training", "training/test_pgsb_training", "test_nothing_sent", "test_ray")
+"""Slow modules. At the end of a run on several processes each would do their common work again, or wait for the other."""
+
+
+def modules(names: Sequence[str]) -> set[Path]:
+    paths = {Path(__file__).parent / f"{name}.py" for name in names}
+    assert all(path.is_file() for path in paths)
+    return paths
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    quick = {Path(__file__).parent / f"{name}.py" for name in QUICK}
-    assert all(path.is_file() for path in quick)
+    quick, first = modules(QUICK), modules(FIRST)
+    items.sort(key=lambda item: item.path not in first)
     for item in items:
         if item.path in quick:
             item.add_marker("quick")
