@@ -8,9 +8,10 @@
 set -euo pipefail
 runs=${1:?the folder to work in}
 encoder=weights/small/teacher/vae
-pictures=49152 all=(--compile) students=() judged=()
+pictures=49152 all=(--compile) students=() tuned=() judged=()
 if [ "${2:-}" = --quick ]; then
     pictures=64 all=(--set steps=2 --set batch=4) judged=(--quick)
+    tuned=(--set pictures=8)
     students=(--set collapse=0 --set regression.pairs=8 --set regression.teacher_steps=2)
 fi
 emoji=$runs/emoji
@@ -22,5 +23,6 @@ stage decoder --data "$emoji" --encoder "$encoder" --out "$runs/decoder"
 stage teacher --data "$emoji" --decoder "$runs/decoder" --start weights/small/teacher --out "$runs/teacher"
 stage student --teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --edits "$emoji/edits.jsonl" --recipe small \
     --set regression.weight=1 --set vsd.weight=0 --set edits.weight=1 --set nasa_max=1 --out "$runs/student" "${students[@]}"
-snoopi-rt export --backbone small --weights "$runs/student" --set size=256 --out "$runs/bundle" --force
+stage student-decoder --student "$runs/student" --teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --out "$runs/student-decoder" "${tuned[@]}"
+snoopi-rt export --backbone small --weights "$runs/student" --decoder "$runs/student-decoder" --set size=256 --out "$runs/bundle" --force
 snoopi-rt eval small --bundle "$runs/bundle" --teacher "$runs/teacher" --references "$runs/references" --out "$runs/evaluation" "${judged[@]}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from snoopi_rt.errors import InputError
+from snoopi_rt.export.device import default_device
 from snoopi_rt.export.small_model.dataset.build import TrainingSet, compose, read_seed
 from snoopi_rt.export.small_model.dataset.compose import Composer
 from snoopi_rt.export.small_model.dataset.scene import Vocabulary
@@ -29,6 +30,7 @@ from snoopi_rt.files import check_folder
 SIDE = 256  # pixels
 FACTOR = 16
 WINDOW = 10  # latent cells that are decoded at once, of FACTOR x FACTOR pixels each
+SHOWN = 8  # pictures in a grid of samples
 MARGIN = 2  # cells along a window's sides that are not compared with the picture, unless the side is the picture's own
 
 
@@ -99,6 +101,57 @@ def real_pictures(folder: Path, count: int, cache: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
+Targets = Callable[[list[int], list[list[int]]], Tensor]
+"""Pictures (B, 3, H, W), -1 to 1, of windows of latents: by the latents' numbers and each window's first row and column."""
+
+
+def cut(latents: Tensor, numbers: list[int], corners: list[list[int]]) -> Tensor:
+    """Windows (B, 8, WINDOW, WINDOW) fp32 of latents (N, 8, h, w)."""
+    places = zip(numbers, corners, strict=True)
+    return torch.stack([latents[n, :, y : y + WINDOW, x : x + WINDOW].float() for n, (y, x) in places])
+
+
+def fit(
+    stage: loop.Stage,
+    model: PixelShuffleDecoder,
+    latents: Tensor,
+    targets: Targets,
+    shown: np.ndarray,
+    recipe: DecoderRecipe,
+    compiled: bool,
+) -> None:
+    """Trains the decoder on latents (N, 8, h, w), and writes it in fp16. shown: what it should make of the first ones, for the samples."""
+    torch.manual_seed(recipe.seed)
+    device, form = default_device(), torch.channels_last
+    weights = MasterWeights(model.to(device), ema=0.998)
+    model.bfloat16().to(memory_format=form)
+    features = EarlyFeatures().to(device, torch.bfloat16).to(memory_format=form)
+    compute = torch.compile(loss) if compiled else loss
+    cells = latents.shape[-1]
+
+    def step(i: int, random: torch.Generator) -> dict[str, float]:
+        chosen = torch.randint(len(latents), (recipe.batch,), generator=random).tolist()
+        # Windows that would begin outside are moved to the edge, so that edges are seen as often as the rest.
+        corners = torch.randint(-MARGIN, cells - WINDOW + MARGIN + 1, (recipe.batch, 2), generator=random).clamp(0, cells - WINDOW)
+        noisy, real = cut(latents, chosen, corners.tolist()), targets(chosen, corners.tolist())
+        noisy += recipe.noise * torch.rand(recipe.batch, 1, 1, 1, generator=random) * torch.randn(noisy.shape, generator=random)
+        seen, target = (array.to(device, torch.bfloat16).contiguous(memory_format=form) for array in (noisy, real))
+        value, distance = compute(model.decoder, features, seen, target, compared(corners, cells).to(device), recipe.features)
+        value.backward()
+        norm = weights.step(learning_rate(recipe.lr, i, recipe.steps, decay_from=0.3))
+        return {"loss": value.item(), "l1": distance.item(), "norm": norm}
+
+    def averaged() -> PixelShuffleDecoder:
+        return weights.averaged(PixelShuffleDecoder(**model.config))
+
+    def sample(path: Path) -> None:
+        rows = [np.concatenate(list(row), 1) for row in (shown, to_pictures(averaged(), latents[: len(shown)]))]
+        Image.fromarray(np.concatenate(rows, 0)).save(path)
+
+    loop.run(stage, {"decoder": weights}, step, sample)
+    save_diffusers(averaged(), stage.folder)
+
+
 def train(folder: Path, encoder: Path, out: Path, recipe: DecoderRecipe, compiled: bool = False) -> None:
     """Trains the decoder on a set's latents and pictures, and writes it to `out` in fp16.
 
@@ -110,38 +163,11 @@ def train(folder: Path, encoder: Path, out: Path, recipe: DecoderRecipe, compile
     stage = loop.Stage("decoder", out, recipe, inputs, sample_every=500)
     loop.first_step(stage)
     pictures = real_pictures(folder, len(latents), out)
-    torch.manual_seed(recipe.seed)
-    model = decoder_of(autoencoder)
-    weights = MasterWeights(model, ema=0.998)
-    model.bfloat16().to(memory_format=torch.channels_last)
-    features = EarlyFeatures().bfloat16().to(memory_format=torch.channels_last)
-    compute = torch.compile(loss) if compiled else loss
-    cells = latents.shape[-1]
 
-    def step(i: int, random: torch.Generator) -> dict[str, float]:
-        chosen = torch.randint(len(latents), (recipe.batch,), generator=random).tolist()
-        # Windows that would begin outside are moved to the edge, so that edges are seen as often as the rest.
-        corners = torch.randint(-MARGIN, cells - WINDOW + MARGIN + 1, (recipe.batch, 2), generator=random).clamp(0, cells - WINDOW)
-        parts, targets = [], []
-        for n, (y, x) in zip(chosen, corners.tolist(), strict=True):
-            parts.append(latents[n, :, y : y + WINDOW, x : x + WINDOW].float())
-            targets.append(pictures[n, y * FACTOR : (y + WINDOW) * FACTOR, x * FACTOR : (x + WINDOW) * FACTOR])
-        noisy = torch.stack(parts)
-        noisy += recipe.noise * torch.rand(recipe.batch, 1, 1, 1, generator=random) * torch.randn(noisy.shape, generator=random)
-        real = torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-        seen, target = (array.bfloat16().contiguous(memory_format=torch.channels_last) for array in (noisy, real))
-        value, distance = compute(model.decoder, features, seen, target, compared(corners, cells), recipe.features)
-        value.backward()
-        norm = weights.step(learning_rate(recipe.lr, i, recipe.steps, decay_from=0.3))
-        return {"loss": value.item(), "l1": distance.item(), "norm": norm}
+    def targets(numbers: list[int], corners: list[list[int]]) -> Tensor:
+        side = WINDOW * FACTOR
+        places = zip(numbers, corners, strict=True)
+        windows = np.stack([pictures[n, y * FACTOR :, x * FACTOR :][:side, :side] for n, (y, x) in places])
+        return torch.from_numpy(windows).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
-    def averaged() -> PixelShuffleDecoder:
-        return weights.averaged(PixelShuffleDecoder(**model.config))
-
-    def sample(path: Path) -> None:
-        drawn = to_pictures(averaged(), latents[:8])
-        rows = [np.concatenate(list(row), 1) for row in (pictures[:8], drawn)]
-        Image.fromarray(np.concatenate(rows, 0)).save(path)
-
-    loop.run(stage, {"decoder": weights}, step, sample)
-    save_diffusers(averaged(), out)
+    fit(stage, decoder_of(autoencoder), latents, targets, pictures[:SHOWN], recipe, compiled)

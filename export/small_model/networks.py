@@ -121,5 +121,5 @@ def decoder_of(autoencoder: AutoencoderTiny) -> PixelShuffleDecoder:
 @torch.no_grad()
 def to_pictures(model: PixelShuffleDecoder, latents: Tensor) -> np.ndarray:
     """Pictures (B, 256, 256, 3) uint8 of latents (B, 8, 16, 16)."""
-    pictures = torch.cat([model.decoder(part.float()) for part in latents.split(16)])
-    return pictures.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    pictures = torch.cat([model.decoder(part.to(model.device).float()) for part in latents.split(16)])
+    return pictures.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

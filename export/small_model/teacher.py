@@ -9,6 +9,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from snoopi_rt.export.attention import PlainAttention
+from snoopi_rt.export.device import default_device
 from snoopi_rt.export.small_model.dataset.build import TrainingSet
 from snoopi_rt.export.small_model.networks import LAYERS, PixelShuffleDecoder, deepened, scheduler, to_pictures, transformer
 from snoopi_rt.export.text.minilm import encode
@@ -20,6 +21,7 @@ from snoopi_rt.export.training.schedule import Schedule
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, require, save_diffusers
 from snoopi_rt.files import check_folder
+from snoopi_rt.kernels import attention, fused_attention
 
 SAMPLE_PROMPTS = (
     "a cat",
@@ -75,8 +77,8 @@ def draw(model: PixArtTransformer2DModel, prompts: Sequence[str], noise: Tensor,
     """Clean latents (B, 8, 16, 16) fp32 of noise and prompts, by DDIM with classifier-free guidance; `model` computes in bf16."""
     states, lengths = encode([*prompts, ""])
     lengths = torch.cat([lengths[:-1], lengths[-1:].expand(len(prompts))])
-    states = torch.cat([states[:-1], states[-1:].expand(len(prompts), -1, -1)]).bfloat16()
-    mask = (torch.arange(states.shape[1]) < lengths[:, None]).bfloat16()
+    states = torch.cat([states[:-1], states[-1:].expand(len(prompts), -1, -1)]).to(model.device, torch.bfloat16)
+    mask = (torch.arange(states.shape[1]) < lengths[:, None]).to(model.device, torch.bfloat16)
 
     def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         both, times = torch.cat([x_t, x_t]).bfloat16(), torch.cat([t, t])
@@ -84,7 +86,7 @@ def draw(model: PixArtTransformer2DModel, prompts: Sequence[str], noise: Tensor,
         conditional, unconditional = v.float().chunk(2)
         return conditional, unconditional
 
-    return sample_ddim(Schedule.from_scheduler(scheduler()), predict, noise, steps, guidance_scale)
+    return sample_ddim(Schedule.from_scheduler(scheduler()), predict, noise.to(model.device), steps, guidance_scale).cpu()
 
 
 def train(pictures: Path, decoder: Path, out: Path, recipe: TeacherRecipe, compiled: bool = False, start: Path | None = None) -> None:
@@ -96,7 +98,8 @@ def train(pictures: Path, decoder: Path, out: Path, recipe: TeacherRecipe, compi
     shown = load_module(require(decoder, "train decoder"), PixelShuffleDecoder)
     if start is not None:
         require(check_folder(start) / "transformer", "train teacher")
-    data = TrainingSet(pictures)
+    device = default_device()
+    data = TrainingSet(pictures, device)
     torch.manual_seed(recipe.seed)
     inputs = {"data": fingerprint(pictures / "dataset.json"), "decoder": fingerprint(decoder / WEIGHTS)}
     if start is None:
@@ -105,19 +108,19 @@ def train(pictures: Path, decoder: Path, out: Path, recipe: TeacherRecipe, compi
         before = start / "transformer"
         model = deepened(load_module(before, PixArtTransformer2DModel), recipe.layers).requires_grad_(True)
         inputs["start"] = fingerprint(before / WEIGHTS)
-    model.set_attn_processor(PlainAttention())
+    model.to(device).set_attn_processor(PlainAttention(attention if device.type == "cpu" else fused_attention))
     weights = MasterWeights(model, ema=0.9995, muon=recipe.muon)  # made of what the file holds, before it is rounded
     model.bfloat16()
     schedule = Schedule.from_scheduler(scheduler())
     compute = torch.compile(loss) if compiled else loss
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
-        chosen = torch.randint(len(data), (recipe.batch,), generator=random)
-        empty = torch.rand(recipe.batch, generator=random) < recipe.empty
+        chosen = torch.randint(len(data), (recipe.batch,), generator=random).to(device)
+        empty = (torch.rand(recipe.batch, generator=random) < recipe.empty).to(device)
         states, mask = data.captions(chosen, empty)
         latents = data.latents[chosen].float()
-        t = torch.randint(1000, (recipe.batch,), generator=random)
-        noise = torch.randn(latents.shape, generator=random)
+        t = torch.randint(1000, (recipe.batch,), generator=random).to(device)
+        noise = torch.randn(latents.shape, generator=random).to(device)
         x_t, target = schedule.noised(latents, noise, t), schedule.target(latents, noise, t)
         value = compute(model, x_t.bfloat16(), target, t, states, mask)
         value.backward()
@@ -129,7 +132,8 @@ def train(pictures: Path, decoder: Path, out: Path, recipe: TeacherRecipe, compi
 
     def sample(path: Path) -> None:
         noise = torch.randn(len(SAMPLE_PROMPTS), 8, 16, 16, generator=torch.Generator().manual_seed(0))
-        image_grid(to_pictures(shown, draw(averaged().bfloat16(), SAMPLE_PROMPTS, noise)), list(SAMPLE_PROMPTS)).save(path)
+        latents = draw(averaged().bfloat16().to(device), SAMPLE_PROMPTS, noise)
+        image_grid(to_pictures(shown, latents), list(SAMPLE_PROMPTS)).save(path)
 
     loop.run(loop.Stage("teacher", out, recipe, inputs), {"teacher": weights}, step, sample)
     save_diffusers(shown, out / "vae")

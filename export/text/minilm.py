@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.errors import EngineMissing, how_to_install
+from snoopi_rt.export.device import default_device
 from snoopi_rt.export.text.by_length import encode_by_length
 
 MAX_TOKENS = 32
@@ -51,11 +52,12 @@ def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def encode(prompts: Sequence[str], batch: int = 256, progress: bool = False) -> tuple[Tensor, Tensor]:
     """Token states (N, T, 384) fp16, zero beyond a prompt's length, and lengths (N,) int64. Raises InputError for an over-long prompt."""
-    tokenizer, encoder = Tokenizer(folder() / "tokenizer.json", MAX_TOKENS, lowercase=True), load_text_encoder()
+    device = default_device()
+    tokenizer, encoder = Tokenizer(folder() / "tokenizer.json", MAX_TOKENS, lowercase=True), load_text_encoder().to(device)
 
     def encoded(batches: list[Tensor]) -> Iterator[Tensor]:
         for ids in tqdm(batches, desc="text states", unit="batch", disable=not progress):
-            yield encoder(ids).last_hidden_state
+            yield encoder(ids.to(device)).last_hidden_state.cpu()
 
     rows = encode_by_length(encoded, [torch.from_numpy(tokenizer(prompt)) for prompt in prompts], batch)
     lengths = torch.tensor([len(row) for row in rows])

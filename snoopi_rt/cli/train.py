@@ -17,7 +17,7 @@ compile_option = click.option("--compile", "compiled", is_flag=True, help="Use t
 
 @click.group(cls=Group, epilog="Example: snoopi-rt train student --teacher runs/teacher --prompts prompts.txt --out runs/student")
 def train() -> None:
-    """Train a one-step student of any teacher, or the small model from pictures: decoder, then teacher, then student.
+    """Train a one-step student of any teacher, or the small model from pictures: decoder, teacher, student, and its decoder.
 
     A run that was stopped resumes.
     """
@@ -130,6 +130,26 @@ def student(
         task = Task(backbone, teacher, prompts, out, start, negatives, edits, clip, states)
         preset = distil(task, chosen, compiled, say=lambda text: click.echo(text, err=True))
     click.echo(f"the student is in {quote(out)}: snoopi-rt export --preset {preset} --weights {quote(out)} --out BUNDLE")
+
+
+@train.command(
+    epilog="Example: snoopi-rt train student-decoder --student runs/student --teacher runs/teacher --prompts prompts.txt --out decoder"
+)
+@click.option("--student", "student_folder", type=folder_path, required=True, metavar="FOLDER", help="Student that `train student` wrote.")
+@click.option("--teacher", "teacher_folder", type=folder_path, required=True, metavar="FOLDER", help="Its teacher, whose decoder is tuned.")
+@click.option("--prompts", type=file_path, required=True, metavar="FILE", help="Prompts that both draw; no images are needed.")
+@out_option
+@set_option
+@compile_option
+def student_decoder(
+    student_folder: Path, teacher_folder: Path, prompts: Path, out: Path, settings: tuple[str, ...], compiled: bool
+) -> None:
+    """Tune the decoder on the latents of a student, for `export --decoder`."""
+    with torch_command("train student-decoder", "train", out):
+        from snoopi_rt.export.small_model import student_decoder as stage
+        from snoopi_rt.export.small_model.decoder import DecoderRecipe
+
+        stage.train(student_folder, teacher_folder, prompts, out, _recipe(DecoderRecipe(), settings), compiled)
 
 
 @train.command(epilog="Example: snoopi-rt train recipes")

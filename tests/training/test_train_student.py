@@ -88,6 +88,7 @@ STUDENT = "train student --backbone sd21 --teacher sd21 --prompts prompts.txt"
         (f"{STUDENT} --backbone pixart", "sd21 has no transformer: it is not a model of backbone pixart"),
         ("train decoder --data nope --encoder sd21/vae", "no picture set in nope"),
         ("train decoder --data sd21 --encoder nope", "no such folder: nope"),
+        ("train student-decoder --student sd21 --teacher sd21 --prompts prompts.txt", "no such folder: sd21/transformer"),
         ("train teacher --data sd21 --decoder nope", "no such folder: nope"),
         ("data emoji --encoder nope", "no such folder: nope"),
         ("data emoji --encoder sd21/unet", "sd21/unet holds a UNet2DConditionModel, not a AutoencoderTiny"),

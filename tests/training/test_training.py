@@ -34,7 +34,7 @@ def distilled(root: Path, out: Path, **settings: object) -> None:
 @pytest.fixture(scope="module")
 def road(tmp_path_factory, tiny_sprites):
     """A folder with a picture set and the three stages after a few steps: not a good student, but a real one."""
-    from snoopi_rt.export.small_model import decoder, teacher
+    from snoopi_rt.export.small_model import decoder, student_decoder, teacher
     from snoopi_rt.export.small_model.dataset.build import write_set
 
     root = tmp_path_factory.mktemp("road")
@@ -45,10 +45,12 @@ def road(tmp_path_factory, tiny_sprites):
         patch.setattr(teacher, "draw", partial(teacher.draw, steps=2))
         teacher.train(root / "pictures", root / "decoder", root / "teacher", TEACHER)
     distilled(root, root / "student")
+    recipe = decoder.DecoderRecipe(steps=3, batch=4, pictures=12)
+    student_decoder.train(root / "student", root / "teacher", root / "pictures" / "prompts.txt", root / "student-decoder", recipe)
     return root
 
 
-@pytest.mark.parametrize("stage", ["decoder", "teacher", "student"])
+@pytest.mark.parametrize("stage", ["decoder", "teacher", "student", "student-decoder"])
 def test_a_stage_leaves_samples_log_and_checkpoint(road, stage):
     assert list((road / stage / "samples").glob("*.png"))
     assert len(losses_of(road / stage)) == 3

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from snoopi_rt.errors import InputError
+from snoopi_rt.export.device import default_device
 from snoopi_rt.export.small_model.dataset.compose import Composer
 from snoopi_rt.export.small_model.dataset.edits import draw_edit
 from snoopi_rt.export.small_model.dataset.scene import Scene, Vocabulary, caption
@@ -80,7 +81,7 @@ def write_set(out: Path, sprites: Mapping[tuple[str, str], Image.Image], encoder
     write_whole(out / IDENTITY, json.dumps(facts).encode())
     composer = Composer(sprites)
     vocabulary = Vocabulary(composer.colourable())
-    network = load_module(encoder, AutoencoderTiny).encoder.bfloat16().to(memory_format=torch.channels_last)
+    network = load_module(encoder, AutoencoderTiny).encoder.to(default_device(), torch.bfloat16).to(memory_format=torch.channels_last)
     with tqdm(total=count, desc="pictures", unit="picture", mininterval=1.0) as bar:
         for number, start in enumerate(range(0, count, SHARD)):
             numbers = range(start, min(start + SHARD, count))
@@ -153,32 +154,33 @@ def read_seed(folder: Path) -> int:
 @torch.no_grad()
 def encoded(network: torch.nn.Module, pictures: np.ndarray) -> Tensor:
     """Latents (N, 8, 16, 16) fp16 of pictures (N, 128, 128, 3) uint8, by an encoder in bf16."""
-    scaled = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-    return network(scaled.bfloat16().contiguous(memory_format=torch.channels_last)).to(torch.float16).contiguous()
+    where = next(network.parameters()).device
+    scaled = torch.from_numpy(pictures).to(where).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return network(scaled.bfloat16().contiguous(memory_format=torch.channels_last)).to(torch.float16).contiguous().cpu()
 
 
 class TrainingSet:
     """All pictures of a folder as latents, and their captions as token states. Raises InputError for a folder without a set."""
 
-    def __init__(self, folder: Path, longest: int = 24):
+    def __init__(self, folder: Path, device: torch.device | None = None, longest: int = 24):
         if not (folder / DATASET).exists():
             raise InputError(f"no picture set in {folder}: make one with snoopi-rt data emoji --out {folder}")
         shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
-        self.latents = torch.cat([shard["latents"] for shard in shards])
-        self._states = torch.cat([shard["states"] for shard in shards]).bfloat16()
-        lengths = torch.cat([torch.diff(shard["ends"], prepend=torch.zeros(1, dtype=torch.int64)) for shard in shards])
-        self._starts, self._lengths = lengths.cumsum(0) - lengths, lengths.clamp(max=longest)
-        self._longest = longest
+        self.latents = torch.cat([shard["latents"] for shard in shards]).to(device)
         empty, length = encode([""])
-        self._empty = empty[0, : int(length[0])].bfloat16()
+        # The empty prompt's states lie behind those of all captions.
+        states = [*(shard["states"] for shard in shards), empty[0, : int(length)]]
+        self._states = torch.cat([part.bfloat16() for part in states]).to(device)
+        lengths = torch.cat([*(torch.diff(shard["ends"], prepend=torch.zeros(1, dtype=torch.int64)) for shard in shards), length])
+        self._starts, self._lengths = (lengths.cumsum(0) - lengths).to(device), lengths.clamp(max=longest).to(device)
+        self._places = torch.arange(longest, device=device)
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def captions(self, rows: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
         """States (B, T, 384) bf16, zero beyond a caption's length, and mask (B, T) bf16 of 0 and 1; the empty prompt's where `empty`."""
-        lengths = torch.where(empty, len(self._empty), self._lengths[rows])
-        states = torch.zeros(len(rows), self._longest, self._states.shape[1], dtype=torch.bfloat16)
-        for i, (start, length, none) in enumerate(zip(self._starts[rows].tolist(), lengths.tolist(), empty.tolist(), strict=True)):
-            states[i, :length] = self._empty if none else self._states[start : start + length]
-        return states, (torch.arange(self._longest) < lengths[:, None]).bfloat16()
+        chosen = torch.where(empty, len(self), rows)
+        inside = self._places < self._lengths[chosen, None]
+        states = self._states[torch.where(inside, self._starts[chosen, None] + self._places, 0)] * inside[..., None]
+        return states, inside.bfloat16()

@@ -1,0 +1,8 @@
+"""Where networks are trained and drawn with, when nothing else is asked for."""
+
+import torch
+
+
+def default_device() -> torch.device:
+    """The machine's accelerator, or its CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

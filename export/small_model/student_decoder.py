@@ -1,0 +1,77 @@
+"""The last stage of the small model: the teacher's decoder, tuned on what its student draws.
+
+A student's latents lack some of the teacher's detail. The decoder learns to make of them the picture that the teacher's latents of the
+same noise and prompt decode to. No image is needed.
+"""
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor
+from tqdm import tqdm
+
+from snoopi_rt.errors import InputError
+from snoopi_rt.export.attention import PlainAttention
+from snoopi_rt.export.device import default_device
+from snoopi_rt.export.small_model import decoder, teacher
+from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, to_pictures
+from snoopi_rt.export.training import loop
+from snoopi_rt.export.training.prompt_files import read_prompts
+from snoopi_rt.export.training.teacher_pictures import TeacherPictures
+from snoopi_rt.export.weights.checkpoint import load_module
+from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, require
+from snoopi_rt.files import check_folder, sha256
+
+BATCH = 256
+TEACHER_STEPS = 6
+SHAPE = (8, 16, 16)
+
+
+def train(student: Path, teacher_folder: Path, prompts: Path, out: Path, recipe: decoder.DecoderRecipe, compiled: bool = False) -> None:
+    """Tunes the decoder in the teacher's folder on the student's latents of the first prompts, and writes it to `out` in fp16.
+
+    Raises InputError for fewer prompts than recipe.pictures, and as loop.run does.
+    """
+    networks = {"student": require(check_folder(student) / "transformer", "train student")}
+    networks["teacher"] = require(check_folder(teacher_folder) / "transformer", "train teacher")
+    frozen = load_module(teacher_folder / "vae", PixelShuffleDecoder)
+    texts = list(islice(read_prompts(prompts), recipe.pictures))
+    if len(texts) < recipe.pictures:
+        raise InputError(f"{prompts} has {len(texts)} prompts, fewer than {recipe.pictures}: --set pictures={len(texts)} takes them")
+    inputs = {name: fingerprint(folder / WEIGHTS) for name, folder in (*networks.items(), ("decoder", teacher_folder / "vae"))}
+    stage = loop.Stage("decoder", out, recipe, {**inputs, "prompts": sha256(prompts)}, sample_every=500)
+    loop.first_step(stage)
+    first, second = (_drawn(networks[name], name, texts, recipe.seed, out, inputs[name]) for name in ("student", "teacher"))
+    in_bf16 = load_module(teacher_folder / "vae", PixelShuffleDecoder, dtype=torch.bfloat16)
+    in_bf16.to(default_device(), memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def targets(numbers: list[int], corners: list[list[int]]) -> Tensor:
+        windows = decoder.cut(second, numbers, corners).to(in_bf16.device, in_bf16.dtype)
+        return in_bf16.decoder(windows.contiguous(memory_format=torch.channels_last)).clamp(-1, 1)
+
+    shown = to_pictures(frozen, second[: decoder.SHOWN])
+    decoder.fit(stage, frozen.requires_grad_(True), first, targets, shown, recipe, compiled)
+
+
+def _drawn(network: Path, name: str, texts: list[str], seed: int, out: Path, key: str) -> Tensor:
+    """Latents (N, 8, 16, 16) of the prompts, each from its own noise: the student's in one call, the teacher's in several."""
+    model = load_module(network, PixArtTransformer2DModel, dtype=torch.bfloat16).to(default_device())
+    model.set_attn_processor(PlainAttention())
+    steps, guidance_scale = (1, 1.0) if name == "student" else (TEACHER_STEPS, 2.0)
+
+    def draw(numbers: Sequence[int]) -> Tensor:
+        noise = torch.stack([torch.randn(SHAPE, generator=loop.generator(seed, "pair", number)) for number in numbers])
+        return teacher.draw(model, [texts[number] for number in numbers], noise, steps, guidance_scale)
+
+    pictures = TeacherPictures(out / "latents", f"{name}-{key[:16]}-{seed}", len(texts), SHAPE, draw)
+    numbers = range(len(texts))
+    with tqdm(numbers, desc=f"the {name}'s pictures", unit="picture") as bar:
+        parts = []
+        for start in numbers[::BATCH]:
+            parts.append(pictures.latents(list(numbers[start : start + BATCH])).half())
+            bar.update(len(parts[-1]))
+    return torch.cat(parts)
