@@ -12,6 +12,7 @@ from snoopi_rt.export.backbones import CaptionEncoder, Denoiser, Student, Weight
 from snoopi_rt.export.backbones.network import load_decoder, read_latent
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer
 from snoopi_rt.export.backbones.pixart_alpha import LORA_TARGETS
+from snoopi_rt.export.device import default_device
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.small_model import vocabulary as of_second
 from snoopi_rt.export.text import minilm
@@ -75,8 +76,9 @@ def caption_encoder(folder: Path, max_tokens: int) -> CaptionEncoder:
 
     @torch.no_grad()
     def encode(prompts: list[Tensor]) -> list[Tensor]:
-        encoder = minilm.load_text_encoder()
-        return [encoder(ids).last_hidden_state for ids in prompts]
+        device = default_device()
+        encoder = minilm.load_text_encoder().to(device)
+        return [encoder(ids.to(device)).last_hidden_state.cpu() for ids in prompts]
 
     return CaptionEncoder(write_tokenizer, encode)
 
