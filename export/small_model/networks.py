@@ -76,6 +76,7 @@ class PixelShuffleDecoder(ModelMixin, ConfigMixin):
     """AutoencoderTiny's decoder with one more stage: latents (B, 8, h, w) to pictures (B, 3, 16 h, 16 w) in [-1, 1]; 0.3 M parameters.
 
     The last stage works on the 16 channels that a pixel shuffle leaves: 32 at full resolution would take twice as long as all the rest.
+    With no last_blocks the shuffle leaves the picture itself, and nothing is computed at full resolution, which halves the whole.
     """
 
     @register_to_config
@@ -99,6 +100,10 @@ class _Decoder(nn.Module):
             latent_channels, 3, blocks, (channels,) * len(blocks), upsampling_scaling_factor=2, act_fn="relu", upsample_fn="nearest"
         )
         self.layers = tiny.layers[:-1]
+        if last_blocks == 0:
+            # Zeros beyond the edge would show in the picture's own corners.
+            self.last = nn.Sequential(nn.Conv2d(channels, 4 * 3, 3, padding=1, padding_mode="replicate"), nn.PixelShuffle(2))
+            return
         self.last = nn.Sequential(
             nn.Conv2d(channels, 4 * last_channels, 3, padding=1),
             nn.PixelShuffle(2),

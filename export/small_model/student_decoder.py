@@ -1,7 +1,7 @@
-"""The last stage of the small model: the teacher's decoder, tuned on what its student draws.
+"""The last stage of the small model: a lighter decoder, trained on what the student draws.
 
-A student's latents lack some of the teacher's detail. The decoder learns to make of them the picture that the teacher's latents of the
-same noise and prompt decode to. No image is needed.
+It learns to make of the student's latents, which lack some of the teacher's detail, the picture that the teacher's decoder makes of the
+teacher's latents of the same noise and prompt. No image is needed.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import PixArtTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from snoopi_rt.errors import InputError
@@ -31,7 +31,7 @@ SHAPE = (8, 16, 16)
 
 
 def train(student: Path, teacher_folder: Path, prompts: Path, out: Path, recipe: decoder.DecoderRecipe, compiled: bool = False) -> None:
-    """Tunes the decoder in the teacher's folder on the student's latents of the first prompts, and writes it to `out` in fp16.
+    """Trains a light decoder, from the first stages of the teacher's, on the student's latents of the first prompts; in fp16 in `out`.
 
     Raises InputError for fewer prompts than recipe.pictures, and as loop.run does.
     """
@@ -51,10 +51,19 @@ def train(student: Path, teacher_folder: Path, prompts: Path, out: Path, recipe:
     @torch.no_grad()
     def targets(numbers: list[int], corners: list[list[int]]) -> Tensor:
         windows = decoder.cut(second, numbers, corners).to(in_bf16.device, in_bf16.dtype)
-        return in_bf16.decoder(windows.contiguous(memory_format=torch.channels_last)).clamp(-1, 1)
+        pictures = in_bf16.decoder(windows.contiguous(memory_format=torch.channels_last)).clamp(-1, 1)
+        # The outermost pixels are their neighbours': convolutions that see zeros beyond the edge draw a dot into each corner.
+        return nn.functional.pad(pictures[..., 1:-1, 1:-1], (1, 1, 1, 1), mode="replicate")
 
     shown = to_pictures(frozen, second[: decoder.SHOWN])
-    decoder.fit(stage, frozen.requires_grad_(True), first, targets, shown, recipe, compiled)
+    decoder.fit(stage, _light(frozen), first, targets, shown, recipe, compiled)
+
+
+def _light(start: PixelShuffleDecoder) -> PixelShuffleDecoder:
+    """The decoder with nothing computed at full resolution: its first stages, and a new last one."""
+    light = PixelShuffleDecoder(**{**start.config, "last_blocks": 0})
+    light.decoder.layers.load_state_dict(start.decoder.layers.state_dict())
+    return light
 
 
 def _drawn(network: Path, name: str, texts: list[str], seed: int, out: Path, key: str) -> Tensor:

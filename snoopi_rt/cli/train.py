@@ -136,7 +136,9 @@ def student(
     epilog="Example: snoopi-rt train student-decoder --student runs/student --teacher runs/teacher --prompts prompts.txt --out decoder"
 )
 @click.option("--student", "student_folder", type=folder_path, required=True, metavar="FOLDER", help="Student that `train student` wrote.")
-@click.option("--teacher", "teacher_folder", type=folder_path, required=True, metavar="FOLDER", help="Its teacher, whose decoder is tuned.")
+@click.option(
+    "--teacher", "teacher_folder", type=folder_path, required=True, metavar="FOLDER", help="Its teacher, whose decoder draws the targets."
+)
 @click.option("--prompts", type=file_path, required=True, metavar="FILE", help="Prompts that both draw; no images are needed.")
 @out_option
 @set_option
@@ -144,7 +146,7 @@ def student(
 def student_decoder(
     student_folder: Path, teacher_folder: Path, prompts: Path, out: Path, settings: tuple[str, ...], compiled: bool
 ) -> None:
-    """Tune the decoder on the latents of a student, for `export --decoder`."""
+    """Train a light decoder on the latents of a student, for `export --decoder`."""
     with torch_command("train student-decoder", "train", out):
         from snoopi_rt.export.small_model import student_decoder as stage
         from snoopi_rt.export.small_model.decoder import DecoderRecipe

@@ -111,6 +111,16 @@ def test_a_decoder_begins_with_the_stages_of_the_autoencoder(road):
     assert made.decoder(torch.zeros(1, 8, 4, 4)).shape == (1, 3, 64, 64)
 
 
+def test_a_students_decoder_computes_nothing_at_full_resolution_but_its_pixels(road):
+    from snoopi_rt.export.small_model.networks import PixelShuffleDecoder
+    from snoopi_rt.export.weights.checkpoint import load_module
+
+    light = load_module(road / "student-decoder", PixelShuffleDecoder).decoder
+    assert [type(module) for module in light.last] == [nn.Conv2d, nn.PixelShuffle]
+    pictures = light(torch.zeros(1, 8, 16, 16))
+    assert pictures.shape == (1, 3, 256, 256) and pictures.isfinite().all()
+
+
 @pytest.mark.parametrize("setting", [{"noise": -1.0}, {"features": -1.0}])
 def test_a_decoder_recipe_that_cannot_be_is_refused(setting):
     from snoopi_rt.export.small_model import decoder
