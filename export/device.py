@@ -1,4 +1,4 @@
-"""Where networks are trained and drawn with, when nothing else is asked for."""
+"""The device for training and sampling unless another is chosen."""
 
 import torch
 

@@ -334,7 +334,7 @@ def main(data: Path, decoder: Path, runs: Path, teacher_steps: int, student_step
     if quick:
         recipe = replace(recipe, steps=2, batch=4, pairs=8, teacher_steps=2)
         student_steps = 2
-    training_set = TrainingSet(data, TOKENS)
+    training_set = TrainingSet(data, longest=TOKENS)
     teacher = train_teacher(runs / "teacher", recipe, data, decoder, training_set)
     newest = sorted((runs / "teacher" / "checkpoints").glob("*.safetensors"))[-1]
     of_student = replace(recipe, steps=student_steps, lr=5e-4)

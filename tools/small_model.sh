@@ -21,8 +21,11 @@ stage() { snoopi-rt train "$@" "${all[@]}"; }
 snoopi-rt data emoji --encoder "$encoder" --out "$emoji" --count $pictures
 stage decoder --data "$emoji" --encoder "$encoder" --out "$runs/decoder"
 stage teacher --data "$emoji" --decoder "$runs/decoder" --start weights/small/teacher --out "$runs/teacher"
-stage student --teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --edits "$emoji/edits.jsonl" --recipe small \
-    --set regression.weight=1 --set vsd.weight=0 --set edits.weight=1 --set nasa_max=1 --out "$runs/student" "${students[@]}"
+# What it draws first, then what negative prompts should do.
+distilled=(--teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --states "$runs/states" --recipe embedded)
+stage student "${distilled[@]}" --out "$runs/plain" "${students[@]}"
+stage student "${distilled[@]}" --student "$runs/plain" --edits "$emoji/edits.jsonl" --set edits.weight=1 --set nasa_max=1 --set lr=4e-4 \
+    --out "$runs/student" "${students[@]}"
 stage student-decoder --student "$runs/student" --teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --out "$runs/student-decoder" "${tuned[@]}"
 snoopi-rt export --backbone small --weights "$runs/student" --decoder "$runs/student-decoder" --set size=256 --out "$runs/bundle" --force
 snoopi-rt eval small --bundle "$runs/bundle" --teacher "$runs/teacher" --references "$runs/references" --out "$runs/evaluation" "${judged[@]}"

@@ -77,7 +77,7 @@ def caption_encoder(folder: Path, max_tokens: int) -> CaptionEncoder:
     @torch.no_grad()
     def encode(prompts: list[Tensor]) -> list[Tensor]:
         device = default_device()
-        encoder = minilm.load_text_encoder().to(device)
+        encoder = minilm.text_encoder_on(device)
         return [encoder(ids.to(device)).last_hidden_state.cpu() for ids in prompts]
 
     return CaptionEncoder(write_tokenizer, encode)

@@ -4,7 +4,9 @@ It learns to make of the student's latents, which lack some of the teacher's det
 teacher's latents of the same noise and prompt. No image is needed.
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -16,17 +18,21 @@ from tqdm import tqdm
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.attention import PlainAttention
 from snoopi_rt.export.device import default_device
+from snoopi_rt.export.settings import flattened
 from snoopi_rt.export.small_model import decoder, teacher
+from snoopi_rt.export.small_model.features import weights_file
 from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, to_pictures
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.prompt_files import read_prompts
+from snoopi_rt.export.training.recipes import find_recipe
 from snoopi_rt.export.training.teacher_pictures import TeacherPictures
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, require
 from snoopi_rt.files import check_folder, sha256
 
 BATCH = 256
-TEACHER_STEPS = 6
+RECIPE = find_recipe("embedded")
+"""By which the student was distilled: the teacher's steps and guidance."""
 SHAPE = (8, 16, 16)
 
 
@@ -37,26 +43,27 @@ def train(student: Path, teacher_folder: Path, prompts: Path, out: Path, recipe:
     """
     networks = {"student": require(check_folder(student) / "transformer", "train student")}
     networks["teacher"] = require(check_folder(teacher_folder) / "transformer", "train teacher")
-    frozen = load_module(teacher_folder / "vae", PixelShuffleDecoder)
+    frozen = load_module(require(teacher_folder / "vae", "train teacher"), PixelShuffleDecoder)
+    weights_file("lite1")  # before anything is drawn
     texts = list(islice(read_prompts(prompts), recipe.pictures))
     if len(texts) < recipe.pictures:
         raise InputError(f"{prompts} has {len(texts)} prompts, fewer than {recipe.pictures}: --set pictures={len(texts)} takes them")
     inputs = {name: fingerprint(folder / WEIGHTS) for name, folder in (*networks.items(), ("decoder", teacher_folder / "vae"))}
-    stage = loop.Stage("decoder", out, recipe, {**inputs, "prompts": sha256(prompts)}, sample_every=500)
+    stage = loop.Stage("student decoder", out, recipe, {**inputs, "prompts": sha256(prompts)}, sample_every=500)
     loop.first_step(stage)
-    first, second = (_drawn(networks[name], name, texts, recipe.seed, out, inputs[name]) for name in ("student", "teacher"))
+    of_student, of_teacher = (_drawn(networks[name], name, texts, recipe.seed, out, stage.inputs) for name in ("student", "teacher"))
     in_bf16 = load_module(teacher_folder / "vae", PixelShuffleDecoder, dtype=torch.bfloat16)
     in_bf16.to(default_device(), memory_format=torch.channels_last)
 
     @torch.no_grad()
     def targets(numbers: list[int], corners: list[list[int]]) -> Tensor:
-        windows = decoder.cut(second, numbers, corners).to(in_bf16.device, in_bf16.dtype)
+        windows = decoder.cut(of_teacher, numbers, corners).to(in_bf16.device, in_bf16.dtype)
         pictures = in_bf16.decoder(windows.contiguous(memory_format=torch.channels_last)).clamp(-1, 1)
         # The outermost pixels are their neighbours': convolutions that see zeros beyond the edge draw a dot into each corner.
         return nn.functional.pad(pictures[..., 1:-1, 1:-1], (1, 1, 1, 1), mode="replicate")
 
-    shown = to_pictures(frozen, second[: decoder.SHOWN])
-    decoder.fit(stage, _light(frozen), first, targets, shown, recipe, compiled)
+    shown = to_pictures(frozen, of_teacher[: decoder.SHOWN])
+    decoder.fit(stage, _light(frozen), of_student, targets, shown, recipe, compiled)
 
 
 def _light(start: PixelShuffleDecoder) -> PixelShuffleDecoder:
@@ -66,17 +73,19 @@ def _light(start: PixelShuffleDecoder) -> PixelShuffleDecoder:
     return light
 
 
-def _drawn(network: Path, name: str, texts: list[str], seed: int, out: Path, key: str) -> Tensor:
+def _drawn(network: Path, name: str, texts: list[str], seed: int, out: Path, inputs: Mapping[str, str]) -> Tensor:
     """Latents (N, 8, 16, 16) of the prompts, each from its own noise: the student's in one call, the teacher's in several."""
     model = load_module(network, PixArtTransformer2DModel, dtype=torch.bfloat16).to(default_device())
     model.set_attn_processor(PlainAttention())
-    steps, guidance_scale = (1, 1.0) if name == "student" else (TEACHER_STEPS, 2.0)
+    steps = 1 if name == "student" else flattened(RECIPE)["regression.teacher_steps"]
+    guidance_scale = 1.0 if name == "student" else RECIPE.mean_guidance_scale
 
     def draw(numbers: Sequence[int]) -> Tensor:
-        noise = torch.stack([torch.randn(SHAPE, generator=loop.generator(seed, "pair", number)) for number in numbers])
+        noise = torch.stack([torch.randn(SHAPE, generator=loop.generator(seed, "decoder", number)) for number in numbers])
         return teacher.draw(model, [texts[number] for number in numbers], noise, steps, guidance_scale)
 
-    pictures = TeacherPictures(out / "latents", f"{name}-{key[:16]}-{seed}", len(texts), SHAPE, draw)
+    key = hashlib.sha256(json.dumps([inputs[name], inputs["prompts"], seed, steps, guidance_scale]).encode()).hexdigest()[:16]
+    pictures = TeacherPictures(out / "latents", f"{name}-{key}", len(texts), SHAPE, draw)
     numbers = range(len(texts))
     with tqdm(numbers, desc=f"the {name}'s pictures", unit="picture") as bar:
         parts = []

@@ -99,7 +99,7 @@ def train(pictures: Path, decoder: Path, out: Path, recipe: TeacherRecipe, compi
     if start is not None:
         require(check_folder(start) / "transformer", "train teacher")
     device = default_device()
-    data = TrainingSet(pictures, device)
+    data = TrainingSet(pictures, device=device)
     torch.manual_seed(recipe.seed)
     inputs = {"data": fingerprint(pictures / "dataset.json"), "decoder": fingerprint(decoder / WEIGHTS)}
     if start is None:

@@ -6,6 +6,7 @@ states of the rounded weights, which are the ones that ship.
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -43,6 +44,12 @@ def load_text_encoder() -> nn.Module:
     return encoder
 
 
+@lru_cache(1)
+def text_encoder_on(device: torch.device) -> nn.Module:
+    """The encoder on a device, kept: prompts of training come in many batches."""
+    return load_text_encoder().to(device)
+
+
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 per row: (R, C) int8 and scale (R, 1), whose product is about `weight`. Rounding twice changes nothing."""
     scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
@@ -53,7 +60,7 @@ def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def encode(prompts: Sequence[str], batch: int = 256, progress: bool = False) -> tuple[Tensor, Tensor]:
     """Token states (N, T, 384) fp16, zero beyond a prompt's length, and lengths (N,) int64. Raises InputError for an over-long prompt."""
     device = default_device()
-    tokenizer, encoder = Tokenizer(folder() / "tokenizer.json", MAX_TOKENS, lowercase=True), load_text_encoder().to(device)
+    tokenizer, encoder = Tokenizer(folder() / "tokenizer.json", MAX_TOKENS, lowercase=True), text_encoder_on(device)
 
     def encoded(batches: list[Tensor]) -> Iterator[Tensor]:
         for ids in tqdm(batches, desc="text states", unit="batch", disable=not progress):

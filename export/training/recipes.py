@@ -26,12 +26,29 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimiser.ema": 0.998,
         "optimiser.decay_from": 0.7,
     },
+    "embedded": {
+        "steps": 1500,
+        "batch": 128,
+        "lr": 5e-4,
+        "guidance.min": 2.0,
+        "guidance.max": 2.0,
+        "vsd.weight": 0.0,
+        "regression.weight": 1.0,
+        "regression.pairs": 32_768,
+        "regression.teacher_steps": 6,
+        "optimiser.muon": True,
+        "optimiser.beta2": 0.99,
+        "optimiser.ema": 0.998,
+        "optimiser.warmup": 20,
+        "optimiser.decay_from": 0.4,
+    },
     "snoopi-sd15": {**_SNOOPI, "steps": 60_000},
     "snoopi-sd21": {**_SNOOPI, "steps": 40_000},
     "snoopi-pixart": {**_SNOOPI, "steps": 50_000, "batch": 32, "guidance.max": 3.0},
     "swiftbrush-sd21": {**_SNOOPI, "steps": 60_000, "lora.alpha": 108, "guidance.min": 4.5, "guidance.max": 4.5},
 }
-"""What each recipe changes in the defaults; `swiftbrush-sd21` has the fixed guidance scale that PG-SB replaces."""
+"""What each recipe changes in the defaults. `embedded` is the embedded model's: its captions determine a picture, so that the distance to
+what the teacher draws is enough. `swiftbrush-sd21` has the fixed guidance scale that PG-SB replaces."""
 DEFAULT = {"small": "small", "sd15": "snoopi-sd15", "sd21": "snoopi-sd21", "pixart": "snoopi-pixart"}
 """The default recipe of each backbone."""
 FORMER_NAMES = {

@@ -53,7 +53,7 @@ class Run:
             return self.models.sample_teacher(noise, text, unconditional, settings.teacher_steps, recipe.mean_guidance_scale)
 
         with self.processes.first():
-            return TeacherPictures(task.out / "pictures", key, settings.pairs, self.models.shape, draw)
+            return TeacherPictures(task.pictures_folder, key, settings.pairs, self.models.shape, draw)
 
     @property
     def regression(self) -> Regression:
@@ -87,10 +87,14 @@ class StudentBatch:
 
     def __init__(self, run: Run, samples: Samples):
         self.samples, self._run = samples, run
-        self.rows = run.rows(samples.step, samples.numbers)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.samples.numbers)
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """The samples' prompts, by their rows."""
+        return self._run.rows(self.samples.step, self.samples.numbers)
 
     @cached_property
     def noise(self) -> StudentNoise:

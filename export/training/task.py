@@ -28,11 +28,16 @@ class Task:
     clip: Path | None = None
     """A folder with a CLIPModel and its tokenizer."""
     states: Path | None = None
-    """The folder of all text states; None for one in `out`."""
+    """The folder of all text states and of the teacher's pictures, which several runs may share; None for those in `out`."""
 
     def states_folder(self, name: str) -> Path:
         """Where the text states of that name are kept."""
         return (self.states or self.out / "states") / name
+
+    @property
+    def pictures_folder(self) -> Path:
+        """Where the teacher's pictures are kept."""
+        return (self.states or self.out) / "pictures"
 
     def check_states(self, file: Path, name: str) -> None:
         """Raises InputError where the text states of that name are of another file or of another text encoder."""

@@ -58,7 +58,7 @@ def train(
         if processes.main:
             say(described(recipe))
 
-    with nothing_if_refused(task.states or task.out / "states", task.out / "pictures") if processes.main else nullcontext():
+    with nothing_if_refused(task.states or task.out / "states", task.pictures_folder) if processes.main else nullcontext():
         trainer = Trainer(task, recipe, denoiser, schedule, processes, compiled, ready)
     stage = replace(stage, wrong=trainer.wrong)
     loop.run(stage, trainer.parts, lambda i, random: trainer.step(i), trainer.sample, processes)

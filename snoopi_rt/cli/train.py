@@ -99,7 +99,12 @@ def teacher(data: Path, decoder: Path, start: Path | None, out: Path, settings: 
     help="Edits that negative prompts should make (.jsonl); needs --set edits.weight=1 --set nasa_max=1.",
 )
 @click.option("--clip", type=folder_path, metavar="FOLDER", help="CLIP model for the clamped CLIP loss; needs --set clip.weight=0.1.")
-@click.option("--states", type=folder_path, metavar="FOLDER", help="Folder in which several runs share text states.  [default: in --out]")
+@click.option(
+    "--states",
+    type=folder_path,
+    metavar="FOLDER",
+    help="Folder where several runs share text states and the teacher's pictures.  [default: in --out]",
+)
 @compile_option
 def student(
     backbone: str,

@@ -58,4 +58,4 @@ def test_every_stage_computes_on_the_accelerator(
         (tmp_path / "whole" / part).symlink_to(source)
     few = decoder.DecoderRecipe(batch=2, pictures=12)
     student_decoder.train(tmp_path / "whole", tmp_path / "whole", tmp_path / "set" / "prompts.txt", tmp_path / "tuned", few)
-    assert on_meta == ["decoder", "teacher", "decoder"]
+    assert on_meta == ["decoder", "teacher", "student decoder"]

@@ -2,7 +2,8 @@
 
 A folder has shard-00000.safetensors and so on, each with `latents` (N, 8, 16, 16) fp16, `states` (sum of T, 384) fp16 and `ends` (N,)
 int64; captions-00000.jsonl and so on; prompts.txt, all that PG-SB needs; edits.jsonl, what negatives should do; image_grid.png;
-NOTICE.txt; and, written last, dataset.json. Picture i depends on (seed, i) alone. Shards of a stopped run are kept.
+NOTICE.txt; and, written last, dataset.json. Picture i depends on (seed, i) alone, the last bits of its latent also on the device that
+encodes it. Shards of a stopped run are kept.
 """
 
 import json
@@ -162,7 +163,7 @@ def encoded(network: torch.nn.Module, pictures: np.ndarray) -> Tensor:
 class TrainingSet:
     """All pictures of a folder as latents, and their captions as token states. Raises InputError for a folder without a set."""
 
-    def __init__(self, folder: Path, device: torch.device | None = None, longest: int = 24):
+    def __init__(self, folder: Path, *, device: torch.device | None = None, longest: int = 24):
         if not (folder / DATASET).exists():
             raise InputError(f"no picture set in {folder}: make one with snoopi-rt data emoji --out {folder}")
         shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
