@@ -22,6 +22,7 @@ from snoopi_rt.export.training.edits import Edit
 INSTEAD_OF_WHITE = "gray"
 """The background of a picture that must not have a white one."""
 CHANGES = 0.5  # share of rows whose negative has anything to do with the prompt
+OF_TWO = 0.35  # share of those that take away one of two things: what is left moves and grows, which is learned last
 LISTED = 0.4  # share of negatives in a list with words that name nothing in any picture
 GENERIC = (
     "low quality",
@@ -49,12 +50,15 @@ GENERIC = (
 
 def draw_edit(vocabulary: Vocabulary, rng: np.random.Generator) -> Edit:
     """One row: half of them change the picture, the others must leave it as it is."""
+    changes, of_two = rng.random() < CHANGES, rng.random() < OF_TWO
     while True:
         scene = vocabulary.draw_scene(rng)
-        if rng.random() >= CHANGES:
+        if not changes:
             prompt = _prompt(scene, rng)
             return Edit(prompt, _listed(_unrelated(scene, vocabulary, rng), rng), prompt)
         choices = _changes(scene, rng)
+        if of_two:
+            choices = choices[:1] if len(scene.things) == 2 else []
         if choices:
             negative, target = choices[rng.integers(len(choices))]
             return Edit(_prompt(scene, rng), _listed(negative, rng), plain_caption(target))
@@ -65,13 +69,13 @@ def _prompt(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _changes(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Scene]]:
-    """What can be taken away from the scene, one entry per kind: the negative, and the scene that is left."""
+    """What can be taken away from the scene, one entry per kind, one of two things first: the negative, and the scene that is left."""
     changes: list[tuple[str, Scene]] = []
-    if scene.flaw:
-        changes.append((_flaw(scene.flaw, rng), replace(scene, flaw=None)))
     if len(scene.things) == 2:
         gone = int(rng.integers(2))
         changes.append((_thing(scene.things[gone], rng), replace(scene, things=(scene.things[1 - gone],), stacked=False)))
+    if scene.flaw:
+        changes.append((_flaw(scene.flaw, rng), replace(scene, flaw=None)))
     if scene.colour:
         changes.append((_colour(scene.colour, rng), replace(scene, colour=None)))
     if scene.background and scene.background != DEFAULT_BACKGROUND:
@@ -86,11 +90,11 @@ def _changes(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Scene]]:
 def _unrelated(scene: Scene, vocabulary: Vocabulary, rng: np.random.Generator) -> str:
     """A negative that names nothing of the scene."""
     kind = rng.random()
-    if kind < 0.4:
+    if kind < 0.3:
         return _flaw(_one([flaw for flaw in FLAWS if flaw != scene.flaw], rng), rng)
-    if kind < 0.55:
+    if kind < 0.42:
         return _one(GENERIC, rng)
-    if kind < 0.8:
+    if kind < 0.82:
         other = vocabulary.thing(rng).name
         while other in scene.things:
             other = vocabulary.thing(rng).name
