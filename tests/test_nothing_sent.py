@@ -167,6 +167,7 @@ def test_training_and_export_send_nothing_and_leave_no_file(watched: Watched) ->
 def test_the_small_model_s_road_sends_nothing_and_leaves_no_file(watched: Watched) -> None:
     encoder = Path(__file__).parents[1] / "weights" / "small" / "teacher" / "vae"
     once = ["--set", "steps=1", "--set", "batch=2"]
+    pair = ["--student", "teacher", "--teacher", "teacher"]
     # Two of the stages read all drawings, which takes seconds.
     before = """
 import functools
@@ -178,6 +179,7 @@ sprites.load_sprites = lambda *some: read(*some) if some else read_all()
         ["data", "emoji", "--encoder", str(encoder), "--out", "pictures", "--count", "4"],
         ["train", "decoder", "--data", "pictures", "--encoder", str(encoder), "--out", "decoder", *once],
         ["train", "teacher", "--data", "pictures", "--decoder", "decoder", "--out", "teacher", *once, "--set", "layers=1"],
+        ["train", "student-decoder", *pair, "--prompts", "pictures/prompts.txt", "--out", "tuned", *once, "--set", "pictures=4"],
         ["eval", "small", "--quick", "--out", "evaluation"],
         before=before,
     )

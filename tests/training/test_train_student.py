@@ -33,7 +33,7 @@ def test_the_papers_settings_are_recipes_and_print_in_full() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda: find_recipe("none"), "unknown recipe 'none', choose from small, snoopi-sd15"),
+        (lambda: find_recipe("none"), "unknown recipe 'none', choose from small, embedded, snoopi-sd15"),
         (lambda: tiny(**{"guidance.min": 4.0}), "guidance.min is above guidance.max"),
         (lambda: tiny(**{"vsd.weighting": "other"}), "vsd.weighting is 'other', choose from dmd, swiftbrush"),
         (lambda: tiny(t_max=1000), "timesteps lie between 0 and 999"),
