@@ -154,5 +154,6 @@ def _kept(folder: Path, facts: list[Any], measure: Callable[[], list[Row]]) -> l
             for row in stored
         ]
     rows = measure()
+    folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps([asdict(row) for row in rows]).encode())
     return rows

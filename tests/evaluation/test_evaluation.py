@@ -305,7 +305,7 @@ def test_a_quick_run_writes_figures_and_sheets(domain: Domain, tmp_path: Path, m
         "--teacher",
         str(WEIGHTS / "teacher"),
         "--references",
-        str(tmp_path),
+        str(tmp_path / "references"),
         "--out",
         str(tmp_path / "out"),
     ]
