@@ -123,7 +123,7 @@ def train(packed: Path | None, pictures: int, seconds: float, batch: int, quick:
         unpack(packed, work / "site")
     stages = Stages(work, out, *((64, 4) if quick else (pictures, batch)), quick, end)
     # The signal ends the stage after its running step, with a checkpoint.
-    alarm = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    alarm = threading.Timer(max(end - time.monotonic(), 0), lambda: os.kill(os.getpid(), signal.SIGTERM))
     alarm.daemon = True
     alarm.start()
     try:
@@ -208,6 +208,7 @@ class Stages:
         end = time.monotonic() + SHARES[name] * (self.end - time.monotonic())
         if self.quick:
             self._timed(name, lambda: run(self.work / name, 2))
+            self.bring_back()
             return
         times = []
         for steps in CALIBRATING:
@@ -219,6 +220,7 @@ class Stages:
         self.report[name] = {"milliseconds per step": round(1000 * step, 1), "steps": steps, "batch": self.batch}
         click.echo(f"{name}: {self.report[name]}", err=True)
         self._timed(name, lambda: run(self.work / name, steps))
+        self.bring_back()
 
     def _timed(self, name: str, run: Callable[[], None]) -> float:
         start = time.monotonic()
