@@ -71,8 +71,9 @@ class Exports:
 def export_tiny(weights: Path, out: Path) -> None:
     """Exports, where graphs that were traced before are copied: it is in what is written that a kill can leave something."""
     from snoopi_rt.bundle.bundle import GRAPHS
-    from snoopi_rt.export import exporter
+    from snoopi_rt.export.exporter import export
     from snoopi_rt.export.onnx_graphs import variants
+    from snoopi_rt.export.options import ExportOptions
     from snoopi_rt.export.source import find_source
 
     traced, write_graph = out.parent / "traced", variants.write_graph
@@ -88,8 +89,8 @@ def export_tiny(weights: Path, out: Path) -> None:
         return written
 
     variants.write_graph = write
-    options = exporter.ExportOptions(precision={graph: ["fp32"] for graph in GRAPHS}, sizes=((64, 64),), force=True)
-    exporter.export(find_source("sd15", str(weights), "pgsb-sd15"), out, options)
+    options = ExportOptions(precision={graph: ["fp32"] for graph in GRAPHS}, sizes=((64, 64),), force=True)
+    export(find_source("sd15", str(weights), "pgsb-sd15"), out, options)
 
 
 class CacheWrites:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from snoopi_rt.bundle.bundle import File, Parity, Variant
-from snoopi_rt.bundle.manifest import digits_apart
+from snoopi_rt.bundle.variant import digits_apart
 from snoopi_rt.bundle.verify import Stamp, hash_file, stamp
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.openvino import NO_BF16

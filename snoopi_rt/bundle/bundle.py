@@ -20,20 +20,18 @@ from snoopi_rt.bundle.manifest import (
     Guidance,
     Instruction,
     Latent,
-    Parity,
     Prompts,
     Scale,
     Text,
     Tile,
-    Variant,
     Vocabulary,
-    legend,
     require,
     require_range,
     text_rule,
 )
 from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.bundle.typed_json import UNSAVED, from_json, to_json
+from snoopi_rt.bundle.variant import Parity, Variant, legend
 from snoopi_rt.bundle.verify import Stamp, check_file, read_manifest, remember_folder, stamp
 from snoopi_rt.cache import Cache
 from snoopi_rt.errors import BundleError, InputError, how_to_install

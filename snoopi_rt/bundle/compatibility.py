@@ -4,9 +4,10 @@ import json
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from snoopi_rt.bundle.manifest import File, Variant, require
+from snoopi_rt.bundle.manifest import File, require
 from snoopi_rt.bundle.onnx_file import embedded_tokens
 from snoopi_rt.bundle.tokenizer import highest_id
+from snoopi_rt.bundle.variant import Variant
 from snoopi_rt.cache import Cache
 from snoopi_rt.errors import BundleError
 from snoopi_rt.json_reader import parse_json

@@ -110,8 +110,9 @@ def export(
         return
     out = out or Path(choose_preset(backbone, preset).name)
     with torch_command("export", "export", out):
-        from snoopi_rt.export.exporter import ExportOptions, check_out
+        from snoopi_rt.export.exporter import check_out
         from snoopi_rt.export.exporter import export as write
+        from snoopi_rt.export.options import ExportOptions
         from snoopi_rt.export.source import find_source
 
         options = ExportOptions(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from snoopi_rt.bundle.bundle import Bundle, Variant
-from snoopi_rt.bundle.manifest import legend
+from snoopi_rt.bundle.variant import legend
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import check_engine
 from snoopi_rt.errors import BundleError, EngineError, EngineMissing

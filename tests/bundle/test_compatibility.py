@@ -15,14 +15,16 @@ from torch import nn
 from snoopi_rt.bundle.bundle import GRAPHS, Bundle, File, Latent
 from snoopi_rt.bundle.onnx_file import embedded_tokens
 from snoopi_rt.errors import BundleError, InputError, OutputError
-from snoopi_rt.export import exporter, final_check
+from snoopi_rt.export import final_check
+from snoopi_rt.export.exporter import export
 from snoopi_rt.export.final_check import Extreme, draw_whole
 from snoopi_rt.export.onnx_graphs.write import write_graph
+from snoopi_rt.export.options import ExportOptions
 from snoopi_rt.export.source import find_source
 from snoopi_rt.export.text.clip import SdxlTextEncoder
 from snoopi_rt.pipeline import EMBEDDED
 
-WISHES = exporter.ExportOptions(precision={graph: ["fp32"] for graph in GRAPHS}, sizes=((64, 64),))
+OPTIONS = ExportOptions(precision={graph: ["fp32"] for graph in GRAPHS}, sizes=((64, 64),))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def exported(student: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[B
     """A bundle and what its export said."""
     lines: list[str] = []
     out = tmp_path_factory.mktemp("exported") / "bundle"
-    return exporter.export(find_source("sd15", str(student), "pgsb-sd15"), out, WISHES, lines.append), lines
+    return export(find_source("sd15", str(student), "pgsb-sd15"), out, OPTIONS, lines.append), lines
 
 
 def with_one_token_more(tokenizer: Path) -> None:
@@ -67,7 +69,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused_at_export(stude
     folder = Path(shutil.copytree(student, tmp_path / "student"))
     (folder / "tokenizer" / "added_tokens.json").write_text('{"<my-style>": 520}', encoding="utf-8")
     with pytest.raises(InputError, match=r"tokenizer has token ids up to 520, its text encoder has embeddings for 520: fetch both"):
-        exporter.export(find_source("sd15", str(folder), "pgsb-sd15"), tmp_path / "bundle", WISHES)
+        export(find_source("sd15", str(folder), "pgsb-sd15"), tmp_path / "bundle", OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
@@ -86,7 +88,7 @@ def test_a_text_encoder_of_another_model_is_one_clear_line(student: Path, tmp_pa
     config = CLIPTextConfig(**sizes | change, bos_token_id=518, eos_token_id=519, pad_token_id=519)
     CLIPTextModel(config).save_pretrained(folder / "text_encoder")
     with pytest.raises(InputError, match=r"has positions for 40 tokens, prompts have 77|gives states of 16, the network takes 32"):
-        exporter.export(find_source("sd15", str(folder), "pgsb-sd15"), tmp_path / "bundle", WISHES)
+        export(find_source("sd15", str(folder), "pgsb-sd15"), tmp_path / "bundle", OPTIONS)
 
 
 def test_embeddings_are_counted_however_their_table_is_stored(tmp_path: Path) -> None:
@@ -184,5 +186,5 @@ def test_a_decoder_of_another_factor_than_promised_is_found_out(
 def test_an_export_that_cannot_draw_leaves_nothing(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(final_check, "MAX_DISTANCE", -1.0)  # what no text encoder can be near to
     with pytest.raises(OutputError, match="the bundle would draw something else"):
-        exporter.export(find_source("sd15", str(student), "pgsb-sd15"), tmp_path / "bundle", WISHES)
+        export(find_source("sd15", str(student), "pgsb-sd15"), tmp_path / "bundle", OPTIONS)
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ import pytest
 from tiny_bundle import HERE
 
 from snoopi_rt.bundle.bundle import GRAPHS, Bundle
-from snoopi_rt.bundle.manifest import meaning
+from snoopi_rt.bundle.variant import meaning
 from snoopi_rt.cache import Cache
 from snoopi_rt.diagnostics import bench as module
 from snoopi_rt.diagnostics.bench import bench, cold_start, measure, table, verdict

@@ -21,7 +21,8 @@ from snoopi_rt.bundle.bundle import Bundle, Latent
 from snoopi_rt.diffusers import with_negative
 from snoopi_rt.export import backbones, diffusers_pipelines, guidance
 from snoopi_rt.export.backbones import Weights
-from snoopi_rt.export.exporter import ExportOptions, export
+from snoopi_rt.export.exporter import export
+from snoopi_rt.export.options import ExportOptions
 from snoopi_rt.export.settings import changed
 from snoopi_rt.export.source import Source
 from snoopi_rt.export.training import losses

@@ -19,8 +19,8 @@ from snoopi_rt.engines import load_engine, tensorrt_plan
 from snoopi_rt.engines.base import Axis, EngineOptions
 from snoopi_rt.engines.tensorrt_plan import DIGEST, PLAN, CachedPlan, build_plan, logged_reason, profiles
 from snoopi_rt.errors import EngineError
-from snoopi_rt.export.exporter import ExportOptions
 from snoopi_rt.export.exporter import export as write
+from snoopi_rt.export.options import ExportOptions
 from snoopi_rt.export.source import find_source
 from snoopi_rt.pipeline import EMBEDDED
 from snoopi_rt.runtime.shape_ranges import shape_ranges

@@ -18,7 +18,8 @@ from diffusers.schedulers import scheduling_lcm
 import snoopi_rt
 from snoopi_rt.bundle.bundle import GRAPHS
 from snoopi_rt.diffusers import with_negative
-from snoopi_rt.export.exporter import ExportOptions, export
+from snoopi_rt.export.exporter import export
+from snoopi_rt.export.options import ExportOptions
 from snoopi_rt.export.source import find_source
 from snoopi_rt.runtime.inputs import draw_noise
 

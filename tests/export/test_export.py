@@ -15,12 +15,12 @@ from snoopi_rt.bundle import verify
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.errors import InputError, OutputError
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt
-from snoopi_rt.export.exporter import ExportOptions
 from snoopi_rt.export.exporter import export as write
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.export.onnx_graphs import parity
 from snoopi_rt.export.onnx_graphs.write import node_counts
+from snoopi_rt.export.options import ExportOptions
 from snoopi_rt.export.source import find_source
 
 SIZE = (128, 128)
@@ -239,7 +239,8 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_succeeds(tiny_student
     code = (
         "import os, signal, sys; from pathlib import Path\n"
         "from snoopi_rt.export import exporter, source\nfrom snoopi_rt.export.onnx_graphs import variants\n"
-        f"options = exporter.ExportOptions(**{WITHOUT_TEXT_ENCODER})\n"
+        "from snoopi_rt.export.options import ExportOptions\n"
+        f"options = ExportOptions(**{WITHOUT_TEXT_ENCODER})\n"
         "measure = variants.measure\n"
         "def killed(graph, *rest):\n"
         "    if graph == 'decoder': os.kill(os.getpid(), signal.SIGKILL)\n"

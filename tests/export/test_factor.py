@@ -10,7 +10,9 @@ import tiny_students
 import snoopi_rt
 from snoopi_rt.bundle.bundle import GRAPHS, Latent, Tile
 from snoopi_rt.errors import InputError
-from snoopi_rt.export import exporter
+from snoopi_rt.export import student_graphs
+from snoopi_rt.export.exporter import export
+from snoopi_rt.export.options import ExportOptions
 from snoopi_rt.export.source import find_source
 
 FP32 = {graph: ["fp32"] for graph in GRAPHS}
@@ -25,16 +27,16 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.mark.parametrize("factor", [16, 32])
 def test_a_bundle_draws_the_size_that_its_decoder_makes(factor: int, students, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(exporter, "LARGE_DECODER", 0)
-    monkeypatch.setattr(exporter, "TILE", 8 * factor)  # so that the larger size is decoded in tiles
-    monkeypatch.setattr(exporter, "LATENT_TILE", 8)
+    monkeypatch.setattr(student_graphs, "LARGE_DECODER", 0)
+    monkeypatch.setattr(student_graphs, "TILE", 8 * factor)  # so that the larger size is decoded in tiles
+    monkeypatch.setattr(student_graphs, "LATENT_TILE", 8)
     lines: list[str] = []
     source = find_source("pixart", str(students[factor]), say=lines.append)
     side = 8 * factor
     assert f"size {side}x{side}, 8 latent pixels of {factor}: what this network was made for; preset pixart-dmd has 512" in lines
     sizes = ((side, side), (side, 2 * side))
-    options = exporter.ExportOptions(precision=FP32, sizes=sizes, prompts=("a red cat",), prompts_only=True)
-    bundle = exporter.export(source, tmp_path / "bundle", options)
+    options = ExportOptions(precision=FP32, sizes=sizes, prompts=("a red cat",), prompts_only=True)
+    bundle = export(source, tmp_path / "bundle", options)
     assert bundle.latent == Latent(4, factor) and bundle.tile == Tile(8, 4)
     with snoopi_rt.load(bundle, "cpu") as pipe:
         for size in bundle.sizes:
@@ -53,7 +55,7 @@ def test_without_a_size_the_network_is_exported_at_its_own_unless_one_was_set_by
 
 def test_sizes_are_multiples_of_what_the_decoder_makes(students, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="size 144x128: the sides of pixart are multiples of 32 pixels"):
-        exporter.export(find_source("pixart", str(students[16])), tmp_path / "bundle", exporter.ExportOptions(sizes=((128, 144),)))
+        export(find_source("pixart", str(students[16])), tmp_path / "bundle", ExportOptions(sizes=((128, 144),)))
 
 
 def test_a_decoder_for_other_latents_is_refused_before_weights_are_read(students, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from snoopi_rt.engines import load_engine
 from snoopi_rt.export.backbones.pixart import FoldedPixArt
-from snoopi_rt.export.exporter import dynamic_axes
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.export.onnx_graphs.write import node_counts, write_graph
+from snoopi_rt.export.student_graphs import dynamic_axes
 from snoopi_rt.kernels import attention, fused_attention, transposed_attention
 
 RULES = {

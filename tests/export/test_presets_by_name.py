@@ -28,12 +28,12 @@ from pathlib import Path
 import torch
 from snoopi_rt.cli.main import main
 from snoopi_rt.errors import SnoopiError
-from snoopi_rt.export import exporter
+from snoopi_rt.export import options
 from snoopi_rt.export.backbones import find_backbone
 from snoopi_rt.export.source import find_source, list_files
 
 torch.set_num_threads(1)  # networks this small take longer on several
-exporter.MEASURED_ON = ("cpu",)
+options.MEASURED_ON = ("cpu",)
 
 def listed(name):
     return {model: [[file.name, file.size, file.here] for file in files] for model, files in list_files(preset=name).items()}

@@ -18,10 +18,11 @@ from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.engines import load_engine
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones.sana import FoldedSana, GuidedSana
-from snoopi_rt.export.exporter import ExportOptions, export
+from snoopi_rt.export.exporter import export
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import trigflow_rule
 from snoopi_rt.export.onnx_graphs.write import node_counts
+from snoopi_rt.export.options import ExportOptions
 from snoopi_rt.export.presets.choose import find_preset
 from snoopi_rt.export.source import find_source
 from snoopi_rt.export.text.gemma import InstructedGemma, instruction

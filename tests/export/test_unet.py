@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from snoopi_rt.engines import load_engine
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet
-from snoopi_rt.export.exporter import dynamic_axes
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.export.onnx_graphs.write import node_counts, write_graph
+from snoopi_rt.export.student_graphs import dynamic_axes
 
 UNETS = ("sd15", "sd21", "sdxl")
 X0 = OneStepRule("x0", 999, 0.0, 1.0)

@@ -24,7 +24,8 @@ from snoopi_rt.export.training.trainer import train
 
 @pytest.mark.parametrize("backbone", PARTS)
 def test_a_student_is_distilled_and_exports_as_it_lies_there(teachers: Path, tmp_path: Path, backbone: str) -> None:
-    from snoopi_rt.export.exporter import ExportOptions, export
+    from snoopi_rt.export.exporter import export
+    from snoopi_rt.export.options import ExportOptions
     from snoopi_rt.export.source import find_source
 
     steps = distil(teachers, tmp_path / "student", backbone)

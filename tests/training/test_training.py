@@ -192,7 +192,8 @@ def test_the_student_learns_and_its_frozen_teacher_stays(road, monkeypatch, tmp_
 
 def test_the_road_ends_in_a_bundle_that_draws(road, tmp_path):
     import snoopi_rt
-    from snoopi_rt.export.exporter import ExportOptions, export
+    from snoopi_rt.export.exporter import export
+    from snoopi_rt.export.options import ExportOptions
     from snoopi_rt.export.source import find_source
 
     # The text encoder is not of this road.
