@@ -1,8 +1,8 @@
 """Negative prompts in joint attention, measured: a small teacher and a one-step student of SD3's kind, and every kind of guidance on it.
 
-By v-prediction the teacher learns the small pictures, and the student the teacher's of the same noise. Neither sees a negative:
-all these kinds are training-free. Then each kind at several scales: what was asked for and is not wanted (removed, and the rest
-kept), clean pictures under negatives that name nothing of them (harmed), and what a call costs. One command, which resumes:
+Neither sees a negative (joint_networks.py has their training): all these kinds are training-free. Then each kind at several scales:
+what was asked for and is not wanted (removed, and the rest kept), clean pictures under negatives that name nothing of them (harmed),
+and what a call costs. One command, which resumes:
 
     python tools/joint_negatives.py --data runs/emoji --decoder weights/small/decoder --runs runs/joint --out docs/lab/joint_negatives.json
 """
@@ -10,8 +10,8 @@ kept), clean pictures under negatives that name nothing of them (harmed), and wh
 import json
 import statistics
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from diffusers import SD3Transformer2DModel
+from joint_networks import SHAPE, TOKENS, Recipe, Text, in_one_step, train_student, train_teacher
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,190 +36,15 @@ from snoopi_rt.export.small_model.dataset.build import TrainingSet
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED
 from snoopi_rt.export.small_model.dataset.vocabulary import things
-from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, scheduler, to_pictures
-from snoopi_rt.export.small_model.teacher import SAMPLE_PROMPTS
-from snoopi_rt.export.text.minilm import encode
-from snoopi_rt.export.training import loop
+from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, to_pictures
 from snoopi_rt.export.training.image_grid import image_grid
-from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
-from snoopi_rt.export.training.sampling import sample_ddim
-from snoopi_rt.export.training.schedule import Schedule
-from snoopi_rt.export.training.stage_recipe import StageRecipe
-from snoopi_rt.export.training.teacher_pictures import TeacherPictures
 from snoopi_rt.export.weights.checkpoint import load_module
-from snoopi_rt.export.weights.files import WEIGHTS, fingerprint
+from snoopi_rt.export.weights.files import fingerprint
 from snoopi_rt.files import write_whole
 from snoopi_rt.runtime.inputs import draw_noise
 
-TOKENS = 24  # of every text: SD3 has no mask, so that all must be equally long
-SHAPE = (8, 16, 16)
-LAST = 999  # where the noise is pure, and the student is called
 SCALES = {"nasa": (0.1, 0.25, 0.5), "nag": (2.0, 4.0, 8.0), "vsf": (1.0, 2.0, 3.5), "gated": (0.5, 1.0, 2.0, 4.0)}
 SHOWN = {"a blurry cat": "blurry", "a cat and a dog": "a dog", "a robot on a blue background": "blue background", "a dragon": "blurry"}
-SCHEDULE = Schedule.from_scheduler(scheduler())
-
-
-@dataclass(frozen=True)
-class Recipe(StageRecipe):
-    """Of either network."""
-
-    steps: int = 12_000
-    batch: int = 128
-    lr: float = 1e-3
-    empty: float = 0.1
-    """Share of captions replaced by the empty prompt."""
-    pairs: int = 16_384
-    """Pictures of the teacher that the student learns."""
-    teacher_steps: int = 10
-    guidance_scale: float = 2.25
-
-
-@dataclass(frozen=True)
-class Text:
-    """Token states (B, T, 384) bf16 and their mean (B, 384), which SD3's blocks are modulated with."""
-
-    states: Tensor
-    pooled: Tensor
-
-    @classmethod
-    def of(cls, states: Tensor, mask: Tensor) -> "Text":
-        """Of states and their mask (B, T), padded or cut to TOKENS."""
-        states, mask = (nn.functional.pad(x[:, :TOKENS], (0, 0) * (x.ndim - 2) + (0, max(0, TOKENS - x.shape[1]))) for x in (states, mask))
-        states = states.bfloat16() * mask[..., None].bfloat16()
-        return cls(states, states.sum(1) / mask.bfloat16().sum(1, keepdim=True))
-
-    @classmethod
-    def encode(cls, prompts: Sequence[str]) -> "Text":
-        states, lengths = encode(list(prompts))
-        return cls.of(states, torch.arange(states.shape[1]) < lengths[:, None])
-
-
-def joint_transformer() -> SD3Transformer2DModel:
-    """SD3's transformer in 6 layers of width 192, 7.6 M parameters."""
-    network = SD3Transformer2DModel(
-        sample_size=SHAPE[1],
-        patch_size=2,
-        in_channels=SHAPE[0],
-        out_channels=SHAPE[0],
-        num_layers=6,
-        attention_head_dim=64,
-        num_attention_heads=3,
-        joint_attention_dim=384,
-        caption_projection_dim=192,
-        pooled_projection_dim=384,
-        pos_embed_max_size=SHAPE[1] // 2,
-        qk_norm="rms_norm",
-    )
-    nn.init.zeros_(network.proj_out.weight)
-    return network
-
-
-def answer(network: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, pooled: Tensor) -> Tensor:
-    """The predicted v (B, 8, 16, 16) fp32."""
-    return network(x_t.bfloat16(), encoder_hidden_states=states, pooled_projections=pooled, timestep=t, return_dict=False)[0].float()
-
-
-def loss(network: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, pooled: Tensor, target: Tensor) -> Tensor:
-    """The mean squared error of the predicted v."""
-    return (answer(network, x_t, t, states, pooled) - target).square().mean()
-
-
-def in_one_step(network: nn.Module, noise: Tensor, text: Text) -> Tensor:
-    """Clean latents of noise: at the last timestep v = -x0."""
-    return -answer(network, noise, torch.full((len(noise),), LAST), text.states, text.pooled)
-
-
-def in_many_steps(network: nn.Module, noise: Tensor, text: Text, steps: int, guidance_scale: float) -> Tensor:
-    """Clean latents of noise by DDIM with classifier-free guidance."""
-    empty = Text.encode([""])
-    states = torch.cat([text.states, empty.states.expand(len(noise), -1, -1)])
-    pooled = torch.cat([text.pooled, empty.pooled.expand(len(noise), -1)])
-
-    def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        both, times = torch.cat([x_t, x_t]), torch.cat([t, t])
-        conditional, unconditional = answer(network, both, times, states, pooled).chunk(2)
-        return conditional, unconditional
-
-    return sample_ddim(SCHEDULE, predict, noise, steps, guidance_scale)
-
-
-class Stage:
-    """The training of one network, and what both have in common."""
-
-    def __init__(self, name: str, folder: Path, recipe: Recipe, data: Path, decoder: Path, start: nn.Module | None = None):
-        torch.manual_seed(recipe.seed)
-        self.network = joint_transformer()
-        if start is not None:
-            self.network.load_state_dict(start.state_dict())
-        self.weights = MasterWeights(self.network, ema=0.9995, muon=True)
-        self.network.bfloat16()
-        self.recipe, self.decoder = recipe, load_module(decoder, PixelShuffleDecoder)
-        inputs = {"data": fingerprint(data / "dataset.json"), "decoder": fingerprint(decoder / WEIGHTS)}
-        self._stage = loop.Stage(name, folder, recipe, inputs)
-        self._loss = torch.compile(loss)
-
-    def run(self, batch_of: Any, draw: Any) -> nn.Module:
-        """Trains on the x_t, t, text and target that batch_of(i, random) gives; the moving average. draw(network, noise, text): latents."""
-
-        def step(i: int, random: torch.Generator) -> dict[str, float]:
-            x_t, t, text, target = batch_of(i, random)
-            value = self._loss(self.network, x_t, t, text.states, text.pooled, target)
-            value.backward()
-            norm = self.weights.step(learning_rate(self.recipe.lr, i, self.recipe.steps))
-            return {"loss": value.item(), "norm": norm}
-
-        @torch.no_grad()
-        def sample(path: Path) -> None:
-            noise = torch.randn(len(SAMPLE_PROMPTS), *SHAPE, generator=torch.Generator().manual_seed(0))
-            latents = draw(self.averaged(), noise, Text.encode(SAMPLE_PROMPTS))
-            image_grid(to_pictures(self.decoder, latents), list(SAMPLE_PROMPTS)).save(path)
-
-        loop.run(self._stage, {"network": self.weights}, step, sample)
-        return self.averaged()
-
-    def averaged(self) -> nn.Module:
-        return self.weights.averaged(joint_transformer()).bfloat16()
-
-
-def train_teacher(folder: Path, recipe: Recipe, data: Path, decoder: Path, training_set: TrainingSet) -> nn.Module:
-    def batch_of(i: int, random: torch.Generator) -> tuple[Tensor, Tensor, Text, Tensor]:
-        chosen = torch.randint(len(training_set), (recipe.batch,), generator=random)
-        text = Text.of(*training_set.captions(chosen, torch.rand(recipe.batch, generator=random) < recipe.empty))
-        latents, t = training_set.latents[chosen].float(), torch.randint(1000, (recipe.batch,), generator=random)
-        noise = torch.randn(latents.shape, generator=random)
-        return SCHEDULE.noised(latents, noise, t), t, text, SCHEDULE.target(latents, noise, t)
-
-    def draw(network: nn.Module, noise: Tensor, text: Text) -> Tensor:
-        return in_many_steps(network, noise, text, recipe.teacher_steps, recipe.guidance_scale)
-
-    return Stage("teacher", folder, recipe, data, decoder).run(batch_of, draw)
-
-
-def train_student(
-    folder: Path, recipe: Recipe, data: Path, decoder: Path, training_set: TrainingSet, teacher: nn.Module, teacher_hash: str
-) -> nn.Module:
-    none = torch.zeros(recipe.pairs, dtype=torch.bool)
-    count = min(recipe.pairs, len(training_set))
-
-    def noise_of(pairs: Iterable[int]) -> Tensor:
-        return torch.stack([torch.randn(SHAPE, generator=loop.generator(recipe.seed, "pair", pair)) for pair in pairs])
-
-    def text_of(pairs: Sequence[int]) -> Text:
-        return Text.of(*training_set.captions(torch.tensor(pairs), none[: len(pairs)]))
-
-    @torch.no_grad()
-    def draw_pairs(pairs: Sequence[int]) -> Tensor:
-        return in_many_steps(teacher, noise_of(pairs), text_of(pairs), recipe.teacher_steps, recipe.guidance_scale)
-
-    pictures = TeacherPictures(folder / "pictures", teacher_hash[:16], count, SHAPE, draw_pairs)
-    for start in tqdm(range(0, count, recipe.batch), desc="teacher's pictures", unit="batch"):
-        pictures.latents(list(range(start, min(start + recipe.batch, count))))
-
-    def batch_of(i: int, random: torch.Generator) -> tuple[Tensor, Tensor, Text, Tensor]:
-        pairs = torch.randint(count, (recipe.batch,), generator=random).tolist()
-        return noise_of(pairs), torch.full((len(pairs),), LAST), text_of(pairs), -pictures.latents(pairs)
-
-    return Stage("student", folder, recipe, data, decoder, teacher).run(batch_of, in_one_step)
 
 
 class Negatives:
