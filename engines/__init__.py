@@ -27,6 +27,8 @@ class EngineInfo(NamedTuple):
     """What must be installed, where several distributions provide the package."""
     prefers_fixed_shapes: bool = False
     """Whether it is fastest for shapes that it has seen before."""
+    takes: str | None = None
+    """The engine whose variants it runs where a bundle has none for it."""
 
     @property
     def package(self) -> str:
@@ -49,6 +51,12 @@ def known_engine(name: str) -> EngineInfo:
     if name not in ENGINES:
         raise InputError(f"unknown engine {name!r}, choose from {', '.join(ENGINES)}")
     return ENGINES[name]
+
+
+def variant_names(name: str) -> tuple[str, ...]:
+    """The engines whose variants the engine runs: its own, else those that it takes."""
+    takes = ENGINES[name].takes if name in ENGINES else None
+    return (name,) if takes is None else (name, takes)
 
 
 def check_engine(name: str) -> None:

@@ -34,6 +34,7 @@ from snoopi_rt.bundle.typed_json import UNSAVED, from_json, to_json
 from snoopi_rt.bundle.variant import Parity, Variant, legend
 from snoopi_rt.bundle.verify import Stamp, check_file, read_manifest, remember_folder, stamp
 from snoopi_rt.cache import Cache
+from snoopi_rt.engines import variant_names
 from snoopi_rt.errors import BundleError, InputError, how_to_install
 from snoopi_rt.files import write_whole
 from snoopi_rt.json_reader import parse_json
@@ -164,7 +165,8 @@ class Bundle:
 
     def variants(self, graph: str, engine: str) -> tuple[Variant, ...]:
         """The graph's variants for the engine; a text encoder that has none runs on `cpu`, since it runs only once per prompt."""
-        for name in (engine, TEXT_ENGINE) if graph == "text_encoder" else (engine,):
+        names = variant_names(engine)
+        for name in (*names, TEXT_ENGINE) if graph == "text_encoder" else names:
             if suitable := tuple(variant for variant in self.graphs[graph] if name in variant.engines):
                 return suitable
         return ()

@@ -14,7 +14,7 @@ def _graphs() -> tuple[str, ...]:
 
 
 @click.command(epilog="Example: snoopi-rt compare my-bundle --engine cpu --engine openvino --graph generator --layers")
-@click.argument("bundle", required=False, shell_complete=complete_bundle)
+@click.argument("bundles", nargs=-1, metavar="[BUNDLE] [OTHER]", shell_complete=complete_bundle)
 @click.option(
     "--engine",
     "names",
@@ -22,14 +22,14 @@ def _graphs() -> tuple[str, ...]:
     required=True,
     metavar="NAME",
     shell_complete=completed_by(engines),
-    help="Engine; give two, the first is the reference.",
+    help="Engine. Give two, of which the first is the reference, or one if there are two bundles.",
 )
 @click.option(
     "--precision",
     "precisions",
     multiple=True,
     metavar="NAME",
-    help="One for both engines, or one each.  [default: the bundle's first]",
+    help="One for both, or one each.  [default: the bundle's first]",
 )
 @click.option(
     "--graph",
@@ -45,7 +45,7 @@ def _graphs() -> tuple[str, ...]:
 @click.option("--neg", metavar="TEXT", help="Negative prompt.  [default: that of bench]")
 @threads_option
 def compare(
-    bundle: str | None,
+    bundles: tuple[str, ...],
     names: tuple[str, ...],
     precisions: tuple[str, ...],
     graphs: tuple[str, ...],
@@ -55,50 +55,62 @@ def compare(
     neg: str | None,
     threads: int | None,
 ) -> None:
-    """Run a bundle's graphs on two engines and report how far their outputs differ: to debug black images, NaN and lost precision.
+    """Run the same graphs on two engines, or of two bundles, and report how far their outputs differ: to debug black images, NaN, lost
+    precision and damaged weights.
 
-    BUNDLE is a folder, by default the embedded bundle. Both engines get the same inputs, so that errors do not carry over from graph to
-    graph. Exits with 1 if an output differs. With --layers all outputs are in memory; POLYGRAPHY_ARRAY_SWAP_THRESHOLD_MB=100 moves arrays
-    above 100 MB to disk.
+    BUNDLE is a folder, by default the embedded bundle. Two engines may read the same file, where a wrong weight shows on neither: compare
+    the bundle with OTHER, such as a fresh export. Both sides get the same inputs, so that errors do not carry over from graph to graph.
+    Exits with 1 if an output differs. With --layers all outputs are in memory; POLYGRAPHY_ARRAY_SWAP_THRESHOLD_MB=100 moves arrays above
+    100 MB to disk.
     """
     from snoopi_rt.bundle.bundle import Bundle
     from snoopi_rt.diagnostics.bench import bench_prompts
     from snoopi_rt.pipeline import EMBEDDED
 
-    if len(names) != 2:
-        raise InputError("compare needs two engines: --engine cpu --engine openvino")
+    if len(bundles) > 2:
+        raise InputError("compare takes at most two bundles")
+    if len(names) > 2 or len(names) + max(len(bundles), 1) < 3:
+        raise InputError("compare needs two engines (--engine cpu --engine openvino), or two bundles and an engine")
     if len(precisions) > 2:
-        raise InputError("give one --precision for both engines, or one for each")
-    opened = Bundle.load(bundle or EMBEDDED)
-    if unknown := set(graphs) - set(opened.graphs):
-        raise InputError(f"bundle {opened.name!r} has no graph {min(unknown)!r}, choose from {', '.join(opened.graphs)}")
+        raise InputError("give one --precision for both, or one each")
+    opened = [Bundle.load(bundle) for bundle in bundles or (EMBEDDED,)]
     try:
+        from snoopi_rt.diagnostics.compare import Side
         from snoopi_rt.diagnostics.compare import compare as run
     except ImportError as error:
         raise EngineMissing(f"compare needs {error.name}: {how_to_install('export')}") from error
 
-    default_prompt, default_negative = bench_prompts(opened)
-    sides = [(name, precisions[min(place, len(precisions) - 1)] if precisions else None) for place, name in enumerate(names)]
+    default_prompt, default_negative = bench_prompts(opened[0])
+    first, second = (
+        Side.of(
+            opened[min(place, len(opened) - 1)],
+            names[min(place, len(names) - 1)],
+            precisions[min(place, len(precisions) - 1)] if precisions else None,
+        )
+        for place in range(2)
+    )
     differs = False
     for comparison in run(
-        opened,
-        sides,
-        graphs or tuple(opened.graphs),
+        first,
+        second,
+        graphs or tuple(first.variants),
         prompt or default_prompt,
         default_negative if neg is None else neg,
         layers,
         threads,
         lambda line: click.echo(line, err=True),
     ):
-        first = comparison.first_beyond(tolerance)
-        differs = differs or first is not None
+        beyond = comparison.first_beyond(tolerance)
+        differs = differs or beyond is not None
         click.echo(f"{comparison.graph}: {comparison.first} against {comparison.second}")
         if not layers:
             for distance in comparison.distances:
-                click.echo(visible(f"  {distance.output}: {distance.described()}"))
-        elif first is None:
+                click.echo(visible(f"  {distance.output}: {comparison.described(distance)}"))
+        elif beyond is None:
             click.echo(f"  {len(comparison.distances)} node outputs compared, all within {tolerance:g}")
+            if broken := comparison.first_broken():
+                click.echo(visible(f"  the first broken node is {broken.node}, output {broken.output!r}: {comparison.described(broken)}"))
         else:
-            click.echo(visible(f"  the first node to differ is {first.node}, output {first.output!r}: {first.described()}"))
+            click.echo(visible(f"  the first node to differ is {beyond.node}, output {beyond.output!r}: {comparison.described(beyond)}"))
     if differs:
         click.get_current_context().exit(1)

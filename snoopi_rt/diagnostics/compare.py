@@ -1,4 +1,4 @@
-"""How far apart two engines are on a bundle's graphs, per output or per node, run by Polygraphy's Comparator.
+"""How far apart two engines or two bundles are on the same graphs, per output or per node, run by Polygraphy's Comparator.
 
 Needs the extra `export` or `tensorrt`; nothing that draws imports it.
 """
@@ -36,24 +36,22 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Distance:
-    """The distance of an output from the first engine's. `node`: the node that computes it, for people; empty without `layers`.
+    """The distance of an output from the first side's. `node`: the node that computes it, for people; empty without `layers`.
 
-    Both are infinite if the shapes differ, or if one engine returned NaN or infinity where the other did not.
+    Both figures are infinite if the shapes differ, or if one side has NaN or infinity where the other has not. NaN in both is no distance.
     """
 
     output: str
     max_abs: float
     relative_l2: float
+    broken: tuple[bool, bool] = (False, False)
+    """Whether the first and the second side have NaN, or an infinity that the other has not (a mask has infinities in both)."""
     node: str = ""
-
-    def described(self) -> str:
-        """The two figures."""
-        return f"max abs {self.max_abs:.2e}, relative L2 {self.relative_l2:.2e}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A graph on two engines; `distances` are in topological order, those of all nodes or of the graph's outputs alone."""
+    """A graph on two sides; `distances` are in topological order, those of all nodes or of the graph's outputs alone."""
 
     graph: str
     first: str
@@ -64,13 +62,34 @@ class Comparison:
         """The first output whose relative L2 is beyond the tolerance."""
         return next((distance for distance in self.distances if not distance.relative_l2 <= tolerance), None)
 
+    def first_broken(self) -> Distance | None:
+        """The first output that has NaN on a side."""
+        return next((distance for distance in self.distances if any(distance.broken)), None)
+
+    def described(self, distance: Distance) -> str:
+        """The two figures, and which side is broken."""
+        broken = [side for side, is_broken in zip((self.first, self.second), distance.broken, strict=True) if is_broken]
+        remark = f", NaN or infinity on {' and '.join(broken)}" if broken else ""
+        return f"max abs {distance.max_abs:.2e}, relative L2 {distance.relative_l2:.2e}{remark}"
+
 
 @dataclass(frozen=True)
 class Side:
-    """An engine, and the variant of each graph that it runs."""
+    """A bundle on an engine, and the variant of each graph that it runs."""
 
+    bundle: Bundle
     engine: str
     variants: dict[str, Variant]
+
+    @classmethod
+    def of(cls, bundle: Bundle, engine: str, precision: str | None = None) -> "Side":
+        """precision: of one of the graphs' variants, the bundle's first by default. Raises BundleError, EngineMissing, InputError."""
+        check_engine(engine)
+        return cls(bundle, engine, select_variants(bundle, engine, precision))
+
+    def path(self, graph: str) -> Path:
+        """The graph's model file."""
+        return self.bundle.folder / self.variants[graph].files[0].path
 
     def label(self, graph: str) -> str:
         """The engine and its precision, for people."""
@@ -106,8 +125,8 @@ class EngineRunner(BaseRunner):
 
 
 def compare(
-    bundle: Bundle,
-    engines: Sequence[tuple[str, str | None]],
+    first: Side,
+    second: Side,
     graphs: Sequence[str],
     prompt: str,
     negative: str | None,
@@ -115,40 +134,51 @@ def compare(
     threads: int | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Comparison]:
-    """Compares each of the graphs on two engines, given by name and precision (None means the bundle's first), with the same inputs.
+    """Compares each of the graphs on two sides with the same inputs.
 
-    The inputs are those of the first engine for the prompt, so that errors do not carry over from graph to graph. With `layers` every
+    The inputs are those of the first side for the prompt, so that errors do not carry over from graph to graph. With `layers` every
     node's output is compared; all of them are in memory at once, unless POLYGRAPHY_ARRAY_SWAP_THRESHOLD_MB is set.
-    Raises BundleError, EngineMissing, EngineError, InputError.
+    Raises BundleError, EngineError, InputError.
     """
-    for engine, _ in engines:
-        check_engine(engine)
-    first, second = (Side(engine, select_variants(bundle, engine, precision)) for engine, precision in engines)
-    for side in (first, second) if layers else ():
+    for side in (first, second):
         for graph in graphs:
-            if side.variants[graph].format != "onnx":
+            if graph not in side.variants:
+                raise InputError(f"bundle {side.bundle.name!r} has no graph {graph!r}, choose from {', '.join(side.variants)}")
+            if layers and side.variants[graph].format != "onnx":
                 raise InputError(f"--layers needs ONNX, and {graph} is {side.variants[graph].format} on engine {side.engine!r}")
-    inputs = _text_inputs(bundle, first, prompt, negative, threads)
+    inputs = _text_inputs(first, prompt, negative, threads)
     for graph in GRAPHS:
         if graph not in graphs and not (graph == "generator" and "decoder" in graphs):
             continue
         sides = (first, second) if graph in graphs else (first,)
-        with _models(bundle, graph, sides, layers and graph in graphs) as (paths, nodes):
+        with _models(graph, sides, layers and graph in graphs) as (paths, nodes):
             runners = []
-            for side, path in zip(sides, paths, strict=True):
+            for number, (side, path) in enumerate(zip(sides, paths, strict=True), 1):
                 report(f"running {graph} on {side.label(graph)}")
-                runners.append(EngineRunner(side.label(graph), partial(_open, bundle, graph, side, path, threads)))
+                runners.append(EngineRunner(f"{number}: {side.label(graph)}", partial(_open, graph, side, path, threads)))
             outputs = _run(runners, inputs[graph])
         if graph == "generator":
-            tile = bundle.tile.size if bundle.tile else None
+            tile = first.bundle.tile.size if first.bundle.tile else None
             inputs["decoder"] = {"latent": np.ascontiguousarray(outputs[0]["latent"][:, :, :tile, :tile])}
         if graph in graphs:
-            yield Comparison(graph, first.label(graph), second.label(graph), tuple(_distances(outputs[0], outputs[1], nodes)))
+            distances = tuple(_distances(outputs[0], outputs[1], nodes))
+            if not distances:
+                raise InputError(f"{graph}: the two graphs have no output of the same name")
+            yield Comparison(graph, *labels(first, second, graph), distances)
 
 
-def _text_inputs(bundle: Bundle, side: Side, prompt: str, negative: str | None, threads: int | None) -> dict[str, Arrays]:
+def labels(first: Side, second: Side, graph: str) -> tuple[str, str]:
+    """What tells the two sides apart: their engines and precisions, and the bundles' folders where there are two."""
+    if first.bundle.folder == second.bundle.folder:
+        return first.label(graph), second.label(graph)
+    one, other = first.bundle.folder, second.bundle.folder
+    names = (one.name, other.name) if one.name != other.name else (str(one), str(other))
+    return f"{names[0]} {first.label(graph)}", f"{names[1]} {second.label(graph)}"
+
+
+def _text_inputs(side: Side, prompt: str, negative: str | None, threads: int | None) -> dict[str, Arrays]:
     """The inputs of the text encoder and the generator for a prompt; the engine computes its states."""
-    precision = {graph: variant.precision for graph, variant in side.variants.items()}
+    bundle, precision = side.bundle, {graph: variant.precision for graph, variant in side.variants.items()}
     with open_pipeline(bundle, side.engine, precision, threads, Cache(), low_memory=True) as pipe:
         requests = pipe.check(prompt, negative, seed=0, truncate=True)
         states = {text: pipe.prepare(text, truncate=True).states for text in requests[0].texts}
@@ -160,9 +190,9 @@ def _text_inputs(bundle: Bundle, side: Side, prompt: str, negative: str | None, 
 
 
 @contextmanager
-def _models(bundle: Bundle, graph: str, sides: Sequence[Side], layers: bool) -> Iterator[tuple[list[Path], dict[str, str]]]:
+def _models(graph: str, sides: Sequence[Side], layers: bool) -> Iterator[tuple[list[Path], dict[str, str]]]:
     """The model file of each side, with `layers` a copy whose tensors are all outputs; and the node that computes each output."""
-    paths = [bundle.folder / side.variants[graph].files[0].path for side in sides]
+    paths = [side.path(graph) for side in sides]
     if not layers:
         yield paths, {}
         return
@@ -178,9 +208,9 @@ def _models(bundle: Bundle, graph: str, sides: Sequence[Side], layers: bool) -> 
         yield paths, nodes
 
 
-def _open(bundle: Bundle, graph: str, side: Side, path: Path, threads: int | None) -> Engine:
-    variant, ranges = side.variants[graph], shape_ranges(bundle, graph, side.variants[graph])
-    cache = Cache() if path.parent == bundle.folder else None  # a model with all tensors as outputs is compiled only once
+def _open(graph: str, side: Side, path: Path, threads: int | None) -> Engine:
+    variant, ranges = side.variants[graph], shape_ranges(side.bundle, graph, side.variants[graph])
+    cache = Cache() if path.parent == side.bundle.folder else None  # a model with all tensors as outputs is compiled only once
     return load_engine(runs_on(variant, side.engine), path, variant.precision, threads, cache, variant.hash, ranges)
 
 
@@ -206,11 +236,12 @@ def distance(name: str, first: np.ndarray, second: np.ndarray) -> Distance:
     if first.shape != second.shape:
         return Distance(name, float("inf"), float("inf"))
     reference, other = first.astype(np.float64), second.astype(np.float64)
-    same = reference == other  # including infinities in both, such as those of a mask
+    broken = tuple(bool((~np.isfinite(array) & (reference != other)).any()) for array in (reference, other))
+    same = (reference == other) | (np.isnan(reference) & np.isnan(other))  # including infinities in both, such as those of a mask
     with np.errstate(invalid="ignore"):
         difference = np.abs(np.where(same, 0, reference - other))
     if not np.isfinite(difference).all():
-        return Distance(name, float("inf"), float("inf"))
+        return Distance(name, float("inf"), float("inf"), (broken[0], broken[1]))
     norm = float(np.linalg.norm(np.where(np.isfinite(reference), reference, 0)))
     apart = float(np.linalg.norm(difference))
-    return Distance(name, float(difference.max(initial=0)), apart / norm if norm else apart and float("inf"))
+    return Distance(name, float(difference.max(initial=0)), apart / norm if norm else apart and float("inf"), (broken[0], broken[1]))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from snoopi_rt.bundle.bundle import GRAPHS, TEXT_ENGINE, Bundle, Variant
+from snoopi_rt.engines import variant_names
 from snoopi_rt.errors import InputError
 
 
@@ -60,4 +61,4 @@ def select_variants(bundle: Bundle, engine: str, precision: str | Mapping[str, s
 
 def runs_on(variant: Variant, engine: str) -> str:
     """The engine that runs the variant of a pipeline on `engine`: a text encoder may run on another."""
-    return engine if engine in variant.engines else TEXT_ENGINE
+    return engine if {*variant_names(engine)} & {*variant.engines} else TEXT_ENGINE

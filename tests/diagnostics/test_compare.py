@@ -15,7 +15,7 @@ from snoopi_rt.cli.main import main
 from snoopi_rt.engines import installed
 
 pytest.importorskip("polygraphy", reason="the extra export is not installed")
-from snoopi_rt.diagnostics.compare import distance
+from snoopi_rt.diagnostics.compare import Comparison, Distance, distance
 
 pytestmark = pytest.mark.skipif(not {"cpu", "openvino"} <= set(installed()), reason="needs ONNX Runtime and OpenVINO")
 
@@ -55,10 +55,25 @@ def test_the_first_node_that_differs_is_named(broken: Bundle) -> None:
     assert compare(broken, "--graph", "decoder", "--layers").exit_code == 0, "it is given the same latent on both engines"
 
 
-def test_nan_on_one_engine_is_infinitely_far_and_a_mask_on_both_is_not() -> None:
+def test_a_weight_that_both_engines_read_wrong_shows_against_another_bundle(original: Bundle, broken: Bundle) -> None:
+    words = [str(original.folder), str(broken.folder), "--engine", "openvino", "--layers", "--graph", "generator"]
+    result = CliRunner().invoke(main, ["compare", *words])
+    assert result.exit_code == 1, result.output
+    heading, line = result.stdout.splitlines()
+    assert heading == f"generator: {original.folder.name} openvino fp32 against broken openvino fp32"
+    assert "the first node to differ is Mul 'soft'" in line
+
+
+def test_nan_is_told_by_the_side_that_has_it_and_blames_no_graph_that_was_given_it() -> None:
     mask, nan = np.array([0, -np.inf, 2], np.float32), np.array([0, np.nan, 2], np.float32)
-    assert distance("mask", mask, mask).max_abs == 0
-    assert distance("nan", mask, nan).relative_l2 == distance("shape", mask, nan[:2]).relative_l2 == float("inf")
+    assert distance("mask", mask, mask) == Distance("mask", 0, 0)
+    assert distance("nan", nan, nan) == Distance("nan", 0, 0, (True, True))
+    assert distance("nan", mask[:1], nan[1:2]) == Distance("nan", np.inf, np.inf, (False, True))
+    assert distance("shape", mask, nan[:2]).relative_l2 == np.inf
+    both, one = (Comparison("decoder", "cpu fp32", "openvino fp32", (distance("image", a, nan),)) for a in (nan, mask[[0, 0, 2]]))
+    assert both.first_beyond(0.01) is None
+    assert both.described(both.distances[0]).endswith("NaN or infinity on cpu fp32 and openvino fp32")
+    assert one.described(one.first_beyond(0.01)).endswith("relative L2 inf, NaN or infinity on openvino fp32")
 
 
 def test_wrong_arguments_are_one_line(original: Bundle) -> None:

@@ -1,9 +1,10 @@
 """The Python in the documents runs as it stands, and prints what stands behind it."""
 
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -107,19 +108,32 @@ def contributed(word: str) -> list[str]:
     return re.findall(r"```python\n(.+?)```", section, re.S)
 
 
-def test_the_engine_of_the_example_draws_what_the_others_draw(original: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_of_the_example_draws_what_the_others_draw(original: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     code, line = contributed("an engine")
     monkeypatch.setattr(engines, "ENGINES", dict(engines.ENGINES))
     module(code, "snoopi_rt.engines.reference", monkeypatch)
     exec(line, {})
-    graphs = {name: tuple(replace(one, engines=("cpu", "reference")) for one in graph) for name, graph in original.graphs.items()}
-    bundle = replace(original, graphs=graphs).save(folder)
-    with snoopi_rt.load(bundle, "reference") as pipe, snoopi_rt.load(bundle, "cpu") as other:
+    assert "reference" not in original.engines(), "it takes the variants of another engine"
+    with snoopi_rt.load(original, "reference") as pipe, snoopi_rt.load(original, "cpu") as other:
         assert pipe.provider == "onnx.reference"
         asked = {"prompt": "a red fox", "negative_prompt": "blurry", "seed": 1, "n": 2}
         np.testing.assert_array_equal(pipe.generate(**asked).images, other.generate(**asked).images)
         with pytest.raises(snoopi_rt.EngineError, match="must have shape"):
             pipe._stages.generator.open()(noise=np.zeros(3, np.float32))
+
+
+def test_an_engine_outside_the_package_draws_from_the_command_line(original: Bundle, tmp_path: Path) -> None:
+    code, line = contributed("an engine")
+    (tmp_path / "mymodule.py").write_text(code + line.replace("snoopi_rt.engines.reference", "mymodule").replace('"reference"', '"mine"'))
+    launcher = re.search(r'python -c "(.+?)" generate', CONTRIBUTING.read_text(encoding="utf-8"))
+    assert launcher is not None
+    words = ["generate", "a fox", "--engine", "mine", "--bundle", str(original.folder), "-o", str(tmp_path / "fox.png")]
+    subprocess.run(
+        [sys.executable, "-c", launcher[1], *words],
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))},
+    )
+    assert (tmp_path / "fox.png").exists()
 
 
 def test_the_guidance_of_the_example_takes_part_in_pipelines_of_diffusers(
