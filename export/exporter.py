@@ -105,7 +105,7 @@ def _write_files(folder: Path, name: str, plan: ExportPlan, student: Student, sa
         graphs=graphs,
         prompts=prompts,
         tile=decoder_tile(plan, student),
-        vocabulary=plan.options.vocabulary or student.vocabulary,
-        examples=plan.options.examples or (() if plan.options.prompts_only else student.examples),
+        vocabulary=student.vocabulary,
+        examples=() if plan.options.prompts_only else student.examples,
     )
     return bundle, extremes

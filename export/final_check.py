@@ -1,6 +1,6 @@
 """The final check of an export: images drawn through the finished bundle, from prompts at the limits of what it takes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,8 @@ def extreme_ids(tokenizer: Tokenizer, highest: int) -> dict[str, Tensor]:
 
 
 def draw_whole(bundle: Bundle, engines: Sequence[str], extremes: Sequence[Extreme], say: Callable[[str], None]) -> None:
-    """Draws each size of the bundle on each of its engines, from the extremes, or from carried prompts where it has no text encoder.
+    """Draws each size of the bundle on each of its engines, from the extremes, or from carried prompts where it has no text encoder,
+    and the first size with the two prompts swapped as well.
 
     Raises OutputError for states unlike PyTorch's, NaN and a flat image, BundleError where a graph gives another shape than is promised.
     """
@@ -49,17 +50,10 @@ def draw_whole(bundle: Bundle, engines: Sequence[str], extremes: Sequence[Extrem
             if not prompts:
                 assert bundle.prompts is not None
                 prompts = [pipe.prepare(text) for text in (bundle.prompts.texts[0], bundle.prompts.texts[-1])]
-            for size, prompt, negative in _drawn_sizes(bundle, prompts):
+            one, other = prompts
+            for size, prompt, negative in ((bundle.sizes[0], other, one), *((size, one, other) for size in bundle.sizes)):
                 pipe.generate(prompt, None if bundle.guidance.kind == "none" else negative, seed=0, size=size)
         say(f"drawn whole on {engine}: {', '.join(prompts)}")
-
-
-def _drawn_sizes(bundle: Bundle, prompts: Sequence[Conditioning]) -> Iterator[tuple[tuple[int, int], Conditioning, Conditioning]]:
-    """(size, prompt, negative): every size with one pair of prompts, the first size also with the two swapped."""
-    one, other = prompts
-    yield bundle.sizes[0], other, one
-    for size in bundle.sizes:
-        yield size, one, other
 
 
 def _conditioning(bundle: Bundle, engine: str, extreme: Extreme, states: Mapping[str, np.ndarray]) -> Conditioning:

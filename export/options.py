@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from snoopi_rt.bundle.bundle import GRAPHS, Vocabulary
+from snoopi_rt.bundle.bundle import GRAPHS
 from snoopi_rt.engines import installed
 from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 from snoopi_rt.export.backbones import Backbone, find_backbone
@@ -33,10 +33,6 @@ class ExportOptions:
     """Whether to leave the text encoder out: the bundle knows `prompts` and no others."""
     force: bool = False
     """Whether to replace a bundle that is there."""
-    vocabulary: Vocabulary | None = None
-    """As in Bundle; None: the student's."""
-    examples: tuple[str, ...] = ()
-    """As in Bundle; none: the student's."""
     or_nearest: frozenset[str] = frozenset()
     """The precisions that were asked for without naming a graph: a graph that cannot have one gets the nearest that it can."""
 

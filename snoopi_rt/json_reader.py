@@ -83,31 +83,19 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check(document: Any) -> None:
     """Raises ValueError for values nested too deep, and for text that is not Unicode. Without recursion, against which it guards."""
     level: list[Any] = [document]
-    for _ in range(MAX_DEPTH):
+    for depth in range(MAX_DEPTH + 1):
         below: list[Any] = []
         for value in level:
-            if isinstance(value, str):
-                _check_text(value)
-            elif isinstance(value, dict):
-                below += value.keys()
-                below += value.values()
-            elif isinstance(value, list):
-                below += value
-        if not below:
-            return
+            if isinstance(value, dict | list):
+                if depth == MAX_DEPTH:
+                    raise ValueError(_TOO_DEEP)
+                below += [*value, *value.values()] if isinstance(value, dict) else value
+            elif isinstance(value, str):
+                try:
+                    value.encode()
+                except UnicodeEncodeError:
+                    raise ValueError("half of a surrogate pair, which is not Unicode text") from None
         level = below
-    if any(isinstance(value, dict | list) for value in level):
-        raise ValueError(_TOO_DEEP)
-    for value in level:
-        if isinstance(value, str):
-            _check_text(value)
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair, which is not Unicode text") from None
 
 
 _TOO_DEEP = f"nested more than {MAX_DEPTH} deep"

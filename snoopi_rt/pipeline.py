@@ -25,7 +25,6 @@ from snoopi_rt.runtime.precision import format_precision, runs_on, select_varian
 from snoopi_rt.runtime.vocabulary import Matcher
 
 EMBEDDED = Path(__file__).parent / "bundles" / "small"
-STAGES = GRAPHS
 CLOSING = 60.0
 """Seconds that closing a pipeline waits for stages that run."""
 
@@ -121,7 +120,7 @@ class Pipeline:
         if not requests:
             raise InputError("no request: say what to draw")
         size = image_size(size, self.bundle.sizes)
-        timings = dict.fromkeys(STAGES, 0.0)
+        timings = dict.fromkeys(GRAPHS, 0.0)
         with self._turn:
             states = self._encode(requests, truncate, timings, deadline)
             images = self._stages.draw(requests, states, size, timings, deadline)

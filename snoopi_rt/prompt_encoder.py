@@ -131,7 +131,7 @@ class PromptEncoder:
 
     def _ids(self, text: str, truncate: bool) -> np.ndarray:
         if self._bundle.text.tokenizer is None:
-            known = [repr(each) for each in self._carried]
+            known = list(map(repr, self._carried))
             more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
             raise InputError(
                 f"prompt {text!r} is not one of the {len(known)} that bundle {self._bundle.name!r} knows (it has no text encoder): "

@@ -130,14 +130,7 @@ BACKBONES = {
     backbone.name: backbone
     for backbone in (
         Backbone("small", "small", ("transformer", "vae"), 2, dict.fromkeys(_AUTO, "fp16"), masks=True, opset=20),
-        Backbone(
-            "pixart",
-            "pixart_alpha",
-            _TRANSFORMER,
-            2,
-            {**_AUTO, "text_encoder": "int8-weights"},
-            "madebyollin/taesd",
-        ),
+        Backbone("pixart", "pixart_alpha", _TRANSFORMER, 2, {**_AUTO, "text_encoder": "int8-weights"}, "madebyollin/taesd"),
         Backbone("sd15", "stable_diffusion", _CLIP, 8, _AUTO, "madebyollin/taesd"),
         Backbone("sd21", "stable_diffusion", _CLIP, 8, _AUTO, "madebyollin/taesd"),
         Backbone("sdxl", "stable_diffusion", (*_CLIP, "text_encoder_2", "tokenizer_2"), 8, _AUTO, "madebyollin/taesdxl"),

@@ -63,9 +63,8 @@ class GuidedSana(nn.Module):
         self.attention.negative = None if negative_states is None else (negative_states, None, negative_scale)
 
         def network(step: int, latent: Tensor) -> Tensor:
-            fed = {"timestep": self.rule.steps[step].timestep, "guidance": self.embedded}
-            given = {name: torch.full((len(noise),), value) for name, value in fed.items()}
-            return self.network(latent, prompt_states, **given, return_dict=False)[0]
+            timestep, embedded = (torch.full((len(noise),), value) for value in (self.rule.steps[step].timestep, self.embedded))
+            return self.network(latent, prompt_states, timestep=timestep, guidance=embedded, return_dict=False)[0]
 
         return self.rule.run(network, noise, renoise)
 

@@ -1,6 +1,6 @@
 """Rewrites of a graph that one engine runs faster. They read the graph's own weights, so that none are stored twice."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,18 @@ def onnxruntime_operators(path: Path, out: Path) -> bool:
     return True
 
 
+def keep_needed(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> set[str]:
+    """Makes `nodes` the graph's, without those that no output needs; returns the names of the tensors that are read."""
+    read, kept = {value.name for value in graph.output}, []
+    for node in reversed(nodes):
+        if read.intersection(node.output):
+            kept.append(node)
+            read.update(node.input)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    return read
+
+
 class _Graph:
     """A model with its nodes by the tensors that they produce and read."""
 
@@ -93,13 +105,7 @@ class _Graph:
             node = new.get(node.output[0], node)
             ordered += [added.pop(name) for name in node.input if name in added]
             ordered.append(node)
-        read, kept = {value.name for value in self.model.graph.output}, []
-        for node in reversed(ordered):
-            if read.intersection(node.output):
-                kept.append(node)
-                read.update(node.input)
-        del self.model.graph.node[:]
-        self.model.graph.node.extend(reversed(kept))
+        keep_needed(self.model.graph, ordered)
 
 
 def _blockwise_attention(graph: _Graph) -> Iterator[onnx.NodeProto]:

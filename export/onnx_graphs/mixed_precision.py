@@ -5,7 +5,6 @@ the operators between the network's answer and an output: sigma / alpha is 157 f
 the 8 bits of bf16.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from snoopi_rt.errors import InputError
+from snoopi_rt.export.onnx_graphs.engine_rewrites import keep_needed
 
 GpuPrecision = Literal["fp16", "bf16"]
 FLOAT32 = TensorProto.FLOAT
@@ -179,18 +179,8 @@ def _converted(values: np.ndarray, dtype: int) -> np.ndarray:
 
 def _drop_unread(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
     """Makes `nodes` the graph's, without the nodes and constants that no output needs."""
-    read = {value.name for value in graph.output}
-    kept = list(_read(nodes, read))
-    del graph.node[:]
-    graph.node.extend(reversed(kept))
+    read = keep_needed(graph, nodes)
     constants = [value for value in graph.initializer if value.name in read]
     del graph.initializer[:]
     graph.initializer.extend(constants)
     del graph.value_info[:]
-
-
-def _read(nodes: list[onnx.NodeProto], read: set[str]) -> Iterator[onnx.NodeProto]:
-    for node in reversed(nodes):
-        if read.intersection(node.output):
-            read.update(node.input)
-            yield node

@@ -66,14 +66,6 @@ def write_graph(
     return [path, data] if data.exists() else [path]
 
 
-def node_counts(path: Path) -> dict[str, int]:
-    """How many nodes of each operator a graph has."""
-    counts: dict[str, int] = {}
-    for node in onnx.load(path, load_external_data=False).graph.node:
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return counts
-
-
 def _lazy_tensor(tensor_of: Callable[[str], Tensor], name: str, value: ir.Value) -> ir.LazyTensor:
     def read() -> ir.Tensor:
         tensor = tensor_of(name)

@@ -15,9 +15,9 @@ def find_preset(name: str, backbone: str | None = None) -> Preset:
 
 
 def default_preset(backbone: str) -> Preset:
-    """The default preset of a backbone. Raises InputError for a backbone without one."""
+    """The default preset of a backbone. Raises InputError, naming the known ones."""
     if backbone not in DEFAULT_PRESET:
-        raise InputError(f"backbone {backbone!r} has no preset, those with one are {', '.join(DEFAULT_PRESET)}")
+        raise InputError(f"unknown backbone {backbone!r}, choose from {', '.join(DEFAULT_PRESET)}")
     return PRESETS[DEFAULT_PRESET[backbone]]
 
 
@@ -27,6 +27,4 @@ def choose_preset(backbone: str | None, preset: str | None) -> Preset:
         return find_preset(preset, backbone)
     if backbone is None:
         raise InputError("nothing to export: give --backbone NAME or --preset NAME")
-    if backbone not in DEFAULT_PRESET:
-        raise InputError(f"unknown backbone {backbone!r}, choose from {', '.join(DEFAULT_PRESET)}")
     return default_preset(backbone)

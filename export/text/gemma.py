@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from snoopi_rt.engines.messages import why
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.text.t5 import T5Weights
 from snoopi_rt.export.weights.checkpoint import config_path, read_config, transformers_config
@@ -123,36 +122,27 @@ class InstructedGemma:
         """
         from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2RMSNorm
 
-        config, weight_of = self.config, GemmaWeights(self.folder, updates=updates)
-
-        def loaded(module: nn.Module, prefix: str) -> nn.Module:
-            weights = {name: weight_of(f"{prefix}.{name}").float() for name in module.state_dict()}
-            try:
-                module.load_state_dict(weights, assign=True)
-            except RuntimeError as error:
-                raise InputError(f"{self.folder} holds weights of other shapes than its config describes: {why(error)}") from error
-            return module.eval()
-
+        config, weights = self.config, GemmaWeights(self.folder, updates=updates)
         groups: dict[int, list[int]] = {}
         for i, ids in enumerate(prompts):
             groups.setdefault(-(-ids.shape[1] // TOGETHER) * TOGETHER, []).append(i)
         # It is causal: what a row is filled up with changes nothing before it.
         rows = [torch.cat([F.pad(prompts[i][:, 1:], (0, length - prompts[i].shape[1])) for i in group]) for length, group in groups.items()]
         used = torch.cat([ids.flatten() for ids in (self._ids, *rows)]).unique()
-        table = weight_of.rows("embed_tokens.weight", used).float()
+        table = weights.rows("embed_tokens.weight", used).float()
         known, *hidden = (_embedded(table[torch.searchsorted(used, ids)]) for ids in (self._ids, *rows))
         count = self._ids.shape[1]
         start, (cos, sin) = _rotation(config, 0, count), _rotation(config, count, max([self._max_tokens, *groups]))
         for number in tqdm(range(config.num_hidden_layers), desc="text reference", unit="layer", leave=False):
             with torch.device("meta"):
                 layer = Gemma2DecoderLayer(config, number)
-            loaded(layer, f"layers.{number}")
+            weights.load(layer, f"layers.{number}")
             known, key, value = run_layer(layer, known, *start)
             for i, x in enumerate(hidden):
                 hidden[i], *_ = run_layer(layer, x, cos[: x.shape[1]], sin[: x.shape[1]], (key, value))
             self._constants |= {f"key_{number}": key, f"value_{number}": value}
         self._constants |= {"first": known[:, :1], "cos": cos[: self._max_tokens], "sin": sin[: self._max_tokens]}
-        norm = loaded(Gemma2RMSNorm(config.hidden_size, config.rms_norm_eps), "norm")
+        norm = weights.load(Gemma2RMSNorm(config.hidden_size, config.rms_norm_eps), "norm")
         states = {i: x[row : row + 1] for group, x in zip(groups.values(), hidden, strict=True) for row, i in enumerate(group)}
         return [norm(torch.cat([known[:, :1], states[i][:, : ids.shape[1] - 1]], 1)) for i, ids in enumerate(prompts)]
 

@@ -95,6 +95,15 @@ class T5Weights:
         """Rows `index` (N,) of a matrix, (N, D), without reading the others."""
         return self._mapped(name)[index]
 
+    def load(self, module: nn.Module, prefix: str) -> nn.Module:
+        """A module of the encoder with its parameters in fp32, for evaluation. Raises InputError for weights of other shapes."""
+        weights = {name: self(f"{prefix}.{name}").float() for name in module.state_dict()}
+        try:
+            module.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            raise InputError(f"{self._folder} holds weights of other shapes than its config describes: {why(error)}") from error
+        return module.eval()
+
     def names(self, name: str) -> tuple[str, ...]:
         """What a checkpoint may call the parameter: the table that encoder and decoder share has one of two names, or both."""
         return (name, "shared.weight") if name == "encoder.embed_tokens.weight" else (name,)
@@ -116,27 +125,18 @@ def reference_states(folder: Path, prompts: Sequence[Tensor], updates: Mapping[s
     """
     from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
-    config, weight_of = t5_config(folder), T5Weights(folder, updates=updates)
-
-    def loaded(module: nn.Module, prefix: str) -> nn.Module:
-        weights = {name: weight_of(f"{prefix}.{name}").float() for name in module.state_dict()}
-        try:
-            module.load_state_dict(weights, assign=True)
-        except RuntimeError as error:
-            raise InputError(f"{folder} holds weights of other shapes than its config describes: {why(error)}") from error
-        return module.eval()
-
+    config, weights = t5_config(folder), T5Weights(folder, updates=updates)
     used = torch.cat([ids.flatten() for ids in prompts]).unique()
-    table = weight_of.rows("encoder.embed_tokens.weight", used).float()
+    table = weights.rows("encoder.embed_tokens.weight", used).float()
     states = [table[torch.searchsorted(used, ids)] for ids in prompts]
     biases: list[Tensor | None] = [None] * len(states)
     for number in tqdm(range(config.num_layers), desc="text reference", unit="layer", leave=False):
         with torch.device("meta"):
             block = T5Block(config, has_relative_attention_bias=number == 0)
-        loaded(block, f"encoder.block.{number}")
+        weights.load(block, f"encoder.block.{number}")
         for i, bias in enumerate(biases):
             states[i], biases[i], _ = block(states[i], None, bias)
-    norm = loaded(T5LayerNorm(config.d_model, config.layer_norm_epsilon), "encoder.final_layer_norm")
+    norm = weights.load(T5LayerNorm(config.d_model, config.layer_norm_epsilon), "encoder.final_layer_norm")
     return [norm(hidden) for hidden in states]
 
 

@@ -62,9 +62,10 @@ class Run:
         assert isinstance(settings, Regression)
         return settings
 
-    def rows(self, step: int, samples: Iterable[int]) -> list[int]:
-        """The prompts of some samples of a step, by their rows: all prompts in a new order each time."""
-        return [shuffled(step * self.recipe.batch + sample, len(self.prompts), self.recipe.seed) for sample in samples]
+    def rows(self, samples: "Samples", count: int, order: int = 0) -> list[int]:
+        """A row for each of the samples out of `count`: all rows in a new order each time. order: 1 is another order than 0."""
+        first = samples.step * self.recipe.batch
+        return [shuffled(first + number, count, self.recipe.seed + order) for number in samples.numbers]
 
     def pairs(self, pairs: Sequence[int]) -> tuple[Tensor, TextBatch]:
         """The noise (B, C, h, w) and the prompts of some pairs, by their numbers."""
@@ -94,7 +95,7 @@ class StudentBatch:
     @cached_property
     def rows(self) -> list[int]:
         """The samples' prompts, by their rows."""
-        return self._run.rows(self.samples.step, self.samples.numbers)
+        return self._run.rows(self.samples, len(self._run.prompts))
 
     @cached_property
     def noise(self) -> StudentNoise:

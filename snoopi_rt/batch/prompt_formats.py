@@ -4,6 +4,7 @@ import codecs
 import csv
 import re
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO
 
@@ -267,14 +268,10 @@ def _check_type(name: str, type: Any) -> None:
         raise InputError(f"its column {name!r} contains {type}, not {'numbers' if name in NUMBERS else 'text'}")
 
 
-def _tabs(file: BinaryIO, names: Collection[str]) -> Iterator[Record]:
-    return _table(file, names, "\t")
-
-
 FORMATS: dict[str, Callable[[BinaryIO, Collection[str]], Iterator[Record]]] = {
     "txt": _text,
     "csv": _table,
-    "tsv": _tabs,
+    "tsv": partial(_table, mark="\t"),
     "json": _json_list,
     "jsonl": _json_lines,
     "parquet": _parquet,

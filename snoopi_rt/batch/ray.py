@@ -113,6 +113,6 @@ class BatchWorker:
     def __call__(self, rows: dict[str, Sequence[str]]) -> dict[str, list[Any]]:
         """Rows of jobs to rows of Drawn."""
         jobs = [(row, Request(**fields)) for row, fields in map(json.loads, rows["job"])]
-        drawn = [asdict(each) for each in draw_together(self._pipe, self._batch, jobs)]
-        columns = {name: [each[name] for each in drawn] for name in ("row", "file", "error", "warning")}
-        return columns | {"metadata": [json.dumps(each["metadata"]) for each in drawn]}
+        drawn = [asdict(row) for row in draw_together(self._pipe, self._batch, jobs)]
+        columns = {name: [row[name] for row in drawn] for name in ("row", "file", "error", "warning")}
+        return columns | {"metadata": [json.dumps(row["metadata"]) for row in drawn]}

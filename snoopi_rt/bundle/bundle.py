@@ -5,8 +5,9 @@ Knows no engine package and no array. `bundle.json` is written last and atomical
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class Bundle:
 
     def engines(self) -> tuple[str, ...]:
         """The engines that can run every graph, see `variants`."""
-        names = {engine for variants in self.graphs.values() for variant in variants for engine in variant.engines}
+        names = {engine for variant in self._all_variants() for engine in variant.engines}
         return tuple(sorted(engine for engine in names if all(self.variants(graph, engine) for graph in self.graphs)))
 
     def variants(self, graph: str, engine: str) -> tuple[Variant, ...]:
@@ -214,9 +215,7 @@ class Bundle:
             side, overlap = self.tile.size * self.latent.factor, self.tile.overlap * self.latent.factor
             lines[1] += f", decoded in tiles of {side}x{side} that overlap by {overlap} pixels"
         lines += [f"{graph}: {variant.described()}" for graph, variants in self.graphs.items() for variant in variants]
-        lines += legend(
-            (variant.precision, engine) for variants in self.graphs.values() for variant in variants for engine in variant.engines
-        )
+        lines += legend((variant.precision, engine) for variant in self._all_variants() for engine in variant.engines)
         lines += [f"{key}: {value}" for key, value in self.provenance.items()]
         return "\n".join(map(visible, [*lines, f"hash {self.hash}"]))
 
@@ -230,14 +229,18 @@ class Bundle:
         bundle._check_files(cache)
         return bundle
 
+    def _all_variants(self) -> Iterator[Variant]:
+        """All variants of all graphs."""
+        return chain.from_iterable(self.graphs.values())
+
     def _listed(self) -> list[File]:
         others = [self.text.tokenizer, self.prompts.file if self.prompts else None]
-        models = [file for variants in self.graphs.values() for variant in variants for file in variant.files]
+        models = [file for variant in self._all_variants() for file in variant.files]
         return [*(file for file in others if file is not None), *models]
 
     def _check_files(self, cache: Cache | None) -> None:
         external = {file.path: self._check_file(file, cache) for file in dict.fromkeys(self._listed())}
-        for variant in (variant for variants in self.graphs.values() for variant in variants):
+        for variant in self._all_variants():
             listed = {file.path for file in variant.files}
             for name in external[variant.files[0].path]:
                 require(name in listed, f"{self.folder / variant.files[0].path} reads {name!r}, which its variant does not list")

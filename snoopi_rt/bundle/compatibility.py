@@ -1,7 +1,7 @@
 """Whether the parts of a bundle fit together: the tokenizer and the text encoder, and the shapes of its graphs."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from snoopi_rt.bundle.manifest import File, require
@@ -61,7 +61,7 @@ def check_tokens(bundle: "Bundle", cache: Cache | None) -> None:
     tokenizer = bundle.text.tokenizer
     if tokenizer is None:
         return
-    for model in _encoders(bundle):
+    for model in (variant.files[0] for variant in bundle.graphs.get("text_encoder", ()) if variant.format == "onnx"):
         highest, embedded = _token_counts(bundle, tokenizer, model, cache)
         if embedded is None:
             continue
@@ -72,10 +72,6 @@ def check_tokens(bundle: "Bundle", cache: Cache | None) -> None:
         )
         pad = bundle.text.pad or 0
         require(pad < embedded, f"prompts are padded with token id {pad}, {model.path} has embeddings for {embedded}")
-
-
-def _encoders(bundle: "Bundle") -> Iterator[File]:
-    return (variant.files[0] for variant in bundle.graphs.get("text_encoder", ()) if variant.format == "onnx")
 
 
 def _token_counts(bundle: "Bundle", tokenizer: File, model: File, cache: Cache | None) -> tuple[int, int | None]:

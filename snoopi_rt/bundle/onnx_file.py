@@ -38,7 +38,7 @@ def external_data(path: Path) -> list[str]:
         return sorted(set(_locations(data, "model", 0, len(data))))
 
 
-def embedded_tokens(path: Path, ids: str = "ids") -> int | None:
+def embedded_tokens(path: Path) -> int | None:
     """The number of token ids with embeddings: the rows of the smallest table in which the graph looks up its input `ids`.
 
     None if there is no such table. Raises BundleError if it is not an ONNX file.
@@ -52,7 +52,7 @@ def embedded_tokens(path: Path, ids: str = "ids") -> int | None:
             elif field == 5:
                 name, dims = _tensor(data, begin, end)
                 rows[name] = dims[0] if len(dims) > 1 else None
-        id_tensors, sizes = {ids}, []
+        id_tensors, sizes = {"ids"}, []
         for operator, inputs, outputs in nodes:
             if operator in LOOKS_UP and inputs[1] in id_tensors and (count := rows.get(inputs[0])) is not None:
                 sizes.append(count)

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from snoopi_rt.cli.options import bundle_option, completed_by, engines, precision_option, threads_option
+from snoopi_rt.cli.options import bundle_option, completed_by, engines, precision_option, say, threads_option
 from snoopi_rt.shell import visible
 
 
@@ -30,7 +30,7 @@ def bench(bundle: str | None, names: tuple[str, ...], precision: str | None, thr
     from snoopi_rt.runtime.auto_engine import usable
 
     opened = Bundle.load(bundle or EMBEDDED)
-    document = measure(opened, list(names) or usable(opened), precision, threads, runs, lambda line: click.echo(line, err=True))
+    document = measure(opened, list(names) or usable(opened), precision, threads, runs, say)
     click.echo(table(document))
     click.echo(visible(verdict(document)))
     click.echo(json.dumps(document))

@@ -2,7 +2,7 @@
 
 import click
 
-from snoopi_rt.cli.options import Number, complete_bundle, completed_by, engines, threads_option
+from snoopi_rt.cli.options import Number, complete_bundle, completed_by, engines, say, threads_option
 from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 from snoopi_rt.shell import visible
 
@@ -98,7 +98,7 @@ def compare(
         default_negative if neg is None else neg,
         layers,
         threads,
-        lambda line: click.echo(line, err=True),
+        say,
     ):
         beyond = comparison.first_beyond(tolerance)
         differs = differs or beyond is not None

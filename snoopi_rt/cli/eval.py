@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from snoopi_rt.cli.options import Group, Integer, Number, Seed, complete_bundle, folder_path, named_folder
+from snoopi_rt.cli.options import Group, Integer, Number, Seed, complete_bundle, folder_path, named_folder, say
 from snoopi_rt.cli.torch_command import torch_command
 from snoopi_rt.errors import InputError
 from snoopi_rt.shell import quote, visible
@@ -14,6 +14,14 @@ from snoopi_rt.shell import quote, visible
 if TYPE_CHECKING:
     from snoopi_rt.export.evaluation.measures import Plan
 
+bundles_option = click.option(
+    "--bundle",
+    "bundles",
+    multiple=True,
+    metavar="[NAME=]FOLDER",
+    shell_complete=complete_bundle,
+    help="A bundle, or a student's weights; repeatable, measured side by side.  [default: the embedded bundle]",
+)
 out_option = click.option(
     "--out",
     type=folder_path,
@@ -29,14 +37,7 @@ def evaluate() -> None:
 
 
 @evaluate.command(epilog="Example: snoopi-rt eval small --teacher weights/small/teacher --out out/evaluation")
-@click.option(
-    "--bundle",
-    "students",
-    multiple=True,
-    metavar="[NAME=]FOLDER",
-    shell_complete=complete_bundle,
-    help="A bundle, or a student's weights; repeatable, measured side by side.  [default: the embedded bundle]",
-)
+@bundles_option
 @click.option("--teacher", type=folder_path, metavar="FOLDER", help="Teacher to measure beside them, in 25 steps.")
 @click.option("--decoder", type=folder_path, metavar="FOLDER", help="Decoder for the teacher's latents.  [default: its own vae]")
 @click.option(
@@ -47,13 +48,13 @@ def evaluate() -> None:
 )
 @click.option("--quick", is_flag=True, help="Draw a few pictures of each kind, to see that it runs; the figures mean nothing.")
 @out_option
-def small(students: tuple[str, ...], teacher: Path | None, decoder: Path | None, references: Path | None, quick: bool, out: Path) -> None:
+def small(bundles: tuple[str, ...], teacher: Path | None, decoder: Path | None, references: Path | None, quick: bool, out: Path) -> None:
     """Judge the embedded model and others of its kind.
 
     Writes small.json, small.md, a plot, and sheets of uncurated pictures.
     """
-    named: dict[str, Path | None] = dict(map(named_folder, students)) or {"embedded": None}
-    if len(named) < len(students) or "teacher" in named:
+    named: dict[str, Path | None] = dict(map(named_folder, bundles)) or {"embedded": None}
+    if len(named) < len(bundles) or "teacher" in named:
         raise InputError("each bundle needs a name of its own: --bundle NAME=FOLDER gives it one")
     if decoder is not None and teacher is None:
         raise InputError("--decoder goes with --teacher")
@@ -63,30 +64,17 @@ def small(students: tuple[str, ...], teacher: Path | None, decoder: Path | None,
         from snoopi_rt.export.evaluation.small import evaluate as measure
 
         extent = QUICK if quick else Extent()
-        columns = measure(
-            named, teacher, decoder, references or out / "references", out, extent, lambda line: click.echo(visible(line), err=True)
-        )
+        columns = measure(named, teacher, decoder, references or out / "references", out, extent, say)
     for name in named:
         rows = [row for row in columns[name] if row.goal is not None]
         click.echo(visible(f"{name}: {len(rows) - len(unmet(rows))} of {len(rows)} goals met"))
     click.echo(f"read {quote(out / 'small.md')}, and look at small.png, natural.png, things.png and clean.png beside it", err=True)
 
 
-def _say(line: str) -> None:
-    click.echo(visible(line), err=True)
-
-
 def subjects(command: Callable[..., Any]) -> Callable[..., Any]:
     """Who is measured, on what, with which weights: the options that all measures of image sets share."""
     options = (
-        click.option(
-            "--bundle",
-            "bundles",
-            multiple=True,
-            metavar="[NAME=]FOLDER",
-            shell_complete=complete_bundle,
-            help="A bundle, or a student's weights; repeatable, measured side by side.  [default: the embedded bundle]",
-        ),
+        bundles_option,
         click.option(
             "--pipeline", "pipelines", multiple=True, metavar="[NAME=]FOLDER", help="A diffusers pipeline, run in PyTorch; repeatable."
         ),
@@ -184,14 +172,7 @@ def every(**options: Any) -> None:
 
 
 @evaluate.command(epilog="Example: snoopi-rt eval negatives --bundle nasa=a --bundle vsf=b --seeds 8 --tune")
-@click.option(
-    "--bundle",
-    "bundles",
-    multiple=True,
-    metavar="[NAME=]FOLDER",
-    shell_complete=complete_bundle,
-    help="A bundle, or a student's weights; repeatable, plotted on the same axes.  [default: the embedded bundle]",
-)
+@bundles_option
 @click.option("--pairs", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Pairs to use instead of those that ship.")
 @click.option("--scales", metavar="X,...", help="Negative scales.  [default: a quarter, a half, one and two of the bundle's]")
 @click.option("--seeds", type=Integer(1), default=4, metavar="N", help="Seeds per pair.")
@@ -214,9 +195,9 @@ def negatives(bundles: tuple[str, ...], scales: str | None, dry_run: bool, out: 
         if dry_run:
             dry_run_negatives(plan, lambda line: click.echo(visible(line)))
             return
-        evaluate_negatives(plan, _say)
+        evaluate_negatives(plan, say)
     click.echo((out / "negatives.md").read_text(encoding="utf-8"), nl=False)
-    _say(f"look at {quote(out / 'negatives.png')} and the sheets beside it")
+    say(f"look at {quote(out / 'negatives.png')} and the sheets beside it")
 
 
 def _numbers(text: str | None) -> tuple[float, ...]:
@@ -257,9 +238,9 @@ def _measure(command: str, measures: tuple[str, ...], options: dict[str, Any]) -
         if dry:
             dry_run(plan, lambda line: click.echo(visible(line)))
             return
-        run(plan, _say)
+        run(plan, say)
     click.echo((out / f"{command}.md").read_text(encoding="utf-8"), nl=False)
-    _say(f"{quote(out / f'{command}.json')} has every figure; look at the images beside it")
+    say(f"{quote(out / f'{command}.json')} has every figure; look at the images beside it")
 
 
 def _plan(command: str, measures: tuple[str, ...], out: Path, options: dict[str, Any]) -> "Plan":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from snoopi_rt.cli.options import Number, completed_by, folder_path, prompt_file_options
+from snoopi_rt.cli.options import Number, completed_by, folder_path, prompt_file_options, say
 from snoopi_rt.cli.torch_command import torch_command
 from snoopi_rt.errors import InputError
 from snoopi_rt.shell import quote, size_text, visible
@@ -126,10 +126,10 @@ def export(
             or_nearest=frozenset(name for name in precisions if "=" not in name),
         )
         check_out(out, force)  # before anything is fetched
-        source = find_source(backbone, weights, preset, settings, weights_file, loras, decoder, accept_licence, _report)
-        bundle = write(source, out, options, _report)
+        source = find_source(backbone, weights, preset, settings, weights_file, loras, decoder, accept_licence, say)
+        bundle = write(source, out, options, say)
     click.echo(bundle.described())
-    _report(f"next: snoopi-rt generate --bundle {quote(out)}")
+    say(f"next: snoopi-rt generate --bundle {quote(out)}")
 
 
 def _list(models: Mapping[str, Sequence["ModelFile"]]) -> None:
@@ -141,10 +141,6 @@ def _list(models: Mapping[str, Sequence["ModelFile"]]) -> None:
     every = [file for files in models.values() for file in files]
     absent = sum(file.size for file in every if not file.here)
     click.echo(f"{size_text(sum(file.size for file in every)):>10}  in all, {size_text(absent)} to fetch")
-
-
-def _report(line: str) -> None:
-    click.echo(visible(line), err=True)
 
 
 def _precisions(texts: tuple[str, ...]) -> dict[str, list[str]]:

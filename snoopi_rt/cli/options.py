@@ -17,6 +17,7 @@ from click.shell_completion import CompletionItem
 
 from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 from snoopi_rt.files import check_folder
+from snoopi_rt.shell import visible
 
 if TYPE_CHECKING:
     from snoopi_rt.batch.ray import Workers
@@ -240,6 +241,11 @@ def progress_line(doing: str = "loading") -> Iterator[dict[str, str]]:
         yield progress
     finally:
         done.set()
+
+
+def say(line: str) -> None:
+    """Prints a line on standard error."""
+    click.echo(visible(line), err=True)
 
 
 def discard(*streams: IO[str]) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from snoopi_rt.bundle.bundle import Bundle, Variant
+from snoopi_rt.bundle.bundle import GRAPHS, Bundle, Variant
 from snoopi_rt.bundle.variant import legend
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines import check_engine
 from snoopi_rt.errors import BundleError, EngineError, EngineMissing
 from snoopi_rt.loading import open_pipeline
-from snoopi_rt.pipeline import STAGES, Pipeline
+from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.request import integer
 from snoopi_rt.runtime.auto_engine import Measurement, choose_engine, measurements, remember
 from snoopi_rt.runtime.precision import format_names, format_precision, select_variants
@@ -127,10 +127,8 @@ def measure_engine(
 
 def bench_prompts(bundle: Bundle) -> tuple[str, str | None]:
     """A prompt and a negative prompt that the bundle can draw; None if it supports no negative prompts."""
-    if "text_encoder" not in bundle.graphs:
-        first, last = _prompt(bundle, 0), _prompt(bundle, -1)
-        return first, None if bundle.guidance.kind == "none" else last
-    return PROMPT, None if bundle.guidance.kind == "none" else NEGATIVE
+    prompt, negative = (PROMPT, NEGATIVE) if "text_encoder" in bundle.graphs else (_prompt(bundle, 0), _prompt(bundle, -1))
+    return prompt, None if bundle.guidance.kind == "none" else negative
 
 
 def measure(pipe: Pipeline, runs: int | None, series: int = 0) -> Timings:
@@ -144,7 +142,7 @@ def measure(pipe: Pipeline, runs: int | None, series: int = 0) -> Timings:
         negatives["negative"] = NEGATIVE if "text_encoder" in bundle.graphs else _prompt(bundle, first)
     for negative in negatives.values():
         pipe.generate(_prompt(bundle, first), negative, seed=0, truncate=True)
-    timings: Timings = {way: {stage: [] for stage in (*STAGES, "total")} for way in negatives}
+    timings: Timings = {way: {stage: [] for stage in (*GRAPHS, "total")} for way in negatives}
     start = time.perf_counter()
     for run in range(RUNS if runs is None else runs):
         if runs is None and run >= MIN_RUNS and time.perf_counter() - start > MAX_SECONDS * len(negatives):

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -96,7 +96,7 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Images in the queue."""
-        return sum(len(each.images) for each in tuple(self._queue))
+        return _images(tuple(self._queue))
 
     async def draw(self, images: list[Request], size: tuple[int, int], timeout: float, truncate: bool) -> Result:
         """See ServedModel."""
@@ -131,7 +131,7 @@ class Batcher:
                 batch = self._take([])
                 end = time.monotonic() + self._wait
                 while batch and not self._closed and self._max_batch > 1 and (rest := end - time.monotonic()) > 0:
-                    if sum(len(each.images) for each in batch) >= self._max_batch:
+                    if _images(batch) >= self._max_batch:
                         break
                     self._changed.wait(rest)
                     batch = self._take(batch)
@@ -147,7 +147,7 @@ class Batcher:
         """The batch with what fits to it from the queue, in order."""
         self._let_go()
         left: deque[Waiting] = deque()
-        count = sum(len(each.images) for each in batch)
+        count = _images(batch)
         for item in self._queue:
             alike = not batch or (item.size, item.truncate) == (batch[0].size, batch[0].truncate)
             if not batch or (alike and count + len(item.images) <= self._max_batch):
@@ -190,3 +190,8 @@ class Batcher:
 
         with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
             self._loop.call_soon_threadsafe(give)
+
+
+def _images(waiting: Iterable[Waiting]) -> int:
+    """The number of all their images."""
+    return sum(len(item.images) for item in waiting)

@@ -253,9 +253,9 @@ def waiting_told() -> Iterator[None]:
         while not done.wait(PATIENCE):
             free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
             for app in serve.status().applications.values():
-                for name, found in app.deployments.items():
-                    if found.status != "HEALTHY":
-                        log_event("waiting", deployment=name, reason=found.message or found.status, free=free)
+                for name, deployment in app.deployments.items():
+                    if deployment.status != "HEALTHY":
+                        log_event("waiting", deployment=name, reason=deployment.message or deployment.status, free=free)
 
     threading.Thread(target=talk, daemon=True).start()
     try:

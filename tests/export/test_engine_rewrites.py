@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx_nodes import node_counts
 from torch import Tensor, nn
 
 from snoopi_rt.engines import installed, load_engine, ort
@@ -12,7 +13,7 @@ from snoopi_rt.export.attention import merge_heads, split_heads
 from snoopi_rt.export.onnx_graphs.engine_rewrites import one_image_bf16, onnxruntime_operators
 from snoopi_rt.export.onnx_graphs.quantise import calibrate, quantise
 from snoopi_rt.export.onnx_graphs.weight_compression import WeightFormat
-from snoopi_rt.export.onnx_graphs.write import node_counts, write_graph
+from snoopi_rt.export.onnx_graphs.write import write_graph
 from snoopi_rt.kernels import fused_attention
 
 ENGINES = [name for name in installed() if name in ("cpu", "openvino")]

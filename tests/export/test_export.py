@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx_nodes import node_counts
 
 from snoopi_rt.bundle import verify
 from snoopi_rt.engines import installed, load_engine
@@ -19,7 +20,6 @@ from snoopi_rt.export.exporter import export as write
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.export.onnx_graphs import parity
-from snoopi_rt.export.onnx_graphs.write import node_counts
 from snoopi_rt.export.options import ExportOptions
 from snoopi_rt.export.source import find_source
 

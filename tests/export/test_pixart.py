@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_students
 import torch
+from onnx_nodes import node_counts
 from paper_attention import KINDS, SCALES, PaperAttention
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from snoopi_rt.engines import load_engine
 from snoopi_rt.export.backbones.pixart import FoldedPixArt
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
-from snoopi_rt.export.onnx_graphs.write import node_counts, write_graph
+from snoopi_rt.export.onnx_graphs.write import write_graph
 from snoopi_rt.export.student_graphs import dynamic_axes
 from snoopi_rt.kernels import attention, fused_attention, transposed_attention
 

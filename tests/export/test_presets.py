@@ -96,7 +96,7 @@ def test_unknown_names_list_the_known_ones():
         find_preset("sd-turob")
     with pytest.raises(InputError, match=r"unknown preset 'dmd2', choose from pgsb-sd15, sdxs-dreamshaper, dmd2-sd15, hyper.*instaflow$"):
         find_preset("dmd2", "sd15")
-    with pytest.raises(InputError, match="backbone 'flux' has no preset, those with one are small, pixart, sd15, sd21, sdxl, sana"):
+    with pytest.raises(InputError, match="unknown backbone 'flux', choose from small, pixart, sd15, sd21, sdxl, sana"):
         default_preset("flux")
     with pytest.raises(InputError, match="unknown guidance 'cfg'"):
         find_preset("sd-turbo").guidance("cfg")

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx_nodes import node_counts
 from torch import Tensor, nn
 
 from snoopi_rt.engines import installed, load_engine
@@ -17,7 +18,7 @@ from snoopi_rt.export.onnx_graphs.quantise import (
     quantisable_layers,
     quantise,
 )
-from snoopi_rt.export.onnx_graphs.write import node_counts, write_graph
+from snoopi_rt.export.onnx_graphs.write import write_graph
 
 WIDTH = 128
 OUTLIERS = (7,)  # 1 % of the channels

@@ -9,6 +9,7 @@ import tiny_students
 import torch
 from diffusers import SanaSprintPipeline, SCMScheduler
 from diffusers.schedulers import scheduling_scm
+from onnx_nodes import node_counts
 from paper_attention import CONSTANTS, KINDS, SCALES, PaperAttention
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from snoopi_rt.export.backbones.sana import FoldedSana, GuidedSana
 from snoopi_rt.export.exporter import export
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import trigflow_rule
-from snoopi_rt.export.onnx_graphs.write import node_counts
 from snoopi_rt.export.options import ExportOptions
 from snoopi_rt.export.presets.choose import find_preset
 from snoopi_rt.export.source import find_source

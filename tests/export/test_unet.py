@@ -11,6 +11,7 @@ import tiny_students
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from onnx import numpy_helper
+from onnx_nodes import node_counts
 from paper_attention import KINDS, SCALES, PaperAttention
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet
 from snoopi_rt.export.guidance import GUIDANCE
 from snoopi_rt.export.one_step import OneStepRule
-from snoopi_rt.export.onnx_graphs.write import node_counts, write_graph
+from snoopi_rt.export.onnx_graphs.write import write_graph
 from snoopi_rt.export.student_graphs import dynamic_axes
 
 UNETS = ("sd15", "sd21", "sdxl")

@@ -7,12 +7,13 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
+from onnx_nodes import node_counts
 from torch import Tensor, nn
 
 from snoopi_rt.engines import installed, load_engine
 from snoopi_rt.export.onnx_graphs import weight_compression
 from snoopi_rt.export.onnx_graphs.weight_compression import BLOCK, WeightFormat, block_scale, pack
-from snoopi_rt.export.onnx_graphs.write import node_counts, write_graph
+from snoopi_rt.export.onnx_graphs.write import write_graph
 
 ENGINES = [name for name in installed() if name in ("cpu", "openvino")]
 # int8 and int4 steps in blocks; ONNX Runtime also rounds the other side of an 8 bit product to int8 in blocks.

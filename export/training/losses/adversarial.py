@@ -17,7 +17,7 @@ from snoopi_rt.export.training.losses.teacher_features import TeacherFeatures
 from snoopi_rt.export.training.recipe import Adversarial, LossSettings, Regression, StudentRecipe
 from snoopi_rt.export.training.run import Log, Run, Samples, StudentBatch, descend, master_weights
 from snoopi_rt.export.training.task import Task
-from snoopi_rt.export.training.text_states import TextBatch, shuffled
+from snoopi_rt.export.training.text_states import TextBatch
 
 WIDTH = 128
 
@@ -80,8 +80,7 @@ class AdversarialLoss(Loss):
         return loss, {"heads": loss, "real": (reals > 0).float().mean()}
 
     def _pairs(self, samples: Samples) -> list[int]:
-        recipe = self.run.recipe
-        return [shuffled(samples.step * recipe.batch + number, len(self._pictures), recipe.seed + 1) for number in samples.numbers]
+        return self.run.rows(samples, len(self._pictures), order=1)
 
     def _seen(self, samples: Samples) -> tuple[Tensor, Tensor, Tensor, TextBatch]:
         """The student's noise; the noise and the timesteps (B,) with which the discriminator sees pictures, and their prompts."""

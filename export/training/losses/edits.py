@@ -17,7 +17,6 @@ from snoopi_rt.export.training.losses.loss import Loss, Term
 from snoopi_rt.export.training.recipe import Edits, LossSettings, StudentRecipe
 from snoopi_rt.export.training.run import Run, StudentBatch
 from snoopi_rt.export.training.task import Task
-from snoopi_rt.export.training.text_states import shuffled
 
 
 class EditsLoss(Loss):
@@ -50,7 +49,7 @@ class EditsLoss(Loss):
 
     def term(self, batch: StudentBatch) -> Term:
         recipe, models, samples = self.run.recipe, self.run.models, batch.samples
-        rows = [shuffled(samples.step * recipe.batch + number, len(self._changes), recipe.seed) for number in samples.numbers]
+        rows = self.run.rows(samples, len(self._changes))
         streams = [generator(recipe.seed, samples.step, number, "edit") for number in samples.numbers]
         noise = torch.stack([torch.randn(*models.shape, generator=stream) for stream in streams]).to(models.device)
         changes = self._changes[rows].to(models.device)

@@ -8,7 +8,7 @@ from snoopi_rt.export.training.losses.loss import Loss, Term
 from snoopi_rt.export.training.losses.teacher_features import TeacherFeatures, feature_distance
 from snoopi_rt.export.training.recipe import LossSettings, Regression
 from snoopi_rt.export.training.run import Run, Samples, StudentBatch
-from snoopi_rt.export.training.text_states import TextBatch, shuffled
+from snoopi_rt.export.training.text_states import TextBatch
 
 FEATURES_T_MAX = 400
 """Features are compared at timesteps up to this: beyond it the noise hides what the distance in latents leaves blurred."""
@@ -38,8 +38,7 @@ class RegressionLoss(Loss):
 
     def term(self, batch: StudentBatch) -> Term:
         run, samples = self.run, batch.samples
-        first = samples.step * run.recipe.batch
-        pairs = [shuffled(first + number, len(self._pictures), run.recipe.seed) for number in samples.numbers]
+        pairs = run.rows(samples, len(self._pictures))
         target = self._pictures.latents(pairs).to(run.models.device)
         noise, text = run.pairs(pairs)
         x0 = run.models.clean(noise, text)
@@ -57,5 +56,5 @@ class RegressionLoss(Loss):
         last = max(recipe.t_min, FEATURES_T_MAX)
         t = torch.stack([torch.randint(recipe.t_min, last + 1, (), generator=stream) for stream in streams]).to(device)
         with torch.no_grad():
-            wanted = features(target, eps, t, text)
-        return feature_distance(features(x0, eps, t, text), wanted).mean()
+            expected = features(target, eps, t, text)
+        return feature_distance(features(x0, eps, t, text), expected).mean()

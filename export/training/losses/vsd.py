@@ -62,7 +62,7 @@ class VsdLoss(Loss):
     def _lora_loss(self, drawn: Mapping[Samples, Tensor], turn: int, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         run, models, schedule, x0 = self.run, self.run.models, self.run.models.schedule, drawn[samples]
         noise = lora_noise(run.recipe, samples.step, turn, samples.numbers, models.shape, models.device)
-        rows = [-1 if dropped else row for row, dropped in zip(run.rows(samples.step, samples.numbers), noise.dropped, strict=True)]
+        rows = [-1 if dropped else row for row, dropped in zip(run.rows(samples, len(run.prompts)), noise.dropped, strict=True)]
         x_t = schedule.noised(x0, noise.eps, noise.t)
         prediction = models.predict(models.teachers.network, x_t, noise.t, run.prompts.batch(rows))
         alpha, _ = schedule.alpha_sigma(noise.t)
