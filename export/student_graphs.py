@@ -11,16 +11,8 @@ from tqdm import tqdm
 from snoopi_rt.bundle.bundle import Tile
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import Student
-from snoopi_rt.export.onnx_graphs import calibration
-from snoopi_rt.export.onnx_graphs.parity import (
-    FP32_TOLERANCE,
-    IMAGE_TOLERANCE,
-    INT8_TOLERANCE,
-    LATENT_TOLERANCE,
-    LatentComparison,
-    NamedArrays,
-    rms,
-)
+from snoopi_rt.export.onnx_graphs import calibration, parity
+from snoopi_rt.export.onnx_graphs.parity import LatentComparison, NamedArrays
 from snoopi_rt.export.onnx_graphs.variants import Graph
 from snoopi_rt.export.options import ExportPlan
 
@@ -77,7 +69,7 @@ def student_graphs(
 ) -> Iterator[Graph]:
     """The graphs of a bundle, one after the other, so that the memory of one is free before the next."""
     options, reference = plan.options, Reference(plan, student, states)
-    tolerance = LATENT_TOLERANCE if options.tolerance is None else options.tolerance
+    tolerance = parity.LATENT_TOLERANCE if options.tolerance is None else options.tolerance
     padded = len({row.shape[1] for row in ids.values()}) == 1
     shared: dict[str, Any] = {"opset": plan.backbone.opset, "dynamic": dynamic_axes(plan.sizes, padded)}
     if not options.prompts_only:
@@ -94,12 +86,12 @@ def student_graphs(
         error=by_latent.error,
         comparison=by_latent,
         tolerance=tolerance,
-        int8_tolerance=INT8_TOLERANCE if options.tolerance is None else None,
-        fp32_tolerance=FP32_TOLERANCE["generator"],
+        int8_tolerance=parity.INT8_TOLERANCE if options.tolerance is None else None,
+        fp32_tolerance=parity.FP32_TOLERANCE["generator"],
         **shared,
     )
     # A larger tolerance for the latent is one for the image too.
-    yield _decoder(plan, student, reference, tolerance=IMAGE_TOLERANCE * max(1.0, tolerance / LATENT_TOLERANCE), **shared)
+    yield _decoder(plan, student, reference, tolerance=parity.IMAGE_TOLERANCE * max(1.0, tolerance / parity.LATENT_TOLERANCE), **shared)
 
 
 def _text_encoder(
@@ -116,7 +108,7 @@ def _text_encoder(
         reference=[{name: value.numpy() for name, value in states[prompt].items()} for prompt in prompts],
         error=comparison.error,
         comparison=comparison,
-        fp32_tolerance=FP32_TOLERANCE["text_encoder"],
+        fp32_tolerance=parity.FP32_TOLERANCE["text_encoder"],
         tensor_of=student.tensor_of,
         **shared,
     )
@@ -139,8 +131,8 @@ def _decoder(plan: ExportPlan, student: Student, reference: Reference, **shared:
         calibration=[{"latent": first_tile(reference.latent(sample))} for sample in reference.samples.calibration[:DECODER_SAMPLES]],
         evaluation=[{"latent": latent} for latent in evaluation],
         reference=images,
-        error=lambda i, outputs: rms(outputs["image"].astype(np.float32) - images[i]["image"]) / 255,
-        fp32_tolerance=FP32_TOLERANCE["decoder"],
+        error=lambda i, outputs: parity.rms(outputs["image"].astype(np.float32) - images[i]["image"]) / 255,
+        fp32_tolerance=parity.FP32_TOLERANCE["decoder"],
         one_image=_large(student.decoder),
         **shared,
     )

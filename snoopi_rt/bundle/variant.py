@@ -42,7 +42,7 @@ class Parity:
             return "latent error"
         return "relative L2" if self.psnr is None else "RMS of full white"
 
-    def judged(self, digits: int = 2) -> str:
+    def judged(self, digits: int) -> str:
         """That error and its kind."""
         return f"{self.error:.{digits}g} ({self.kind})"
 
