@@ -3,9 +3,13 @@
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass, replace
+from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
 from snoopi_rt.errors import InputError
+
+SIMILARITY = 0.75
+"""Of a known name that an error suggests, by difflib: vsd.wieght is 0.9 like vsd.weight, smooth.weight 0.64 like edits.weight."""
 
 
 def flattened(settings: Any) -> dict[str, Any]:
@@ -25,10 +29,18 @@ def changed(settings: Any, values: Mapping[str, Any]) -> Any:
     return _changed(settings, values)
 
 
-def parsed(settings: Any, texts: Sequence[str], *, names: Collection[str] | None = None, former: Mapping[str, str] | None = None) -> Any:
+def parsed(
+    settings: Any,
+    texts: Sequence[str],
+    *,
+    names: Collection[str] | None = None,
+    former: Mapping[str, str] | None = None,
+    new_groups: str | None = None,
+) -> Any:
     """The values of KEY=VALUE texts by full name, each of the type that its field declares; commas separate the numbers of a tuple.
 
     names: the settings that may be set, all by default. former: names that settings had before, with their present ones.
+    new_groups: how a group is added, for the error that an unknown one gets.
     Raises InputError for an unknown or former name, and for a value of another type.
     """
     kinds = {name: get_type_hints(type(group))[field] for name, group, field in _walk(settings)}
@@ -37,7 +49,7 @@ def parsed(settings: Any, texts: Sequence[str], *, names: Collection[str] | None
         name, _, value = text.partition("=")
         if former and name in former:
             raise InputError(f"setting {name} is now called {former[name]}: --set {former[name]}={value}")
-        _check_names([name], kinds if names is None else names)
+        _check_names([name], kinds if names is None else names, new_groups)
         try:
             values[name] = _value(kinds[name], value)
         except ValueError as error:
@@ -80,10 +92,16 @@ def _changed(settings: Any, values: Mapping[str, Any]) -> Any:
     return replace(settings, **own)
 
 
-def _check_names(names: Collection[str], known: Collection[str]) -> None:
+def _check_names(names: Collection[str], known: Collection[str], new_groups: str | None = None) -> None:
     for name in names:
-        if name not in known:
-            raise InputError(f"unknown setting {name!r}, choose from {', '.join(known)}")
+        if name in known:
+            continue
+        remark, group = "", name.rpartition(".")[0]
+        if nearest := get_close_matches(name, known, n=1, cutoff=SIMILARITY):
+            remark = f" (did you mean {nearest[0]}?)"
+        elif new_groups and group and not any(other.startswith(f"{group}.") for other in known):
+            remark = f" (no group {group!r}: {new_groups})"
+        raise InputError(f"unknown setting {name!r}{remark}, choose from {', '.join(known)}")
 
 
 def _value(kind: Any, text: str) -> Any:

@@ -59,3 +59,9 @@ def how_to_install(extra: str = "") -> str:
     """The command that installs snoopi-rt with an extra, for errors: in a clone, because snoopi-rt is not on PyPI."""
     package = f'".[{extra}]"' if extra else "."
     return f"pip install {package} in the clone of snoopi-rt"
+
+
+def how_to_find_node(graph: str, engine: str) -> str:
+    """The command that names the node at which a graph goes wrong on an engine, for errors. BUNDLE: a server shows nobody its folders."""
+    other = "openvino" if engine == "cpu" else "cpu"
+    return f"snoopi-rt compare BUNDLE --engine {other} --engine {engine} --graph {graph} --layers names the node"

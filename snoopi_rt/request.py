@@ -56,12 +56,17 @@ def parse_requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed:
     # One scale for a list of prompts needs a negative prompt somewhere; a list of scales needs one wherever it has a scale.
     shared = any(negatives) and not isinstance(negative_scale, list | tuple)
     requests = []
-    for row, negative in zip(rows, negatives, strict=True):
+    for place, (row, negative) in enumerate(zip(rows, negatives, strict=True), 1):
         scale = row["negative_scale"]
         if shared and negative is None:
             _scale(scale, guidance)
             scale = None
-        first = Request(row["prompt"], negative, scale, 0).checked(guidance)
+        try:
+            first = Request(row["prompt"], negative, scale, 0).checked(guidance)
+        except InputError as error:
+            if len({shown(row["prompt"]) for row in rows}) == 1:  # also where the command line repeats one for every scale
+                raise
+            raise InputError(f"{error} (prompt {place} of {len(rows)})") from None
         requests += [replace(first, seed=number) for number in seeds_from(row["seed"], count)]
     return requests
 

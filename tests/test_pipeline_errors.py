@@ -12,9 +12,11 @@ import pytest
 
 from snoopi_rt.bundle.bundle import GRAPHS, Bundle
 from snoopi_rt.cache import Cache
+from snoopi_rt.cli.compare import compare
+from snoopi_rt.engines import ENGINES
 from snoopi_rt.engines.base import TensorSpec
 from snoopi_rt.engines.fake import FakeEngine
-from snoopi_rt.errors import BundleError, EngineError, InputError, OutputError
+from snoopi_rt.errors import BundleError, EngineError, InputError, OutputError, how_to_find_node
 from snoopi_rt.pipeline import Pipeline
 
 
@@ -33,7 +35,9 @@ def test_nan_in_the_latent_is_an_error_and_never_a_picture(original: Bundle, fak
         return {"latent": latent}
 
     fakes["generator"] = FakeEngine(generate, fakes["generator"].inputs, fakes["generator"].outputs)
-    with pytest.raises(OutputError, match="generator gave NaN or infinity on engine 'cpu' for seed 8: no picture was made"):
+    with pytest.raises(
+        OutputError, match=r"generator gave NaN or infinity on engine 'cpu' for seed 8: .*; snoopi-rt compare .*--graph generator"
+    ):
         Pipeline(original, fakes.__getitem__, "cpu")("a cat", seed=7, n=3)
     assert fakes["decoder"].calls == 0
 
@@ -53,8 +57,18 @@ def test_nan_inside_the_decoder_is_an_error_and_never_a_black_picture(original: 
         return {"image": image}
 
     fakes["decoder"] = FakeEngine(decode, fakes["decoder"].inputs, fakes["decoder"].outputs)
-    with pytest.raises(OutputError, match="decoder gave one value for all pixels on engine 'cpu' for seed 8: no picture was made"):
+    with pytest.raises(
+        OutputError, match=r"decoder gave one value for all pixels on engine 'cpu' for seed 8: .*; snoopi-rt compare .*--graph decoder"
+    ):
         Pipeline(original, fakes.__getitem__, "cpu")("a cat", seed=7, n=3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_command_that_such_an_error_names_is_one_that_compare_takes(engine: str) -> None:
+    words = how_to_find_node("generator", engine).removesuffix(" names the node").split()
+    asked = compare.make_context("compare", words[2:]).params
+    assert words[:2] == ["snoopi-rt", "compare"] and asked["graphs"] == ("generator",) and asked["layers"]
+    assert asked["names"][1] == engine != asked["names"][0]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +78,7 @@ def test_nan_inside_the_decoder_is_an_error_and_never_a_black_picture(original: 
         ({"prompt": " \n"}, "prompt is empty"),
         ({"prompt": None}, "prompt must be text, got None"),
         ({"prompt": []}, "prompt is an empty list"),
-        ({"prompt": ["a cat", ""]}, "prompt is empty"),
+        ({"prompt": ["a cat", ""]}, "prompt is empty: say what to draw (prompt 2 of 2)"),
         ({"prompt": "a a a a a"}, "prompt has 7 tokens, the limit is 6"),
         ({"negative_prompt": "a a a a a"}, "prompt has 7 tokens, the limit is 6"),
         ({"negative_prompt": 3}, "negative prompt must be text, got 3"),

@@ -18,6 +18,8 @@ BEGINNING = """# Command line
 
 `python tools/cli_docs.py` writes this page from what each command prints with `--help`.
 
+A *bundle* is the folder of an exported model: ONNX graphs, a tokenizer and `bundle.json`. One is embedded; `export` writes others.
+
 An error is one line. The exit code is 2 for a wrong request (a path that does not exist, too), 1 for any other error, 130 after Ctrl-C.
 `--debug`, also at the end of the line, shows where an error comes from.
 

@@ -101,7 +101,14 @@ SHARD = 2 * 2**30
 @click.option("--text-layers", type=int, help="Of T5 or Gemma: fewer make a smaller text encoder of the same width.")
 @click.option("--billions", type=click.Choice(sorted(SANAS)), default="0.6", help="SANA's parameters.")
 def main(backbone: str, out: Path, seed: int, tiny: bool, text_layers: int | None, billions: str) -> None:
-    """Write the folder."""
+    """Write a student of BACKBONE with random weights to the folder --out, in diffusers layout."""
+    write(backbone, out, seed, tiny, text_layers, billions)
+    decoder = f", its tiny decoder in {out / 'taesd'}" if (out / "taesd").exists() else ""
+    click.echo(f"{out}: a{' tiny' if tiny else ''} {backbone} student with random weights{decoder}")
+
+
+def write(backbone: str, out: Path, seed: int, tiny: bool, text_layers: int | None, billions: str) -> None:
+    """Writes the folder."""
     from diffusers import AutoencoderKL, PixArtTransformer2DModel, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

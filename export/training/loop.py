@@ -197,7 +197,8 @@ def first_step(stage: Stage) -> int:
     if now["steps"] >= done:
         before["steps"] = now["steps"]
     if before != now:
-        changed = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in sorted({*before, *now}) if before.get(k) != now.get(k))
+        pairs = {key: [values.get(key, "not set") for values in (before, now)] for key in sorted({*before, *now})}
+        changed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in pairs.items() if old != new)
         raise InputError(f"{stage.folder} holds a {stage.name} of another recipe ({changed}): use the same settings or another folder")
     return done
 

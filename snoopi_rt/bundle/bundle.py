@@ -195,8 +195,8 @@ class Bundle:
         self.check_again([self.text.tokenizer])
         return Tokenizer.of(self.folder / self.text.tokenizer.path, self.text)
 
-    def described(self) -> str:
-        """A description for people, in several lines."""
+    def described(self, graphs: bool = True) -> str:
+        """A description for people, in several lines; graphs: whether it lists their variants."""
         scale = self.guidance.scale
         lines = [
             f"{self.name}: backbone {self.backbone}, licence {self.licence}",
@@ -214,7 +214,8 @@ class Bundle:
         if self.tile is not None:
             side, overlap = self.tile.size * self.latent.factor, self.tile.overlap * self.latent.factor
             lines[1] += f", decoded in tiles of {side}x{side} that overlap by {overlap} pixels"
-        lines += [f"{graph}: {variant.described()}" for graph, variants in self.graphs.items() for variant in variants]
+        if graphs:
+            lines += [f"{graph}: {variant.described()}" for graph, variants in self.graphs.items() for variant in variants]
         lines += legend((variant.precision, engine) for variant in self._all_variants() for engine in variant.engines)
         lines += [f"{key}: {value}" for key, value in self.provenance.items()]
         return "\n".join(map(visible, [*lines, f"hash {self.hash}"]))

@@ -46,15 +46,21 @@ def check_file(folder: Path, file: File, cache: Cache | None) -> list[str]:
         require(stat.S_ISREG(status.st_mode), f"{path} is not a file")
         if status.st_size != file.size:
             require(not is_lfs_pointer(path), f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its clone")
-            raise BundleError(f"{path} is damaged: {status.st_size} bytes instead of {file.size}")
+            raise BundleError(_other_file(path, f"{status.st_size} bytes instead of {file.size}"))
         if cache is not None and (record := _names(cache.read("hashes", _hash_key(status, file.sha256)))) is not None:
             return record
-        require(sha256(path) == file.sha256, f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
+        require(sha256(path) == file.sha256, _other_file(path, f"its SHA-256 is not the one in {MANIFEST}"))
         return _note_hash(path, status, file.sha256, cache)
     except FileNotFoundError:
         raise BundleError(f"{path} is missing") from None
     except OSError as error:
         raise BundleError(f"cannot read {path}: {reason(error)}") from error
+
+
+def _other_file(path: Path, difference: str) -> str:
+    """What is wrong with a file that is not the one in bundle.json, and what to do."""
+    remedy = f"export or download it again, or update size and sha256 in {MANIFEST} if you changed it"
+    return f"{path} is damaged or was changed ({difference}): {remedy}"
 
 
 def hash_file(path: Path, cache: Cache) -> File:

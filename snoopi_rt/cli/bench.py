@@ -4,7 +4,8 @@ import json
 
 import click
 
-from snoopi_rt.cli.options import bundle_option, completed_by, engines, precision_option, say, threads_option
+from snoopi_rt.cli.options import bundle_option, completed_by, precision_option, say, threads_option
+from snoopi_rt.engines import ENGINES
 from snoopi_rt.shell import visible
 
 
@@ -15,7 +16,7 @@ from snoopi_rt.shell import visible
     "names",
     multiple=True,
     metavar="NAME",
-    shell_complete=completed_by(engines),
+    shell_complete=completed_by(lambda: ENGINES),
     help="Engine to measure; repeatable.  [default: all usable ones]",
 )
 @precision_option

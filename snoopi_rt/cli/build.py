@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from snoopi_rt.cli.options import bundle_option, completed_by, engines, precision_option, threads_option
+from snoopi_rt.cli.options import ENGINE_NAMES, bundle_option, completed_by, precision_option, threads_option
+from snoopi_rt.engines import ENGINES
 from snoopi_rt.errors import EngineError
 from snoopi_rt.shell import quote
 
@@ -18,8 +19,8 @@ from snoopi_rt.shell import quote
     "--engine",
     required=True,
     metavar="NAME",
-    shell_complete=completed_by(engines),
-    help="cpu, openvino, cuda or tensorrt, if the bundle supports it.",
+    shell_complete=completed_by(lambda: ENGINES),
+    help=f"{ENGINE_NAMES}, if the bundle supports it.",
 )
 @precision_option
 @threads_option

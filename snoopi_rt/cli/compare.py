@@ -2,7 +2,8 @@
 
 import click
 
-from snoopi_rt.cli.options import Number, complete_bundle, completed_by, engines, say, threads_option
+from snoopi_rt.cli.options import Number, complete_bundle, completed_by, say, threads_option
+from snoopi_rt.engines import ENGINES
 from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 from snoopi_rt.shell import visible
 
@@ -21,7 +22,7 @@ def _graphs() -> tuple[str, ...]:
     multiple=True,
     required=True,
     metavar="NAME",
-    shell_complete=completed_by(engines),
+    shell_complete=completed_by(lambda: ENGINES),
     help="Engine. Give two, of which the first is the reference, or one if there are two bundles.",
 )
 @click.option(

@@ -101,6 +101,7 @@ def export(
 ) -> None:
     """Turn a student's weights into a bundle, checked against PyTorch."""
     from snoopi_rt.export.presets.choose import choose_preset
+    from snoopi_rt.export.presets.preset import override
 
     if dry_run:
         with torch_command("export", "export", Path()):
@@ -108,7 +109,9 @@ def export(
 
             _list(list_files(backbone, weights, preset, weights_file, decoder))
         return
-    out = out or Path(choose_preset(backbone, preset).name)
+    listed = choose_preset(backbone, preset)
+    override(listed, settings)  # refuses unknown ones before torch is imported, which takes seconds
+    out = out or Path(listed.name)
     with torch_command("export", "export", out):
         from snoopi_rt.export.exporter import check_out
         from snoopi_rt.export.exporter import export as write
@@ -128,7 +131,7 @@ def export(
         check_out(out, force)  # before anything is fetched
         source = find_source(backbone, weights, preset, settings, weights_file, loras, decoder, accept_licence, say)
         bundle = write(source, out, options, say)
-    click.echo(bundle.described())
+    click.echo(bundle.described(graphs=False))  # each variant was printed when it was measured
     say(f"next: snoopi-rt generate --bundle {quote(out)}")
 
 

@@ -50,6 +50,7 @@ def info(path: Path | None, verify: bool, vocabulary: bool, as_json: bool) -> No
         click.echo(json_line({**to_json(bundle), **place}))
         return
     click.echo(bundle.described())
+    click.echo(f"folder: {quote(bundle.folder)}")
     click.echo(f"installed engines: {', '.join(installed()) or 'none'}{conflict()}")
 
 

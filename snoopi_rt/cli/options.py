@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from snoopi_rt.engines import ENGINES
 from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 from snoopi_rt.files import check_folder
 from snoopi_rt.shell import visible
@@ -56,13 +57,6 @@ def complete_bundle(ctx: click.Context, param: click.Parameter, incomplete: str)
     name, equals, path = incomplete.rpartition("=")
     manifests = sorted(glob.glob(os.path.join(f"{glob.escape(path)}*", MANIFEST)))
     return [CompletionItem(f"{name}{equals}{os.path.dirname(file)}") for file in manifests] or [CompletionItem(incomplete, type="dir")]
-
-
-def engines() -> Iterable[str]:
-    """The names of all engines."""
-    from snoopi_rt.engines import ENGINES
-
-    return ENGINES
 
 
 class Size(click.ParamType):
@@ -117,6 +111,8 @@ def _not_empty(ctx: click.Context, param: click.Parameter, value: str | None) ->
     return value
 
 
+ENGINE_NAMES = " or ".join(", ".join(ENGINES).rsplit(", ", 1))
+"""For people."""
 bundle_option = click.option(
     "--bundle",
     metavar="FOLDER",
@@ -128,8 +124,8 @@ engine_option = click.option(
     "--engine",
     default="auto",
     metavar="NAME",
-    shell_complete=completed_by(lambda: ("auto", *engines())),
-    help="cpu, openvino, cuda or tensorrt, if the bundle supports it; auto: the fastest that `bench` measured, or else cpu.",
+    shell_complete=completed_by(lambda: ("auto", *ENGINES)),
+    help=f"{ENGINE_NAMES}, if the bundle supports it; auto: the fastest that `bench` measured, or else cpu.",
 )
 precision_option = click.option(
     "--precision",

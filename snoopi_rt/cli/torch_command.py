@@ -1,6 +1,7 @@
 """What the commands of the PyTorch side share: clear errors for a missing extra, and for files that cannot be read or written."""
 
 import errno
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +18,15 @@ _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 @contextmanager
 def torch_command(command: str, extra: str, out: Path) -> Iterator[None]:
     """Checks before the block runs that `out` can be written and that torchvision, where it is installed, imports. Turns missing packages
-    into EngineMissing, which names the extra, and OSErrors into InputError or OutputError, which name the file."""
+    into EngineMissing, which names the extra, and OSErrors into InputError or OutputError, which name the file. Silences transformers'
+    warnings about torchvision."""
     try:
         if out != Path():
             check_place(out / "config.json")
     except OSError as error:
         raise OutputError(f"cannot write {quote(out)}: {reason(error)}") from error
+    transformers = logging.getLogger("transformers.utils.import_utils")
+    transformers.addFilter(_not_about_torchvision)
     try:
         from snoopi_rt.export.torchvision_operators import import_torchvision
 
@@ -34,6 +38,13 @@ def torch_command(command: str, extra: str, out: Path) -> Iterator[None]:
         raise EngineMissing(f"{command} needs {error.name}: {how_to_install(extra)}") from error
     except OSError as error:
         raise _file_error(error, command, out) from error
+    finally:
+        transformers.removeFilter(_not_about_torchvision)
+
+
+def _not_about_torchvision(record: logging.LogRecord) -> bool:
+    """Whether a warning is about anything else: diffusers imports image processors that want torchvision, and nothing here uses them."""
+    return "requires torchvision" not in record.getMessage()
 
 
 def _file_error(error: OSError, command: str, out: Path) -> SnoopiError:

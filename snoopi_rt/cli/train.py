@@ -124,14 +124,15 @@ def student(
 
     On several GPUs or hosts: `accelerate launch -m snoopi_rt train student ...`. A run that was stopped resumes.
     """
+    from snoopi_rt.export.training.recipes import DEFAULT, find_recipe
+
+    if backbone not in DEFAULT:
+        raise InputError(f"backbone {backbone!r} cannot be trained here, choose from {', '.join(DEFAULT)}")
+    chosen = _recipe(find_recipe(recipe or DEFAULT[backbone]), settings)  # before torch is imported, which takes seconds
     with torch_command("train student", "train", out):
-        from snoopi_rt.export.training.recipes import DEFAULT, find_recipe
         from snoopi_rt.export.training.task import Task
         from snoopi_rt.export.training.trainer import train as distil
 
-        if backbone not in DEFAULT:
-            raise InputError(f"backbone {backbone!r} cannot be trained here, choose from {', '.join(DEFAULT)}")
-        chosen = _recipe(find_recipe(recipe or DEFAULT[backbone]), settings)
         task = Task(backbone, teacher, prompts, out, start, negatives, edits, clip, states)
         preset = distil(task, chosen, compiled, say=lambda text: click.echo(text, err=True))
     click.echo(f"the student is in {quote(out)}: snoopi-rt export --preset {preset} --weights {quote(out)} --out BUNDLE")
@@ -173,5 +174,7 @@ def _recipe(recipe: Any, settings: tuple[str, ...]) -> Any:
     from snoopi_rt.export.training.recipe import StudentRecipe
     from snoopi_rt.export.training.recipes import FORMER_NAMES
 
-    former = FORMER_NAMES if isinstance(recipe, StudentRecipe) else None
-    return changed(recipe, parsed(recipe, settings, former=former))
+    if not isinstance(recipe, StudentRecipe):
+        return changed(recipe, parsed(recipe, settings))
+    new_groups = "a loss of your own must be registered first, see CONTRIBUTING.md, Add a loss"
+    return changed(recipe, parsed(recipe, settings, former=FORMER_NAMES, new_groups=new_groups))

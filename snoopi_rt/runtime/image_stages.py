@@ -11,7 +11,7 @@ from snoopi_rt.bundle.bundle import Bundle, Variant
 from snoopi_rt.bundle.manifest import require
 from snoopi_rt.engines import known_engine
 from snoopi_rt.engines.base import Engine
-from snoopi_rt.errors import OutputError
+from snoopi_rt.errors import OutputError, how_to_find_node
 from snoopi_rt.request import Request
 from snoopi_rt.runtime.deadline import Deadline
 from snoopi_rt.runtime.inputs import States, generator_inputs, in_batches
@@ -77,7 +77,7 @@ class ImageStages:
             if not isinstance(latent, np.ndarray):  # on a device, which would have waited for this before the decoder
                 self._refuse_broken(batch, np.asarray(latent))
             # NaN becomes one value as uint8. A decoder's noise makes a plain picture that is meant practically impossible.
-            self._refuse(batch, images.min(axis=(1, 2, 3)) == images.max(axis=(1, 2, 3)), "decoder gave one value for all pixels")
+            self._refuse(batch, images.min(axis=(1, 2, 3)) == images.max(axis=(1, 2, 3)), "decoder", "one value for all pixels")
             return images
 
     def _decode(self, latent: np.ndarray) -> np.ndarray:
@@ -108,13 +108,14 @@ class ImageStages:
         require(tuple(array.shape) == shape, f"{graph} of bundle {self._bundle.name!r} gave {tuple(array.shape)} where {shape} is promised")
 
     def _refuse_broken(self, batch: list[Request], latent: np.ndarray) -> None:
-        self._refuse(batch, ~np.isfinite(latent).all(axis=(1, 2, 3)), "generator gave NaN or infinity")
+        self._refuse(batch, ~np.isfinite(latent).all(axis=(1, 2, 3)), "generator", "NaN or infinity")
 
-    def _refuse(self, batch: list[Request], broken: np.ndarray, what: str) -> None:
-        """Raises OutputError where one of the batch is broken, (B,) bool."""
+    def _refuse(self, batch: list[Request], broken: np.ndarray, graph: str, output: str) -> None:
+        """Raises OutputError where one of the batch is broken, (B,) bool; graph and output: what gave what."""
         if broken.any():
             seeds = ", ".join(str(request.seed) for request, bad in zip(batch, broken, strict=True) if bad)
-            raise OutputError(f"{what} on engine {self._engine!r} for seed {seeds}: no picture was made")
+            what = f"{graph} gave {output} on engine {self._engine!r} for seed {seeds}"
+            raise OutputError(f"{what}: no picture was made; {how_to_find_node(graph, self._engine)}")
 
 
 @contextmanager

@@ -162,7 +162,7 @@ def test_a_prompt_that_is_not_as_the_text_rule_leaves_it_is_refused(prompts_only
 
 def test_damage_in_the_carried_states_is_refused(prompts_only: Bundle) -> None:
     flip_a_byte(prompts_only.folder / "prompts.npz")
-    refused(prompts_only.folder, f"{prompts_only.folder / 'prompts.npz'} is damaged: ")
+    refused(prompts_only.folder, f"{prompts_only.folder / 'prompts.npz'} is damaged or was changed (")
 
 
 def test_a_bundles_folder_is_found_again_by_its_hash(

@@ -25,13 +25,15 @@ def test_a_missing_file_is_refused(folder: Path) -> None:
 def test_a_flipped_byte_is_refused(folder: Path, name: str) -> None:
     Bundle.load(folder)
     flip_a_byte(folder / name)
-    refused(folder, f"{folder / name} is damaged: its SHA-256 is not the one in bundle.json")
+    refused(folder, f"{folder / name} is damaged or was changed (its SHA-256 is not the one in bundle.json): export or download it")
 
 
 def test_a_file_of_another_size_is_refused(folder: Path) -> None:
+    size = (folder / "generator.onnx").stat().st_size
     with open(folder / "generator.onnx", "ab") as file:
         file.write(b"x")
-    refused(folder, f"{folder / 'generator.onnx'} is damaged: ")
+    remedy = "export or download it again, or update size and sha256 in bundle.json if you changed it"
+    refused(folder, f"{folder / 'generator.onnx'} is damaged or was changed ({size + 1} bytes instead of {size}): {remedy}")
 
 
 def test_a_record_of_size_times_and_inode_is_trusted_until_verify(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,7 @@ def test_an_existing_file_is_not_overwritten_without_force(original: Bundle, her
     ("words", "code", "message"),
     [
         (["", "--seed", "1"], 2, "error: prompt is empty"),
+        (["", "--neg", "blurry", "--neg-scale", "0,1"], 2, "error: prompt is empty: say what to draw\n"),
         (["a a a a a"], 2, "error: prompt has 7 tokens, the limit is 6"),
         (["a cat", "--neg", "blurry", "--neg-scale", "nan"], 2, "error: negative scale must be a number from 0.0 to 1.0, got nan"),
         (["a cat", "--neg-scale", "0.5"], 2, "error: negative scale 0.5 without a negative prompt"),

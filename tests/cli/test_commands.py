@@ -154,6 +154,9 @@ def test_presets_and_recipes_need_no_torch_and_errors_say_what_works_from_a_clon
 
     presets, recipes, export = run("presets"), run("train", "recipes"), run("export", "--backbone", "pixart")
     small = run("eval", "small")
+    student = run("train", "student", "--teacher", "a", "--prompts", "b", "--out", "c", "--set", "vsd.wieght=1")
+    assert student.returncode == 2 and student.stderr.startswith("error: unknown setting 'vsd.wieght' (did you mean vsd.weight?), ")
+    assert "did you mean timestep?" in run("export", "--backbone", "pixart", "--set", "timestpe=400").stderr
     assert presets.returncode == recipes.returncode == 0, presets.stderr + recipes.stderr
     assert "pixart-dmd*" in presets.stdout and "snoopi-pixart" in recipes.stdout
     assert (export.returncode, export.stderr) == (1, 'error: export needs torch: pip install ".[export]" in the clone of snoopi-rt\n')

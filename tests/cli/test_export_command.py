@@ -68,6 +68,7 @@ def test_a_bundle_of_two_sizes_a_tiny_decoder_and_carried_prompts_draws(folders:
     words = ["--backbone", "sd21", "--weights", folders["sd21"], "--decoder", folders["taesd"], "--size", "64x64,128x64"]
     told = run("export", *words, "--prompts", tmp_path / "prompts.txt", "--prompts-only", *FP32, "--out", bundle)
     assert "rule of preset sd-turbo; its scheduler agrees on prediction, alpha, timestep, input_scale" in told.stderr
+    assert (told.stdout + told.stderr).count("generator: fp32 for cpu") == 1
     graphs = {f"{graph}-fp32.onnx{part}" for graph in ("generator", "decoder") for part in ("", ".data")}
     assert {file.name for file in bundle.iterdir()} == {"bundle.json", "prompts.npz", *graphs}
     loaded = Bundle.load(bundle)

@@ -63,7 +63,7 @@ def test_info_describes_a_bundle(original: Bundle) -> None:
     said = run("info", original.folder, "--verify").stdout
     assert "tiny: backbone none, licence Apache-2.0" in said
     assert "guidance nasa, negative scale 0 to 1, by default 0.5" in said
-    assert original.hash in said
+    assert original.hash in said and f"\nfolder: {original.folder}\n" in said
     assert "generator: fp32 for cpu, openvino (onnx, 0.0 MB), relative L2 0 of " in said
 
 

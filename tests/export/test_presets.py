@@ -131,7 +131,7 @@ def test_every_field_is_a_fact_or_can_be_set():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("timestpe=400", "unknown setting 'timestpe', choose from prediction, timestep, schedule, alpha"),
+        ("timestpe=400", r"unknown setting 'timestpe' \(did you mean timestep\?\), choose from prediction, timestep, schedule, alpha"),
         ("licence=MIT", "unknown setting 'licence', choose from"),
         ("prediction", "setting prediction is '', which is not one of epsilon, v, x0, velocity, reversed_velocity, trigflow"),
         ("prediction=eps", "setting prediction is 'eps', which is not one of epsilon, v, x0, velocity, reversed_velocity, trigflow"),

@@ -42,11 +42,16 @@ class ContrastLoss(Loss):
         return Term(batch.x0, loss, {"contrast": loss})
 
 
+def forget() -> None:
+    for known in (losses.LOSSES, LOSS_SETTINGS):
+        known.pop("contrast", None)
+
+
 @pytest.fixture
 def registered() -> Iterator[None]:
     losses.register("contrast", ContrastLoss)
     yield
-    del losses.LOSSES["contrast"], LOSS_SETTINGS["contrast"]
+    forget()
 
 
 @pytest.mark.usefixtures("registered")
@@ -56,8 +61,12 @@ def test_a_registered_loss_trains_the_student_and_has_settings_like_any_other(tm
     settings = {"steps": 2, "batch": 2, "lora.rank": 2, "collapse": 0.0, "optimiser.warmup": 1}
     recipe = changed(StudentRecipe(), {**settings, "contrast.weight": 0.5, "contrast.deviation": 2.0})
     assert "contrast.deviation" in described(recipe)
-    train(Task("pixart", teacher, tmp_path / "prompts.txt", tmp_path / "student"), recipe)
+    task = Task("pixart", teacher, tmp_path / "prompts.txt", tmp_path / "student")
+    train(task, recipe)
     first, second = (json.loads(line) for line in (tmp_path / "student" / "log.jsonl").read_text().splitlines())
     assert first["contrast"] > second["contrast"] > 0 and "vsd" in second
     with pytest.raises(InputError, match=r"contrast\.deviation must be above 0"):
         changed(recipe, {"contrast.deviation": 0.0})
+    forget()
+    with pytest.raises(InputError, match=r"another recipe \(contrast\.deviation 2\.0 -> not set, contrast\.weight 0\.5 -> not set\)"):
+        train(task, changed(StudentRecipe(), settings))

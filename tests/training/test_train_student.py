@@ -85,6 +85,10 @@ STUDENT = "train student --backbone sd21 --teacher sd21 --prompts prompts.txt"
         (f"{STUDENT} --set vsd.weight=much", "setting vsd.weight is 'much', which is not a number"),
         (f"{STUDENT} --set guidance.random_on=one", "which is not one of both, frozen, lora, none"),
         (f"{STUDENT} --set lora.size=2", "unknown setting 'lora.size', choose from steps, batch, lr"),
+        (
+            f"{STUDENT} --set smooth.weight=1",
+            "unknown setting 'smooth.weight' (no group 'smooth': a loss of your own must be registered first",
+        ),
         (f"{STUDENT} --backbone pixart", "sd21 has no transformer: it is not a model of backbone pixart"),
         ("train decoder --data nope --encoder sd21/vae", "no picture set in nope"),
         ("train decoder --data sd21 --encoder nope", "no such folder: nope"),
@@ -153,3 +157,15 @@ def test_an_error_of_the_system_says_whether_it_was_of_reading(number: int, file
     with pytest.raises(SnoopiError) as error, torch_command("train student", "train", Path("q")):
         raise OSError(number, os.strerror(number), file)
     assert str(error.value) == line and isinstance(error.value, InputError) == (code == 2)
+
+
+def test_a_command_does_not_pass_on_that_transformers_would_like_torchvision(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("transformers.utils.import_utils")
+    logger.addHandler(caplog.handler)
+    try:
+        with torch_command("train student", "train", Path("q")):
+            logger.warning("`CLIPImageProcessor` requires torchvision (not installed); falling back to `CLIPImageProcessorPil`")
+            logger.warning("another")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert set(caplog.messages) == {"another"} and logger.filters == []
