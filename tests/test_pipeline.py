@@ -95,7 +95,10 @@ def test_a_whole_number_is_a_seed_whatever_its_type(pipe: Pipeline) -> None:
 def test_many_threads_may_call_one_pipeline(original: Bundle, functions: Functions, name: str) -> None:
     jobs = [(prompt, seed) for seed, prompt in enumerate(itertools.islice(itertools.cycle(["a red fox", "a cat", "blurry"]), 24))]
     with snoopi_rt.load(original, name, threads=1) as pipe, ThreadPoolExecutor(8) as threads:
-        for (prompt, seed), result in zip(jobs, threads.map(lambda job: pipe(job[0], "blurry", seed=job[1]), jobs), strict=True):
+        alone = [pipe(prompt, "blurry", seed=seed).images for prompt, seed in jobs]
+        together = list(threads.map(lambda job: pipe(job[0], "blurry", seed=job[1]), jobs))
+        np.testing.assert_array_equal(np.concatenate([result.images for result in together]), np.concatenate(alone))
+        for (prompt, seed), result in zip(jobs, together, strict=True):
             assert np.abs(result.images[0].astype(int) - expected(functions, prompt, "blurry", 0.5, seed)).max() <= 1
 
 
