@@ -146,20 +146,27 @@ def compare(
                 raise InputError(f"bundle {side.bundle.name!r} has no graph {graph!r}, choose from {', '.join(side.variants)}")
             if layers and side.variants[graph].format != "onnx":
                 raise InputError(f"--layers needs ONNX, and {graph} is {side.variants[graph].format} on engine {side.engine!r}")
-    inputs = _text_inputs(first, prompt, negative, threads)
+    latent = np.empty(0, np.float32)
     for graph in GRAPHS:
         if graph not in graphs and not (graph == "generator" and "decoder" in graphs):
             continue
+        # One after the other: a text encoder that gives NaN is compared before the generator's inputs fail for it.
+        if graph == "text_encoder":
+            inputs = {"ids": first.bundle.open_tokenizer()(prompt, truncate=True)}
+        elif graph == "generator":
+            inputs = _generator_inputs(first, prompt, negative, threads)
+        else:
+            tile = first.bundle.tile.size if first.bundle.tile else None
+            inputs = {"latent": np.ascontiguousarray(latent[:, :, :tile, :tile])}
         sides = (first, second) if graph in graphs else (first,)
         with _models(graph, sides, layers and graph in graphs) as (paths, nodes):
             runners = []
             for number, (side, path) in enumerate(zip(sides, paths, strict=True), 1):
                 report(f"running {graph} on {side.label(graph)}")
                 runners.append(EngineRunner(f"{number}: {side.label(graph)}", partial(_open, graph, side, path, threads)))
-            outputs = _run(runners, inputs[graph])
+            outputs = _run(runners, inputs)
         if graph == "generator":
-            tile = first.bundle.tile.size if first.bundle.tile else None
-            inputs["decoder"] = {"latent": np.ascontiguousarray(outputs[0]["latent"][:, :, :tile, :tile])}
+            latent = outputs[0]["latent"]
         if graph in graphs:
             distances = tuple(_distances(outputs[0], outputs[1], nodes))
             if not distances:
@@ -176,17 +183,13 @@ def labels(first: Side, second: Side, graph: str) -> tuple[str, str]:
     return f"{names[0]} {first.label(graph)}", f"{names[1]} {second.label(graph)}"
 
 
-def _text_inputs(side: Side, prompt: str, negative: str | None, threads: int | None) -> dict[str, Arrays]:
-    """The inputs of the text encoder and the generator for a prompt; the engine computes its states."""
+def _generator_inputs(side: Side, prompt: str, negative: str | None, threads: int | None) -> Arrays:
+    """The generator's inputs for a prompt; the engine computes its states. Raises OutputError where one is NaN."""
     bundle, precision = side.bundle, {graph: variant.precision for graph, variant in side.variants.items()}
     with open_pipeline(bundle, side.engine, precision, threads, Cache(), low_memory=True) as pipe:
         requests = pipe.check(prompt, negative, seed=0, truncate=True)
         states = {text: pipe.prepare(text, truncate=True).states for text in requests[0].texts}
-    variant = side.variants["generator"]
-    inputs = {"generator": generator_inputs(requests, states, variant.inputs, bundle.latent, bundle.sizes[0])}
-    if bundle.text.tokenizer is not None:
-        inputs["text_encoder"] = {"ids": bundle.open_tokenizer()(prompt, truncate=True)}
-    return inputs
+    return generator_inputs(requests, states, side.variants["generator"].inputs, bundle.latent, bundle.sizes[0])
 
 
 @contextmanager

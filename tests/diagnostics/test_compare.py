@@ -64,6 +64,21 @@ def test_a_weight_that_both_engines_read_wrong_shows_against_another_bundle(orig
     assert "the first node to differ is Mul 'soft'" in line
 
 
+def test_a_text_encoder_that_gives_nan_is_compared_before_the_generator_fails_for_it(original: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(original.folder, tmp_path / "nan"))
+    (variant,) = original.graphs["text_encoder"]
+    model = onnx.load(folder / variant.files[0].path)
+    (table,) = (weight for weight in model.graph.initializer if weight.name == "table")
+    table.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(table), np.nan), "table"))
+    onnx.save(model, folder / variant.files[0].path)
+    other = replace(variant, files=(File.of(folder / variant.files[0].path),))
+    bundle = replace(original, graphs={**original.graphs, "text_encoder": (other,)}).save(folder)
+    result = CliRunner().invoke(main, ["compare", str(bundle.folder), str(original.folder), "--engine", "cpu", "--layers"])
+    assert result.exit_code == 1 and "text_encoder gave NaN or infinity in 'states'" in result.stderr
+    line = result.stdout.splitlines()[1]
+    assert "the first node to differ is Gather" in line and line.endswith("NaN or infinity on nan cpu fp32")
+
+
 def test_nan_is_told_by_the_side_that_has_it_and_blames_no_graph_that_was_given_it() -> None:
     mask, nan = np.array([0, -np.inf, 2], np.float32), np.array([0, np.nan, 2], np.float32)
     assert distance("mask", mask, mask) == Distance("mask", 0, 0)
