@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ZImageTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from snoopi_rt.export.attention import fused_guidance, keys_values, merge_heads,
 from snoopi_rt.export.guidance import GUIDANCE, Guidance, find_guidance
 from snoopi_rt.export.joint_attention import GUIDANCE as JOINT_GUIDANCE
 from snoopi_rt.export.joint_attention import JointGuidance, JointProcessor, joint_attentions
+from snoopi_rt.export.z_image import CaptionProcessor, pair_captions, unpair_captions
 from snoopi_rt.kernels import fused_attention
 
 KINDS = [kind for kind, guidance in GUIDANCE.items() if guidance.formula is not None]
@@ -29,18 +30,26 @@ _OF_THE_PROMPT = ("prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds
 def with_negative(pipe: DiffusionPipeline, kind: str = "nasa") -> DiffusionPipeline:
     """See snoopi_rt.diffusers."""
     without_negative(pipe)
-    attentions = _attentions(pipe)
+    network, attentions = _network(pipe), _attentions(pipe)
     if not attentions or not hasattr(pipe, "encode_prompt"):
-        raise InputError(f"{type(pipe).__name__} has no attention to a text in which a negative prompt can act")
-    joint = bool(joint_attentions(pipe.transformer)) if hasattr(pipe, "transformer") else False
+        raise InputError(f"{type(pipe).__name__} has no attention to a text of a kind that negative prompts are supported in")
+    joint = bool(joint_attentions(network))
     kinds = list(JOINT_GUIDANCE) if joint else KINDS
     if kind not in kinds:
         raise InputError(f"unknown kind {kind!r} of {type(pipe).__name__}, choose from {', '.join(kinds)}")
     if any("IPAdapter" in type(attn.processor).__name__ for attn in attentions):
         raise InputError("an IP-Adapter stands in the attentions to the text: unload it, negatives beside one are not supported")
+    if getattr(pipe, "controlnet", None) is not None:
+        raise InputError(f"{type(pipe).__name__} has a ControlNet, which would read the negative prompt as part of the prompt")
+    if hasattr(pipe, "siglip"):
+        raise InputError(f"{type(pipe).__name__} cuts its prompts around images: negatives are not supported there")
     call = _Call(JOINT_GUIDANCE[kind] if joint else find_guidance(kind))
+    z_image = isinstance(network, ZImageTransformer2DModel)
+    processor = CaptionProcessor if z_image else JointProcessor if joint else _NegativeProcessor
     for attn in attentions:
-        attn.set_processor(JointProcessor(attn.processor, call, attn) if joint else _NegativeProcessor(attn.processor, call))
+        attn.set_processor(processor(attn.processor, call, attn))
+    if z_image:
+        pair_captions(network, call)
     plain = type(pipe)
     # Of the same name: pipelines write it into what they save.
     pipe.__class__ = type(plain.__name__, (_Negative, plain), {"__module__": plain.__module__, "_plain": plain})
@@ -54,6 +63,8 @@ def without_negative(pipe: DiffusionPipeline) -> DiffusionPipeline:
         for attn in _attentions(pipe):
             if isinstance(attn.processor, _NegativeProcessor | JointProcessor):
                 attn.set_processor(attn.processor.plain)
+        if isinstance(network := _network(pipe), ZImageTransformer2DModel):
+            unpair_captions(network)
         del pipe._negative_call
         pipe.__class__ = pipe._plain
     return pipe
@@ -66,13 +77,16 @@ class _Call:
     guidance: Guidance | JointGuidance
     negatives: Sequence[str] = ()
     scales: Sequence[float] = ()
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of the prompt, the negative, and the empty prompt if it is needed; empty without a negative."""
+    lengths: list[Any] = field(default_factory=list)
+    """Tokens of the prompt, the negative, and the empty prompt if it is needed; in Z-Image a list of such for each image; empty without a
+    negative."""
+    captions: list[Tensor] = field(default_factory=list)
+    """In Z-Image the states of each negative, which its network joins to those of the prompt."""
     scale: Tensor | None = None
-    """(B,)"""
+    """(B,), known once the negatives are encoded."""
 
     def end(self) -> None:
-        self.negatives, self.scales, self.lengths, self.scale = (), (), [], None
+        self.negatives, self.scales, self.lengths, self.captions, self.scale = (), (), [], [], None
 
 
 class _Negative(DiffusionPipeline):
@@ -105,10 +119,10 @@ class _Negative(DiffusionPipeline):
             call.end()
 
     def encode_prompt(self, *args: Any, **options: Any) -> Any:
-        """The states of the prompts, followed by those of their negatives."""
+        """The states of the prompts, followed by those of their negatives (but in Z-Image, whose network joins them)."""
         call = self._negative_call
         encoded = super().encode_prompt(*args, **options)
-        if not call.negatives or call.lengths:
+        if not call.negatives or call.scale is not None:
             return encoded
         signature = inspect.signature(super().encode_prompt)
         arguments = signature.bind(*args, **options).arguments
@@ -121,12 +135,15 @@ class _Negative(DiffusionPipeline):
             texts.append([""] * prompts)
         # Some pipelines' parameters have no defaults.
         shared = arguments | {name: None for name in _OF_THE_PROMPT if name in signature.parameters}
-        parts = [encoded, *(super(_Negative, self).encode_prompt(**shared | {"prompt": text}) for text in texts)]
-        call.lengths = [part[0].shape[1] for part in parts]
+        # Z-Image's writes into its lists.
+        parts = [encoded, *(super(_Negative, self).encode_prompt(**shared | {"prompt": list(text)}) for text in texts)]
         # A blank negative is none.
         scales = [scale if text else 0.0 for text, scale in zip(negatives, scales, strict=True)]
-        scale = torch.tensor(scales, dtype=encoded[0].dtype, device=encoded[0].device)
-        call.scale = scale.repeat_interleave(len(encoded[0]) // prompts)
+        call.scale = encoded[0][0].new_tensor(scales).repeat_interleave(len(encoded[0]) // prompts)
+        if isinstance(encoded[0], list):
+            call.captions = parts[1][0]
+            return encoded
+        call.lengths = [part[0].shape[1] for part in parts]
         joined = list(encoded)
         for index, axis in self._token_axes(len(encoded), "prompt_attention_mask" in signature.parameters).items():
             joined[index] = torch.cat([part[index].to(encoded[index]) for part in parts], axis)
@@ -134,16 +151,14 @@ class _Negative(DiffusionPipeline):
 
     def _token_axes(self, count: int, masked: bool) -> dict[int, int]:
         """Which of so many values of `encode_prompt` have tokens, and along which axis: states, a mask, the positions of FLUX's texts."""
-        network = getattr(self, "transformer", None)
-        network = getattr(network, "_orig_mod", network)  # behind torch.compile
-        positions = network is not None and "txt_ids" in inspect.signature(type(network).forward).parameters
+        positions = "txt_ids" in inspect.signature(type(_network(self)).forward).parameters
         return {0: 1} | ({1: 1} if masked else {}) | ({count - 1: -2} if positions else {})
 
 
 class _NegativeProcessor:
     """A cross-attention's own processor, and in a call with negatives the guidance's formula."""
 
-    def __init__(self, plain: Any, call: _Call):
+    def __init__(self, plain: Any, call: _Call, attn: Attention):
         self.plain, self._call = plain, call
 
     def __call__(
@@ -171,9 +186,15 @@ class _NegativeProcessor:
         return attn.to_out[0](merge_heads(z)) / attn.rescale_output_factor
 
 
+def _network(pipe: DiffusionPipeline) -> Any:
+    """A pipeline's UNet or transformer, behind torch.compile too; None if it has neither."""
+    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    return getattr(network, "_orig_mod", network)
+
+
 def _attentions(pipe: DiffusionPipeline) -> list[Any]:
     """The attentions to the text: the joint ones of a network that has such, else its cross-attentions."""
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    network = _network(pipe)
     if not isinstance(network, nn.Module):
         return []
     modules = network.named_modules()

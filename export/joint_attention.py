@@ -1,4 +1,4 @@
-"""Negative prompts in joint attention, where text and image tokens attend to each other: SD3, FLUX and FLUX.2 in diffusers.
+"""Negative prompts in joint attention, where text and image tokens attend to each other: SD3, FLUX, FLUX.2 and Z-Image in diffusers.
 
 The negative's tokens stand behind the prompt's in the text stream. Prompt and negative each attend to themselves and to the image, never to
 each other, and image tokens combine what they get from both. All else of a block works token by token, so the negative's stream goes on
@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -76,10 +77,14 @@ GUIDANCE = {
 
 def joint_attentions(network: nn.Module) -> list[Any]:
     """The attentions of a network in which text and image attend to each other, in order; none where it has another kind."""
+    if isinstance(network, ZImageTransformer2DModel):  # the first blocks refine the text alone
+        return [block.attention for block in (*network.context_refiner, *network.layers)]
+    if not isinstance(network, SD3Transformer2DModel | FluxTransformer2DModel | Flux2Transformer2DModel):
+        return []  # others have text and image in another order, or masks
     attentions = [module for module in network.modules() if hasattr(module, "set_processor") and hasattr(module, "processor")]
     double = [attn for attn in attentions if getattr(attn, "add_k_proj", None) is not None]
     # In FLUX's single blocks one stream holds both; SD3 has attentions of the image alone beside.
-    return [attn for attn in attentions if attn in double or _text_first(attn)] if double else []
+    return [attn for attn in attentions if attn in double or _text_first(attn)]
 
 
 class JointProcessor:
@@ -96,22 +101,46 @@ class JointProcessor:
             return self.plain(attn, *arguments, **options)
         return self._guided(attn, *arguments, **options)
 
+    @property
+    def _attention_backend(self) -> Any:
+        """Where a network's `set_attention_backend` sets it."""
+        return self.plain._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.plain._attention_backend = backend
+
     # torch.compile would both trace the mode and leave it on for what it traced; so it compiles what stands around attentions.
     @torch.compiler.disable
     def _guided(self, attn: Any, *arguments: Any, **options: Any) -> Any:
-        with _Apart(self._call, self._text_first) as apart:
+        with _Instead(self._attend) as instead:
             result = self.plain(attn, *arguments, **options)
-        if not apart.done:
+        if not instead.done:
             raise InputError("a negative prompt needs torch's own attention here: pipe.transformer.set_attention_backend('native')")
         return result
 
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: object) -> Tensor:
+        if attn_mask is not None:
+            raise InputError("a negative prompt in a joint attention with a mask is not supported")
+        return self._apart(query, key, value, self._call.lengths, self._call.scale)
 
-class _Apart(TorchFunctionMode):
-    """Inside it torch's attention over text and image keeps prompt and negative apart. All else that the processor does stays."""
+    def _apart(self, query: Tensor, key: Tensor, value: Tensor, texts: list[int], scale: Tensor) -> Tensor:
+        """Attention over text and image that keeps prompt and negative, of so many tokens each, apart."""
+        pixels = query.shape[2] - sum(texts)
+        sizes = [*texts, pixels] if self._text_first else [pixels, *texts]
+        streams = list(zip(*(x.split(sizes, 2) for x in (query, key, value)), strict=True))
+        prompt, negative, image = streams if self._text_first else (*streams[1:], streams[0])
+        out_texts = [fused_attention(*_joined(text, text, image)) for text in (prompt, negative)]
+        out_image = self._call.guidance.combine(prompt, negative, image, scale) if pixels else image[0]
+        return torch.cat([*out_texts, out_image] if self._text_first else [out_image, *out_texts], 2)
 
-    def __init__(self, call: Any, text_first: bool):
+
+class _Instead(TorchFunctionMode):
+    """Inside it `attend` takes the place of torch's attention, once. All else that a processor does stays."""
+
+    def __init__(self, attend: Callable[..., Tensor]):
         super().__init__()
-        self._call, self._text_first, self.done = call, text_first, False
+        self._attend, self.done = attend, False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if self.done or func is not scaled_dot_product_attention:
@@ -119,21 +148,9 @@ class _Apart(TorchFunctionMode):
         self.done = True  # what follows are the parts of this one
         return self._attend(*args, **(kwargs or {}))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: object) -> Tensor:
-        if attn_mask is not None:
-            raise InputError("a negative prompt in a joint attention with a mask is not supported")
-        texts = self._call.lengths
-        pixels = query.shape[2] - sum(texts)
-        sizes = [*texts, pixels] if self._text_first else [pixels, *texts]
-        streams = list(zip(*(x.split(sizes, 2) for x in (query, key, value)), strict=True))
-        prompt, negative, image = streams if self._text_first else (*streams[1:], streams[0])
-        out_texts = [fused_attention(*_joined(text, text, image)) for text in (prompt, negative)]
-        out_image = self._call.guidance.combine(prompt, negative, image, self._call.scale)
-        return torch.cat([*out_texts, out_image] if self._text_first else [out_image, *out_texts], 2)
-
 
 def _text_first(attn: Any) -> bool:
-    """Whether text stands before the image, as in all of FLUX; in SD3 it stands behind."""
+    """Whether text stands before the image, as in all of FLUX; in SD3 and Z-Image it stands behind."""
     return type(attn).__name__.startswith("Flux")
 
 

@@ -11,8 +11,8 @@ def with_negative(pipe: Pipeline, kind: str = "nasa") -> Pipeline:
     """The same pipeline, which from now on heeds `negative_prompt` without classifier-free guidance: one call of its network per step.
 
     Its call also takes `negative_scale`, one number or one per prompt; by default the kind's. kind: nasa, nag, vsf or projected, and in
-    joint attention (SD3, FLUX, FLUX.2) nasa, nag, vsf or gated. Without a negative prompt (None or blank), or at a scale of 0, it draws
-    what it drew before, bit for bit; a scale without a negative prompt is an InputError. Raises InputError for another kind and for a
+    joint attention (SD3, FLUX, FLUX.2, Z-Image) nasa, nag, vsf or gated. Without a negative prompt (None or blank), or at a scale of 0, it
+    draws what it drew before, bit for bit; a scale without a negative prompt is an InputError. Raises InputError for another kind and for a
     pipeline without such attention to a text; EngineMissing without torch and diffusers.
     """
     return _code().with_negative(pipe, kind)
