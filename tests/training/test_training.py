@@ -125,13 +125,22 @@ def test_the_targets_of_a_students_decoder_have_no_dots_in_their_corners(road, t
 
 
 def test_a_students_decoder_computes_nothing_at_full_resolution_but_its_pixels(road):
-    from snoopi_rt.export.small_model.networks import PixelShuffleDecoder
+    from snoopi_rt.export.small_model.networks import EdgePaddedConv2d, PixelShuffleDecoder
     from snoopi_rt.export.weights.checkpoint import load_module
 
     light = load_module(road / "student-decoder", PixelShuffleDecoder).decoder
-    assert [type(module) for module in light.last] == [nn.Conv2d, nn.PixelShuffle]
+    assert [type(module) for module in light.last] == [EdgePaddedConv2d, nn.PixelShuffle]
     pictures = light(torch.zeros(1, 8, 16, 16))
     assert pictures.shape == (1, 3, 256, 256) and pictures.isfinite().all()
+
+
+def test_a_convolution_that_sees_repeated_edges_is_that_of_torch():
+    from snoopi_rt.export.small_model.networks import EdgePaddedConv2d
+
+    own, torchs = EdgePaddedConv2d(4, 3, 3), nn.Conv2d(4, 3, 3, padding=1, padding_mode="replicate")
+    torchs.load_state_dict(own.state_dict())
+    x = torch.randn(2, 4, 6, 6)
+    assert torch.equal(own(x), torchs(x))
 
 
 @pytest.mark.parametrize("setting", [{"noise": -1.0}, {"features": -1.0}])
