@@ -143,9 +143,9 @@ def student(
 )
 @click.option("--student", "student_folder", type=folder_path, required=True, metavar="FOLDER", help="Student that `train student` wrote.")
 @click.option(
-    "--teacher", "teacher_folder", type=folder_path, required=True, metavar="FOLDER", help="Its teacher, whose decoder draws the targets."
+    "--teacher", "teacher_folder", type=folder_path, required=True, metavar="FOLDER", help="Its teacher, whose decoder is imitated."
 )
-@click.option("--prompts", type=file_path, required=True, metavar="FILE", help="Prompts that both draw; no images are needed.")
+@click.option("--prompts", type=file_path, required=True, metavar="FILE", help="Prompts that the student draws; no images are needed.")
 @out_option
 @set_option
 @compile_option
@@ -157,7 +157,8 @@ def student_decoder(
         from snoopi_rt.export.small_model import student_decoder as stage
         from snoopi_rt.export.small_model.decoder import DecoderRecipe
 
-        stage.train(student_folder, teacher_folder, prompts, out, _recipe(DecoderRecipe(), settings), compiled)
+        # Without noise: its latents are the student's own.
+        stage.train(student_folder, teacher_folder, prompts, out, _recipe(DecoderRecipe(noise=0.0), settings), compiled)
 
 
 @train.command(epilog="Example: snoopi-rt train recipes")
