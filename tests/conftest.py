@@ -170,23 +170,6 @@ def tiny_sprites() -> dict:
 
 
 @pytest.fixture(scope="session")
-def first_sprites() -> dict:
-    """The same for the things and styles of the first embedded model."""
-    from PIL import Image, ImageDraw
-
-    from snoopi_rt.export.training.small.concepts import CONCEPTS
-    from snoopi_rt.export.training.small.emoji import DRAWINGS, SIZE
-
-    sprites = {}
-    for number, key in enumerate((concept.name, drawing.style) for concept in CONCEPTS for drawing in DRAWINGS):
-        sprite = Image.new("RGBA", (SIZE, SIZE))
-        hue = f"hsl({number * 47 % 360}, 80%, 50%)"
-        ImageDraw.Draw(sprite).ellipse((16, 16, SIZE - 16, SIZE - 16), fill=hue, outline="black", width=4)
-        sprites[key] = sprite
-    return sprites
-
-
-@pytest.fixture(scope="session")
 def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of untrained weights in the layout of the backbone `small`, to be read only."""
     import torch

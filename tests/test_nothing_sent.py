@@ -165,7 +165,7 @@ def test_training_and_export_send_nothing_and_leave_no_file(watched: Watched) ->
 
 
 def test_the_small_model_s_road_sends_nothing_and_leaves_no_file(watched: Watched) -> None:
-    encoder = Path(__file__).parents[1] / "weights" / "small" / "teacher" / "vae"
+    encoder = Path(__file__).parents[1] / "weights" / "small" / "encoder"
     once = ["--set", "steps=1", "--set", "batch=2"]
     pair = ["--student", "teacher", "--teacher", "teacher"]
     # Two of the stages read all drawings, which takes seconds.

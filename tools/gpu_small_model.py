@@ -29,7 +29,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 WEIGHTS = ROOT / "weights" / "small"
-ENCODER, DECODER, START = WEIGHTS / "teacher" / "vae", WEIGHTS / "decoder", WEIGHTS / "teacher-256"
+ENCODER, DECODER, START = WEIGHTS / "encoder", WEIGHTS / "teacher" / "vae", WEIGHTS / "teacher"
 SCALE = ".row_scale"
 PART = 15_000_000
 """Bytes of a file that is brought back."""
@@ -70,7 +70,7 @@ def pack(file: Path) -> None:
             ["git", "ls-files", "-z", "--", ".", ":!weights", ":!snoopi_rt/bundles", ":!docs"], cwd=ROOT, check=True, capture_output=True
         )
         code = [ROOT / path for path in listed.stdout.decode().split("\0") if path]
-        starts = [path for part in (ENCODER, DECODER, START) for path in sorted(part.rglob("*.*"))]
+        starts = [path for part in (ENCODER, START) for path in sorted(part.rglob("*.*"))]
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_name(f".{file.name}.part")
         with tarfile.open(beside, "w") as archive:

@@ -4,7 +4,7 @@ Neither sees a negative (joint_networks.py has their training): all these kinds 
 what was asked for and is not wanted (removed, and the rest kept), clean pictures under negatives that name nothing of them (harmed),
 and what a call costs. One command, which resumes:
 
-    python tools/joint_negatives.py --data runs/emoji --decoder weights/small/decoder --runs runs/joint --out docs/lab/joint_negatives.json
+    python tools/joint_negatives.py --data runs/emoji --runs runs/joint --out docs/lab/joint_negatives.json
 """
 
 import json
@@ -145,7 +145,7 @@ def sheet(negatives: Negatives) -> Any:
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Picture set that `snoopi-rt data emoji` wrote.")
-@click.option("--decoder", type=click.Path(path_type=Path), default=Path("weights/small/decoder"), help="Decoder of its latents.")
+@click.option("--decoder", type=click.Path(path_type=Path), default=Path("weights/small/teacher/vae"), help="Decoder of its latents.")
 @click.option("--runs", type=click.Path(path_type=Path), required=True, help="Where the networks are trained.")
 @click.option("--teacher-steps", default=12_000)
 @click.option("--student-steps", default=4_000)

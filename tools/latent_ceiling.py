@@ -21,7 +21,7 @@ from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, to_pictur
 from snoopi_rt.export.training.image_grid import image_grid
 from snoopi_rt.files import write_whole
 
-ENCODER = Path("weights/small/teacher/vae")
+ENCODER = Path("weights/small/encoder")
 SHOWN = 64
 
 

@@ -4,10 +4,10 @@
 #   tools/small_model.sh RUNS           pictures, decoder, teacher, student and its bundle below the folder RUNS
 #   tools/small_model.sh RUNS --quick   the same road in minutes, in a folder of its own, to see that it holds; what comes out is no model
 #
-# Needs pip install -e ".[export,train]". The encoder is the first embedded model's, as it is.
+# Needs pip install -e ".[export,train]". The encoder stays as it is, and the teacher begins with the one that is committed.
 set -euo pipefail
 runs=${1:?the folder to work in}
-encoder=weights/small/teacher/vae
+encoder=weights/small/encoder
 pictures=49152 all=(--compile) students=() tuned=() judged=()
 if [ "${2:-}" = --quick ]; then
     pictures=64 all=(--set steps=2 --set batch=4) judged=(--quick)
@@ -27,5 +27,5 @@ stage student "${distilled[@]}" --out "$runs/plain" "${students[@]}"
 stage student "${distilled[@]}" --student "$runs/plain" --edits "$emoji/edits.jsonl" --set edits.weight=1 --set nasa_max=1 --set lr=4e-4 \
     --out "$runs/student" "${students[@]}"
 stage student-decoder --student "$runs/student" --teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --out "$runs/student-decoder" "${tuned[@]}"
-snoopi-rt export --backbone small --weights "$runs/student" --decoder "$runs/student-decoder" --set size=256 --out "$runs/bundle" --force
+snoopi-rt export --backbone small --weights "$runs/student" --decoder "$runs/student-decoder" --out "$runs/bundle" --force
 snoopi-rt eval small --bundle "$runs/bundle" --teacher "$runs/teacher" --references "$runs/references" --out "$runs/evaluation" "${judged[@]}"

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from snoopi_rt.bundle.bundle import File, Text
 from snoopi_rt.export.backbones import CaptionEncoder, Denoiser, Student, Weights
-from snoopi_rt.export.backbones.network import load_decoder, read_latent
+from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer
 from snoopi_rt.export.backbones.pixart_alpha import LORA_TARGETS
 from snoopi_rt.export.device import default_device
 from snoopi_rt.export.presets.preset import Preset
-from snoopi_rt.export.small_model import vocabulary as of_second
+from snoopi_rt.export.small_model.vocabulary import EXAMPLES, VOCABULARY
 from snoopi_rt.export.text import minilm
-from snoopi_rt.export.training.small import vocabulary as of_first
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import require
 from snoopi_rt.export.weights.lora import NETWORK, merge_loras
@@ -51,8 +50,6 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
     def encode(prompts: list[Tensor]) -> list[dict[str, Tensor]]:
         return [{"states": encoder(ids)} for ids in prompts]
 
-    # The two generations have different decoders and vocabularies.
-    known = of_second if read_latent(weights, "transformer").factor == 16 else of_first
     return Student(
         text_encoder=encoder,
         text_outputs=("states",),
@@ -62,8 +59,8 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         reference=lambda guidance, empty: GuidedPixArt(network, preset.rule, guidance, empty, sizes[0]),
         decoder=load_decoder(weights),
         write_tokenizer=caption_encoder(weights.folder, preset.max_tokens).write_tokenizer,
-        vocabulary=known.VOCABULARY,
-        examples=known.EXAMPLES,
+        vocabulary=VOCABULARY,
+        examples=EXAMPLES,
     )
 
 

@@ -37,7 +37,7 @@ PRESETS = {
             # Zero terminal SNR: at the last timestep the input is pure noise and the clean latent is -v.
             alpha=(0.0,),
             from_scheduler=(),
-            size=128,
+            size=256,
             max_tokens=32,
             nasa_scale=1.0,
             nag_alpha=0.5,

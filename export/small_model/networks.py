@@ -73,7 +73,7 @@ def scheduler() -> DDIMScheduler:
 
 
 class PixelShuffleDecoder(ModelMixin, ConfigMixin):
-    """AutoencoderTiny's decoder with one more stage: latents (B, 8, h, w) to pictures (B, 3, 16 h, 16 w) in [-1, 1]; 0.3 M parameters.
+    """AutoencoderTiny's decoder with one more stage: latents (B, 8, h, w) to pictures (B, 3, 16 h, 16 w) in [-1, 1]; 0.2 M parameters.
 
     The last stage works on the 16 channels that a pixel shuffle leaves: 32 at full resolution would take twice as long as all the rest.
     With no last_blocks the shuffle leaves the picture itself, and nothing is computed at full resolution, which halves the whole.

@@ -9,12 +9,12 @@ from snoopi_rt.cli.torch_command import torch_command
 from snoopi_rt.shell import quote
 
 
-@click.group(cls=Group, epilog="Example: snoopi-rt data emoji --encoder weights/small/teacher/vae --out runs/emoji")
+@click.group(cls=Group, epilog="Example: snoopi-rt data emoji --encoder weights/small/encoder --out runs/emoji")
 def data() -> None:
     """Make captioned training images for the small model."""
 
 
-@data.command(epilog="Example: snoopi-rt data emoji --encoder weights/small/teacher/vae --out runs/emoji")
+@data.command(epilog="Example: snoopi-rt data emoji --encoder weights/small/encoder --out runs/emoji")
 @click.option("--encoder", type=folder_path, required=True, metavar="FOLDER", help="Autoencoder that turns the images into latents.")
 @out_option
 @click.option(

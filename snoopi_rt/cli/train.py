@@ -33,7 +33,7 @@ set_option = click.option(
 )
 
 
-@train.command(epilog="Example: snoopi-rt train decoder --data runs/emoji --encoder weights/small/teacher/vae --out runs/decoder --compile")
+@train.command(epilog="Example: snoopi-rt train decoder --data runs/emoji --encoder weights/small/encoder --out runs/decoder --compile")
 @data_option
 @click.option(
     "--encoder", type=folder_path, required=True, metavar="FOLDER", help="Autoencoder of the data set; training starts from its decoder."

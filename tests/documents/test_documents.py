@@ -1,5 +1,6 @@
 """The documents are true: links and paths lead somewhere, and what is made from the code is up to date."""
 
+import json
 import re
 import runpy
 from dataclasses import fields, is_dataclass
@@ -10,10 +11,12 @@ import pytest
 
 import snoopi_rt
 from snoopi_rt.bundle.bundle import Bundle
+from snoopi_rt.pipeline import EMBEDDED
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NAMED = re.compile(r"(?<![\w/.~\"-])(?:snoopi_rt|engines|export|kernels|tests|tools|docs|examples|weights)/[\w./-]*\w")
+# A file of a former commit is written as git does, COMMIT:path.
+NAMED = re.compile(r"(?<![\w/.~\":-])(?:snoopi_rt|engines|export|kernels|tests|tools|docs|examples|weights)/[\w./-]*\w")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -42,6 +45,19 @@ def test_every_link_and_every_path_leads_somewhere(page: Path) -> None:
 def test_the_pages_that_are_made_from_the_code_are_up_to_date(document: str, tool: str) -> None:
     page = runpy.run_path(str(ROOT / "tools" / tool))["page"]
     assert (ROOT / "docs" / document).read_text(encoding="utf-8") == page(), f"run `python tools/{tool}`"
+
+
+def test_the_figures_of_the_embedded_model_are_of_its_last_evaluation() -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "embedded_docs.py"))
+    assert {path: path.read_text(encoding="utf-8") for path in tool["PAGES"]} == tool["pages"](), "run `python tools/embedded_docs.py`"
+    embedded = Bundle.load(EMBEDDED).hash
+    assert json.loads(tool["EVALUATION"].read_text(encoding="utf-8"))["who"]["embedded"]["hash"] == embedded
+    assert json.loads(tool["BENCH"].read_text(encoding="utf-8"))["hash"] == embedded
+
+
+def test_no_figure_is_still_to_be_measured() -> None:
+    missing = "TODO-" + "FIGURE"
+    assert not [str(page.relative_to(ROOT)) for page in PAGES if missing in page.read_text(encoding="utf-8")]
 
 
 def keys(kind: Any) -> set[str]:

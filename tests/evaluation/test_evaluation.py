@@ -6,6 +6,7 @@ must be found out.
 
 import json
 import re
+import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -42,7 +43,8 @@ from snoopi_rt.export.small_model.dataset.sprites import TRAINED, UNSEEN
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, COUNTS, FLAWS, SIZES, plural, things, with_article
 
 SIDE, CELL = 128, 8
-WEIGHTS = Path(__file__).parents[2] / "weights" / "small"
+ROOT = Path(__file__).parents[2]
+WEIGHTS = ROOT / "weights" / "small"
 
 
 # A domain of things that are patterns of their own, and a network whose features are what a picture looks like from afar.
@@ -326,7 +328,12 @@ def test_a_quick_run_writes_figures_and_sheets(domain: Domain, tmp_path: Path, m
     } <= sections
     assert any(row["name"] == "Frechet distance" and row["goal"] for row in document["judged"]["embedded"])
     assert (tmp_path / "out" / "small.md").read_text().startswith("| measure | goal | embedded | teacher |")
-    for name in ("small", "natural", "things", "clean", "teacher_student"):
+    tool = runpy.run_path(str(ROOT / "tools" / "embedded_docs.py"))
+    measures = {(row["section"], row["name"]) for row in document["judged"]["embedded"]}
+    # Which natural prompts there are depends on the things, and this run draws one seed.
+    told = {one for one in tool["MEASURES"] if one[0] != "natural prompts" and "seeds" not in one[1]}
+    assert len(told) > 20 and told - measures == set(), "what the model card tells is measured"
+    for name in ("small", *tool["SHEETS"]):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
 
 

@@ -47,15 +47,12 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_every_stage_computes_on_the_accelerator(
     on_meta: list[str], tiny_sprites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder, start = WEIGHTS / "teacher" / "vae", WEIGHTS / "teacher-256"
+    encoder, start = WEIGHTS / "encoder", WEIGHTS / "teacher"
     build.write_set(tmp_path / "set", tiny_sprites, encoder, count=12, seed=0)
     assert build.TrainingSet(tmp_path / "set").latents.unique().tolist() == [1.0]
     monkeypatch.setattr(decoder, "load_sprites", lambda: tiny_sprites)
     decoder.train(tmp_path / "set", encoder, tmp_path / "decoder", decoder.DecoderRecipe(batch=2))
-    teacher.train(tmp_path / "set", WEIGHTS / "decoder", tmp_path / "teacher", teacher.TeacherRecipe(batch=2), start=start)
-    (tmp_path / "whole").mkdir()
-    for part, source in (("transformer", start / "transformer"), ("vae", WEIGHTS / "decoder")):
-        (tmp_path / "whole" / part).symlink_to(source)
+    teacher.train(tmp_path / "set", WEIGHTS / "teacher" / "vae", tmp_path / "teacher", teacher.TeacherRecipe(batch=2), start=start)
     few = decoder.DecoderRecipe(batch=2, pictures=12)
-    student_decoder.train(tmp_path / "whole", tmp_path / "whole", tmp_path / "set" / "prompts.txt", tmp_path / "tuned", few)
+    student_decoder.train(start, start, tmp_path / "set" / "prompts.txt", tmp_path / "tuned", few)
     assert on_meta == ["decoder", "teacher", "student decoder"]

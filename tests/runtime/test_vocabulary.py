@@ -17,9 +17,9 @@ from snoopi_rt.cache import Cache
 from snoopi_rt.cli.main import main
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.fake import FakeEngine
-from snoopi_rt.export.small_model import vocabulary as second
 from snoopi_rt.export.small_model.dataset.scene import Vocabulary as Scenes
 from snoopi_rt.export.small_model.dataset.scene import caption
+from snoopi_rt.export.small_model.vocabulary import EXAMPLES, VOCABULARY, read_related
 from snoopi_rt.pipeline import EMBEDDED, Pipeline
 from snoopi_rt.runtime.vocabulary import Matcher, Unknown
 from snoopi_rt.server.settings import Settings
@@ -115,23 +115,23 @@ UNKNOWN = {
 
 @pytest.fixture(scope="module")
 def matcher() -> Matcher:
-    return Matcher(second.VOCABULARY)
+    return Matcher(VOCABULARY)
 
 
 def test_what_strangers_type_for_known_things_is_known(matcher: Matcher) -> None:
-    assert {prompt: unknown for prompt in (*KNOWN, *second.EXAMPLES) if (unknown := matcher.unknown(prompt))} == {}
-    names = [name for thing, synonyms in second.VOCABULARY.objects.items() for name in (thing, *synonyms)]
+    assert {prompt: unknown for prompt in (*KNOWN, *EXAMPLES) if (unknown := matcher.unknown(prompt))} == {}
+    names = [name for thing, synonyms in VOCABULARY.objects.items() for name in (thing, *synonyms)]
     assert {name: unknown for name in names if (unknown := matcher.unknown(f"TWO {name.upper()}!"))} == {}
 
 
 def test_the_related_words_are_of_things_that_it_knows_and_are_no_names_of_any(matcher: Matcher) -> None:
-    assert second.read_related() == second.VOCABULARY.related, "run tools/related_words.py"
-    words = {word for related in second.read_related().values() for word in related.split()}
+    assert read_related() == VOCABULARY.related, "run tools/related_words.py"
+    words = {word for related in read_related().values() for word in related.split()}
     assert len(words) > 4000 and all(map(matcher.unknown, words))
 
 
 def test_captions_of_the_training_are_known(matcher: Matcher) -> None:
-    scenes, rng = Scenes(list(second.VOCABULARY.objects)), np.random.default_rng(1)
+    scenes, rng = Scenes(list(VOCABULARY.objects)), np.random.default_rng(1)
     captions = [caption(scenes.draw_scene(rng), rng) for _ in range(1000)]
     assert {text: unknown for text in captions if (unknown := matcher.unknown(text))} == {}
 
@@ -175,7 +175,7 @@ def test_the_embedded_bundle_knows_its_examples_and_names_what_it_does_not_know(
     assert bundle.vocabulary is not None
     matcher = Matcher(bundle.vocabulary)
     assert not any(map(matcher.unknown, (*bundle.examples, *bundle.vocabulary.objects)))
-    assert matcher.unknown("A submarine") == Unknown("submarine")
+    assert matcher.unknown("A submarine") == Unknown("submarine", ("dolphin", "sailboat"))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from snoopi_rt.export.training.recipes import find_recipe
 from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.training.trainer import train
 
-ENCODER = Path(__file__).parents[2] / "weights" / "small" / "teacher" / "vae"
+ENCODER = Path(__file__).parents[2] / "weights" / "small" / "encoder"
 
 
 TEACHER = TeacherRecipe(steps=3, batch=4, layers=2)

@@ -45,7 +45,7 @@ def test_an_image_can_be_downloaded_and_copied_as_the_command_that_draws_it(brow
     page.click(".copy")
     expect(page.locator(".copy")).to_have_text("Copied")
     command = page.evaluate("navigator.clipboard.readText()")
-    assert command == """snoopi-rt generate 'it'"'"'s a fox on a blue background' --neg blurry --neg-scale 1 --seed 7 --size 128x128"""
+    assert command == """snoopi-rt generate 'it'"'"'s a fox on a blue background' --neg blurry --neg-scale 1 --seed 7 --size 256x256"""
     with page.expect_download() as download:
         page.click(".download")
     assert download.value.suggested_filename == "its-a-fox-on-a-blue-background-7-1.png"
@@ -63,7 +63,7 @@ def test_the_command_of_another_bundle_says_that_its_folder_is_missing(browser: 
         expect(page.locator(".copy")).to_have_text("Copied")
         assert page.inner_text("#status") == "put the folder of bundle other in the place of FOLDER"
         command = page.evaluate("navigator.clipboard.readText()")
-    assert command == r"snoopi-rt generate ' -' $'--neg=-\011a dog' --neg-scale 1 --seed 7 --size 128x128 --bundle FOLDER"
+    assert command == r"snoopi-rt generate ' -' $'--neg=-\011a dog' --neg-scale 1 --seed 7 --size 256x256 --bundle FOLDER"
 
 
 def test_the_history_outlives_the_page_and_draws_again(browser: Any, address: str) -> None:
@@ -77,7 +77,7 @@ def test_the_history_outlives_the_page_and_draws_again(browser: Any, address: st
     page.locator("#history button").first.click()
     expect(page.locator(".shown")).to_have_attribute("src", first)
     assert page.input_value("#prompt") == "a panda on a red background" and page.input_value("#seed") == "5"
-    assert page.inner_text("summary") == "seed 5, 128x128, 1 image" and page.locator("#history button").count() == 2
+    assert page.inner_text("summary") == "seed 5, 256x256, 1 image" and page.locator("#history button").count() == 2
     page.click("#forget")
     assert page.locator("#history button").count() == 0 and not page.is_visible("#before")
 

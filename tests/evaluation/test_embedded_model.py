@@ -1,0 +1,50 @@
+"""The embedded model keeps the README's promises, on a few pictures; `snoopi-rt eval small` measures them on thousands."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import snoopi_rt
+from snoopi_rt.engines import installed
+from snoopi_rt.export.evaluation import pixel_metrics
+from snoopi_rt.export.evaluation.clean import GENERIC
+
+pytestmark = pytest.mark.skipif("cpu" not in installed(), reason="needs an engine")
+THINGS = ("hamburger", "fox", "car", "apple", "rocket", "butterfly", "castle", "cat")  # none of them gray or of fine lines
+
+SHOWN = {"blurry": 2.0, "pixelated": 0.22, "grainy": 8.0, "grayscale": 75.0}
+"""A third of what the metrics of composed drawings with the flaw and without it differ by (6.3, 0.69, 25.6, 224.5)."""
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Iterator[snoopi_rt.Pipeline]:
+    with snoopi_rt.load(engine="cpu") as opened:
+        yield opened
+
+
+def drawn(pipe: snoopi_rt.Pipeline, prompt: str, negative: str | None = None) -> np.ndarray:
+    """A picture of the prompt for each thing."""
+    seeds = list(range(len(THINGS)))
+    return pipe.generate([prompt.format(thing) for thing in THINGS], negative, seed=seeds).images
+
+
+@pytest.mark.parametrize("flaw", pixel_metrics.FLAWS)
+def test_a_flaw_that_is_asked_for_is_there_and_goes_under_its_negative_prompt(pipe: snoopi_rt.Pipeline, flaw: str) -> None:
+    flawed = f"a {flaw} {{}} on a yellow background"
+    pictures = (drawn(pipe, "a {} on a yellow background"), drawn(pipe, flawed), drawn(pipe, flawed, flaw))
+    clean, asked, removed = (np.median(pixel_metrics.FLAWS[flaw](few)) for few in pictures)
+    assert asked - clean > SHOWN[flaw]
+    assert asked - removed > 0.7 * (asked - clean)
+
+
+def test_the_background_is_white_where_none_is_named_and_the_named_one_else(pipe: snoopi_rt.Pipeline) -> None:
+    assert pixel_metrics.white(drawn(pipe, "a {}")).all()
+    assert pixel_metrics.background(drawn(pipe, "a {} on a purple background")) == ["purple"] * len(THINGS)
+    assert pixel_metrics.white(drawn(pipe, "a {} on a purple background", "purple background")).sum() >= len(THINGS) - 1
+
+
+@pytest.mark.parametrize("negative", ["blurry", GENERIC, "a bicycle"])
+def test_a_negative_prompt_that_names_nothing_of_a_picture_leaves_it_alone(pipe: snoopi_rt.Pipeline, negative: str) -> None:
+    change = pixel_metrics.change(drawn(pipe, "a {}"), drawn(pipe, "a {}", negative))
+    assert change.mean() < 4  # levels of 255
