@@ -232,10 +232,15 @@ class Pipeline:
         return requests
 
     def warning(self, prompt: str) -> str | None:
-        """A line about a prompt whose object is not in the bundle's vocabulary, so that its picture will show something else; else None."""
-        if self._matcher is None or (unknown := self._matcher.unknown(prompt)) is None:
+        """A line about a prompt whose object or number is not in the bundle's vocabulary: its picture will differ; else None."""
+        if self._matcher is None or self.bundle.vocabulary is None:
             return None
-        return unknown.message("the embedded model" if self.bundle.folder == EMBEDDED else f"model {self.bundle.name!r}")
+        model = "the embedded model" if self.bundle.folder == EMBEDDED else f"model {self.bundle.name!r}"
+        if unknown := self._matcher.unknown(prompt):
+            return unknown.message(model)
+        if number := self._matcher.too_many(prompt):
+            return f"{model} draws at most {self.bundle.vocabulary.counts[-1]} of a thing, not {number}"
+        return None
 
     def prepare(self, prompt: str, truncate: bool = False) -> Conditioning:
         """The prompt with its states, for any number of calls: nothing of it is computed or looked up again.

@@ -158,9 +158,8 @@ def report(picture: Picture, path: Path | None, as_json: bool, show_scale: bool)
 def warn(lines: Iterable[str], bundle: Bundle) -> None:
     """Prints warnings about prompts on standard error, and how to list what the bundle can draw."""
     for line in lines:
-        count = len(bundle.vocabulary.objects) if bundle.vocabulary else 0
         folder = [] if bundle.folder == EMBEDDED else [str(bundle.folder)]
-        click.echo(visible(f"{line}; all {count}: {join(['snoopi-rt', 'info', '--vocabulary', *folder])}"), err=True)
+        click.echo(visible(f"{line}; what it knows: {join(['snoopi-rt', 'info', '--vocabulary', *folder])}"), err=True)
 
 
 def show(path: Path) -> None:

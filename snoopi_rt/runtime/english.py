@@ -16,6 +16,8 @@ DETERMINERS = _set("""
     nine ten twelve dozen several many few both lots single only
 """)
 """Words that introduce a noun."""
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "dozen": 12}
+"""Numbers of things, in words."""
 REQUESTS = _set("""
     please can could would you i id im we want wanna need like love to see draw drawing paint sketch show give make create generate
     imagine render design illustrate me us let lets just hey hello hi a an the some

@@ -17,6 +17,7 @@ from snoopi_rt.runtime.english import (
     DETERMINERS,
     JOINTS,
     NO_OBJECTS,
+    NUMBERS,
     PHRASES,
     PLURALS,
     REQUESTS,
@@ -29,6 +30,7 @@ MAX_CHARACTERS = 2000
 """Characters of a prompt that are analysed."""
 MAX_NAME_WORDS = 6
 """Words of an object's name."""
+SEPARATORS = r"[^\w\s'\u2019&+-]+"
 MAX_SHOWN = 60
 """Characters of an object that a warning shows."""
 
@@ -82,6 +84,7 @@ class Matcher:
                 self._related.setdefault(word, []).append(name)
         self._names = [(_words(spelling), name) for spelling, name in names]
         self._phrases = [_words(phrase) for phrase in (*vocabulary.artifacts, *vocabulary.styles, *PHRASES)]
+        self._highest = max(map(_number, vocabulary.counts), default=0)
         self._no_objects = NO_OBJECTS.union(*([word] for kind in (vocabulary.colours, vocabulary.counts) for word in map(str.lower, kind)))
 
     def unknown(self, prompt: str) -> Unknown | None:
@@ -95,9 +98,22 @@ class Matcher:
         part = next(part for part in segments[0] if not part.object)
         return Unknown(self._named(part), tuple(self._nearest(part)))
 
+    def too_many(self, prompt: str) -> str | None:
+        """The number in "five red cats", if it is above the vocabulary's highest, as it stands in the prompt; else None."""
+        for text in re.split(SEPARATORS, _plain(prompt[:MAX_CHARACTERS])) if self._highest else ():
+            number = None
+            for word in self._grouped(_words(text)):
+                if self._highest < _number(word.text) < 100:
+                    number = word.text
+                elif word.object and number:
+                    return number
+                elif word.text not in self._no_objects:
+                    number = None
+        return None
+
     def _segments(self, prompt: str) -> Iterator[list[_Part]]:
         """The segments between punctuation, each as the parts that "and" joins."""
-        for text in re.split(r"[^\w\s'\u2019&+-]+", _plain(prompt[:MAX_CHARACTERS])):
+        for text in re.split(SEPARATORS, _plain(prompt[:MAX_CHARACTERS])):
             words = _words(text)
             for phrase in self._phrases:
                 words = _without(words, phrase)
@@ -169,6 +185,11 @@ class Matcher:
         similar = (name for form, name in self._objects.items() if _is_typo(noun, form))
         related = self._related.get(noun) or self._related.get(noun.removesuffix("s"), [])
         return list(dict.fromkeys([*shared, *related] or similar))[:MAX_SUGGESTIONS]
+
+
+def _number(word: str) -> int:
+    """Its value in words or digits, 0 for any other word."""
+    return NUMBERS.get(word, int(word) if word.isascii() and word.isdecimal() and len(word) < 5 else 0)
 
 
 def _plain(text: str) -> str:

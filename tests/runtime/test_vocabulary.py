@@ -136,6 +136,28 @@ def test_captions_of_the_training_are_known(matcher: Matcher) -> None:
     assert {text: unknown for text in captions if (unknown := matcher.unknown(text))} == {}
 
 
+@pytest.mark.parametrize(
+    ("prompt", "number"),
+    [
+        ("five cats", "five"),
+        ("FOUR ripe bananas on a plate", "four"),
+        ("a cat and 12 dogs", "12"),
+        ("a dozen eggs", "dozen"),
+        ("a cat, a bird and seven small dogs", "seven"),
+        ("three cats", None),
+        ("2 dogs", None),
+        ("a cat, 4k", None),
+        ("a ten year old cat", None),
+        ("a 1980 car", None),
+        ("a cat with nine lives", None),
+        ("five submarines", None),
+    ],
+)
+def test_a_number_of_known_things_above_the_highest_is_too_many(matcher: Matcher, prompt: str, number: str | None) -> None:
+    assert matcher.too_many(prompt) == number
+    assert Matcher(replace(VOCABULARY, counts=())).too_many(prompt) is None, "it does not say how many it draws"
+
+
 def test_of_other_prompts_the_noun_is_named_and_no_adjective_colour_or_number(matcher: Matcher) -> None:
     unknown = {prompt: matcher.unknown(prompt) for prompt in UNKNOWN}
     assert {prompt: found and found.object for prompt, found in unknown.items()} == UNKNOWN
@@ -175,6 +197,7 @@ def test_the_embedded_bundle_knows_its_examples_and_names_what_it_does_not_know(
     assert bundle.vocabulary is not None
     matcher = Matcher(bundle.vocabulary)
     assert not any(map(matcher.unknown, (*bundle.examples, *bundle.vocabulary.objects)))
+    assert not any(map(matcher.too_many, (*bundle.examples, *KNOWN)))
     assert matcher.unknown("A submarine") == Unknown("submarine", ("dolphin", "sailboat"))
 
 
@@ -205,11 +228,18 @@ def test_a_result_has_the_warnings_of_its_own_prompts_and_its_images_all_the_sam
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_number_that_is_too_high_is_a_warning_in_words(narrow: Bundle, fakes: dict[str, FakeEngine]) -> None:
+    bundle = replace(narrow, vocabulary=Vocabulary({"cat": ()}, counts=("two", "three")))
+    pipe = Pipeline(bundle, fakes.__getitem__, "cpu", cache=Cache())
+    assert pipe.warning("five cats") == "model 'tiny' draws at most three of a thing, not five"
+    assert pipe.warning("three cats") is None and pipe.warning("five cows") == "model 'tiny' does not know 'cows'"
+
+
 @needs_engine
 def test_generate_warns_in_one_line_whatever_it_draws(narrow: Bundle, tmp_path: Path) -> None:
     words = ["generate", "A Red Cow", "--bundle", str(narrow.folder), "--engine", "cpu", "-n", "3", "--seed", "1"]
     result = CliRunner().invoke(main, [*words, "-o", f"{tmp_path}/"])
-    line = f"model 'tiny' does not know 'cow'; all 2: snoopi-rt info --vocabulary {narrow.folder}\n"
+    line = f"model 'tiny' does not know 'cow'; what it knows: snoopi-rt info --vocabulary {narrow.folder}\n"
     assert (result.exit_code, result.stderr, len(result.stdout.splitlines())) == (0, line, 3)
     result = CliRunner().invoke(main, [*words, "-o", f"{tmp_path}/", "--json"])
     assert [json.loads(row)["warnings"] for row in result.stdout.splitlines()] == [["model 'tiny' does not know 'cow'"]] * 3
