@@ -23,6 +23,7 @@ from PIL import Image
 
 import snoopi_rt
 from snoopi_rt.bundle.bundle import Bundle
+from snoopi_rt.bundle.variant import meaning
 from snoopi_rt.pipeline import EMBEDDED
 
 ROOT = Path(__file__).parents[1]
@@ -150,7 +151,7 @@ class Figures:
             plain = {stage: f"{1000 * seconds['p50']:.1f}" for stage, seconds in result["plain"].items()}
             start, memory = result["cold_start"], result["cold_start"]["peak_memory"]
             yield [
-                f"{engine} ({', '.join(sorted(set(result['precision'].values())))})",
+                f"{engine} ({'; '.join(meaning(name, engine) for name in sorted(set(result['precision'].values())))})",
                 *(plain[stage] for stage in ("text_encoder", "generator", "decoder", "total")),
                 f"{1000 * result['negative']['total']['p50']:.1f}",
                 f"{start['first']:.2f} s / {start['again']:.2f} s",

@@ -99,7 +99,7 @@ def test_the_table_has_a_line_for_every_build_and_every_figure_of_an_engine(bund
     assert "fp16 on cpu, openvino: fp16 weights, fp32 arithmetic" in bundle.described().splitlines()
     assert "bf16 on cpu, openvino: fp16 weights, bf16 arithmetic" in bundle.described().splitlines()
     page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
-    assert all(f"; {meaning('fp16', engine)}) |" in page for engine in HERE)
+    assert all(f"| {engine} ({meaning('fp16', engine)}) |" in page for engine in HERE)
 
 
 def test_what_is_not_remembered_is_said_with_its_reason(
