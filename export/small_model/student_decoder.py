@@ -6,7 +6,7 @@ teacher's own latents it learns to blur: where the two differ no decoder can kno
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def _light(start: PixelShuffleDecoder) -> PixelShuffleDecoder:
     return light
 
 
-def _drawn(network: Path, texts: list[str], seed: int, out: Path, inputs: dict[str, str]) -> Tensor:
+def _drawn(network: Path, texts: list[str], seed: int, out: Path, inputs: Mapping[str, str]) -> Tensor:
     """The student's latents (N, 8, 16, 16) of the prompts in one call, each from its own noise."""
     model = load_module(network, PixArtTransformer2DModel, dtype=torch.bfloat16).to(default_device())
     model.set_attn_processor(PlainAttention())
