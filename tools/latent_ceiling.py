@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from snoopi_rt.export.evaluation.judge import TOP, Judge
+from snoopi_rt.export.evaluation.pixel_metrics import fine_detail
 from snoopi_rt.export.small_model.dataset.build import SIDE, encoded
 from snoopi_rt.export.small_model.dataset.scene import Scene
 from snoopi_rt.export.small_model.dataset.vocabulary import things
@@ -30,7 +31,7 @@ SHOWN = 64
 @click.option("--encoder", type=click.Path(path_type=Path), default=ENCODER)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(decoder: Path, encoder: Path, out: Path) -> None:
-    """Print the shares that are recognised, write them as JSON, and 64 pictures beside it."""
+    """Print the shares that are recognised and the energy of fine detail, write them as JSON, and 64 pictures beside it."""
     judge = Judge(out.parent / "references")
     pictures = np.stack([judge.composer.draw(Scene((name,)), None, SIDE) for name in judge.names])
     latents = torch.cat(
@@ -45,6 +46,7 @@ def main(decoder: Path, encoder: Path, out: Path) -> None:
         for group, members in (("common", common), ("all", np.ones_like(common)))
         for top in (1, TOP)
     }
+    document["fine detail, of the drawings'"] = float(fine_detail(decoded).sum() / fine_detail(pictures).sum())
     for name, value in document.items():
         click.echo(f"{name:32}{value:7.1%}")
     out.parent.mkdir(parents=True, exist_ok=True)
