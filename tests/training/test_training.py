@@ -111,17 +111,24 @@ def test_a_decoder_begins_with_the_stages_of_the_autoencoder(road):
     assert made.decoder(torch.zeros(1, 8, 4, 4)).shape == (1, 3, 64, 64)
 
 
-def test_the_targets_of_a_students_decoder_have_no_dots_in_their_corners(road, tmp_path, monkeypatch):
+def test_a_students_decoder_imitates_the_teachers_on_the_students_latents_but_for_dots_in_corners(road, tmp_path, monkeypatch):
     from snoopi_rt.export.small_model import decoder, student_decoder
+    from snoopi_rt.export.small_model.networks import PixelShuffleDecoder
+    from snoopi_rt.export.weights.checkpoint import load_module
 
     seen = []
-    monkeypatch.setattr(decoder, "fit", lambda stage, model, latents, targets, *rest: seen.append((len(latents), targets)))
+    monkeypatch.setattr(decoder, "fit", lambda stage, model, latents, targets, *rest: seen.append((latents, targets)))
     recipe = decoder.DecoderRecipe(steps=1, batch=2, pictures=12)
     student_decoder.train(road / "student", road / "teacher", road / "pictures" / "prompts.txt", tmp_path / "decoder", recipe)
-    ((count, targets),) = seen
-    windows = targets([0, 1], [[0, 0], [6, 6]])
-    assert count == 12 and windows.shape == (2, 3, 160, 160) and windows.std() > 0
+    ((latents, targets),) = seen
+    corners = [[0, 0], [6, 6]]
+    windows = targets([0, 1], corners)
+    assert len(latents) == 12 and windows.shape == (2, 3, 160, 160) and windows.std() > 0
     assert torch.equal(windows[0, :, 0, 0], windows[0, :, 1, 1]) and torch.equal(windows[1, :, -1, -1], windows[1, :, -2, -2])
+    large = load_module(road / "teacher" / "vae", PixelShuffleDecoder, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    of_student = decoder.cut(latents, [0, 1], corners).bfloat16().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert torch.equal(windows[..., 1:-1, 1:-1], large.decoder(of_student).clamp(-1, 1)[..., 1:-1, 1:-1])
 
 
 def test_a_students_decoder_computes_nothing_at_full_resolution_but_its_pixels(road):
