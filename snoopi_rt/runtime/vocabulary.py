@@ -103,7 +103,7 @@ class Matcher:
         for text in re.split(SEPARATORS, _plain(prompt[:MAX_CHARACTERS])) if self._highest else ():
             number = None
             for word in self._grouped(_words(text)):
-                if self._highest < _number(word.text) < 100:
+                if self._highest < _number(word.text) < 1000:  # above, it may be a year
                     number = word.text
                 elif word.object and number:
                     return number

@@ -143,6 +143,7 @@ def test_captions_of_the_training_are_known(matcher: Matcher) -> None:
         ("FOUR ripe bananas on a plate", "four"),
         ("a cat and 12 dogs", "12"),
         ("a dozen eggs", "dozen"),
+        ("100 cats", "100"),
         ("a cat, a bird and seven small dogs", "seven"),
         ("three cats", None),
         ("2 dogs", None),
