@@ -50,7 +50,7 @@ TRAIN = [
 ]
 # OpenCLIP brings torchvision, which has to fit torch: beside a CPU build of torch PyPI's does not import (docs/evaluation.md).
 OPEN_CLIP = ["open_clip_torch>=3.3", "torch-fidelity>=0.4"]
-EVAL = [*TORCH, *MINILM, *WEIGHTS, *OPEN_CLIP, *FEATURES, "onnxruntime>=1.24", "scipy>=1.15", "matplotlib>=3.10"]
+EVAL = [*TORCH, *MINILM, *WEIGHTS, *OPEN_CLIP, *FEATURES, "onnxruntime>=1.24", "openvino>=2026.1", "scipy>=1.15", "matplotlib>=3.10"]
 # For the kernels' tests; torch with CUDA brings its own.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 SERVE = [

@@ -1,14 +1,19 @@
 """Features of pictures by EfficientNet-Lite: ImageNet's, pooled, as the small domain's judge and `lite2` have them."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from snoopi_rt.engines.openvino import import_openvino
+from snoopi_rt.errors import EngineMissing
 from snoopi_rt.export.evaluation.weight_files import loading
 from snoopi_rt.export.small_model.features import load_network, to_network, weights_file
 
@@ -25,7 +30,7 @@ class Lite:
         self.name, self.weights, self.side, self._device = name, weights or weights_file(name), SIDES[name], device
         with loading(self.weights, f"efficientnet-{name}"):
             network = load_network(name, self.weights)
-        self._network = network.to(device, memory_format=torch.channels_last)
+        self._network = network.to(device)
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image] | Sequence[np.ndarray] | np.ndarray, batch: int = 8) -> np.ndarray:
@@ -35,10 +40,36 @@ class Lite:
         for start in tqdm(steps, desc=f"features ({self.name})", unit="batch", leave=False, disable=len(steps) < 5):
             part = np.stack([self._resized(picture) for picture in pictures[start : start + batch]])
             scaled = torch.from_numpy(part).to(self._device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-            features = self._network.extract_features(to_network(scaled.contiguous(memory_format=torch.channels_last)))
-            rows.append(features.mean((2, 3)).cpu().numpy())
+            rows.append(self._pooled(to_network(scaled)).cpu().numpy())
         return np.concatenate(rows) if rows else np.zeros((0, 1280), np.float32)
+
+    @cached_property
+    def _pooled(self) -> Callable[[Tensor], Tensor]:
+        """Network inputs (B, 3, side, side) to features (B, 1280)."""
+        network = _Pooled(self._network).eval()
+        if self._device != "cpu":
+            return network
+        # A third of eager torch's time, and within 1e-5 of the largest feature.
+        try:
+            openvino = import_openvino()
+        except ImportError as error:
+            raise EngineMissing("features of pictures need openvino on the CPU: it comes with the extra eval") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # OpenVINO traces by torch.jit
+            model = openvino.convert_model(network, example_input=torch.zeros(1, 3, self.side, self.side))
+        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return lambda inputs: torch.from_numpy(compiled(inputs.contiguous().numpy())[0])
 
     def _resized(self, picture: Image.Image | np.ndarray) -> np.ndarray:
         image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
         return np.asarray(image.resize((self.side, self.side), Image.Resampling.BICUBIC))
+
+
+class _Pooled(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features: Tensor = self.network.extract_features(inputs)
+        return features.mean((2, 3))

@@ -5,6 +5,7 @@ things before a plain background, with the flaws that the small model's pictures
 """
 
 import numpy as np
+from scipy.fft import rfft2
 from scipy.ndimage import binary_fill_holes
 
 from snoopi_rt.export.small_model.dataset.compose import CELLS
@@ -65,8 +66,7 @@ def blurry(pictures: np.ndarray) -> np.ndarray:
     """
     y, x = _frequencies(pictures)
     frequency = np.hypot(y * pictures.shape[1], x * pictures.shape[2])
-    fine = _energy(pictures, frequency > FINE)
-    shape = _energy(pictures, (frequency > COARSE) & (frequency <= FINE))
+    fine, shape = _energies(pictures, frequency > FINE, (frequency > COARSE) & (frequency <= FINE))
     return -np.log((fine + 1e-3) / (shape + 1.0))
 
 
@@ -99,7 +99,7 @@ FLAWS = {"blurry": blurry, "pixelated": pixelated, "grainy": grainy, "grayscale"
 
 def fine_detail(pictures: np.ndarray) -> np.ndarray:
     """The energy, (N,), of all detail finer than eight pixels."""
-    return _energy(pictures, np.hypot(*_frequencies(pictures)) > DETAIL)
+    return _energies(pictures, np.hypot(*_frequencies(pictures)) > DETAIL)[0]
 
 
 def seams(pictures: np.ndarray, cell: int) -> tuple[np.ndarray, np.ndarray]:
@@ -119,15 +119,17 @@ def _frequencies(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.fft.fftfreq(pictures.shape[1])[:, None], np.fft.rfftfreq(pictures.shape[2])[None]
 
 
-def _energy(pictures: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """What the frequencies where `part` is true hold, over all channels, (N,)."""
+def _energies(pictures: np.ndarray, *parts: np.ndarray) -> np.ndarray:
+    """What the frequencies where each part (H, W / 2 + 1) is true hold, over all channels, (len(parts), N)."""
     height, width = pictures.shape[1:3]
-    window = (np.hanning(height)[:, None] * np.hanning(width))[..., None]
+    window = (np.hanning(height)[:, None] * np.hanning(width)).astype(np.float32)
     energies = []
     for picture in pictures:  # one by one: the transforms of a thousand pictures take gigabytes
-        transform = np.fft.rfft2((picture - picture.mean((0, 1))) * window, axes=(0, 1))[part]
-        energies.append((transform.real**2 + transform.imag**2).sum() / (height * width))
-    return np.array(energies)
+        channels = picture.transpose(2, 0, 1).astype(np.float32)
+        transform = rfft2((channels - channels.mean((1, 2), keepdims=True)) * window)  # in float32, as numpy's would not be
+        power = (transform.real**2 + transform.imag**2).sum(0)
+        energies.append([power[part].sum(dtype=np.float64) / (height * width) for part in parts])
+    return np.array(energies).reshape(-1, len(parts)).T
 
 
 def _border(pictures: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 import snoopi_rt
+from snoopi_rt.errors import InputError
 from snoopi_rt.export import small_model
 from snoopi_rt.export.evaluation.attributes import attributes
 from snoopi_rt.export.evaluation.clean import clean
@@ -33,20 +34,24 @@ from snoopi_rt.export.small_model.dataset.vocabulary import things
 from snoopi_rt.export.weights.files import fingerprint
 from snoopi_rt.files import write_whole
 
+MEASURES = ("recognition", "natural", "attributes", "sharpness", "clean", "removal", "warnings", "cost")
+
 
 @dataclass(frozen=True)
 class Extent:
     """How much is measured. things: all by default; seeds: of each thing, of a natural prompt, of a clean picture; counted: things whose
-    attributes are; samples: pictures whose distances are taken; limiting: see Domain; runs: images that are timed."""
+    attributes are; samples: pictures whose distances are taken; limiting: see Domain; runs: images that are timed; measures: some of
+    MEASURES, all by default."""
 
     things: int | None = None
     seeds: int = 4
     natural_seeds: int = 2
-    clean_seeds: int = 2
+    clean_seeds: int = 1
     counted: int = 80
-    samples: int = 1500
+    samples: int = 1000
     limiting: int = 100
     runs: int | None = None
+    measures: tuple[str, ...] = ()
 
 
 QUICK = Extent(things=6, seeds=1, natural_seeds=1, clean_seeds=1, counted=2, samples=12, limiting=12, runs=1)
@@ -64,8 +69,11 @@ def evaluate(
     """The rows of each who is judged, by name, written to `out` as small.json, small.md and small.png; sheets of the first student beside.
 
     students: folders of bundles or of students by name, None is the embedded bundle. decoder: of the teacher's latents, its own vae by
-    default. references: where the features of reference pictures and the teacher's rows are kept. Raises what load and generate do.
+    default. references: where the features of reference pictures and the teacher's rows are kept. Raises InputError for an unknown measure,
+    and what load and generate do. Sheets are drawn when everything is measured.
     """
+    if unknown := [name for name in extent.measures if name not in MEASURES]:
+        raise InputError(f"no measure {unknown[0]!r}; there are {', '.join(MEASURES)}")
     teacher_sampler = None if teacher is None else open_teacher(teacher, decoder)
     samplers = {name: open_student(folder) for name, folder in students.items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -78,11 +86,11 @@ def evaluate(
         who["teacher"] = teacher_sampler.facts
         known_by = [facts["judge"], facts["extent"], teacher_sampler.facts]
         columns["teacher"] = _kept(references, known_by, lambda: examiner.rows("teacher", teacher_sampler))
-        distance = next(row.value for row in columns["teacher"] if row.name == FRECHET)
+        distance = next((row.value for row in columns["teacher"] if row.name == FRECHET), None)
     for number, (name, sampler) in enumerate(samplers.items()):
         who[name] = sampler.facts
         columns[name] = examiner.rows(name, sampler, distance)
-        if number == 0:
+        if number == 0 and not extent.measures:
             say("sheets")
             sheets(sampler, teacher_sampler, examiner.domain, examiner.prompts, out)
         # The students first: what they are judged by stands beside them.
@@ -129,17 +137,17 @@ class Examiner:
         domain, counters, extent = self.domain, self._counters, self._extent
         measures: dict[str, Callable[[], Iterator[Row]]] = {
             "recognition": lambda: recognition(sampler, domain, extent.seeds),
-            "natural prompts": lambda: natural(sampler, counters, self.prompts, extent.natural_seeds),
+            "natural": lambda: natural(sampler, counters, self.prompts, extent.natural_seeds),
             "attributes": lambda: attributes(sampler, counters),
             "sharpness": lambda: sharpness(sampler, domain, extent.samples, teacher),
         }
         if sampler.kind == "student":
-            measures["clean pictures under negatives"] = lambda: clean(sampler, domain, extent.clean_seeds)
-            measures["negatives of what was asked for"] = lambda: removal(sampler, counters)
+            measures["clean"] = lambda: clean(sampler, domain, extent.clean_seeds)
+            measures["removal"] = lambda: removal(sampler, counters)
         if sampler.bundle and (vocabulary := sampler.bundle.vocabulary):
             measures["warnings"] = lambda: warnings(vocabulary)
         measures["cost"] = lambda: cost(sampler, extent.runs, self._say)
-        return measures
+        return {name: measure for name, measure in measures.items() if name in (extent.measures or MEASURES)}
 
 
 def _kept(folder: Path, facts: list[Any], measure: Callable[[], list[Row]]) -> list[Row]:

@@ -1,6 +1,7 @@
 """The commands that judge students: eval. Each measure is a command here and a file in export/evaluation, imported inside it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def evaluate() -> None:
 
 @evaluate.command(epilog="Example: snoopi-rt eval small --teacher weights/small/teacher --out out/evaluation")
 @bundles_option
-@click.option("--teacher", type=folder_path, metavar="FOLDER", help="Teacher to measure beside them, in 25 steps.")
+@click.option("--teacher", type=folder_path, metavar="FOLDER", help="Teacher to measure beside them, in 10 steps.")
 @click.option("--decoder", type=folder_path, metavar="FOLDER", help="Decoder for the teacher's latents.  [default: its own vae]")
 @click.option(
     "--references",
@@ -47,11 +48,22 @@ def evaluate() -> None:
     help="Folder that keeps what takes minutes: the features of real pictures, and the teacher's figures.  [default: references in --out]",
 )
 @click.option("--quick", is_flag=True, help="Draw a few pictures of each kind, to see that it runs; the figures mean nothing.")
+@click.option(
+    "--measure", "measures", multiple=True, metavar="NAME", help="Only this measure, like clean or removal; repeatable.  [default: all]"
+)
 @out_option
-def small(bundles: tuple[str, ...], teacher: Path | None, decoder: Path | None, references: Path | None, quick: bool, out: Path) -> None:
+def small(
+    bundles: tuple[str, ...],
+    teacher: Path | None,
+    decoder: Path | None,
+    references: Path | None,
+    quick: bool,
+    measures: tuple[str, ...],
+    out: Path,
+) -> None:
     """Judge the embedded model and others of its kind.
 
-    Writes small.json, small.md, a plot, and sheets of uncurated pictures.
+    Writes small.json, small.md, a plot, and, when everything is measured, sheets of uncurated pictures.
     """
     named: dict[str, Path | None] = dict(map(named_folder, bundles)) or {"embedded": None}
     if len(named) < len(bundles) or "teacher" in named:
@@ -63,12 +75,13 @@ def small(bundles: tuple[str, ...], teacher: Path | None, decoder: Path | None, 
         from snoopi_rt.export.evaluation.small import QUICK, Extent
         from snoopi_rt.export.evaluation.small import evaluate as measure
 
-        extent = QUICK if quick else Extent()
+        extent = replace(QUICK if quick else Extent(), measures=measures)
         columns = measure(named, teacher, decoder, references or out / "references", out, extent, say)
     for name in named:
         rows = [row for row in columns[name] if row.goal is not None]
         click.echo(visible(f"{name}: {len(rows) - len(unmet(rows))} of {len(rows)} goals met"))
-    click.echo(f"read {quote(out / 'small.md')}, and look at small.png, natural.png, things.png and clean.png beside it", err=True)
+    pictures = "small.png" if measures else "small.png, natural.png, things.png and clean.png"
+    click.echo(f"read {quote(out / 'small.md')}, and look at {pictures} beside it", err=True)
 
 
 def subjects(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,9 +18,10 @@ from snoopi_rt.export.evaluation import weight_files
 from snoopi_rt.export.evaluation.context import NETWORKS, named
 from snoopi_rt.export.evaluation.features import FeatureCache
 from snoopi_rt.export.evaluation.image_sets import PromptRow, images_with_prompts, make_images, read_prompts, reference_images
+from snoopi_rt.export.evaluation.lite import Lite
 from snoopi_rt.export.evaluation.samplers import Negative, Sampler, open_diffusers
 from snoopi_rt.export.evaluation.weight_files import WEIGHTS, identified, loading, locate, parse_weights
-from snoopi_rt.export.small_model.features import weights_file
+from snoopi_rt.export.small_model.features import load_network, to_network, weights_file
 
 STYLES = ("anime", "photo")
 
@@ -214,6 +215,14 @@ def test_lite2_has_the_weights_of_the_file_that_is_named_and_another_networks_ar
         NETWORKS["lite2"](tmp_path / "other.pth", "cpu")
     with pytest.raises(InputError, match=r"other.pth does not hold it: AssertionError"), loading(tmp_path / "other.pth", "it"):
         raise AssertionError  # its message is empty
+
+
+def test_lite2_gives_what_its_network_gives_in_torch() -> None:
+    lite = Lite("lite2")
+    pictures = np.random.default_rng(0).integers(0, 256, (2, lite.side, lite.side, 3), np.uint8)
+    inputs = to_network(torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1))
+    expected = load_network("lite2").extract_features(inputs).mean((2, 3)).numpy()
+    assert np.abs(lite(pictures) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # in diffusers' own scheduler
