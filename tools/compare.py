@@ -1,14 +1,15 @@
 """Times a bundle beside what else a user could run: seconds per stage, ratios, and the error in the latent.
 
-In the stages `generator`, `decoder`, `image` and `full decoder` each contender is alone in memory with the baseline, diffusers in fp32, and
-their calls are interleaved: two of full size fit, ten do not. All are made of the same folder of weights: diffusers as it is (fp32, bf16),
-torch.compile, and diffusers' own UNet as an ONNX graph in ONNX Runtime (as optimum runs it) and in OpenVINO with its own choices, static
-shapes and bf16 (as optimum-intel runs it). PixArt has no peer outside torch. Prompt states are those of the bundle's own text encoder, as
-from a cache; the stage `image` is the generator and the decoder, for the bundle through its pipeline.
+Each contender is alone in memory with the baseline, and their calls are interleaved: two of full size fit, ten do not.
 
-The stage `peers` runs openvino.genai and stable-diffusion.cpp on the same weights beside the bundle, from prompt to image, a new prompt in
-each round, all in memory at once and interleaved (tools/peers.py). It takes SD 1.5 and 2.1 in one step, and what is installed of
-`pip install ".[peers]"`; stable-diffusion.cpp is compiled then, which takes minutes.
+In the stages `generator`, `decoder`, `image` and `full decoder` the baseline is diffusers in fp32, and all are made of the same folder of
+weights: diffusers as it is (fp32, bf16), torch.compile, and diffusers' own UNet as an ONNX graph in ONNX Runtime (as optimum runs it) and
+in OpenVINO with its own choices, static shapes and bf16 (as optimum-intel runs it). PixArt has no peer outside torch. Prompt states are
+those of the bundle's own text encoder, as from a cache; the stage `image` is generator and decoder, for the bundle through its pipeline.
+
+The stage `peers` runs openvino.genai and stable-diffusion.cpp on the same weights beside the bundle, which is the baseline, from prompt to
+image, a new prompt in each round (tools/peers.py). It takes SD 1.5 and 2.1 in one step, and what is installed of `pip install ".[peers]"`;
+stable-diffusion.cpp is compiled then, which takes minutes.
 
 With --tiny the decoder of all is the tiny one, except in the stage `full decoder`.
 python tools/compare.py --student runs/pixart --bundle bundles/pixart --out docs/compare/pixart.json
@@ -44,7 +45,6 @@ TOKENS = 20
 """Texts are cut to this length unless the bundle pads them."""
 STAGES = ("generator", "decoder", "image", "full decoder", "peers")
 OURS = "ours"
-"""The baseline of the stage `peers`."""
 
 
 @click.command()
@@ -79,7 +79,7 @@ def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bo
 
     def time_stage(stage: str, contenders: Contenders, *arrays: np.ndarray) -> None:
         if stage in stages:
-            show(stage, measure(contenders, runs, arrays))
+            show(stage, measure(contenders, runs, lambda number: arrays))
 
     if set(stages) - {"peers"}:
         generate = generators(bundle, student, preset, inputs, compiled)
@@ -98,8 +98,9 @@ def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bo
             return
         job = peers.Job(student, vae, bundle.sizes[0], preset.prediction, noise, SEED)
         with tempfile.TemporaryDirectory() as converted:
-            loads = {**our_pipelines(bundle), **peers.loaders(job, Path(converted))}
-            show("peers", interleaved(loads, runs))
+            contenders = {**our_pipelines(bundle), **peers.loaders(job, Path(converted))}
+            # A new prompt in each round: nobody has its states in a cache.
+            show("peers", measure(contenders, runs, lambda number: (f"{PROMPT} {number}",)))
 
 
 def encoded(bundle: Bundle) -> tuple[tuple[str, str], dict[str, np.ndarray]]:
@@ -120,51 +121,27 @@ def cut(words: str, tokenizer: Tokenizer, to_length: bool) -> str:
     return words.strip()
 
 
-def measure(contenders: Contenders, runs: int, arrays: Sequence[np.ndarray] = ()) -> dict[str, dict[str, Any]]:
-    """Median and minimum seconds of each, its ratio to the baseline, and the rms distance to the baseline's output."""
-    baseline = contenders[BASELINE]()
-    reference, all_base, rows = baseline(*arrays), [], {BASELINE: {}}
-    for name, load in contenders.items():
-        if name == BASELINE:
-            continue
+def measure(contenders: Contenders, runs: int, arguments: Callable[[int], Sequence[Any]]) -> dict[str, dict[str, Any]]:
+    """Median and minimum seconds of each, its median ratio to the first, which is the baseline, the rms distance to the baseline's output
+    (None for other noise), and the median seconds of its parts, where it reports them. arguments: of a round's calls; round 0 is not timed.
+    """
+    first, *others = contenders
+    baseline, all_base, rows = contenders[first](), [], {first: {}}
+    for name in others:
         gc.collect()
-        run = load()
-        error = rms(run(*arrays), reference)
-        pairs = [(seconds(baseline, *arrays), seconds(run, *arrays)) for _ in range(runs)]
+        run = contenders[name]()
+        outputs = [draw(*arguments(0)) for draw in (baseline, run)]
+        error = rms(outputs[1], outputs[0]) if getattr(run, "same_noise", True) else None
+        pairs = [tuple(seconds(draw, *arguments(number)) for draw in (baseline, run)) for number in range(1, runs + 1)]
         all_base += [base for base, _ in pairs]
         own_seconds = [own for _, own in pairs]
         ratio = statistics.median(own / base for base, own in pairs)
         rows[name] = {"median": statistics.median(own_seconds), "min": min(own_seconds), "ratio": ratio, "error": error}
+        if parts := getattr(run, "parts", None):
+            rows[name]["parts"] = {part: statistics.median(values[1:]) for part, values in parts.items()}
         click.echo(f"{name}: {rows[name]['median']:.3f} s, {ratio:.3f} of the baseline", err=True)
         del run
-    rows[BASELINE] = {"median": statistics.median(all_base), "min": min(all_base), "ratio": 1.0, "error": 0.0}
-    return rows
-
-
-def interleaved(loads: dict[str, Callable[[], Any]], runs: int) -> dict[str, dict[str, Any]]:
-    """Median and minimum seconds from prompt to image of each, its median ratio to OURS within a round, the rms distance to our image (None
-    for other noise), and the median seconds of its parts, where it reports them. The first round is not timed."""
-    draws, timings, errors = {}, {name: [] for name in loads}, {}
-    for name, load in loads.items():
-        click.echo(f"loading {name}", err=True)
-        draws[name] = load()
-    for number in range(runs + 1):
-        prompt = f"{PROMPT} {number}"  # a new one: nobody has its states in a cache
-        pictures = {}
-        for name, draw in draws.items():
-            start = time.perf_counter()
-            pictures[name] = draw(prompt)
-            timings[name].append(time.perf_counter() - start)
-        if number == 0:
-            comparable = [name for name, draw in draws.items() if getattr(draw, "same_noise", True)]
-            errors = {name: rms(pictures[name], pictures[OURS]) for name in comparable}
-    rows = {}
-    for name, draw in draws.items():
-        taken = timings[name][1:]
-        ratio = statistics.median(own / base for own, base in zip(taken, timings[OURS][1:], strict=True))
-        rows[name] = {"median": statistics.median(taken), "min": min(taken), "ratio": ratio, "error": errors.get(name)}
-        if parts := getattr(draw, "parts", None):
-            rows[name]["parts"] = {part: statistics.median(values[1:]) for part, values in parts.items()}
+    rows[first] = {"median": statistics.median(all_base), "min": min(all_base), "ratio": 1.0, "error": 0.0}
     return rows
 
 
