@@ -19,12 +19,12 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from joint_networks import SHAPE, TOKENS, Recipe, Text, in_one_step, train_student, train_teacher
+from joint_networks import SHAPE, TOKENS, Pictures, Recipe, Text, in_one_step, train_student, train_teacher
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from snoopi_rt.export.evaluation.clean import clean
-from snoopi_rt.export.evaluation.counters import Counters, spread
+from snoopi_rt.export.evaluation.counters import Counters
 from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.figures import plot_tradeoff
 from snoopi_rt.export.evaluation.judge import Judge
@@ -32,10 +32,8 @@ from snoopi_rt.export.evaluation.removal import removal
 from snoopi_rt.export.evaluation.report import Row
 from snoopi_rt.export.evaluation.samplers import Negative, Sampler
 from snoopi_rt.export.joint_attention import GUIDANCE, JointProcessor, joint_attentions
-from snoopi_rt.export.small_model.dataset.build import TrainingSet
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED
-from snoopi_rt.export.small_model.dataset.vocabulary import things
 from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, to_pictures
 from snoopi_rt.export.training.image_grid import image_grid
 from snoopi_rt.export.weights.checkpoint import load_module
@@ -44,7 +42,7 @@ from snoopi_rt.files import write_whole
 from snoopi_rt.runtime.inputs import draw_noise
 
 SCALES = {"nasa": (0.1, 0.25, 0.5), "nag": (2.0, 4.0, 8.0), "vsf": (1.0, 2.0, 3.5), "gated": (0.5, 1.0, 2.0, 4.0)}
-SHOWN = {"a blurry cat": "blurry", "a cat and a dog": "a dog", "a robot on a blue background": "blue background", "a dragon": "blurry"}
+SHOWN = {"a blurry cat": "blurry", "a cat and a horse": "a horse", "an owl on a blue background": "blue background", "a castle": "blurry"}
 
 
 class Negatives:
@@ -111,19 +109,24 @@ def summary(rows: Sequence[Row]) -> dict[str, float | None]:
     }
 
 
-def measure(negatives: Negatives, references: Path, count: int | None, pairs: int, out: Path) -> list[dict[str, Any]]:
-    few = None if count is None else spread([thing.name for thing in things() if thing.common], count)
-    domain = Domain(
-        Judge(references, names=few, sets=[drawing for drawing in TRAINED if drawing.style == DEFAULT_STYLE]), 100 if few is None else 12
-    )
-    counters = Counters(domain, 24 if few is None else 2)
+def measure(negatives: Negatives, references: Path, names: list[str], quick: bool, out: Path) -> list[dict[str, Any]]:
+    """A row of the table for each kind and scale; names: the things of which pictures are drawn, and among which they are recognised."""
+    judge = Judge(references, names=names, sets=[drawing for drawing in TRAINED if drawing.style == DEFAULT_STYLE])
+    domain = Domain(judge, 12 if quick else 100)
+    counters = Counters(domain, 2 if quick else 24)
     table = []
     for kind, scale in (bar := tqdm([(kind, scale) for kind, scales in SCALES.items() for scale in scales], unit="setting")):
         bar.set_postfix_str(f"{kind} {scale:g}")
         sampler = negatives.sampler(kind, scale)
         rows = [*removal(sampler, counters), *clean(sampler, domain, 1)]
         table.append(
-            {"kind": kind, "scale": scale, **summary(rows), "cost": negatives.cost(kind, pairs), "rows": [asdict(row) for row in rows]}
+            {
+                "kind": kind,
+                "scale": scale,
+                **summary(rows),
+                "cost": negatives.cost(kind, 3 if quick else 40),
+                "rows": [asdict(row) for row in rows],
+            }
         )
     curves = {kind: [(row["scale"], row["removed"] or 0.0, row["kept"] or 0.0) for row in table if row["kind"] == kind] for kind in SCALES}
     plot_tradeoff(curves, out.with_suffix(".png"))
@@ -147,8 +150,8 @@ def sheet(negatives: Negatives) -> Any:
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Picture set that `snoopi-rt data emoji` wrote.")
 @click.option("--decoder", type=click.Path(path_type=Path), default=Path("weights/small/teacher/vae"), help="Decoder of its latents.")
 @click.option("--runs", type=click.Path(path_type=Path), required=True, help="Where the networks are trained.")
-@click.option("--teacher-steps", default=12_000)
-@click.option("--student-steps", default=4_000)
+@click.option("--teacher-steps", default=Recipe.steps)
+@click.option("--student-steps", default=2000)
 @click.option("--quick", is_flag=True, help="Two steps and a few pictures, to see that it holds.")
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Where to write the JSON; its plot and its sheet stand beside it."
@@ -159,15 +162,15 @@ def main(data: Path, decoder: Path, runs: Path, teacher_steps: int, student_step
     if quick:
         recipe = replace(recipe, steps=2, batch=4, pairs=8, teacher_steps=2)
         student_steps = 2
-    training_set = TrainingSet(data, longest=TOKENS)
-    teacher = train_teacher(runs / "teacher", recipe, data, decoder, training_set)
+    pictures = Pictures.of(data, recipe.things)
+    teacher = train_teacher(runs / "teacher", recipe, data, decoder, pictures)
     newest = sorted((runs / "teacher" / "checkpoints").glob("*.safetensors"))[-1]
     of_student = replace(recipe, steps=student_steps, lr=5e-4)
-    student = train_student(runs / "student", of_student, data, decoder, training_set, teacher, fingerprint(newest))
+    student = train_student(runs / "student", of_student, data, decoder, pictures, teacher, fingerprint(newest))
     negatives = Negatives(student, load_module(decoder, PixelShuffleDecoder))
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet(negatives).save(out.with_name(f"{out.stem}_sheet.png"))
-    table = measure(negatives, runs / "references", 4 if quick else None, 3 if quick else 40, out)
+    table = measure(negatives, runs / "references", pictures.things[: 4 if quick else None], quick, out)
     document = {
         "teacher": asdict(recipe),
         "student": asdict(of_student),
