@@ -12,6 +12,8 @@ from snoopi_rt.kernels import attention, fused_attention, transposed_attention
 
 Negative = tuple[int, Tensor | None, Tensor]
 """What an attention to both prompts needs: the prompt's length T, the negative's mask (B, U) bool or None, and its scale (B,)."""
+NegativePrompt = tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, Tensor | None, Tensor, Tensor]
+"""States (B, U, D), mask (B, U) bool or None, scale (B,); and the empty prompt (1, T0, D) while the layer that projects it is trained."""
 
 
 class PlainAttention:
@@ -26,7 +28,7 @@ class PlainAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        negative: tuple[Tensor, Tensor | None, Tensor] | None = None,
+        negative: NegativePrompt | None = None,
         **_: object,
     ) -> Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -37,7 +39,8 @@ class PlainAttention:
 class GuidedAttention(PlainAttention):
     """PlainAttention with a negative prompt, passed as `cross_attention_kwargs={"negative": (states, mask, scale)}`.
 
-    `empty_states` (1, T0, D): the empty prompt, for a guidance that measures from it. It follows the formulas; exported networks have
+    `empty_states` (1, T0, D): the empty prompt, for a guidance that measures from it; one that comes with the
+    negative prompt takes its place. It follows the formulas; exported networks have
     OneProductAttention, which is tested against it. `attend` replaces the guidance's formula, see `fused_guidance`.
     """
 
@@ -58,15 +61,15 @@ class GuidedAttention(PlainAttention):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        negative: tuple[Tensor, Tensor | None, Tensor] | None = None,
+        negative: NegativePrompt | None = None,
         **_: object,
     ) -> Tensor:
         if encoder_hidden_states is None or negative is None or self.attend is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
-        states, mask, scale = negative
+        states, mask, scale, *learned = negative
         k_pos, v_pos = keys_values(attn, encoder_hidden_states)
         k_neg, v_neg = keys_values(attn, states)
-        empty = keys_values(attn, self.empty_states) if self.guidance.measures_from_empty else ()
+        empty = keys_values(attn, learned[0] if learned else self.empty_states) if self.guidance.measures_from_empty else ()
         q = queries(attn, hidden_states)
         z = self.attend(q, k_pos, v_pos, text_mask(attention_mask), k_neg, v_neg, mask, scale, *empty)
         return attn.to_out[0](merge_heads(z))

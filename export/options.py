@@ -19,8 +19,8 @@ MEASURED_ON = ("cpu", "openvino")
 class ExportOptions:
     """What a user may choose of a bundle. Raises InputError for unknown names and values that cannot be."""
 
-    guidance: str = "nasa"
-    """The kind of negative guidance."""
+    guidance: str | None = None
+    """The kind of negative guidance; None: the preset's."""
     precision: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Names of precisions by graph, in the order of preference; a graph without any gets the backbone's."""
     sizes: tuple[tuple[int, int], ...] = ()
@@ -37,7 +37,8 @@ class ExportOptions:
     """The precisions that were asked for without naming a graph: a graph that cannot have one gets the nearest that it can."""
 
     def __post_init__(self) -> None:
-        find_guidance(self.guidance)
+        if self.guidance is not None:
+            find_guidance(self.guidance)
         for name in (name for names in self.precision.values() for name in names):
             check_precision(name)
         if self.tolerance is not None and not 0 < self.tolerance < math.inf:

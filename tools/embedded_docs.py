@@ -171,7 +171,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def tables(figures: Figures) -> dict[str, str]:
     """The tables by the names that stand in the pages."""
 
-    who, negative = ["student, one call", "teacher, 25 steps"], ["negative prompt", "shown when asked for", "gone under it"]
+    who, negative = ["student, one call", "teacher, 10 steps"], ["negative prompt", "shown when asked for", "gone under it"]
     drawn = [
         [label, figures("embedded", measure, True), "" if measure == ONLY_STUDENT else figures("teacher", measure, True)]
         for label, measure in DRAWN.items()

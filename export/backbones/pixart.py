@@ -10,7 +10,15 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from snoopi_rt.export.attention import GuidedAttention, Negative, OneProductAttention, both_prompts, merge_heads, split_heads
+from snoopi_rt.export.attention import (
+    GuidedAttention,
+    Negative,
+    NegativePrompt,
+    OneProductAttention,
+    both_prompts,
+    merge_heads,
+    split_heads,
+)
 from snoopi_rt.export.fold import gated, linear, modulated_norm
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
@@ -56,15 +64,16 @@ def pixart_answer(
     t: Tensor,
     states: Tensor,
     mask: Tensor | None,
-    negative: tuple[Tensor, Tensor | None, Tensor] | None,
+    negative: NegativePrompt | None,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
     """The network's prediction for x_t (B, C, h, w), without a learned variance; see Denoiser.
 
     `size`: the image's height and width; only the 1024 models are conditioned on it.
     """
-    if negative is not None and network.caption_projection is not None:
-        negative = network.caption_projection(negative[0]), *negative[1:]
+    if negative is not None and (project := network.caption_projection) is not None:
+        prompt, negative_mask, scale, *empty = negative
+        negative = (project(prompt), negative_mask, scale, *map(project, empty))
     condition = size_condition(network, size, len(x_t))
     return network(
         x_t,

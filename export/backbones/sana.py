@@ -14,6 +14,7 @@ from snoopi_rt.errors import InputError
 from snoopi_rt.export.attention import (
     GuidedAttention,
     Negative,
+    NegativePrompt,
     OneProductAttention,
     both_prompts,
     linear_attention,
@@ -80,7 +81,7 @@ class _CrossAttention(GuidedAttention):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        negative: tuple[Tensor, Tensor | None, Tensor] | None = None,
+        negative: NegativePrompt | None = None,
         **_: object,
     ) -> Tensor:
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, self.negative)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.attention import GuidedAttention, Negative, OneProductAttention, SelfAttention, both_prompts
+from snoopi_rt.export.attention import GuidedAttention, Negative, NegativePrompt, OneProductAttention, SelfAttention, both_prompts
 from snoopi_rt.export.fold import linear, stacked
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.one_step import OneStepRule
@@ -83,7 +83,7 @@ def unet_answer(
     t: Tensor,
     states: Tensor,
     mask: None,
-    negative: tuple[Tensor, Tensor | None, Tensor] | None,
+    negative: NegativePrompt | None,
     size: tuple[int, int] | None = None,
     added: dict[str, Tensor] | None = None,
     condition: Tensor | None = None,

@@ -148,8 +148,9 @@ def _bundle(folder: Path | None) -> Sampler:
 def _torch_student(folder: Path) -> Sampler:
     """In fp32, with the preset's guidance, as its bundle would draw."""
     network = load_module(folder / "transformer", PixArtTransformer2DModel)
-    vae, guidance = load_decoder(Weights(folder)), PRESET.guidance("nasa")
-    network.set_attn_processor(GuidedAttention(guidance, torch.zeros(1, 1, 1)))
+    vae, guidance = load_decoder(Weights(folder)), PRESET.guidance()
+    network.set_attn_processor(GuidedAttention(guidance, torch.empty(0)))
+    empty = (encode([""])[0].float(),) if guidance.measures_from_empty else ()
 
     @torch.no_grad()
     def latents(prompts: Sequence[str], noise: Tensor, negatives: Sequence[str | None], scale: float | None) -> Tensor:
@@ -161,7 +162,7 @@ def _torch_student(folder: Path) -> Sampler:
 
         def answer(step: int, x_t: Tensor) -> Tensor:
             t = torch.full((len(x_t),), PRESET.rule.steps[step].timestep)
-            return pixart_answer(network, x_t, t, positive, positive_mask, (unwanted, unwanted_mask, strengths))
+            return pixart_answer(network, x_t, t, positive, positive_mask, (unwanted, unwanted_mask, strengths, *empty))
 
         return PRESET.rule.run(answer, noise)
 

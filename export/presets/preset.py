@@ -56,6 +56,8 @@ class Preset:
     """Sides of the image in pixels."""
     max_tokens: int = 77
     """The longest prompt for T5, Gemma and MiniLM; CLIP's is always 77."""
+    negative_kind: Literal["nasa", "nag", "vsf", "projected"] = "nasa"
+    """The guidance by which negative prompts act, where an export names none."""
     nasa_scale: float = 0.2
     """The default negative scale with guidance nasa."""
     nag_scale: float = 2.0
@@ -113,8 +115,12 @@ class Preset:
             later = [replace(step, kept=kept) for step, kept in zip(later, self.kept, strict=True)]
         return replace(first, input_scale=self.input_scale, later=tuple(later), end=(self.end[0], self.end[1]))
 
-    def guidance(self, kind: str) -> Guidance:
-        """That kind of guidance with this student's default scale and constants. Raises InputError for an unknown kind or a wrong scale."""
+    def guidance(self, kind: str | None = None) -> Guidance:
+        """That kind of guidance, or negative_kind, with this student's default scale and constants.
+
+        Raises InputError for an unknown kind or a wrong scale.
+        """
+        kind = kind or self.negative_kind
         guidance = find_guidance(kind)
         scale = getattr(self, f"{kind}_scale", guidance.default_scale)
         self._require(0 <= scale <= guidance.max_scale, f"{kind}_scale is {scale}, allowed is 0 to {guidance.max_scale}")

@@ -39,6 +39,7 @@ PRESETS = {
             from_scheduler=(),
             size=256,
             max_tokens=32,
+            negative_kind="projected",
             nasa_scale=1.0,
             nag_alpha=0.5,
             checked="diffusers' scheduler",

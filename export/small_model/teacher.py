@@ -73,7 +73,7 @@ def loss(model: PixArtTransformer2DModel, x_t: Tensor, target: Tensor, t: Tensor
 
 
 @torch.no_grad()
-def draw(model: PixArtTransformer2DModel, prompts: Sequence[str], noise: Tensor, steps: int = 25, guidance_scale: float = 2.0) -> Tensor:
+def draw(model: PixArtTransformer2DModel, prompts: Sequence[str], noise: Tensor, steps: int = 10, guidance_scale: float = 2.0) -> Tensor:
     """Clean latents (B, 8, 16, 16) fp32 of noise and prompts, by DDIM with classifier-free guidance; `model` computes in bf16."""
     states, lengths = encode([*prompts, ""])
     lengths = torch.cat([lengths[:-1], lengths[-1:].expand(len(prompts))])

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from snoopi_rt.export.attention import GuidedAttention, PlainAttention, fused_guidance
+from snoopi_rt.export.attention import GuidedAttention, NegativePrompt, PlainAttention, fused_guidance
 from snoopi_rt.export.backbones import Denoiser, Weights
 from snoopi_rt.export.backbones.network import read_latent
 from snoopi_rt.export.guidance import find_guidance
@@ -49,6 +49,7 @@ class Models:
             self.student.requires_grad_(True)
         self.teachers = TeacherPair(teacher, denoiser.lora_targets, recipe.lora.rank, recipe.lora.alpha)
         self.rule = schedule.rule(denoiser.timestep if recipe.timestep < 0 else recipe.timestep)
+        self._empty: tuple[Tensor, ...] = ()
         self._set_attention()
         if recipe.checkpointing:
             for network in (self.student, self.teachers.network):
@@ -63,9 +64,12 @@ class Models:
         """Rounds the student to the dtype in which it computes."""
         nn.Module.to(self.student, self.dtype)  # diffusers' own warns of layers that some models keep in fp32
 
-    def predict(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, text: TextBatch, negative: tuple[Tensor, Tensor | None, Tensor] | None = None
-    ) -> Tensor:
+    def measure_from(self, empty: TextBatch) -> None:
+        """Takes the empty prompt (a batch of one), from which some kinds of guidance measure."""
+        if find_guidance(self.recipe.negative_kind).measures_from_empty:
+            self._empty = (empty.states if empty.mask is None else empty.states[:, empty.mask[0]],)
+
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, text: TextBatch, negative: NegativePrompt | None = None) -> Tensor:
         """The network's prediction (B, C, h, w) fp32 for x_t (B, C, h, w) at t (B,); `negative`: states, mask and scale, for NASA."""
         return self._call(network, x_t.to(self.dtype), t, text.states, text.mask, negative, self.size).float()
 
@@ -77,7 +81,7 @@ class Models:
     def clean(self, noise: Tensor, text: TextBatch, negative: tuple[TextBatch, Tensor] | None = None) -> Tensor:
         """Clean latents (B, C, h, w) fp32 of the student in one call; `negative`: prompts and their scales (B,), for NASA."""
         t = torch.full((len(noise),), int(self.rule.timestep), device=self.device)
-        other = None if negative is None else (negative[0].states, negative[0].mask, negative[1].to(self.dtype))
+        other = None if negative is None else (negative[0].states, negative[0].mask, negative[1].to(self.dtype), *self._empty)
         return self.rule.x0(noise, self.predict(self.student, noise, t, text, other))
 
     def sample_teacher(self, noise: Tensor, text: TextBatch, unconditional: TextBatch, steps: int, guidance_scale: float) -> Tensor:
@@ -119,6 +123,7 @@ class Models:
         if not self.recipe.nasa_max:
             self.student.set_attn_processor(PlainAttention(form))
         else:
+            kind = self.recipe.negative_kind
             largest = max(attn.inner_dim // attn.heads for attn in self.student.modules() if isinstance(attn, Attention))
-            fused = fused_guidance("nasa", self.device, largest)
-            self.student.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), form, fused))
+            fused = fused_guidance(kind, self.device, largest)
+            self.student.set_attn_processor(GuidedAttention(find_guidance(kind), torch.empty(0), form, fused))

@@ -157,7 +157,9 @@ class StudentRecipe(StageRecipe):
     t_max: int = 980
     """Last of those timesteps."""
     nasa_max: float = 0.0
-    """Above 0: the student runs with NASA at a scale from U(0, nasa_max) wherever it has a negative prompt."""
+    """Above 0: the student takes negative prompts, at a scale from U(0, nasa_max)."""
+    negative_kind: Literal["nasa", "nag", "vsf", "projected"] = "nasa"
+    """The guidance by which it takes them, as `export --guidance` has it."""
     collapse: float = 0.05
     """The run stops when the deviation of the student's latents falls below this; that of real ones is about 1."""
     optimiser: Optimiser = field(default_factory=Optimiser)

@@ -92,6 +92,7 @@ class Trainer:
         self.decoder = load_decoder(Weights(task.teacher)) if processes.main else None
         ready()
         self.run = Run(task, recipe, models, processes, preset)
+        models.measure_from(self.run.prompts.unconditional(1))
         self.losses: dict[str, Loss] = {
             name: LOSSES[name](self.run, settings) for name, settings in recipe.losses.items() if LOSSES[name].is_used(settings)
         }

@@ -46,10 +46,9 @@ ROWS = "snoopi_rt.export.presets.rows"
 @click.option("--out", type=folder_path, metavar="FOLDER", help="Output folder.  [default: the preset's name, in the current folder]")
 @click.option(
     "--guidance",
-    default="nasa",
     metavar="KIND",
     shell_complete=completed_by(lambda: import_module("snoopi_rt.export.guidance").GUIDANCE),
-    help="How negative prompts work: nasa, nag, vsf, projected or none.",
+    help="How negative prompts work: nasa, nag, vsf, projected or none.  [default: the preset's]",
 )
 @click.option(
     "--precision",
@@ -86,7 +85,7 @@ def export(
     weights_file: Path | None,
     loras: tuple[str, ...],
     out: Path | None,
-    guidance: str,
+    guidance: str | None,
     precisions: tuple[str, ...],
     tolerance: float | None,
     decoder: str,

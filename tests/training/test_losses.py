@@ -13,6 +13,8 @@ from tiny_training import always_save, assert_near, distil, tiny, trainer_of
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.attention import fused_guidance
 from snoopi_rt.export.backbones import find_backbone
+from snoopi_rt.export.backbones.pixart import GuidedPixArt
+from snoopi_rt.export.guidance import find_guidance
 from snoopi_rt.export.training.edits import KEYS
 from snoopi_rt.export.training.losses.adversarial import AdversarialLoss
 from snoopi_rt.export.training.losses.teacher_features import feature_distance
@@ -183,6 +185,22 @@ def test_a_negative_gives_the_students_own_picture_of_the_wanted_prompt(teachers
     rows = [trainer.step(i) for i in range(60)]
     early, late = (sum(row["heeded"] for row in part) for part in (rows[:5], rows[-5:]))
     assert late < 0.1 * early
+
+
+@pytest.mark.parametrize("kind", ["nasa", "projected"])
+def test_negatives_act_in_training_as_they_do_in_the_export(teachers: Path, tmp_path: Path, kind: str) -> None:
+    files = {"negatives": teachers / "negatives.txt"}
+    run = trainer_of(teachers, tmp_path / "run", files, backbone="pixart", nasa_max=1.0, negative_kind=kind).run
+    models, noise, scale = run.models, torch.randn(1, *run.models.shape), torch.tensor([0.7])
+    text, negative, empty = run.prompts.batch([0]), run.prompts.batch([1]), run.prompts.unconditional(1)
+    trained = models.clean(noise, text, (negative, scale))
+    assert text.mask is not None and negative.mask is not None and empty.mask is not None
+    # An export measures from the empty prompt as its caption projection leaves it, cut to its own length.
+    null = models.student.caption_projection(empty.states)[:, empty.mask[0]]
+    reference = GuidedPixArt(models.student, models.rule, find_guidance(kind), null, models.size)
+    exported = reference(noise, text.states, text.mask, negative.states, negative.mask, scale)
+    assert torch.allclose(trained, exported, atol=1e-4)
+    assert not torch.allclose(trained, models.clean(noise, text), atol=1e-3)
 
 
 def test_the_discriminator_tells_the_student_from_its_teacher_and_only_the_heads_learn_that(teachers: Path, tmp_path: Path) -> None:
