@@ -5,11 +5,16 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+from scipy import stats
 
 NEIGHBOURS = 3
 """Kynkaanniemi et al. 2019 as OpenAI's evaluator runs it: a set's manifold is the balls to the third neighbour."""
-Z = 1.959964
-"""Deviations of a normal distribution that hold 95 % of it."""
+LEVEL = 0.95
+"""Of all confidence intervals."""
+DEVIATIONS = stats.norm.ppf(0.5 + LEVEL / 2)
+"""Of a normal distribution that hold so much of it."""
+RESAMPLES = 2000
+"""Of a bootstrap."""
 SUBSET = 1000
 """Images of each subset whose KID is taken (Binkowski et al. 2018)."""
 ROWS = 1000
@@ -113,30 +118,33 @@ def share_interval(successes: int, of: int) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson score); the pictures are taken as independent."""
     if of == 0:
         return 0.0, 1.0
-    share = successes / of
-    middle, half = share + Z * Z / (2 * of), Z * np.sqrt(share * (1 - share) / of + Z * Z / (4 * of * of))
-    return max(0.0, float((middle - half) / (1 + Z * Z / of))), min(1.0, float((middle + half) / (1 + Z * Z / of)))
+    interval = stats.binomtest(successes, of).proportion_ci(LEVEL, "wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of a mean (normal approximation)."""
-    half = Z * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.inf
+    """The 95 % interval of a mean of at least two values (normal approximation)."""
+    half = DEVIATIONS * stats.sem(values)
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
 def ratio_interval(parts: np.ndarray, wholes: np.ndarray) -> tuple[float, float]:
     """The 95 % interval of sum(parts) / sum(wholes), both (N,), over pairs drawn again with replacement (bootstrap)."""
-    drawn = np.random.default_rng(0).integers(len(parts), size=(2000, len(parts)))
-    low, high = np.percentile(parts[drawn].sum(1) / wholes[drawn].sum(1), [2.5, 97.5])
-    return float(low), float(high)
+    return _bootstrap((parts, wholes), lambda a, b, axis: a.sum(axis) / b.sum(axis))
 
 
-def bootstrap_mean(values: np.ndarray, resamples: int = 1000) -> tuple[float, float]:
+def bootstrap_mean(values: np.ndarray) -> tuple[float, float]:
     """The 95 % interval of the mean of one value per image, (N,): percentiles over images drawn again with replacement."""
-    rng, values = np.random.default_rng(0), np.asarray(values, np.float64)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return _bootstrap((np.asarray(values, np.float64),), np.mean)
+
+
+def _bootstrap(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray]) -> tuple[float, float]:
+    if len(samples[0]) < 2:  # of which scipy takes none
+        return (value := float(statistic(*samples, axis=-1))), value
+    # In batches: all resamples of 30,000 images take gigabytes.
+    settings = {"n_resamples": RESAMPLES, "batch": 50, "confidence_level": LEVEL, "method": "percentile", "rng": 0}
+    interval = stats.bootstrap(samples, statistic, paired=True, vectorized=True, **settings).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def bootstrap_deviation(
@@ -152,7 +160,7 @@ def bootstrap_deviation(
 
 def deviation_interval(value: float, estimates: np.ndarray) -> tuple[float, float]:
     """The 95 % interval of a value from the deviation of its estimates on parts of the images."""
-    half = Z * np.std(estimates, ddof=1)
+    half = DEVIATIONS * np.std(estimates, ddof=1)
     return float(value - half), float(value + half)
 
 

@@ -215,7 +215,7 @@ def test_the_road_ends_in_a_bundle_that_draws(road, tmp_path):
     # The text encoder is not of this road.
     options = ExportOptions(prompts=("a red disc", "blurry"), prompts_only=True)
     bundle = export(find_source("small", str(road / "student")), tmp_path / "bundle", options)
-    assert bundle.guidance.kind == "nasa"
+    assert bundle.guidance.kind == "projected"
     with snoopi_rt.load(tmp_path / "bundle", engine="cpu") as pipe:
         result = pipe.generate("a red disc", negative_prompt="blurry", seed=3)
     assert result.images.shape == (1, 256, 256, 3)
