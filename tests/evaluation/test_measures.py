@@ -144,5 +144,5 @@ def test_a_dry_run_says_what_would_be_fetched_made_and_computed(tmp_path: Path, 
         ["eval", "negatives", "--scales", "99"],
     ):
         done = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "o"), "--dry-run"])
-        assert done.exit_code == 2 and done.stderr == "error: negative scale must be a number from 0.0 to 1.5, got 99.0\n"
+        assert done.exit_code == 2 and done.stderr == "error: negative scale must be a number from 0.0 to 2.0, got 99.0\n"
     assert not (tmp_path / "out").exists()
