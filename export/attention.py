@@ -39,9 +39,9 @@ class PlainAttention:
 class GuidedAttention(PlainAttention):
     """PlainAttention with a negative prompt, passed as `cross_attention_kwargs={"negative": (states, mask, scale)}`.
 
-    `empty_states` (1, T0, D): the empty prompt, for a guidance that measures from it; one that comes with the
-    negative prompt takes its place. It follows the formulas; exported networks have
-    OneProductAttention, which is tested against it. `attend` replaces the guidance's formula, see `fused_guidance`.
+    `empty_states` (1, T0, D): the empty prompt, for a guidance that measures from it; one that comes with the negative prompt takes its
+    place. It follows the formulas; exported networks have OneProductAttention, which is tested against it. `attend` replaces the guidance's
+    formula, see `fused_guidance`.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ in OpenVINO with its own choices, static shapes and bf16 (as optimum-intel runs 
 those of the bundle's own text encoder, as from a cache; the stage `image` is generator and decoder, for the bundle through its pipeline.
 
 The stage `peers` runs openvino.genai and stable-diffusion.cpp on the same weights beside the bundle, which is the baseline, from prompt to
-image, a new prompt in each round (tools/peers.py). It takes SD 1.5 and 2.1 in one step, and what is installed of `pip install ".[peers]"`;
+image, a new prompt in each call (tools/peers.py). It takes SD 1.5 and 2.1 in one step, and what is installed of `pip install ".[peers]"`;
 stable-diffusion.cpp is compiled then, which takes minutes.
 
 With --tiny the decoder of all is the tiny one, except in the stage `full decoder`.
@@ -16,6 +16,7 @@ python tools/compare.py --student runs/pixart --bundle bundles/pixart --out docs
 """
 
 import gc
+import itertools
 import json
 import statistics
 import tempfile
@@ -99,8 +100,9 @@ def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bo
         job = peers.Job(student, vae, bundle.sizes[0], preset.prediction, noise, SEED)
         with tempfile.TemporaryDirectory() as converted:
             contenders = {**our_pipelines(bundle), **peers.loaders(job, Path(converted))}
-            # A new prompt in each round: nobody has its states in a cache.
-            show("peers", measure(contenders, runs, lambda number: (f"{PROMPT} {number}",)))
+            # A new prompt in each call, and in each run of this script: nobody has its states in a cache.
+            started = time.time_ns()
+            show("peers", measure(contenders, runs, lambda number: (f"{PROMPT} {started + number}",)))
 
 
 def encoded(bundle: Bundle) -> tuple[tuple[str, str], dict[str, np.ndarray]]:
@@ -123,16 +125,20 @@ def cut(words: str, tokenizer: Tokenizer, to_length: bool) -> str:
 
 def measure(contenders: Contenders, runs: int, arguments: Callable[[int], Sequence[Any]]) -> dict[str, dict[str, Any]]:
     """Median and minimum seconds of each, its median ratio to the first, which is the baseline, the rms distance to the baseline's output
-    (None for other noise), and the median seconds of its parts, where it reports them. arguments: of a round's calls; round 0 is not timed.
+    (None for other noise), and the median seconds of its parts, where it reports them.
+
+    arguments: of a call, by a number that no two timed calls share: pipelines of ours share prompt states by way of the disk.
     """
     first, *others = contenders
+    calls = itertools.count()
     baseline, all_base, rows = contenders[first](), [], {first: {}}
     for name in others:
         gc.collect()
         run = contenders[name]()
-        outputs = [draw(*arguments(0)) for draw in (baseline, run)]
+        untimed = arguments(next(calls))
+        outputs = [draw(*untimed) for draw in (baseline, run)]
         error = rms(outputs[1], outputs[0]) if getattr(run, "same_noise", True) else None
-        pairs = [tuple(seconds(draw, *arguments(number)) for draw in (baseline, run)) for number in range(1, runs + 1)]
+        pairs = [tuple(seconds(draw, *arguments(next(calls))) for draw in (baseline, run)) for _ in range(runs)]
         all_base += [base for base, _ in pairs]
         own_seconds = [own for _, own in pairs]
         ratio = statistics.median(own / base for base, own in pairs)

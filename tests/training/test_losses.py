@@ -92,6 +92,8 @@ def test_nasa_t_trains_with_negatives(teachers: Path, tmp_path: Path) -> None:
         plain = distil(teachers, tmp_path / f"{backbone}-{precision}-plain", backbone, precision=precision)
         nasa = distil(teachers, tmp_path / f"{backbone}-{precision}-nasa", backbone, negatives, nasa_max=1.0, precision=precision)
         assert nasa[-1]["vsd"] != plain[-1]["vsd"]
+    other = distil(teachers, tmp_path / "projected", "sd15", negatives, nasa_max=1.0, negative_kind="projected", precision="bf16")
+    assert other[-1]["vsd"] != nasa[-1]["vsd"]
     with pytest.raises(InputError, match="need a nasa_max above 0"):
         distil(teachers, tmp_path / "c", files=negatives)
 
