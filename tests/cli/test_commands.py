@@ -146,8 +146,17 @@ def test_two_kinds_of_documented_commands_never_write_into_one_folder() -> None:
 
 
 def test_presets_and_recipes_need_no_torch_and_errors_say_what_works_from_a_clone() -> None:
-    blocked = "import sys; sys.modules.update(dict.fromkeys(('torch', 'diffusers', 'transformers')))"
-    code = f"{blocked}; from snoopi_rt.cli.main import main; main(sys.argv[1:], prog_name='snoopi-rt')"
+    code = """
+import sys
+class Absent:  # and not sys.modules["torch"] = None, which scipy takes for an imported torch
+    @staticmethod
+    def find_spec(name, *_):
+        if name in ("torch", "diffusers", "transformers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent)
+from snoopi_rt.cli.main import main
+main(sys.argv[1:], prog_name="snoopi-rt")
+"""
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
