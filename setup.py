@@ -104,7 +104,7 @@ setup(
         "snoopi_rt": ["py.typed", "bundles/*/*"],
         "snoopi_rt.server": ["page/*"],
         "snoopi_rt.export.small_model.dataset": ["*.txt", "drawings/*.zip"],
-        "snoopi_rt.export.evaluation": ["*.txt", "*.jsonl"],
+        "snoopi_rt.export.evaluation": ["*.txt", "*.jsonl", "*.safetensors"],
     },
     entry_points={"console_scripts": ["snoopi-rt = snoopi_rt.__main__:run"]},
     install_requires=["numpy>=1.26", "tokenizers>=0.20", "pillow>=10", "click>=8.2", "filelock>=3.16", "platformdirs>=4.2"],

@@ -16,6 +16,7 @@ from snoopi_rt.export.evaluation import pixel_metrics
 from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.judge import TOP, ranks
 from snoopi_rt.export.evaluation.statistics import spread
+from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.small_model.dataset.compose import layout
 from snoopi_rt.export.small_model.dataset.scene import Scene
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, DEFAULT_BACKGROUND
@@ -65,11 +66,12 @@ class Counters:
 
     def nearest(self, pictures: np.ndarray, alternatives: Sequence[Sequence[Scene]]) -> np.ndarray:
         """Which of each picture's alternatives, composed, it resembles most in its pixels, (N,) int."""
-        places = []
-        for picture, scenes in zip(pictures, alternatives, strict=True):
-            composed = np.stack([self._composed(scene) for scene in scenes])
-            places.append(int(((composed - _reduced(picture)) ** 2).sum((1, 2, 3)).argmin()))
-        return np.array(places, dtype=int)
+
+        def place(i: int) -> int:
+            composed = np.stack([self._composed(scene) for scene in alternatives[i]])
+            return int(((composed - _reduced(pictures[i])) ** 2).sum((1, 2, 3)).argmin())
+
+        return np.array(in_threads(place, range(len(alternatives))), dtype=int)
 
     def _variant(
         self, variants: Callable[[Scene], list[Scene]], among: Sequence[str], pictures: np.ndarray, scenes: Sequence[Scene]

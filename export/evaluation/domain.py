@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from tqdm import tqdm
 
 from snoopi_rt.export.evaluation import pixel_metrics
 from snoopi_rt.export.evaluation.judge import Judge
+from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE, Scene, Vocabulary
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, FLAWS, things, without_article
 
@@ -97,8 +97,11 @@ class Domain:
 
     def real(self, scenes: Sequence[Scene], side: int, seed: int = 0) -> np.ndarray:
         """Composed real pictures of the scenes, (N, side, side, 3) uint8."""
-        numbered = tqdm(enumerate(scenes), total=len(scenes), desc="real pictures", unit="picture", leave=False, disable=len(scenes) < 50)
-        return np.stack([self.judge.composer.draw(scene, np.random.default_rng([seed, i]), side) for i, scene in numbered])
+
+        def drawn(i: int) -> np.ndarray:
+            return self.judge.composer.draw(scenes[i], np.random.default_rng([seed, i]), side)
+
+        return np.stack(in_threads(drawn, range(len(scenes)), "real pictures", unit="picture", few=50))
 
     def limits(self, side: int) -> FlawThresholds:
         """The limits for pictures of that size."""

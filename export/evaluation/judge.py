@@ -12,11 +12,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from snoopi_rt.export.evaluation.lite import Lite
-from snoopi_rt.export.small_model.dataset import compose
+from snoopi_rt.export.small_model.dataset import compose, scene, sprites, vocabulary
 from snoopi_rt.export.small_model.dataset.compose import Composer
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE, Scene
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED, UNSEEN, DrawingSet, load_sprites
@@ -24,13 +24,16 @@ from snoopi_rt.export.small_model.dataset.vocabulary import things
 from snoopi_rt.export.weights.files import fingerprint, save_tensors
 
 TOP = 5
-MANY = 64  # scenes
+SIDE = 256  # pixels of scenes that are composed without chance
+MANY = 64  # scenes whose features are worth keeping on disk
+SHIPPED = Path(__file__).parent
+"""Where the features that a full evaluation needs come with snoopi-rt, as one evaluation left them in its `references`."""
 
 
 class Judge:
     """Features of pictures, and the things that they show, by the drawings of a set that nothing is trained with.
 
-    references: the folder that keeps the features of many scenes, since they take minutes. names: the things that it tells apart; all by
+    references: the folder that keeps the features of scenes that are not SHIPPED. names: the things that it tells apart; all by
     default. sets: the drawings that its composer has beside those of UNSEEN.
     """
 
@@ -46,7 +49,12 @@ class Judge:
         self._folder, self._sets = references, (*sets, UNSEEN)
         self.sets = [drawing.package for drawing in self._sets]
         self.names = [thing.name for thing in things()] if names is None else list(names)
-        self._references: dict[str, Tensor] = {}
+        drawn_by = [Path(str(module.__file__)) for module in (compose, scene, sprites, vocabulary)]
+        drawn_by += [drawing.path for drawing in (*TRAINED, UNSEEN)]
+        self._made_by = f"{self.hash} {fingerprint(*drawn_by)} {SIDE}"
+        self._features: dict[int, Tensor] = {}
+        for folder in (SHIPPED, references):
+            self._features |= self._kept(folder / self._file)
 
     @cached_property
     def composer(self) -> Composer:
@@ -68,23 +76,37 @@ class Judge:
         """The ranks of the real drawings of the default set, one per thing."""
         return self.ranks(self.of_scenes(self._scenes(DEFAULT_STYLE)), self.names)
 
-    def of_scenes(self, scenes: Sequence[Scene], side: int = 256) -> Tensor:
-        """Features of scenes as they are composed without chance, (N, 1280); those of many are kept on disk."""
-        made_by = (self.hash, fingerprint(*sorted(Path(compose.__file__).parent.glob("*.*"))), self.sets, side, tuple(scenes))
-        key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]
-        if key not in self._references:
-            path = self._folder / f"features-{self.name}-{key}.safetensors"
-            if path.exists():
-                self._references[key] = load_file(path)["features"]
-            else:
-                self._references[key] = self.features(np.stack([self.composer.draw(scene, None, side) for scene in scenes]))
-                if len(scenes) >= MANY:
-                    self._folder.mkdir(parents=True, exist_ok=True)
-                    save_tensors(path, {"features": self._references[key]})
-        return self._references[key]
+    def of_scenes(self, scenes: Sequence[Scene]) -> Tensor:
+        """Features of scenes as they are composed without chance, (N, 1280), as fp16 holds them; those of many are kept on disk."""
+        missing = {key: scene for scene in scenes if (key := _key(scene)) not in self._features}
+        if missing:
+            pictures = np.stack([self.composer.draw(scene, None, SIDE) for scene in missing.values()])
+            self._features |= zip(missing, self.features(pictures).half(), strict=True)
+        if len(missing) >= MANY:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            tensors = {"scenes": torch.tensor(list(self._features)), "features": torch.stack(list(self._features.values()))}
+            save_tensors(self._folder / self._file, tensors, {"made_by": self._made_by})
+        return torch.stack([self._features[_key(scene)] for scene in scenes]).float()
+
+    @property
+    def _file(self) -> str:
+        return f"features-{self.name}.safetensors"
+
+    def _kept(self, path: Path) -> dict[int, Tensor]:
+        """What an evaluation by the same network and drawings left there."""
+        if not path.exists():
+            return {}
+        with safe_open(path, "pt") as file:
+            if file.metadata()["made_by"] != self._made_by:
+                return {}
+            return dict(zip(file.get_tensor("scenes").tolist(), file.get_tensor("features"), strict=True))
 
     def _scenes(self, style: str) -> list[Scene]:
         return [Scene((name,), style=style) for name in self.names]
+
+
+def _key(scene: Scene) -> int:
+    return int.from_bytes(hashlib.sha256(repr(scene).encode()).digest()[:8], "big", signed=True)
 
 
 def ranks(features: Tensor, references: Tensor, own: Sequence[int]) -> np.ndarray:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from snoopi_rt.engines.openvino import import_openvino
 from snoopi_rt.errors import EngineMissing
+from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.evaluation.weight_files import loading
 from snoopi_rt.export.small_model.features import load_network, to_network, weights_file
 
@@ -32,23 +32,25 @@ class Lite:
             network = load_network(name, self.weights)
         self._network = network.to(device)
 
-    @torch.no_grad()
-    def __call__(self, pictures: Sequence[Image.Image] | Sequence[np.ndarray] | np.ndarray, batch: int = 8) -> np.ndarray:
+    def __call__(self, pictures: Sequence[Image.Image] | Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """pictures: images in RGB, or (H, W, 3) uint8."""
-        rows = []
-        steps = range(0, len(pictures), batch)
-        for start in tqdm(steps, desc=f"features ({self.name})", unit="batch", leave=False, disable=len(steps) < 5):
-            part = np.stack([self._resized(picture) for picture in pictures[start : start + batch]])
-            scaled = torch.from_numpy(part).to(self._device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-            rows.append(self._pooled(to_network(scaled)).cpu().numpy())
+        batch, streams, pooled = self._pooled
+        parts = [pictures[start : start + batch] for start in range(0, len(pictures), batch)]
+
+        def features(part: Sequence[Image.Image] | Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+            levels = torch.from_numpy(np.stack([self._resized(picture) for picture in part])).to(self._device)
+            return pooled(to_network(levels.permute(0, 3, 1, 2).float().div(127.5).sub(1)))
+
+        # In threads of our own, so that pictures are resized while others are in the network.
+        rows = in_threads(features, parts, f"features ({self.name})", streams, few=20)
         return np.concatenate(rows) if rows else np.zeros((0, 1280), np.float32)
 
     @cached_property
-    def _pooled(self) -> Callable[[Tensor], Tensor]:
-        """Network inputs (B, 3, side, side) to features (B, 1280)."""
+    def _pooled(self) -> tuple[int, int, Callable[[Tensor], np.ndarray]]:
+        """The batch and the number of threads that serve best, and network inputs (B, 3, side, side) to features (B, 1280)."""
         network = _Pooled(self._network).eval()
         if self._device != "cpu":
-            return network
+            return 64, 1, lambda inputs: torch.no_grad()(network)(inputs).cpu().numpy()
         # A third of eager torch's time, and within 1e-5 of the largest feature.
         try:
             openvino = import_openvino()
@@ -57,8 +59,15 @@ class Lite:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # OpenVINO traces by torch.jit
             model = openvino.convert_model(network, example_input=torch.zeros(1, 3, self.side, self.side))
-        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        return lambda inputs: torch.from_numpy(compiled(inputs.contiguous().numpy())[0])
+        # A stream for each thread takes five sixths of the time of one stream on all threads.
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "THROUGHPUT"}
+        compiled = openvino.Core().compile_model(model, "CPU", settings)
+
+        def pooled(inputs: Tensor) -> np.ndarray:
+            features: np.ndarray = compiled.create_infer_request().infer([inputs.contiguous().numpy()])[0]
+            return features
+
+        return 2, compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"), pooled
 
     def _resized(self, picture: Image.Image | np.ndarray) -> np.ndarray:
         image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.fft import rfft2
 from scipy.ndimage import binary_fill_holes
 
+from snoopi_rt.export.evaluation.threads import by_parts, in_threads
 from snoopi_rt.export.small_model.dataset.compose import CELLS
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS
 
@@ -51,7 +52,11 @@ def own_pixels(picture: np.ndarray) -> np.ndarray:
 
 def change(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Mean levels, (N,), by which the thing's own pixels differ."""
-    return np.array([np.abs(a.astype(np.int16) - b)[own_pixels(a)].mean() for a, b in zip(before, after, strict=True)])
+
+    def levels(i: int) -> float:
+        return float(np.abs(before[i].astype(np.int16) - after[i])[own_pixels(before[i])].mean())
+
+    return np.array(in_threads(levels, range(len(before))))
 
 
 def on_white(picture: np.ndarray) -> np.ndarray:
@@ -59,6 +64,7 @@ def on_white(picture: np.ndarray) -> np.ndarray:
     return np.where(own_pixels(picture)[..., None], picture, np.uint8(255))
 
 
+@by_parts
 def blurry(pictures: np.ndarray) -> np.ndarray:
     """Minus the logarithm of how much of a picture's energy, in all colours, is fine detail rather than shape.
 
@@ -70,6 +76,7 @@ def blurry(pictures: np.ndarray) -> np.ndarray:
     return -np.log((fine + 1e-3) / (shape + 1.0))
 
 
+@by_parts
 def pixelated(pictures: np.ndarray) -> np.ndarray:
     """The share of all pixel-to-pixel change that lies on the lines of the coarse cells, or within an eighth of a cell of them."""
     y = _luminance(pictures)
@@ -83,12 +90,14 @@ def pixelated(pictures: np.ndarray) -> np.ndarray:
     return np.asarray(on_lines / (total + 1.0))
 
 
+@by_parts
 def grainy(pictures: np.ndarray) -> np.ndarray:
     """The deviation of the border's luminance, without its outer fifths, in which a large thing may reach: a plain background has none."""
     low, high = np.percentile(_luminance(_border(pictures)), (20, 80), axis=1)
     return (high - low) / (2 * 0.8416)  # of a normal distribution, the deviation
 
 
+@by_parts
 def grayscale(pictures: np.ndarray) -> np.ndarray:
     """Minus the 95th percentile of chroma (largest minus smallest channel)."""
     return -np.percentile(pictures.max(-1) - pictures.min(-1), 95, axis=(1, 2))
@@ -97,6 +106,7 @@ def grayscale(pictures: np.ndarray) -> np.ndarray:
 FLAWS = {"blurry": blurry, "pixelated": pixelated, "grainy": grainy, "grayscale": grayscale}
 
 
+@by_parts
 def fine_detail(pictures: np.ndarray) -> np.ndarray:
     """The energy, (N,), of all detail finer than eight pixels."""
     return _energies(pictures, np.hypot(*_frequencies(pictures)) > DETAIL)[0]
@@ -124,7 +134,7 @@ def _energies(pictures: np.ndarray, *parts: np.ndarray) -> np.ndarray:
     height, width = pictures.shape[1:3]
     window = (np.hanning(height)[:, None] * np.hanning(width)).astype(np.float32)
     energies = []
-    for picture in pictures:  # one by one: the transforms of a thousand pictures take gigabytes
+    for picture in pictures:
         channels = picture.transpose(2, 0, 1).astype(np.float32)
         transform = rfft2((channels - channels.mean((1, 2), keepdims=True)) * window)  # in float32, as numpy's would not be
         power = (transform.real**2 + transform.imag**2).sum(0)

@@ -1,6 +1,6 @@
 """Who draws the pictures that are judged: a bundle, the student in torch, or a teacher in many steps, all from the same noise."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,12 +14,14 @@ from tqdm import tqdm
 import snoopi_rt
 from snoopi_rt.bundle.bundle import MANIFEST
 from snoopi_rt.engines.messages import why
+from snoopi_rt.engines.threads import available_threads
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.attention import GuidedAttention, PlainAttention
 from snoopi_rt.export.backbones import Weights
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.pixart import pixart_answer
 from snoopi_rt.export.decoder import Decoder
+from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.presets.choose import default_preset
 from snoopi_rt.export.small_model import teacher
 from snoopi_rt.export.text.minilm import encode
@@ -29,6 +31,7 @@ from snoopi_rt.files import check_folder
 from snoopi_rt.runtime.inputs import draw_noise
 
 BATCH = 16  # images of a student
+WORKERS = 8  # at most: each needs memory of its own
 TEACHER_BATCH = 64
 PRESET = default_preset("small")
 
@@ -130,15 +133,21 @@ def weights_hash(folder: Path, decoder: Path | None = None) -> str:
 
 
 def _bundle(folder: Path | None) -> Sampler:
-    pipe = snoopi_rt.load(folder)
-    batch = min(BATCH, pipe.max_batch)
+    pipe, workers = snoopi_rt.load(folder), 1
+    if pipe.engine == "cpu":
+        # Small batches beside each other, of one thread each, are done sooner than large ones in turn, and to the same bits.
+        workers = min(available_threads(), WORKERS)
+        pipe = snoopi_rt.load(folder, pipe.engine, pipe.precision, threads=1)
+    batch = min(BATCH // workers, pipe.max_batch)
 
     def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
-        negatives, parts = _each(negative, len(prompts)), []
-        for part in _batches(len(prompts), batch):
+        negatives = _each(negative, len(prompts))
+
+        def images(part: slice) -> np.ndarray:
             scales = [None if negative is None else scale for negative in negatives[part]]
-            parts.append(pipe.generate(list(prompts[part]), negatives[part], scales, list(seeds[part])).images)
-        return np.concatenate(parts)
+            return pipe.generate(list(prompts[part]), negatives[part], scales, list(seeds[part])).images
+
+        return np.concatenate(in_threads(images, _batches(len(prompts), batch), "images", workers))
 
     facts = {"bundle": pipe.bundle.name, "hash": pipe.bundle.hash, "guidance": pipe.bundle.guidance.kind, "engine": pipe.engine}
     facts["precision"] = pipe.precision
@@ -176,7 +185,7 @@ def _in_torch(network: PixArtTransformer2DModel, decoder: Decoder, latents: Call
     @torch.no_grad()
     def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
         negatives, parts = _each(negative, len(prompts)), []
-        for part in _batches(len(prompts), batch):
+        for part in tqdm(_batches(len(prompts), batch), "images", unit="batch", leave=False, disable=len(prompts) <= 2 * batch):
             noise = torch.from_numpy(np.stack([draw_noise(seed, shape)[0] for seed in seeds[part]]))
             parts.append(torch.cat([decoder(few) for few in latents(prompts[part], noise, negatives[part], scale).split(BATCH)]).numpy())
         return np.concatenate(parts)
@@ -194,6 +203,5 @@ def _each(negative: Negative, count: int) -> list[str | None]:
     return [negative] * count if negative is None or isinstance(negative, str) else list(negative)
 
 
-def _batches(count: int, batch: int) -> Iterator[slice]:
-    for start in tqdm(range(0, count, batch), desc="images", unit="batch", leave=False, disable=count <= 2 * batch):
-        yield slice(start, start + batch)
+def _batches(count: int, batch: int) -> list[slice]:
+    return [slice(start, start + batch) for start in range(0, count, batch)]

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from snoopi_rt.export.evaluation import pixel_metrics
 from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.report import Goal, Row, share
@@ -21,29 +19,27 @@ def sharpness(sampler: Sampler, domain: Domain, samples: int, teacher: float | N
     scenes = domain.scenes(samples, seed=11)
     made = sampler([plain_caption(scene) for scene in scenes], list(range(len(scenes))))
     real = domain.real(scenes, made.shape[1], seed=12)
-    features = [domain.judge.features(pictures).numpy() for pictures in (made, real, domain.real(scenes, made.shape[1], seed=13))]
-    distance = frechet(features[0], features[1])
-    yield Row(
-        "sharpness", FRECHET, distance, unit="judge features", of=samples, detail={"of real pictures": frechet(features[2], features[1])}
-    )
+    ours, theirs = (domain.judge.features(pictures).numpy() for pictures in (made, real))
+    # What other real pictures reach stands beside the teacher, whose figures are kept: it is the same for all.
+    other = domain.judge.features(domain.real(scenes, made.shape[1], seed=13)).numpy() if sampler.kind == "teacher" else None
+    distance = frechet(ours, theirs)
+    detail = {} if other is None else {"of real pictures": frechet(other, theirs)}
+    yield Row("sharpness", FRECHET, distance, unit="judge features", of=samples, detail=detail)
     if teacher is not None:
         yield Row("sharpness", "Frechet distance", distance / teacher, Goal(most=1.25), "of the teacher's", of=samples)
     clean = [i for i, scene in enumerate(scenes) if scene.flaw is None]
-    ours, theirs = (pixel_metrics.fine_detail(pictures[clean]) for pictures in (made, real))
-    ratio, goal = float(ours.sum() / theirs.sum()), Goal(0.8, 1.2) if sampler.kind == "student" else None
-    interval = ratio_interval(ours, theirs)
+    detail_made, detail_real = (pixel_metrics.fine_detail(pictures[clean]) for pictures in (made, real))
+    ratio, goal = float(detail_made.sum() / detail_real.sum()), Goal(0.8, 1.2) if sampler.kind == "student" else None
+    interval = ratio_interval(detail_made, detail_real)
     yield Row("sharpness", "fine-detail energy", ratio, goal, "of real pictures'", of=len(clean), interval=interval)
-    yield from _history(domain, made[clean], features)
-
-
-def _history(domain: Domain, clean: np.ndarray, features: list[np.ndarray]) -> Iterator[Row]:
     section = "history, no goals"
-    made, real, other = features
-    few = [rows[:MANIFOLD] for rows in (real, made)]
-    names = {"kid": kernel_distance(made, real), "kid of real": kernel_distance(other, real)}
+    few = [features[:MANIFOLD] for features in (theirs, ours)]
+    names = {"kid": kernel_distance(ours, theirs)}
+    if other is not None:
+        names["kid of real"] = kernel_distance(other, theirs)
     names |= zip(("precision", "recall"), precision_recall(*few), strict=True)
     for name, value in names.items():
-        yield Row(section, name, float(value), unit="judge features", of=len(made))
-    limits = domain.limits(clean.shape[1])
+        yield Row(section, name, float(value), unit="judge features", of=samples)
+    limits = domain.limits(made.shape[1])
     for flaw in pixel_metrics.FLAWS:
-        yield share(section, f"{flaw}, unasked", limits.shows(clean, flaw), error=limits.errors[flaw])
+        yield share(section, f"{flaw}, unasked", limits.shows(made[clean], flaw), error=limits.errors[flaw])

@@ -24,6 +24,7 @@ def domain(tmp_path_factory: pytest.TempPathFactory) -> Domain:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lite, "load_network", lambda name, weights: FarSighted())
+        patch.setattr(judge_module, "SHIPPED", tmp_path_factory.mktemp("nothing"))
         patch.setattr(judge_module, "load_sprites", lambda sets, names: {key: drawn[key] for key in drawn if key[0] in names})
         named = [thing.name for thing in things() if thing.common and not {*thing.name.split()} & {*COLOURS, "bicycle"}]
         judge = Judge(tmp_path_factory.mktemp("drawings"), names=spread(named, 30))

@@ -17,13 +17,14 @@ from snoopi_rt.export.evaluation.attributes import attributes, pairs
 from snoopi_rt.export.evaluation.clean import UNRELATED, clean
 from snoopi_rt.export.evaluation.counters import Counters
 from snoopi_rt.export.evaluation.domain import Domain
-from snoopi_rt.export.evaluation.judge import ranks
+from snoopi_rt.export.evaluation.judge import Judge, ranks
 from snoopi_rt.export.evaluation.natural import NaturalPrompt, natural, read_natural
 from snoopi_rt.export.evaluation.recognition import recognition
 from snoopi_rt.export.evaluation.removal import removal
 from snoopi_rt.export.evaluation.samplers import Sampler
 from snoopi_rt.export.evaluation.sharpness import sharpness
 from snoopi_rt.export.small_model.dataset.scene import Scene
+from snoopi_rt.export.small_model.dataset.sprites import UNSEEN
 from snoopi_rt.export.small_model.dataset.vocabulary import plural, things, with_article
 
 
@@ -46,9 +47,18 @@ def test_ranks_count_what_is_nearer() -> None:
 def test_features_of_scenes_are_kept_on_disk(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = [Scene((name,), count=count) for name in domain.names for count in (1, 2, 3)]
     first = domain.judge.of_scenes(scenes)
-    monkeypatch.setattr(domain.judge, "_references", {})
+    monkeypatch.setattr(domain.judge, "_features", domain.judge._kept(domain.judge._folder / domain.judge._file))
     monkeypatch.setattr(domain.judge, "features", None)  # would fail if it were called
     torch.testing.assert_close(domain.judge.of_scenes(scenes), first)
+
+
+def test_features_that_ship_are_those_of_the_drawings_and_the_network_of_today(tmp_path: Path) -> None:
+    judge = Judge(tmp_path, names=["cat", "castle"])
+    scenes = [Scene(("cat",)), Scene(("castle",), style=UNSEEN.style), Scene(("cat",), count=3)]
+    assert len(judge._features) > 2000, "copy the file that `eval small` leaves in --references to export/evaluation"
+    shipped = judge.of_scenes(scenes)
+    judge._features.clear()
+    torch.testing.assert_close(judge.of_scenes(scenes), shipped, rtol=2e-3, atol=2e-3)
 
 
 def test_attributes_of_real_pictures_are_there_and_those_that_are_ignored_are_not(

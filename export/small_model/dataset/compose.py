@@ -131,7 +131,8 @@ def recoloured(sprite: Image.Image, colour: str) -> Image.Image:
     hue, _, has = _dominant(sprite)
     hsv, alpha = _hsv(sprite)
     weight = has * alpha
-    saturation, value = ((hsv[..., i] * weight).sum() / max(weight.sum(), 1e-6) for i in (1, 2))
+    # A drawing without any hue keeps its colours: nothing of it is mixed in below.
+    saturation, value = ((hsv[..., i] * weight).sum() / weight.sum() if weight.any() else 1.0 for i in (1, 2))
     target = (
         np.asarray(Image.new("RGB", (1, 1), tuple(min(255, level) for level in COLOURS[colour])).convert("HSV"), np.float32)[0, 0] / 255
     )
