@@ -3,9 +3,10 @@
 Each contender is alone in memory with the baseline, and their calls are interleaved: two of full size fit, ten do not.
 
 In the stages `generator`, `decoder`, `image` and `full decoder` the baseline is diffusers in fp32, and all are made of the same folder of
-weights: diffusers as it is (fp32, bf16), torch.compile, and diffusers' own UNet as an ONNX graph in ONNX Runtime (as optimum runs it) and
-in OpenVINO with its own choices, static shapes and bf16 (as optimum-intel runs it). PixArt has no peer outside torch. Prompt states are
-those of the bundle's own text encoder, as from a cache; the stage `image` is generator and decoder, for the bundle through its pipeline.
+weights: diffusers as it is (fp32, bf16), torch.compile, and diffusers' own UNet, or SANA's transformer, as an ONNX graph in ONNX Runtime
+(as optimum runs it) and in OpenVINO with its own choices, static shapes and bf16 (as optimum-intel runs it). PixArt has no peer outside
+torch. Prompt states are those of the bundle's own text encoder, as from a cache; the stage `image` is generator and decoder, for the
+bundle through its pipeline.
 
 The stage `peers` runs openvino.genai and stable-diffusion.cpp on the same weights beside the bundle, which is the baseline, from prompt to
 image, a new prompt in each call (tools/peers.py). It takes SD 1.5 and 2.1 in one step, and what is installed of `pip install ".[peers]"`;

@@ -35,19 +35,24 @@ Contenders = dict[str, Callable[[], Callable[..., np.ndarray]]]
 
 def generators(bundle: Bundle, student: Path, preset: Preset, inputs: dict[str, np.ndarray], compiled: bool) -> Contenders:
     """Every way to the clean latent, by name; those of the bundle without and with the negative prompt."""
-    from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+    from diffusers import PixArtTransformer2DModel, SanaTransformer2DModel, UNet2DConditionModel
 
-    pixart, rule = bundle.backbone == "pixart", preset.rule
-    part, kind = ("transformer", PixArtTransformer2DModel) if pixart else ("unet", UNet2DConditionModel)
+    pixart, sana, rule = bundle.backbone == "pixart", bundle.backbone == "sana", preset.rule
+    kind = PixArtTransformer2DModel if pixart else SanaTransformer2DModel if sana else UNet2DConditionModel
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
 
     def network(dtype: torch.dtype) -> torch.nn.Module:
-        loaded = load_module(student / part, kind, dtype=dtype)
+        loaded = load_module(student / ("transformer" if pixart or sana else "unet"), kind, dtype=dtype)
+        # The prompt states are behind the caption projection already.
         if pixart:
-            loaded.caption_projection = None  # it is in the prompt states
+            loaded.caption_projection = None
+        if sana:
+            loaded.caption_projection = loaded.caption_norm = torch.nn.Identity()
         return loaded
 
     def condition(loaded: torch.nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+        if sana:
+            return {"guidance": torch.tensor([preset.embedded_guidance * loaded.config.guidance_embeds_scale])}
         kinds = size_condition(loaded, bundle.sizes[0], 1) if pixart else {}
         if bundle.backbone == "sdxl":
             kinds = {
@@ -76,7 +81,7 @@ def generators(bundle: Bundle, student: Path, preset: Preset, inputs: dict[str, 
         contenders["torch.compile bf16"] = partial(diffusers, torch.bfloat16, torch.compile)
     if not pixart and len(rule.steps) == 1:
         for name, compile_peer in (("ONNX Runtime fp32 (as optimum)", in_onnxruntime), ("OpenVINO bf16 (as optimum-intel)", in_openvino)):
-            contenders[name] = partial(unet_peer, network, condition, rule, tensors["noise"], tensors["prompt_states"], compile_peer)
+            contenders[name] = partial(graph_peer, network, condition, rule, tensors["noise"], tensors["prompt_states"], compile_peer)
     # Without a negative the runtime feeds one token at scale 0.
     positive = {**inputs, "negative_states": np.zeros_like(inputs["negative_states"][:, :1]), "negative_scale": np.zeros(1, np.float32)}
     for name, load in variants(bundle, "generator").items():
@@ -103,7 +108,7 @@ def images(bundle: Bundle, texts: tuple[str, str], generate: Contenders, decode:
     }
 
 
-def unet_peer(
+def graph_peer(
     network: Callable[[torch.dtype], torch.nn.Module],
     condition: Callable[[torch.nn.Module, torch.dtype], dict[str, Any]],
     rule: Any,
@@ -111,7 +116,7 @@ def unet_peer(
     states: torch.Tensor,
     compile_peer: Callable[[Path], Callable[[dict[str, np.ndarray]], np.ndarray]],
 ) -> Run:
-    """diffusers' UNet as a graph with the timestep as an input, in an engine with its own defaults."""
+    """diffusers' network as a graph with the timestep as an input, in an engine with its own defaults."""
 
     class Plain(torch.nn.Module):
         def __init__(self) -> None:
@@ -120,7 +125,9 @@ def unet_peer(
             self.extra = condition(self.network, torch.float32)
 
         def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-            return self.network(sample, timestep, encoder_hidden_states, return_dict=False, **self.extra)[0]
+            texts = {"encoder_hidden_states": encoder_hidden_states}
+            answer = self.network(sample, timestep=timestep, return_dict=False, **texts, **self.extra)[0]
+            return answer[:, : sample.shape[1]]
 
     example = {"sample": noise, "timestep": torch.tensor([rule.timestep]), "encoder_hidden_states": states}
     with tempfile.TemporaryDirectory() as folder:
@@ -132,8 +139,7 @@ def unet_peer(
         gc.collect()
         peer = compile_peer(path)
     arrays = {name: value.numpy() for name, value in example.items()}
-    arrays["sample"] = (rule.input_scale * noise).numpy()
-    return lambda: rule.run(lambda step, x_t: torch.from_numpy(peer(arrays)), noise).numpy()
+    return lambda: rule.run(lambda step, x_t: torch.from_numpy(peer({**arrays, "sample": x_t.numpy()})), noise).numpy()
 
 
 def in_onnxruntime(path: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
