@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from snoopi_rt.export.evaluation.lite import Lite
@@ -93,13 +93,14 @@ class Judge:
         return f"features-{self.name}.safetensors"
 
     def _kept(self, path: Path) -> dict[int, Tensor]:
-        """What an evaluation by the same network and drawings left there."""
-        if not path.exists():
+        """What an evaluation by the same network and drawings left there; nothing of a damaged file, which is written anew."""
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("made_by") != self._made_by:
+                    return {}
+                return dict(zip(file.get_tensor("scenes").tolist(), file.get_tensor("features"), strict=True))
+        except (FileNotFoundError, SafetensorError):
             return {}
-        with safe_open(path, "pt") as file:
-            if file.metadata()["made_by"] != self._made_by:
-                return {}
-            return dict(zip(file.get_tensor("scenes").tolist(), file.get_tensor("features"), strict=True))
 
     def _scenes(self, style: str) -> list[Scene]:
         return [Scene((name,), style=style) for name in self.names]

@@ -44,12 +44,14 @@ def test_ranks_count_what_is_nearer() -> None:
     assert ranks(torch.tensor([[1.0, 0.5, 0.0]] * 3), references, [0, 1, 2]).tolist() == [0, 1, 2]
 
 
-def test_features_of_scenes_are_kept_on_disk(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_scenes_are_kept_on_disk(domain: Domain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     scenes = [Scene((name,), count=count) for name in domain.names for count in (1, 2, 3)]
     first = domain.judge.of_scenes(scenes)
     monkeypatch.setattr(domain.judge, "_features", domain.judge._kept(domain.judge._folder / domain.judge._file))
     monkeypatch.setattr(domain.judge, "features", None)  # would fail if it were called
     torch.testing.assert_close(domain.judge.of_scenes(scenes), first)
+    (tmp_path / "damaged").write_bytes(b"no features")
+    assert domain.judge._kept(tmp_path / "damaged") == domain.judge._kept(tmp_path / "absent") == {}
 
 
 def test_features_that_ship_are_those_of_the_drawings_and_the_network_of_today(tmp_path: Path) -> None:
