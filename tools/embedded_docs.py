@@ -184,7 +184,7 @@ def tables(figures: Figures) -> dict[str, str]:
     benched = [[f"{label} (`bench`)", f"{1000 * figures.image(way):.1f} ms"] for label, way in BENCHED.items()]
     engines = ["engine", "text encoder", "generator", "decoder", "total", "with a negative prompt", "process start to PNG, first / again"]
     return {
-        "short": table(["as asked", "share"], [[label, figures("embedded", measure)] for label, measure in SHORT.items()]),
+        "short": table(["asked for", "share"], [[label, figures("embedded", measure)] for label, measure in SHORT.items()]),
         "drawn": table(["shown when asked for", *who], drawn),
         "removed": table(negative, removed),
         "clean": table(["negative prompt", *CHANGED.values()], harmless),
