@@ -74,7 +74,7 @@ class Pipeline:
 
     @property
     def provider(self) -> str:
-        """What generator and decoder really run on, in the words of the engine's package."""
+        """What generator and decoder really run on, as the engine's package calls it."""
         with self._turn:
             return self._stages.provider
 
@@ -108,12 +108,12 @@ class Pipeline:
         timeout: float | None = None,
         cancel: Event | None = None,
     ) -> Result:
-        """One image per request, in order: what `generate`, batches and the server draw by.
+        """One image per request, in order; `generate`, batches and the server are built on it.
 
         `size` is (height, width), by default the bundle's first; `truncate` cuts prompts that are too long. After `timeout` seconds, or
         once `cancel` is set, no further stage begins.
-        Raises InputError for requests that this bundle cannot draw, OutputError where a stage gives NaN, infinity or a picture of one
-        value, Cancelled.
+        Raises InputError for requests that this bundle cannot draw, OutputError if a stage gives NaN, infinity or a picture of one
+        value, and Cancelled.
         """
         start, deadline = time.perf_counter(), Deadline(timeout, cancel)
         requests = [self._checked(request) for request in requests]
@@ -147,7 +147,7 @@ class Pipeline:
         timeout: float | None = None,
         cancel: Sequence[Event] | None = None,
     ) -> Iterator[Result | BaseException]:
-        """A Result per group, or why it could not be drawn: all in one call of `run`, and where that fails each group by itself, when its
+        """A Result per group, or why it could not be drawn: all in one call of `run`, and if that fails each group by itself, when its
         turn comes.
 
         `cancel`: an event per group; a call ends early when the events of all its groups are set.
@@ -171,7 +171,7 @@ class Pipeline:
             yield from self.run_each([group], size, truncate, timeout, events[i : i + 1] or None)
 
     async def generate_async(self, *arguments: Any, cancel: Event | None = None, **named: Any) -> Result:
-        """What `generate` gives, drawn in a thread; when the task is cancelled, no further stage begins."""
+        """What `generate` returns, drawn in a thread; when the task is cancelled, no further stage begins."""
         import asyncio  # not at the top: it is a tenth of a cold start's imports
 
         task_cancelled = threading.Event()  # its own: other calls may share the caller's
@@ -190,10 +190,10 @@ class Pipeline:
         timeout: float | None = None,
         cancel: Event | None = None,
     ) -> Iterator[Result]:
-        """One result per job, in order, drawn as many at once as the bundle takes; jobs are read as they are needed.
+        """One result per job, in order, as many drawn at once as the bundle takes; jobs are read as they are needed.
 
         A job is a prompt, or prompt, negative_prompt, negative_scale and seed by name. The rest is as in `run`, for each call of it.
-        Raises what `run` raises, when the wrong job is reached: the results before it come first.
+        Raises what `run` raises, when it reaches the wrong job: the results before that come first.
         """
         waiting = iter(jobs)
         while batch := list(islice(waiting, self.max_batch)):
@@ -232,7 +232,7 @@ class Pipeline:
         return requests
 
     def warning(self, prompt: str) -> str | None:
-        """A line about a prompt whose object or number is not in the bundle's vocabulary: its picture will differ; else None."""
+        """A line about a prompt whose object or number is not in the bundle's vocabulary, so that its picture will differ; else None."""
         if self._matcher is None or self.bundle.vocabulary is None:
             return None
         model = "the embedded model" if self.bundle.folder == EMBEDDED else f"model {self.bundle.name!r}"
@@ -245,24 +245,24 @@ class Pipeline:
     def prepare(self, prompt: str, truncate: bool = False) -> Conditioning:
         """The prompt with its states, for any number of calls: nothing of it is computed or looked up again.
 
-        Raises InputError for what cannot be asked, OutputError where the text encoder gives NaN.
+        Raises InputError for an invalid prompt, OutputError if the text encoder gives NaN.
         """
         with self._turn:
             return Conditioning(prompt_text(prompt), self._prompts.encode(prompt, truncate), self.bundle.hash)
 
     def keep(self, prompt: str, truncate: bool = False) -> bool:
-        """Sees to it that the prompt's states are on disk, for this and later processes; whether that took the text encoder.
+        """Stores the prompt's states on disk, for this and later processes; returns whether they had to be computed.
 
-        Raises InputError for what cannot be asked, OutputError where the cache folder does not take the states.
+        Raises InputError for an invalid prompt, OutputError if the states cannot be written to the cache folder.
         """
         with self._turn:
             return self._prompts.keep(prompt_text(prompt), truncate)
 
     def open(self) -> Self:
-        """Opens all graphs and reads what else the bundle holds, instead of when it is first needed; returns the pipeline.
+        """Opens all graphs and reads everything else in the bundle now, not when it is first needed; returns the pipeline.
 
-        With weights "memory" the bundle's files are not needed any more then, unless `low_memory` opens graphs again and again. Raises
-        BundleError, also where they changed meanwhile.
+        With weights "memory" the bundle's files are then no longer needed, unless `low_memory` opens graphs again and again. Raises
+        BundleError, also if they have changed meanwhile.
         """
         with self._turn:
             self._prompts.open()
@@ -277,9 +277,9 @@ class Pipeline:
         return self
 
     def close(self) -> None:
-        """Frees the engines when the stages that other threads run are over, which it waits for up to CLOSING seconds.
+        """Frees the engines when the stages that other threads are running have ended; waits up to CLOSING seconds for them.
 
-        What is later, further stages of those calls too, raises EngineError.
+        Any later call, and any further stage of those calls, raises EngineError.
         """
         parts, end = (self._prompts, self._stages.generator, self._stages.decoder), time.monotonic() + CLOSING
         for part in parts:
@@ -329,6 +329,6 @@ class Pipeline:
 
 
 def _texts(requests: Iterable[Request]) -> list[str]:
-    """Every prompt and negative prompt once, prepared ones before others: what is equal to them needs no text encoder."""
+    """Every prompt and negative prompt once, prepared ones first: an equal text needs no text encoder."""
     texts = [text for request in requests for text in request.texts]
     return list(dict.fromkeys(sorted(texts, key=lambda text: not isinstance(text, Conditioning))))

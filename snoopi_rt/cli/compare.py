@@ -30,7 +30,7 @@ def _graphs() -> tuple[str, ...]:
     "precisions",
     multiple=True,
     metavar="NAME",
-    help="One for both, or one each.  [default: the bundle's first]",
+    help="One for both sides, or one for each.  [default: the bundle's first]",
 )
 @click.option(
     "--graph",
@@ -56,7 +56,7 @@ def compare(
     neg: str | None,
     threads: int | None,
 ) -> None:
-    """Run the same graphs on two engines, or of two bundles, and report how far their outputs differ: to debug black images, NaN, lost
+    """Run the same graphs on two engines, or two bundles on one, and report how far their outputs differ: to debug black images, NaN, lost
     precision and damaged weights.
 
     BUNDLE is a folder, by default the embedded bundle. Two engines may read the same file, where a wrong weight shows on neither: compare

@@ -11,7 +11,7 @@ from snoopi_rt.shell import quote
 
 @click.group(cls=Group, epilog="Example: snoopi-rt data emoji --encoder weights/small/encoder --out runs/emoji")
 def data() -> None:
-    """Make captioned training images for the small model."""
+    """Make captioned training images for a small model like the embedded one."""
 
 
 @data.command(epilog="Example: snoopi-rt data emoji --encoder weights/small/encoder --out runs/emoji")

@@ -82,7 +82,7 @@ def _usage_message(error: click.ClickException) -> str:
 
 @contextmanager
 def _plain_endings() -> Iterator[None]:
-    """click's messages are printed in one line without control characters; a reader that closes the pipe (`| head`) is no error."""
+    """Prints click's messages in one line without control characters; a reader that closes the pipe (`| head`) is no error."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:  # its message is the help, in several lines

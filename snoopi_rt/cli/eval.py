@@ -45,11 +45,11 @@ def evaluate() -> None:
     "--references",
     type=folder_path,
     metavar="FOLDER",
-    help="Folder that keeps what takes minutes: the features of real pictures, and the teacher's figures.  [default: references in --out]",
+    help="Folder that keeps features of real pictures and the teacher's figures, which take minutes.  [default: references in --out]",
 )
 @click.option("--quick", is_flag=True, help="Draw a few pictures of each kind, to see that it runs; the figures mean nothing.")
 @click.option(
-    "--measure", "measures", multiple=True, metavar="NAME", help="Only this measure, like clean or removal; repeatable.  [default: all]"
+    "--measure", "measures", multiple=True, metavar="NAME", help="Only this measure, such as clean or removal; repeatable.  [default: all]"
 )
 @out_option
 def small(
@@ -85,7 +85,7 @@ def small(
 
 
 def subjects(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Who is measured, on what, with which weights: the options that all measures of image sets share."""
+    """The options that all measures of image sets share: what is measured, on which prompts, with which weights."""
     options = (
         bundles_option,
         click.option(
@@ -178,7 +178,7 @@ def pr(**options: Any) -> None:
 @click.option("--reference", type=folder_path, metavar="FOLDER", help="Folder of real images; without it no FID, precision and recall.")
 @click.option("--runs", type=Integer(1), default=20, metavar="N", help="Images to time.")
 def every(**options: Any) -> None:
-    """Measure HPSv2, CLIP, FID, precision and recall, and beside them latency and memory."""
+    """Measure HPSv2, CLIP, FID, precision and recall, and the latency and memory of bundles."""
     from snoopi_rt.export.evaluation.measures import COMMANDS
 
     _measure("all", COMMANDS["all"] if options["reference"] else (*COMMANDS["hps"], *COMMANDS["clip"]), options)
@@ -186,7 +186,7 @@ def every(**options: Any) -> None:
 
 @evaluate.command(epilog="Example: snoopi-rt eval negatives --bundle nasa=a --bundle vsf=b --seeds 8 --tune")
 @bundles_option
-@click.option("--pairs", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Pairs to use instead of those that ship.")
+@click.option("--pairs", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Pairs to use instead of the built-in ones.")
 @click.option("--scales", metavar="X,...", help="Negative scales.  [default: a quarter, a half, one and two of the bundle's]")
 @click.option("--seeds", type=Integer(1), default=4, metavar="N", help="Seeds per pair.")
 @click.option("--limit", type=Integer(1), metavar="N", help="Use at most N pairs, spread evenly.")

@@ -63,7 +63,7 @@ class Scales(click.ParamType):
     "scales",
     type=Scales(),
     metavar="X[,X...]",
-    help="Strength of the negative prompt; several draw the same seed at each, in files named NAME-SEED-SCALE.  [default: the bundle's]",
+    help="Strength of the negative prompt; several: the same seed at each, in files named NAME-SEED-SCALE.  [default: the bundle's]",
 )
 @click.option(
     "--seed",
@@ -71,14 +71,14 @@ class Scales(click.ParamType):
     metavar="N",
     help="Seed of the first image; the next has N + 1.  [default: random, and printed; with --prompts: 0]",
 )
-@click.option("-n", "count", type=int, default=1, metavar="N", help="Number of images; several are named NAME-SEED.")
+@click.option("-n", "count", type=int, default=1, metavar="N", help="Number of images; if several, they are named NAME-SEED.")
 @click.option("-o", "--output", metavar="FILE|FOLDER/|-", help="File, folder, or standard output.  [default: PROMPT-SEED]")
 @click.option(
     "--format",
     type=click.Choice(["png", "jpg", "jpeg", "webp"], case_sensitive=False),
-    help="Image format.  [default: from the file's ending, or else png]",
+    help="Image format.  [default: by the file's ending, or else png]",
 )
-@click.option("--side-by-side", is_flag=True, help="Write one image that shows the result without --neg, then with it.")
+@click.option("--side-by-side", is_flag=True, help="Write one image that shows the result without --neg and with it.")
 @click.option("--open", "show", is_flag=True, help="Open the image in a viewer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per image.")
 @click.option("--size", type=Size(), help="Width and height in pixels, such as 768x512.  [default: the bundle's first]")
@@ -106,7 +106,7 @@ def generate(
 ) -> None:
     """Draw PROMPT to an image file, or every row of a prompt file to a folder; an interrupted folder is resumed.
 
-    With - or no PROMPT it is read from standard input; if that is empty, one of the bundle's examples is drawn.
+    If PROMPT is - or missing, it is read from standard input; if that is empty, one of the bundle's examples is drawn.
     """
     load_options: dict[str, Any] = {"bundle": bundle, "engine": engine, "precision": precision, "threads": threads}
     if prompts is None and out is None:

@@ -125,7 +125,7 @@ engine_option = click.option(
     default="auto",
     metavar="NAME",
     shell_complete=completed_by(lambda: ("auto", *ENGINES)),
-    help=f"{ENGINE_NAMES}, if the bundle supports it; auto: the fastest that `bench` measured, or else cpu.",
+    help=f"{ENGINE_NAMES}, if the bundle supports it; auto: the fastest that `bench` measured, or else cpu, then openvino.",
 )
 precision_option = click.option(
     "--precision",
@@ -134,7 +134,7 @@ precision_option = click.option(
 )
 threads_option = click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: one per available core]")
 worker_threads_option = click.option(
-    "--threads", type=int, metavar="N", help="CPU threads, with --ray per worker.  [default: one per available core; with --ray: 1]"
+    "--threads", type=int, metavar="N", help="CPU threads; with --ray, per worker.  [default: one per available core; with --ray: 1]"
 )
 
 
@@ -170,7 +170,7 @@ def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--ray, --workers and --gpus."""
     gpus = click.option("--gpus", type=Number(0), metavar="X", help="With --ray: GPUs per worker; 0.5 means two workers share one.")
     workers = click.option(
-        "--workers", type=Range(), metavar="N[-MAX]", help="With --ray: number of workers; autoscaled between N and MAX.  [default: 1]"
+        "--workers", type=Range(), metavar="N[-MAX]", help="With --ray: number of workers; N-MAX scales with the load.  [default: 1]"
     )
     ray = click.option("--ray", is_flag=True, help="Draw on the Ray cluster at $RAY_ADDRESS, or else on a local one.")
     return ray(workers(gpus(command)))
@@ -225,7 +225,7 @@ def named_folder(text: str) -> tuple[str, Path]:
 
 @contextmanager
 def progress_line(doing: str = "loading") -> Iterator[dict[str, str]]:
-    """Prints every two seconds on standard error what is being done, so that quick work is silent and slow work is not."""
+    """Prints on standard error every two seconds what is being done: quick work stays silent."""
     progress, done, start = {"doing": doing}, threading.Event(), time.monotonic()
 
     def report() -> None:

@@ -44,30 +44,32 @@ from snoopi_rt.server.settings import MAX_TIMEOUT, Settings, read_key
     help="File with the bearer token that clients must send.  [default: $SNOOPI_RT_API_KEY]",
 )
 @click.option(
-    "--max-batch", type=Integer(1), default=16, metavar="N", help="Most images of waiting requests that one call draws; 1: no batching."
+    "--max-batch", type=Integer(1), default=16, metavar="N", help="Maximum images of several requests drawn together; 1: no batching."
 )
 @click.option("--batch-wait", type=Number(0, 1000), default=0.0, metavar="MS", help="Milliseconds that a batch waits for more requests.")
-@click.option("--queue", type=Integer(1), default=256, metavar="N", help="Images that may wait; requests beyond that get 429.")
-@click.option("--max-images", type=Integer(1), default=16, metavar="N", help="Most images per request.")
-@click.option("--timeout", type=Number(0, MAX_TIMEOUT, min_open=True), default=60.0, metavar="S", help="Seconds that a request may take.")
-@click.option("--cors", multiple=True, metavar="ORIGIN", help="Origin of a web page that may call; repeatable.  [default: none]")
+@click.option("--queue", type=Integer(1), default=256, metavar="N", help="Images that may wait to be drawn; requests beyond that get 429.")
+@click.option("--max-images", type=Integer(1), default=16, metavar="N", help="Maximum number of images per request.")
+@click.option(
+    "--timeout", type=Number(0, MAX_TIMEOUT, min_open=True), default=60.0, metavar="S", help="Seconds per request, waiting included."
+)
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="Origin of a web page that may call the server; repeatable.  [default: none]")
 @click.option(
     "--allowed-host",
     "allowed_hosts",
     multiple=True,
     metavar="NAME",
-    help="Another host name that may be used without an API key; repeatable.",
+    help="Another host name by which the server answers without an API key; repeatable.",
 )
 @click.option(
     "--weights",
     type=click.Choice(["auto", "memory", "mapped"]),
     default="auto",
-    help="memory: a served bundle's files may be overwritten; mapped: less memory for large bundles; auto: memory up to 2 GiB.",
+    help="memory: read the weights, so that a served bundle's files may be overwritten; mapped: use less memory; auto: memory up to 2 GiB.",
 )
 @click.option("--root-path", default="", metavar="PATH", help="Path under which a proxy exposes the server, such as /images.")
 @click.option("--truncate", is_flag=True, help="Cut prompts that are too long, unless the request says otherwise.")
 @click.option("--lenient", is_flag=True, help="Draw the nearest supported size, and use the first bundle for an unknown model name.")
-@click.option("--log-json", is_flag=True, help="Log JSON lines at a terminal too.")
+@click.option("--log-json", is_flag=True, help="Log JSON lines even at a terminal.")
 @click.option("--log-prompts", is_flag=True, help="Include prompts in the log.")
 @ray_options
 def serve(

@@ -1,4 +1,4 @@
-"""What the commands of the PyTorch side share: clear errors for a missing extra, and for files that cannot be read or written."""
+"""What the commands of the PyTorch side share: clear errors for missing extras and for files that cannot be read or written."""
 
 import errno
 import logging
@@ -12,7 +12,7 @@ from snoopi_rt.files import check_place, hidden, reason
 from snoopi_rt.shell import quote
 
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
-"""What the system raises only when writing."""
+"""Errors that the system raises only when writing."""
 
 
 @contextmanager

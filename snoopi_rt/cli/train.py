@@ -17,7 +17,7 @@ compile_option = click.option("--compile", "compiled", is_flag=True, help="Use t
 
 @click.group(cls=Group, epilog="Example: snoopi-rt train student --teacher runs/teacher --prompts prompts.txt --out runs/student")
 def train() -> None:
-    """Train a one-step student of any teacher, or the small model from pictures: decoder, teacher, student, and its decoder.
+    """Train a one-step student of any teacher, or every part of a small model like the embedded one.
 
     A run that was stopped resumes.
     """
@@ -29,7 +29,7 @@ set_option = click.option(
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Override a setting of the recipe, such as steps=1000 or lora.rank=32; an unknown name lists all. Repeatable.",
+    help="Override a setting of the recipe, such as steps=1000; an unknown name lists all. Repeatable.",
 )
 
 

@@ -1,4 +1,4 @@
-"""Addresses, hosts and origins as people type them, normalized for comparison; invalid ones are an InputError at the start."""
+"""Addresses, hosts and origins as people type them, normalized for comparison; invalid ones raise InputError at the start."""
 
 import ipaddress
 import re

@@ -1,4 +1,4 @@
-"""Waiting requests to one call of a pipeline: what comes while it draws is drawn together next."""
+"""Draws waiting requests together: those that arrive while a pipeline draws share its next call."""
 
 import asyncio
 import threading
@@ -20,20 +20,20 @@ Observe = Callable[[int, Mapping[str, float]], None]
 
 
 class QueueFull(SnoopiError):
-    """So many images wait already that another request is not taken."""
+    """Too many images are waiting for another request to be accepted."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"the queue is full, try again in {seconds:.0f} s")
         self.seconds = seconds
 
     def __reduce__(self) -> tuple[type["QueueFull"], tuple[float]]:
-        """For another process: an exception would be made of its message."""
+        """For pickling, which would call the class with its message."""
         return QueueFull, (self.seconds,)
 
 
 @dataclass(eq=False)
 class Waiting:
-    """One request's images, all of one size, and the future that gets their Result. `end`: of time.monotonic(), after which it is late."""
+    """One request's images, all of one size, and the future that gets their Result. It is late after `end`, by time.monotonic()."""
 
     images: list[Request]
     size: tuple[int, int]
@@ -48,9 +48,9 @@ class Waiting:
 
 
 class ServedModel(Protocol):
-    """A model and what draws its images: `name` is what clients call it, `pipe` tells what can be asked, `waiting` images wait.
+    """A model and what draws its images: `name` is what clients call it, `pipe` knows what it can draw, `waiting` counts waiting images.
 
-    `pace`: seconds per image, of late; None where that is not known.
+    `pace`: recent seconds per image; None if not known.
     """
 
     name: str
@@ -63,7 +63,7 @@ class ServedModel(Protocol):
     def pace(self) -> float | None: ...
 
     async def draw(self, images: list[Request], size: tuple[int, int], timeout: float, truncate: bool) -> Result:
-        """The images, their prompts cut where they may be. When the task is cancelled they are not drawn, unless that has begun.
+        """The images; with `truncate`, prompts that are too long are cut. A cancelled task is not drawn, unless that has begun.
 
         Raises QueueFull, Cancelled after `timeout` seconds in the queue, and what Pipeline.generate raises.
         """
@@ -77,9 +77,9 @@ class ServedModel(Protocol):
 class Batcher:
     """A thread that draws for one pipeline, and the queue before it: a ServedModel of this process. Made inside an event loop.
 
-    wait: seconds that a batch which is not full waits for more; without it, only what came while the last one was drawn is together.
-    max_batch: the most images of one call, where the bundle takes as many; 1 turns batching off. limit: the most images that wait.
-    observe: told of every call. pace: seconds per image before any were drawn.
+    wait: seconds that a batch which is not full waits for more; at 0 a batch has only what came while the last one was drawn.
+    max_batch: most images per call, if the bundle takes as many; 1 turns batching off. limit: most images that may wait.
+    observe: called after every call. pace: seconds per image before any were drawn.
     """
 
     def __init__(self, name: str, pipe: Pipeline, wait: float, max_batch: int, limit: int, observe: Observe, pace: float = 0.1) -> None:
@@ -125,7 +125,7 @@ class Batcher:
             self._draw(batch)
 
     def _next(self) -> list[Waiting]:
-        """The next requests of one size, as many as fit together; empty when all is over."""
+        """The next requests of one size, as many as fit together; empty once closed and done."""
         with self._changed:
             while True:
                 batch = self._take([])
@@ -144,7 +144,7 @@ class Batcher:
                     self._changed.wait()
 
     def _take(self, batch: list[Waiting]) -> list[Waiting]:
-        """The batch with what fits to it from the queue, in order."""
+        """The batch with what fits into it from the queue, in order."""
         self._let_go()
         left: deque[Waiting] = deque()
         count = _images(batch)
@@ -159,13 +159,13 @@ class Batcher:
         return batch
 
     def _let_go(self) -> None:
-        """Drops late and given up requests from the queue: they take nobody's place."""
+        """Drops late and cancelled requests from the queue, so that they take no place in it."""
         self._queue = deque(item for item in self._queue if not self._is_late(item))
 
     def _is_late(self, item: Waiting) -> bool:
         late = item.is_set()
         if late:
-            self._answer(item, Cancelled("the timeout is over before the queue"))
+            self._answer(item, Cancelled("timed out while waiting in the queue"))
         return late
 
     def _draw(self, batch: list[Waiting]) -> None:
@@ -181,14 +181,14 @@ class Batcher:
 
     def _answer(self, item: Waiting, answer: Result | BaseException) -> None:
         def give() -> None:
-            if item.future.done():  # given up
+            if item.future.done():  # cancelled
                 return
             if isinstance(answer, BaseException):
                 item.future.set_exception(answer)
             else:
                 item.future.set_result(answer)
 
-        with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+        with suppress(RuntimeError):  # the loop has ended, and with it everyone who waited
             self._loop.call_soon_threadsafe(give)
 
 

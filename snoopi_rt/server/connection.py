@@ -47,7 +47,7 @@ class Ahead:
 
 
 class Connection(HttpToolsProtocol):
-    """Closes a connection that stalls in a request, sends too much, or does not read its answer: otherwise some hundred of them would
+    """Closes a connection that stalls in a request, sends too much, or does not read its answer: otherwise a few hundred of them would
     block the server.
 
     What follows a complete request (pipelining) stays unparsed until that is answered, and nothing more is read meanwhile.

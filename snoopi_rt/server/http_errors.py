@@ -1,4 +1,4 @@
-"""Errors as answers: what they mean, and their form, which is OpenAI's."""
+"""Errors as HTTP responses in OpenAI's form, and what their status codes mean."""
 
 from typing import Any
 

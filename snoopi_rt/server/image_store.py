@@ -11,7 +11,7 @@ MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
 class ImageStore:
-    """Encoded images by name. Names are unguessable: whoever has one was sent it with the image, so no key is needed to fetch it."""
+    """Encoded images by name. Names are unguessable: only the client that asked for an image knows it, so no key is needed."""
 
     def __init__(self) -> None:
         self._files: TTLCache[str, bytes] = TTLCache(MAX_BYTES, MAX_SECONDS, getsizeof=len)

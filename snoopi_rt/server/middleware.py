@@ -42,7 +42,7 @@ class RequestMiddleware:
             request_id = secrets.token_hex(8)
         log_fields: dict[str, Any] = {}
         state = {**scope.get("state", {}), "id": request_id, "log_fields": log_fields}
-        # A copy: uvicorn goes by its own, which says HEAD.
+        # A copy: uvicorn keeps its own, in which the method stays HEAD.
         scope = {**scope, "state": state, "root_path": self._root_path, "path": self._root_path + (path.rstrip("/") or "/")}
         scope["method"] = "GET" if method == "HEAD" else method
 

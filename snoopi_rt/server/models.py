@@ -1,4 +1,4 @@
-"""The models that a server offers: opened while it already answers, looked up by name, described to clients."""
+"""The models of a server: opened while it already answers, looked up by name, described to clients."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ from snoopi_rt.server.http_errors import HttpError
 from snoopi_rt.server.settings import Settings
 
 SLOW = 1.0
-"""Seconds an image may take for a second one to be drawn only to time it."""
+"""If the first image takes longer than these seconds, no second one is drawn to time it."""
 OpenModel = Callable[[str, Settings, Observe], Awaitable[ServedModel]]
 
 
@@ -26,7 +26,7 @@ async def open_here(name: str, settings: Settings, observe: Observe) -> ServedMo
 
 
 class Models:
-    """What draws the images of each model, and why the others could not be opened."""
+    """The models that are open, and why the others could not be opened."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -102,7 +102,7 @@ def none_served(broken: dict[str, str]) -> BundleError:
 
 
 def _open_warm(open_pipeline: Callable[[], Pipeline]) -> tuple[Pipeline, float]:
-    """The pipeline, warm, and its seconds per image, measured on a second image where that costs next to nothing."""
+    """The warm pipeline, and its seconds per image, measured on a second image unless that is slow."""
     pipe, seconds = open_pipeline().open(), 0.0
     for _ in range(2):
         start = time.monotonic()

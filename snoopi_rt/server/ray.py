@@ -1,4 +1,4 @@
-"""The server's application on Ray Serve: one process that answers HTTP, and for each bundle as many as wanted that draw."""
+"""The server's application on Ray Serve: one process that answers HTTP, and for each bundle as many workers as requested."""
 
 import asyncio
 import logging
@@ -32,18 +32,18 @@ from snoopi_rt.server.serve import GRACE, check_address
 from snoopi_rt.server.settings import Settings
 
 GONE = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
-"""A replica died, or there is none at the moment."""
+"""A replica has died, or there is none at the moment."""
 PAUSE = 0.2
-"""Seconds before another is asked."""
+"""Seconds before another replica is asked."""
 NAME = "snoopi-rt"
 LOG = "log"
 """The name of the actor LogLines."""
 END = ""
-"""The line after the last."""
+"""Marks the end of the log."""
 PATIENCE = 10.0
-"""Seconds without a word while processes start."""
+"""Seconds between reports while processes start."""
 UPSCALE = 5.0
-"""Seconds of more requests than the processes should have before there is another; Ray's own are 30."""
+"""Seconds of too many requests before another replica is started; Ray's default is 30."""
 FRONT = 10_000
 """Requests that the HTTP side has open at once: the queues of the replicas are the limit."""
 
@@ -55,7 +55,7 @@ class Replica:
         self._model: ServedModel | None = None
         try:
             self._model = await open_here(name, settings, lambda images, timings: None)
-        except SnoopiError as error:  # told when asked: Ray would try again for ever, and other bundles would not be served
+        except SnoopiError as error:  # reported when asked: Ray would retry forever, and other bundles would not be served
             self._error = error
 
     async def engine(self) -> str:
@@ -73,7 +73,7 @@ class Replica:
 
 
 class Remote:
-    """A ServedModel whose images other processes draw. `pipe` is never opened: it says what can be asked."""
+    """A ServedModel whose images other processes draw. `pipe` is never opened: it only knows what can be drawn."""
 
     def __init__(self, name: str, pipe: Pipeline, handle: DeploymentHandle) -> None:
         self.name, self.pipe, self._handle = name, pipe, handle
@@ -81,7 +81,7 @@ class Remote:
         self.pace = None  # other processes draw
 
     async def draw(self, images: list[Request], size: tuple[int, int], timeout: float, truncate: bool) -> Result:
-        """See ServedModel. What a process that dies was drawing another draws: the seed makes it the same image."""
+        """See ServedModel. If a process dies, another draws its images: the seed makes them the same."""
         end = time.monotonic() + timeout
         self.waiting += len(images)
         try:
@@ -94,7 +94,7 @@ class Remote:
                     if not isinstance(error.cause, SnoopiError):
                         log.error("a process that draws %s: %s", self.name, error)  # with the traceback
                     raise known(error) from None
-            raise Cancelled("the timeout is over, and no process that draws is left")
+            raise Cancelled("timed out: no worker is left to draw")
         finally:
             self.waiting -= len(images)
 
@@ -104,7 +104,7 @@ class Remote:
 
 
 async def remote(handles: dict[str, DeploymentHandle], name: str, settings: Settings, _: Observe) -> ServedModel:
-    """A model that replicas draw, whose calls only they could observe. Raises what opening the bundle raises, here or there."""
+    """A model that replicas draw; only they could observe its calls. Raises what opening the bundle raises, here or there."""
     try:
         engine = await handles[name].engine.remote() if name in handles else "auto"
     except RayTaskError as error:
@@ -114,7 +114,7 @@ async def remote(handles: dict[str, DeploymentHandle], name: str, settings: Sett
 
 
 class LogLines:
-    """An actor that takes the log's lines from the process that answers HTTP to the one of the command, which writes them."""
+    """An actor that carries log lines from the process that answers HTTP to that of the command, which writes them."""
 
     def __init__(self) -> None:
         self._lines: asyncio.Queue[str] = asyncio.Queue(MAX_BUFFERED_LINES)
@@ -125,7 +125,7 @@ class LogLines:
             self._lines.put_nowait(line)
 
     async def take(self) -> list[str]:
-        """All lines that there are; waits for the first."""
+        """All waiting lines; waits for the first."""
         lines = [await self._lines.get()]
         while not self._lines.empty():
             lines.append(self._lines.get_nowait())
@@ -133,7 +133,7 @@ class LogLines:
 
 
 class LinesToCommand(logging.Handler):
-    """Sends the log's lines to LogLines, but not what Ray says of itself."""
+    """Sends the log's lines to LogLines, except Ray's own messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class LinesToCommand(logging.Handler):
 
 @contextmanager
 def lines_of_others(handler: LineHandler) -> Iterator[None]:
-    """Writes the lines that other processes log meanwhile."""
+    """Inside the block, writes the lines that other processes log."""
     lines: Any = ray.remote(LogLines).options(name=LOG, namespace=NAME, num_cpus=0).remote()
 
     def write() -> None:
@@ -170,7 +170,7 @@ def lines_of_others(handler: LineHandler) -> Iterator[None]:
 def deployed(settings: Settings, workers: Workers, address: str, log_json: bool) -> serve.Application:
     """The application for `serve.run(..., name=NAME)` in `lines_of_others`. Bundles must lie in the same folders on every machine.
 
-    Raises BundleError where no bundle is whole.
+    Raises BundleError if no bundle can be opened.
     """
     deployment: Any = serve.deployment  # its types know the decorator only
     broken = {name: error for name in settings.models if (error := _broken(settings, name)) is not None}
@@ -187,7 +187,7 @@ def deployed(settings: Settings, workers: Workers, address: str, log_json: bool)
         deployment(Replica)
         .options(
             name=_deployment(name),
-            # More than its queue takes: what is too much is refused there, and does not wait here.
+            # More than its queue takes: any excess is refused there and does not wait here.
             max_ongoing_requests=settings.queue + settings.max_batch + 1,
             # Twice what is drawn together: one batch is drawn while the next one gathers.
             autoscaling_config={
@@ -202,7 +202,7 @@ def deployed(settings: Settings, workers: Workers, address: str, log_json: bool)
         .bind(name, replace(settings, key=None))
         for name in whole
     ]
-    # One, because images that are given as addresses are in its memory; it draws nothing, and no CPU is reserved for it.
+    # One, because images that are returned as URLs are in its memory; it draws nothing, so no CPU is reserved for it.
     front = deployment(serve.ingress(build)()).options(
         name="http",
         max_ongoing_requests=FRONT,
@@ -213,9 +213,9 @@ def deployed(settings: Settings, workers: Workers, address: str, log_json: bool)
 
 
 def serve_on_ray(settings: Settings, workers: Workers, host: str, port: int, log_json: bool = True) -> None:
-    """Serves until a signal, on the cluster of $RAY_ADDRESS, else on one of this machine that ends with it.
+    """Serves until a signal, on the cluster at $RAY_ADDRESS, or else on a local one that ends with the command.
 
-    Raises InputError where the address cannot be used, BundleError where no bundle is whole, EngineError where Ray cannot start.
+    Raises InputError if the address cannot be used, BundleError if no bundle can be opened, EngineError if Ray cannot start.
     """
     host = check_address(host, settings.key)
     log_handler = LineHandler(2)
@@ -246,7 +246,7 @@ def _start(host: str, port: int) -> None:
 
 @contextmanager
 def waiting_told() -> Iterator[None]:
-    """Says every few seconds what the cluster has not started yet, and why: it may lack CPUs or GPUs for ever."""
+    """Logs every few seconds what the cluster has not started yet, and why: it may never have enough CPUs or GPUs."""
     done = threading.Event()
 
     def talk() -> None:
@@ -265,7 +265,7 @@ def waiting_told() -> Iterator[None]:
 
 
 def _broken(settings: Settings, name: str) -> str | None:
-    """Why a bundle cannot be opened: for such a one no process is started. The server tells it."""
+    """Why a bundle cannot be opened, or None; no process is started for such a bundle, and the server reports it."""
     try:
         settings.models[name](low_memory=True).close()
     except BundleError as error:

@@ -1,4 +1,4 @@
-"""Requests and answers, in the words of OpenAI's image API; the OpenAPI document is generated from these classes."""
+"""Requests and responses in the form of OpenAI's image API; the OpenAPI document is generated from these classes."""
 
 import base64
 import time
@@ -50,7 +50,7 @@ class CreateImageRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, body: Any) -> Any:
-        """null counts as not given: OpenAI's clients send it for every field that is not set."""
+        """Drops nulls, which count as not given: OpenAI's clients send them for every field that is not set."""
         return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
     @model_validator(mode="after")
