@@ -23,7 +23,7 @@ class FakeEngine:
             raise EngineError("this engine is closed")
         check_inputs(self.inputs, arrays)
         self.calls += 1
-        with engine_errors("the fake engine failed"):
+        with engine_errors(f"engine {self.provider} failed"):
             return self._function(**arrays)
 
     def close(self) -> None:

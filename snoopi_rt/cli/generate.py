@@ -2,7 +2,7 @@
 
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from snoopi_rt.cli.options import (
     Size,
     bundle_option,
     engine_option,
+    once,
     precision_option,
     progress_line,
     prompt_file_options,
@@ -57,7 +58,7 @@ class Scales(click.ParamType):
 )
 @prompt_file_options
 @click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Output folder for --prompts: the images and their index.")
-@click.option("--neg", metavar="TEXT", help="Negative prompt: what not to draw.")
+@click.option("--neg", metavar="TEXT", multiple=True, callback=once, help="Negative prompt: what not to draw.")
 @click.option(
     "--neg-scale",
     "scales",
@@ -238,8 +239,13 @@ def _draw_file(
             }
             draw = partial(draw_on_ray, load_options | worker_options, workers)
     start = time.monotonic()
-    with pipe, click.progressbar(length=rows, label="images", show_pos=True, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-        outcome = batch.run(pipe, bar.update, draw)
+    try:
+        with pipe, click.progressbar(length=rows, label="images", show_pos=True, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+            outcome = batch.run(pipe, bar.update, draw)
+    except KeyboardInterrupt:
+        with suppress(OSError):  # a terminal that is gone, after SIGHUP
+            click.echo("stopped: the same command draws the rest", err=True)
+        raise
     seconds = time.monotonic() - start
     pace = f" ({outcome.drawn / seconds:.1f} images per second)" if outcome.drawn else ""
     click.echo(f"{outcome.drawn} drawn{pace}, {outcome.kept} already there, in {quote(batch.out)}")

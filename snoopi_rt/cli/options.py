@@ -30,6 +30,13 @@ file_path = click.Path(dir_okay=False, path_type=Path)
 folder_path = click.Path(file_okay=False, path_type=Path)
 
 
+def once(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """The one value of a text option. Raises UsageError for a second one, of which click would silently take the last."""
+    if len(values) > 1:
+        raise click.UsageError(f"{param.opts[0]} is given {len(values)} times: join the texts with commas", ctx)
+    return values[0] if values else None
+
+
 class Group(click.Group):
     """A group that lists its commands with whole summaries, however long."""
 

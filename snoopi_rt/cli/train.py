@@ -1,5 +1,6 @@
 """`snoopi-rt train`. The PyTorch side is imported inside its commands."""
 
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,11 @@ def student(
 
     On several GPUs or hosts: `accelerate launch -m snoopi_rt train student ...`. A run that was stopped resumes.
     """
-    from snoopi_rt.export.training.recipes import DEFAULT, find_recipe
+    from snoopi_rt.export.training.recipes import DEFAULT
 
     if backbone not in DEFAULT:
         raise InputError(f"backbone {backbone!r} cannot be trained here, choose from {', '.join(DEFAULT)}")
-    chosen = _recipe(find_recipe(recipe or DEFAULT[backbone]), settings)  # before torch is imported, which takes seconds
+    chosen = _student_recipe(recipe or DEFAULT[backbone], settings)
     with torch_command("train student", "train", out):
         from snoopi_rt.export.training.task import Task
         from snoopi_rt.export.training.trainer import train as distil
@@ -167,6 +168,19 @@ def recipes() -> None:
     from snoopi_rt.export.training.recipes import table
 
     click.echo(table())
+
+
+def _student_recipe(name: str, settings: tuple[str, ...]) -> Any:
+    """The recipe of that name with its settings changed. Raises InputError."""
+    from snoopi_rt.export.training.recipes import find_recipe
+
+    try:
+        return _recipe(find_recipe(name), settings)  # before torch is imported, which takes seconds
+    except InputError:
+        # The settings of a loss may stand in its own file: they are known when that is imported.
+        with suppress(ModuleNotFoundError):
+            import_module("snoopi_rt.export.training.losses")
+        return _recipe(find_recipe(name), settings)
 
 
 def _recipe(recipe: Any, settings: tuple[str, ...]) -> Any:

@@ -122,6 +122,10 @@ def test_debug_before_or_behind_the_command_shows_the_traceback(here: Path) -> N
         (["generate", "a cat", "--qqq", "7"], "no such option '--qqq' (see snoopi-rt generate --help)"),
         (["prompts"], "missing argument 'FILE' (see snoopi-rt prompts --help)"),
         (
+            ["generate", "a cat", "--neg", "a dog", "--neg", "blurry"],
+            "--neg is given 2 times: join the texts with commas (see snoopi-rt generate --help)",
+        ),
+        (
             ["generate", "a cat", "a dog"],
             "got unexpected extra argument (a dog): quote words that belong together (see snoopi-rt generate --help)",
         ),

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -167,6 +168,30 @@ def test_the_backbone_of_the_example_is_exported_and_draws(tmp_path: Path, monke
     with snoopi_rt.load(bundle, "cpu") as pipe:
         plain, guided = pipe.generate("a red fox", seed=1), pipe.generate("a red fox", "blurry", 1.5, seed=1)
     assert plain.images.shape == (1, 64, 64, 3) and not np.array_equal(plain.images, guided.images)
+
+
+def test_the_command_knows_the_settings_of_a_loss_that_stands_beside_the_others(tmp_path: Path) -> None:
+    code, line = contributed("a loss")
+    # As if the tree had the file and the lines: what is asked of `losses` on its import happens after the command line was read once.
+    launcher = f"""
+import sys, types
+from snoopi_rt.cli import train
+def beside(name):
+    import snoopi_rt.export.training.losses
+    {textwrap.indent(code + line, "    ").strip()}
+train.import_module = beside
+from snoopi_rt.__main__ import run
+run()
+"""
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    words = ["train", "student", "--teacher", ".", "--prompts", "prompts.txt", "--out", "out", "--set", "contrast.weight=0.1", "--set"]
+    for setting, expected in (
+        ("contrast.deviation=wide", "contrast.deviation"),
+        ("contrast.colour=1", "unknown setting 'contrast.colour'"),
+    ):
+        command = [sys.executable, "-c", launcher, *words, setting]
+        refused = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
+        assert refused.returncode == 2 and expected in refused.stderr and "registered" not in refused.stderr, refused.stderr
 
 
 def test_the_loss_of_the_example_is_registered_with_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
