@@ -106,9 +106,7 @@ def compare(
         click.echo(f"{comparison.graph}: {comparison.first} against {comparison.second}")
         if not layers:
             for distance in comparison.distances:
-                verdict = (
-                    f"within {tolerance:g}" if distance.relative_l2 <= tolerance else "differs: --layers names the first node"
-                )
+                verdict = f"within {tolerance:g}" if distance.relative_l2 <= tolerance else "differs: --layers names the first node"
                 click.echo(visible(f"  {distance.output}: {comparison.described(distance)}, {verdict}"))
         elif beyond is None:
             click.echo(f"  {len(comparison.distances)} node outputs compared, all within {tolerance:g}")
