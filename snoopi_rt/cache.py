@@ -5,6 +5,7 @@ It knows nothing about its contents. An unusable cache stores nothing, silently:
 
 import contextlib
 import hashlib
+import heapq
 import json
 import os
 import secrets
@@ -160,19 +161,24 @@ class Cache:
         now = time.time()
         with contextlib.suppress(OSError):
             os.utime(self.path)  # tells other processes when it was last trimmed
-        entries = []
-        for used, size, path in (entry for kind in KINDS for entry in self._entries(kind)):
+        excess = -self.limit
+        for used, size, path in self._all_entries():
             if not path.name.startswith("."):
-                entries.append((used if used <= now + RECENT else 0.0, size, path))
+                excess += size
             elif abs(used - now) > RECENT:
                 _remove(path)
-        entries.sort()
-        excess = sum(size for _, size, _ in entries) - self.limit
-        for _, size, path in entries:
-            if excess <= 0:
-                break
+        if excess <= 0:
+            return
+        # Only as many as must go are held, the most recent of them on top: a process never gives the memory of 200,000 entries back.
+        oldest: list[tuple[float, int, Path]] = []
+        for used, size, path in self._all_entries():
+            if not path.name.startswith("."):
+                heapq.heappush(oldest, (-used if used <= now + RECENT else 0.0, size, path))
+                excess -= size
+                while oldest and excess + oldest[0][1] <= 0:
+                    excess += heapq.heappop(oldest)[1]
+        for _, _, path in sorted(oldest, reverse=True):
             _remove(path)
-            excess -= size
 
     def _was_trimmed_recently(self) -> bool:
         try:
@@ -217,6 +223,9 @@ class Cache:
             write_whole(new / FILES, json.dumps(contents).encode())
             new.rename(folder)
         self.trim()
+
+    def _all_entries(self) -> Iterator[tuple[float, int, Path]]:
+        return (entry for kind in KINDS for entry in self._entries(kind))
 
     def _entries(self, kind: str) -> Iterator[tuple[float, int, Path]]:
         """The time of last use, the bytes and the path of each file and folder of one kind."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,27 @@ def test_scratch_that_a_killed_process_left_and_locks_are_removed() -> None:
         pass
     cache.clear()
     assert list((cache.path / "locks").iterdir()) == []
+
+
+def test_trimming_holds_no_more_entries_in_memory_than_it_removes(kept: Path) -> None:
+    cache = Cache()
+    for number in range(2000):
+        cache.write("states", f"{number}", b"bytes")
+        os.utime(kept / "states" / f"{number}", (number, number))
+    full = sum(cache.sizes().values())
+
+    def peak(limit: int) -> int:
+        tracemalloc.start()
+        try:
+            Cache(limit=limit).trim()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(full) < 200_000
+    assert peak(full - 12) < 200_000
+    names = {int(path.name) for path in (kept / "states").iterdir()}
+    assert names == set(range(3, 2000)), "three of five bytes, the least recently used"
 
 
 def test_a_write_does_not_wait_for_the_cache_to_be_trimmed(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
