@@ -41,7 +41,7 @@ pack() {
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d build/gpu \
         "diffusers>=0.42,<0.43" importlib-metadata zipp || exit 1
     # Tracked files as they lie here, without what only drawing with the embedded model needs. Links stay links.
-    { git ls-files -z --cached --others --exclude-standard -- . ':!weights' ':!snoopi_rt/bundles' ':!docs' && printf '%s\0' build/gpu/*.whl; } |
+    { git ls-files -z --cached --others --exclude-standard -- . ':!weights' ':!snoopi_rt/bundles' ':!docs' ':!export/evaluation/*.safetensors' && printf '%s\0' build/gpu/*.whl; } |
         tar -cf "$file" --null --transform='flags=r;s,^,snoopi-rt-gpu/,' -T - || exit 1
     [ "$(stat -c %s "$file")" -le "$LARGEST" ] || fail "$file is larger than $((LARGEST >> 20)) MiB"
     printf '%s: %s KiB\n' "$file" $(($(stat -c %s "$file") >> 10))

@@ -16,6 +16,7 @@ from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cli.main import main
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation import cost as cost_module
+from snoopi_rt.export.evaluation import judge as judge_module
 from snoopi_rt.export.evaluation import lite, small
 from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.judge import Judge
@@ -48,8 +49,9 @@ def test_a_folder_that_is_neither_bundle_nor_student_is_one_line(tmp_path: Path)
 
 
 @pytest.fixture
-def patterned(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every judge has the patterned domain."""
+def patterned(domain: Domain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every judge has the patterned domain, and none of the features of the true one."""
+    monkeypatch.setattr(judge_module, "SHIPPED", tmp_path / "nothing")
     monkeypatch.setattr(lite, "load_network", lambda name, weights: FarSighted())
     monkeypatch.setattr(Judge, "composer", domain.judge.composer)
     monkeypatch.setattr(small, "spread", lambda names, count: domain.names[:count])
@@ -85,7 +87,7 @@ def test_a_quick_run_writes_figures_and_sheets(tmp_path: Path, monkeypatch: pyte
         "cost",
     } <= sections
     assert any(row["name"] == "Frechet distance" and row["goal"] for row in document["judged"]["embedded"])
-    assert (tmp_path / "out" / "small.md").read_text().startswith("| measure | goal | embedded | teacher |")
+    assert (tmp_path / "out" / "small.md").read_text(encoding="utf-8").startswith("| measure | goal | embedded | teacher |")
     tool = runpy.run_path(str(ROOT / "tools" / "embedded_docs.py"))
     measures = {(row["section"], row["name"]) for row in document["judged"]["embedded"]}
     # Which natural prompts there are depends on the things, and this run draws one seed.
