@@ -1,7 +1,7 @@
 """A domain whose things are patterns of their own, a network that sees pictures as from afar, and samplers that compose them."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -79,5 +79,5 @@ def drawer_of(paint: Callable[[Scene, int], np.ndarray], edit: Callable[[Scene, 
     return Sampler(draw, "student", CELL)
 
 
-def by_name(rows: Sequence[Row] | object) -> dict[str, Row]:
-    return {row.name: row for row in rows}  # type: ignore[attr-defined]
+def by_name(rows: Iterable[Row]) -> dict[str, Row]:
+    return {row.name: row for row in rows}

@@ -2,7 +2,7 @@
 
 import click
 
-from snoopi_rt.cli.options import Number, complete_bundle, completed_by, say, threads_option
+from snoopi_rt.cli.options import Number, complete_bundle, completed_by, once, say, threads_option
 from snoopi_rt.engines import ENGINES
 from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 from snoopi_rt.shell import visible
@@ -43,7 +43,7 @@ def _graphs() -> tuple[str, ...]:
 @click.option("--layers", is_flag=True, help="Compare every node of the ONNX graph, and name the first that differs.")
 @click.option("--tolerance", type=Number(0), default=0.01, metavar="X", help="Relative L2 distance above which an output differs.")
 @click.option("--prompt", metavar="TEXT", help="Prompt to run the graphs with.  [default: that of bench]")
-@click.option("--neg", metavar="TEXT", help="Negative prompt.  [default: that of bench]")
+@click.option("--neg", metavar="TEXT", multiple=True, callback=once, help="Negative prompt.  [default: that of bench]")
 @threads_option
 def compare(
     bundles: tuple[str, ...],
