@@ -29,7 +29,7 @@ def clean(sampler: Sampler, domain: Domain, seeds: int) -> Iterator[Row]:
         return Seen(domain.judge.ranks(features, names) < TOP, features.numpy(), *pixel_metrics.seams(pictures, sampler.cell))
 
     plain = sampler(prompts, numbers)
-    harm = Harm(seen(plain), domain.judge.features(domain.real(scenes, plain.shape[1])).numpy())
+    harm = Harm(seen(plain), domain.real_features(scenes, plain.shape[1]).numpy())
     absent = {name: _absent_colour(domain, name) for name in dict.fromkeys(names)}
     negatives: dict[str, Negative] = {flaw: flaw for flaw in FLAWS}
     negatives |= {"generic list": GENERIC, UNRELATED: UNRELATED, "absent colour": [absent[name] for name in names]}

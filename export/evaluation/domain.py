@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
+from torch import Tensor
 
 from snoopi_rt.export.evaluation import pixel_metrics
 from snoopi_rt.export.evaluation.judge import Judge
@@ -97,11 +98,16 @@ class Domain:
 
     def real(self, scenes: Sequence[Scene], side: int, seed: int = 0) -> np.ndarray:
         """Composed real pictures of the scenes, (N, side, side, 3) uint8."""
-
-        def drawn(i: int) -> np.ndarray:
-            return self.judge.composer.draw(scenes[i], np.random.default_rng([seed, i]), side)
-
+        drawn = partial(self._real, scenes, side, seed)
         return np.stack(in_threads(drawn, range(len(scenes)), "real pictures", unit="picture", few=50))
+
+    def real_features(self, scenes: Sequence[Scene], side: int, seed: int = 0) -> Tensor:
+        """The judge's features of those pictures, (N, 1280), as Judge.kept keeps them."""
+        names = [f"{scene!r} {side} {seed} {i}" for i, scene in enumerate(scenes)]
+        return self.judge.kept(names, partial(self._real, scenes, side, seed))
+
+    def _real(self, scenes: Sequence[Scene], side: int, seed: int, i: int) -> np.ndarray:
+        return self.judge.composer.draw(scenes[i], np.random.default_rng([seed, i]), side)
 
     def limits(self, side: int) -> FlawThresholds:
         """The limits for pictures of that size."""

@@ -5,7 +5,7 @@ thing's own Twemoji drawing is among the nearest.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from snoopi_rt.export.evaluation.lite import Lite
+from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.small_model.dataset import compose, scene, sprites, vocabulary
 from snoopi_rt.export.small_model.dataset.compose import Composer
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE, Scene
@@ -25,7 +26,7 @@ from snoopi_rt.export.weights.files import fingerprint, save_tensors
 
 TOP = 5
 SIDE = 256  # pixels of scenes that are composed without chance
-MANY = 64  # scenes whose features are worth keeping on disk
+MANY = 64  # pictures whose features are worth keeping on disk
 SHIPPED = Path(__file__).parent
 """Where the features that a full evaluation needs come with snoopi-rt, as one evaluation left them in its `references`."""
 
@@ -77,16 +78,24 @@ class Judge:
         return self.ranks(self.of_scenes(self._scenes(DEFAULT_STYLE)), self.names)
 
     def of_scenes(self, scenes: Sequence[Scene]) -> Tensor:
-        """Features of scenes as they are composed without chance, (N, 1280), as fp16 holds them; those of many are kept on disk."""
-        missing = {key: scene for scene in scenes if (key := _key(scene)) not in self._features}
+        """Features of scenes as they are composed without chance, (N, 1280): see `kept`."""
+        return self.kept(list(map(repr, scenes)), lambda i: self.composer.draw(scenes[i], None, SIDE))
+
+    def kept(self, names: Sequence[str], picture: Callable[[int], np.ndarray]) -> Tensor:
+        """Features, (N, 1280), as fp16 holds them, of pictures that always look the same under their names; many are kept on disk.
+
+        picture: draws that of a place, (H, W, 3) uint8; only those are drawn whose features are missing.
+        """
+        keys = list(map(_key, names))
+        missing = {key: place for place, key in enumerate(keys) if key not in self._features}
         if missing:
-            pictures = np.stack([self.composer.draw(scene, None, SIDE) for scene in missing.values()])
-            self._features |= zip(missing, self.features(pictures).half(), strict=True)
+            pictures = in_threads(picture, list(missing.values()), "real pictures", unit="picture", few=50)
+            self._features |= zip(missing, self.features(np.stack(pictures)).half(), strict=True)
         if len(missing) >= MANY:
             self._folder.mkdir(parents=True, exist_ok=True)
             tensors = {"scenes": torch.tensor(list(self._features)), "features": torch.stack(list(self._features.values()))}
             save_tensors(self._folder / self._file, tensors, {"made_by": self._made_by})
-        return torch.stack([self._features[_key(scene)] for scene in scenes]).float()
+        return torch.stack([self._features[key] for key in keys]).float()
 
     @property
     def _file(self) -> str:
@@ -106,8 +115,8 @@ class Judge:
         return [Scene((name,), style=style) for name in self.names]
 
 
-def _key(scene: Scene) -> int:
-    return int.from_bytes(hashlib.sha256(repr(scene).encode()).digest()[:8], "big", signed=True)
+def _key(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
 
 
 def ranks(features: Tensor, references: Tensor, own: Sequence[int]) -> np.ndarray:

@@ -19,9 +19,9 @@ def sharpness(sampler: Sampler, domain: Domain, samples: int, teacher: float | N
     scenes = domain.scenes(samples, seed=11)
     made = sampler([plain_caption(scene) for scene in scenes], list(range(len(scenes))))
     real = domain.real(scenes, made.shape[1], seed=12)
-    ours, theirs = (domain.judge.features(pictures).numpy() for pictures in (made, real))
+    ours, theirs = domain.judge.features(made).numpy(), domain.real_features(scenes, made.shape[1], seed=12).numpy()
     # What other real pictures reach stands beside the teacher, whose figures are kept: it is the same for all.
-    other = domain.judge.features(domain.real(scenes, made.shape[1], seed=13)).numpy() if sampler.kind == "teacher" else None
+    other = domain.real_features(scenes, made.shape[1], seed=13).numpy() if sampler.kind == "teacher" else None
     distance = frechet(ours, theirs)
     detail = {} if other is None else {"of real pictures": frechet(other, theirs)}
     yield Row("sharpness", FRECHET, distance, unit="judge features", of=samples, detail=detail)

@@ -54,6 +54,19 @@ def test_features_of_scenes_are_kept_on_disk(domain: Domain, monkeypatch: pytest
     assert domain.judge._kept(tmp_path / "damaged") == domain.judge._kept(tmp_path / "absent") == {}
 
 
+def test_features_of_real_pictures_are_those_of_each_seed_and_computed_once(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = [Scene((name,)) for name in domain.names[:3]] * 2
+    features = domain.real_features(scenes, SIDE, seed=3)
+    plain = domain.judge.features(domain.real(scenes, SIDE, seed=3))
+    torch.testing.assert_close(features, plain, rtol=1e-3, atol=1e-3)
+    # The same scene twice is two pictures.
+    assert not torch.allclose(features[0], features[3], atol=1e-3)
+    monkeypatch.setattr(domain.judge, "features", None)  # would fail if it were called
+    assert torch.equal(domain.real_features(scenes, SIDE, seed=3), features)
+    with pytest.raises(TypeError):
+        domain.real_features(scenes, SIDE, seed=4)
+
+
 def test_features_that_ship_are_those_of_the_drawings_and_the_network_of_today(tmp_path: Path) -> None:
     judge = Judge(tmp_path, names=["cat", "castle"])
     scenes = [Scene(("cat",)), Scene(("castle",), style=UNSEEN.style), Scene(("cat",), count=3)]
