@@ -4,7 +4,6 @@ python examples/web_handler.py     (needs the extra `serve` for Starlette and uv
 """
 
 import asyncio
-import io
 import urllib.request
 
 import uvicorn
@@ -41,9 +40,7 @@ async def draw(request: Request) -> Response:
         return PlainTextResponse(str(error), 400)
     except snoopi_rt.Cancelled as error:
         return PlainTextResponse(str(error), 504)
-    file = io.BytesIO()
-    result.pil()[0].save(file, "png")
-    return Response(file.getvalue(), media_type="image/png", headers={"x-seed": str(result.seeds[0])})
+    return Response(result.encode("png")[0], media_type="image/png", headers={"x-seed": str(result.seeds[0])})
 
 
 async def main() -> None:

@@ -133,7 +133,7 @@ def find_source(
         "preset": " ".join([listed.name, *settings]),
     }
     licence = listed.licence if weights is None else folder.licence
-    stated = licence or f"not stated in the weights; that of preset {listed.name} is {listed.licence}"
+    stated = licence or f"{listed.licence}, as preset {listed.name} says (the weights state none)"
     return Source(chosen, parts, latent, stated, {key: value for key, value in provenance.items() if value})
 
 

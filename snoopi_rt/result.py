@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from snoopi_rt import __version__
+from snoopi_rt.errors import InputError
 from snoopi_rt.request import Request
 
 if TYPE_CHECKING:
@@ -77,6 +78,16 @@ class Result:
         paths = image_paths(path, None, prompts, self.seeds, scales)
         if_exists: image.IfExists = "count" if is_folder(path) else "replace"
         return [image.save(self.images[i], path, self.metadata(i), if_exists) for i, path in enumerate(paths)]
+
+    def encode(self, format: str = "png", quality: int = 95) -> list[bytes]:
+        """The images as bytes of files, each with what makes it again inside. format: "png", "jpeg" or "webp"; quality: 0 to 100, of the
+        latter two. Raises InputError for another format, OutputError for what the format cannot hold.
+        """
+        from snoopi_rt import image
+
+        if format not in image.FORMATS.values():
+            raise InputError(f"no image format {format!r}; there are {', '.join(dict.fromkeys(image.FORMATS.values()))}")
+        return [image.encode(self.images[i], format, self.metadata(i), quality) for i in range(len(self))]
 
     def __len__(self) -> int:
         return len(self.images)

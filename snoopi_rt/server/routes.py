@@ -64,8 +64,10 @@ async def generations(request: Request) -> Response:
         fields["error"] = str(error)
         raise HttpError(500, str(error), "server_error") from error
     metrics.images.labels(model.name).inc(len(result))
+    quality = 95 if parameters.output_compression is None else parameters.output_compression
     try:
-        files = await asyncio.gather(*(asyncio.to_thread(schema.encode, result, i, parameters) for i in range(len(result))))
+        encoded = await asyncio.gather(*(asyncio.to_thread(one.encode, parameters.output_format, quality) for one in result))
+        files = [file for one in encoded for file in one]
         urls = [_url(request, file, parameters.output_format) for file in files] if parameters.formats()[1] else None
     except SnoopiError as error:
         raise HttpError(400, str(error)) from error

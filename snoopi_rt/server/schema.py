@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from snoopi_rt import image
 from snoopi_rt.bundle.manifest import Vocabulary
 from snoopi_rt.errors import InputError
 from snoopi_rt.json_reader import parse_json
@@ -165,16 +164,6 @@ def parse_body(body: bytes) -> CreateImageRequest:
         raise InputError(f"{' '.join(place.split())[:100]}: {message}" if place else message) from error
     except ValueError as error:
         raise InputError(f"the body is not valid JSON: {error}") from error
-
-
-def encode(result: Result, index: int, request: CreateImageRequest) -> bytes:
-    """The file of one image, with its metadata."""
-    return image.encode(
-        result.images[index],
-        request.output_format,
-        result.metadata(index),
-        95 if request.output_compression is None else request.output_compression,
-    )
 
 
 def answer(model: str, result: Result, files: list[bytes], urls: list[str] | None, request: CreateImageRequest) -> ImagesResponse:

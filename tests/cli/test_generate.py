@@ -23,6 +23,7 @@ from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cli.main import main
 from snoopi_rt.cli.prompt_input import read_prompt
 from snoopi_rt.engines import installed
+from snoopi_rt.errors import InputError
 from snoopi_rt.image_names import image_paths, slug
 from snoopi_rt.pipeline import Pipeline
 
@@ -292,6 +293,11 @@ def test_a_result_saves_itself_and_shows_itself(pipe: Pipeline, here: Path) -> N
         "a-cat-7-2.png",
         "dogs/a-cat-7.png",
     ]
+    Path("sent.webp").write_bytes(three.encode("webp")[2])
+    assert image.read_metadata(Path("sent.webp")) == three.metadata(2)
+    assert one.encode() == [Path("cat.png").read_bytes()] and len(three.encode("jpeg", quality=5)[0]) < len(three.encode("jpeg")[0])
+    with pytest.raises(InputError, match=r"no image format 'gif'; there are png, jpeg, webp"):
+        one.encode("gif")
     assert repr(pipe) == "<Pipeline: 'tiny' on cpu, fp32, up to 4 images at once>"
     assert repr(pipe.bundle).startswith("<Bundle: 'tiny', backbone none, 16x16, 24x16, guidance nasa, for cpu, openvino, in '/")
     assert repr(one).startswith("<Result: 1 image of 16x16, 'a cat', seed 7, cpu, ")

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from snoopi_rt.pipeline import Pipeline
+from snoopi_rt.result import Result
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 httpx = pytest.importorskip("httpx")
 from serving import DRAW, command, served  # noqa: E402
 
-from snoopi_rt.server import connection, schema  # noqa: E402
+from snoopi_rt.server import connection  # noqa: E402
 from snoopi_rt.server.settings import Settings  # noqa: E402
 
 
@@ -66,7 +67,7 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off(pipe: Pipeline, monke
     ended = threading.Event()
     lost = connection.Connection.connection_lost
     monkeypatch.setattr(connection.Connection, "connection_lost", lambda self, error: (lost(self, error), ended.set()))
-    monkeypatch.setattr(schema, "encode", lambda *_: b"x" * 2**23)
+    monkeypatch.setattr(Result, "encode", lambda *_: [b"x" * 2**23])
     with served(Settings({"tiny": lambda: pipe})) as address:
         ended.clear()
         with socket.socket() as client:
