@@ -14,6 +14,7 @@ from snoopi_rt.server import openapi, routes
 from snoopi_rt.server.http_errors import HANDLERS
 from snoopi_rt.server.image_store import ImageStore
 from snoopi_rt.server.logs import log_event
+from snoopi_rt.server.memory import keep_trimming
 from snoopi_rt.server.metrics import Metrics
 from snoopi_rt.server.middleware import RequestMiddleware
 from snoopi_rt.server.models import Models, OpenModel, open_here
@@ -42,9 +43,10 @@ def application(settings: Settings, open_model: OpenModel = open_here, opened: O
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # Health checks are answered meanwhile: an engine may compile for minutes.
-        opening = asyncio.create_task(open_models())
+        tasks = [asyncio.create_task(open_models()), asyncio.create_task(keep_trimming())]
         yield
-        opening.cancel()
+        for task in tasks:
+            task.cancel()
         await models.close()
 
     app = FastAPI(
