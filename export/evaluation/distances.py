@@ -56,7 +56,7 @@ def cmmd(images: ImageSet, context: Context) -> Iterator[Row]:
 
 def precision(images: ImageSet, context: Context, weights: str = "inception", after: str = "") -> Iterator[Row]:
     """Precision and recall, density and coverage in the features of a network."""
-    made, real = _features(weights, images, context)
+    made, real = _features(weights, images, context, at_least=DENSITY_BALLS + 1)
     near, wide = (Neighbourhoods.of(real, made, k) for k in (PRECISION_BALLS, DENSITY_BALLS))
     for name, values in (
         ("precision", near.balls > 0),
@@ -90,11 +90,12 @@ def _kernel(name: str, unit: str, images: ImageSet, context: Context, weights: s
     yield Row("FID", name, float(subsets.mean()), unit=unit, of=len(made), interval=interval, detail=_detail(context, weights))
 
 
-def _features(weights: str, images: ImageSet, context: Context) -> tuple[np.ndarray, np.ndarray]:
+def _features(weights: str, images: ImageSet, context: Context, at_least: int = 2) -> tuple[np.ndarray, np.ndarray]:
     if context.reference is None:
         raise InputError("FID, KID, precision and recall need real images: --reference FOLDER")
-    if min(len(images.files), len(context.reference.files)) < 2:
-        raise InputError("a distance of sets needs at least two images of each")
+    made, real = len(images.files), len(context.reference.files)
+    if min(made, real) < at_least:
+        raise InputError(f"there are {made} images and {real} real ones: this measure needs {at_least} of each")
     return context.image_features(weights, images), context.image_features(weights, context.reference)
 
 

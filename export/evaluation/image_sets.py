@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from snoopi_rt.batch.prompt_file import PromptFile
@@ -100,8 +101,12 @@ def _decoded(file: Path) -> tuple[Image.Image, str]:
             if picture.mode.startswith(("I", "F")):
                 raise InputError(f"image {file} has more than 8 bits per channel ({picture.mode}): convert it first")
             return picture.convert("RGB"), picture.mode
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"image {file} is missing") from None
+    except UnidentifiedImageError:
+        raise InputError(f"image {file} is damaged, or not an image") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"image {file} cannot be read: {error}") from error
 
@@ -143,11 +148,12 @@ def _rows(path: Path, style: str | None) -> list[PromptRow]:
     return rows
 
 
-def images_with_prompts(name: str, folder: Path, rows: Sequence[PromptRow]) -> ImageSet:
+def images_with_prompts(name: str, folder: Path, rows: Sequence[PromptRow], limit: int | None = None) -> ImageSet:
     """The images of another program: FOLDER/00000.png and so on, numbered from 0 or from 1, or as the column `file` says; where rows
     have styles and FOLDER their folders, FOLDER/STYLE/00000.jpg, numbered within each, as HPSv2 has them.
 
-    Raises InputError for a missing image, one that is there twice, and one without a prompt. Other folders are left alone and listed.
+    rows: of all images; limit: takes at most so many of them, evenly, as read_prompts does. Raises InputError for a missing image, one
+    that is there twice, and one without a prompt. Other folders are left alone and listed, images that no `file` names are counted.
     """
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}")
@@ -155,11 +161,13 @@ def images_with_prompts(name: str, folder: Path, rows: Sequence[PromptRow]) -> I
         unnamed = next((row.prompt for row in rows if not row.file), None)
         if unnamed is not None:
             raise InputError(f"prompt {unnamed!r} has no file, but others have")
-        files = [folder / str(row.file) for row in rows]
-        missing = next((file for file in files if not file.is_file()), None)
-        if missing is not None:
-            raise InputError(f"image {missing} is missing")
-        return ImageSet(name, tuple(files), tuple(rows), facts={"folder": folder.name})
+        files = [_named(folder, str(row.file)) for row in rows]
+        twice = next((file for file, times in Counter(files).items() if times > 1), None)
+        if twice is not None:
+            raise InputError(f"image {twice} is the file of two prompts")
+        unused = len({file for place in {file.parent for file in files} for file in _images(place)} - set(files))
+        facts: dict[str, Any] = {"images that no prompt names": unused} if unused else {}
+        return ImageSet(name, tuple(spread(files, limit)), tuple(spread(rows, limit)), facts={"folder": folder.name, **facts})
     places: list[Path] = [folder] * len(rows)
     if all(row.style and (folder / row.style).is_dir() for row in rows):
         places = [folder / str(row.style) for row in rows]
@@ -169,15 +177,29 @@ def images_with_prompts(name: str, folder: Path, rows: Sequence[PromptRow]) -> I
         for i, file in zip(indices, _numbered(place, len(indices)), strict=True):
             files[i] = file
     ignored = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry not in used and not entry.name.startswith("."))
-    return ImageSet(name, tuple(files), tuple(rows), facts={"folder": folder.name} | ({"ignored folders": ignored} if ignored else {}))
+    facts = {"ignored folders": ignored} if ignored else {}
+    return ImageSet(name, tuple(spread(files, limit)), tuple(spread(rows, limit)), facts={"folder": folder.name, **facts})
+
+
+def _named(folder: Path, file: str) -> Path:
+    """The image that a column `file` names. Raises InputError where it is missing or outside the folder."""
+    path = Path(os.path.normpath(folder / file))
+    if not path.is_relative_to(os.path.normpath(folder)):
+        raise InputError(f"image {file!r} is outside {folder}")
+    if not path.is_file():
+        raise InputError(f"image {path} is missing")
+    return path
+
+
+def _images(folder: Path) -> list[Path]:
+    """The images of a folder, by name."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
 
 
 def _numbered(folder: Path, count: int) -> list[Path]:
     """The images of a folder by their numbers, which are 0 to count - 1, or 1 to count."""
     by_number: dict[int, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
-            continue
+    for file in _images(folder):
         if not re.fullmatch(r"\d+", file.stem):
             raise InputError(f"image {file} is not named by a number: a column `file` of the prompts says whose it is")
         number = int(file.stem)
@@ -185,9 +207,10 @@ def _numbered(folder: Path, count: int) -> list[Path]:
             raise InputError(f"image {number} of {folder} is there twice: {by_number[number].name} and {file.name}")
         by_number[number] = file
     first = 1 if 0 not in by_number and count in by_number else 0
+    width = max((len(file.stem) for file in by_number.values()), default=5)
     for number in range(first, first + count):
         if number not in by_number:
-            raise InputError(f"image {folder / f'{number:05d}'}.* is missing: {count} prompts need {count} images")
+            raise InputError(f"image {folder / f'{number:0{width}d}'}.* is missing: {count} prompts need {count} images")
     extra = next((file for number, file in by_number.items() if not first <= number < first + count), None)
     if extra is not None:
         raise InputError(f"image {extra} has no prompt: there are {count}")
@@ -198,7 +221,7 @@ def reference_images(folder: Path) -> ImageSet:
     """All images of a folder of real ones. Raises InputError where there is none."""
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder} of reference images")
-    files = tuple(sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES))
+    files = tuple(_images(folder))
     if not files:
         raise InputError(f"folder {folder} holds no image ({', '.join(SUFFIXES)})")
     return ImageSet("reference", files, facts={"folder": folder.name})

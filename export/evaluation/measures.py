@@ -115,25 +115,29 @@ def bundle_of(subject: Subject) -> snoopi_rt.Bundle | None:
 def dry_run(plan: Plan, say: Callable[[str], None]) -> None:
     """Says what would be fetched, made and computed. Loads nothing, but reads the prompts."""
     plan.check()
-    rows = read_prompts(plan.prompts, plan.limit)
+    everything = read_prompts(plan.prompts)
+    rows = spread(everything, plan.limit)
     for name in plan.needed:
         say(availability(WEIGHTS[name], plan.weights.get(name)))
     images = 0
     for subject in plan.subjects:
         if subject.kind == "images":
-            images += len(images_with_prompts(subject.name, subject.path or Path(), rows).files)
+            images += len(images_with_prompts(subject.name, subject.path or Path(), everything, plan.limit).files)
             say(f"images {subject.name}: {len(rows):,} there")
         else:
             made = len(list((plan.out / "images" / subject.name).glob("*.png")))
             images += len(rows)
             say(f"images {subject.name}: {len(rows):,}, of which {made:,} are there; `snoopi-rt bench` says how long one takes here")
+    real = 0
     if plan.reference is not None:
         real = len(reference_images(plan.reference).files)
-        images += real
         say(f"reference: {real:,} images")
+    compared = {name for measure in plan.measures if MEASURES[measure].reference for name in MEASURES[measure].weights}
     for name in plan.needed:
-        seconds = images * SECONDS[name]
-        say(f"features {name}: {images:,} images, about {seconds / 60:,.0f} min on two cores of a CPU")
+        count = images + (real if name in compared else 0)
+        seconds = count * SECONDS[name]
+        time_taken = f"{seconds / 60:,.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
+        say(f"features {name}: {count:,} images, about {time_taken} on two cores of a CPU")
 
 
 SECONDS = {
@@ -155,7 +159,8 @@ def evaluate(plan: Plan, say: Callable[[str], None], context: Context | None = N
     context: for tests; by default the weights are located, and fetched where they are missing.
     """
     plan.check()
-    rows = read_prompts(plan.prompts, plan.limit)
+    everything = read_prompts(plan.prompts)
+    rows = spread(everything, plan.limit)
     reference = None if plan.reference is None else reference_images(plan.reference)
     context = context or open_context(plan.needed, plan.weights, plan.out, say)
     context.reference = reference
@@ -165,7 +170,7 @@ def evaluate(plan: Plan, say: Callable[[str], None], context: Context | None = N
     columns: dict[str, list[Row]] = {}
     for subject in plan.subjects:
         start = time.perf_counter()
-        images, sampler = _image_set(subject, plan, rows)
+        images, sampler = _image_set(subject, plan, everything)
         document["who"][subject.name] = _facts(images, rows)
         seconds = timings[subject.name] = {"images": round(time.perf_counter() - start, 3)}
         columns[subject.name] = []
@@ -213,9 +218,11 @@ def _facts(images: ImageSet, rows: Sequence[PromptRow]) -> dict[str, Any]:
     return {**images.facts, **counts, "used": len(images.files), **seeds, **images.check(), "sha256": images.hash}
 
 
-def _image_set(subject: Subject, plan: Plan, rows: Sequence[PromptRow]) -> tuple[ImageSet, Sampler | None]:
+def _image_set(subject: Subject, plan: Plan, everything: Sequence[PromptRow]) -> tuple[ImageSet, Sampler | None]:
+    """everything: all prompts, of which the plan's limit takes some."""
     if subject.kind == "images":
-        return images_with_prompts(subject.name, subject.path or Path(), rows), None
+        return images_with_prompts(subject.name, subject.path or Path(), everything, plan.limit), None
+    rows = spread(everything, plan.limit)
     sampler = open_sampler(subject, plan.steps, plan.guidance)
     return make_images(subject.name, sampler, rows, plan.out / "images" / subject.name, plan.seed, plan.scale), sampler
 

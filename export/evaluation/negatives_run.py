@@ -16,7 +16,7 @@ from snoopi_rt.errors import BundleError, InputError
 from snoopi_rt.export.evaluation.context import Context, open_context
 from snoopi_rt.export.evaluation.figures import plot_tradeoff
 from snoopi_rt.export.evaluation.image_sets import ImageSet
-from snoopi_rt.export.evaluation.measures import THUMBNAIL, Subject, bundle_of, check_subjects, open_sampler
+from snoopi_rt.export.evaluation.measures import SECONDS, THUMBNAIL, Subject, bundle_of, check_subjects, open_sampler
 from snoopi_rt.export.evaluation.negatives import (
     CLASSIFIER,
     Trial,
@@ -84,7 +84,9 @@ def dry_run_negatives(plan: NegativesPlan, say: Callable[[str], None]) -> None:
     count = len(read_pairs(plan.pairs, plan.limit)) * plan.seeds
     say(availability(WEIGHTS[CLASSIFIER], plan.weights.get(CLASSIFIER)))
     scales = len(plan.scales) or 4
-    say(f"images: {count:,} pictures of each of {len(plan.subjects)} students, twice without a negative and twice at {scales} scales")
+    images = count * len(plan.subjects) * 2 * (1 + scales)
+    say(f"images: {images:,}; {count:,} for each model, twice without a negative prompt and twice at each of {scales} scales")
+    say(f"features {CLASSIFIER}: about {max(1, round(images * SECONDS[CLASSIFIER] / 60)):,} min on two cores of a CPU")
 
 
 def evaluate_negatives(plan: NegativesPlan, say: Callable[[str], None], context: Context | None = None) -> dict[str, list[Row]]:

@@ -15,6 +15,7 @@ from snoopi_rt.files import reason, sha256
 from snoopi_rt.shell import quote
 
 TORCH_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+OFFLINE, NOT_FETCHED = "the hub cannot be reached", "not fetched"
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -104,9 +105,13 @@ def locate(names: Sequence[str], chosen: Mapping[str, str], say: Callable[[str],
 
     Where some cannot be had, says a line for each, with its size, where it is expected and what fetches it, and raises SnoopiError.
     """
-    located, missing = {}, []
+    located, missing, fetch = {}, [], True
     for name in dict.fromkeys(names):
-        path, trouble = _find(WEIGHTS[name], chosen.get(name))
+        path, trouble = _find(WEIGHTS[name], chosen.get(name), fetch)
+        if trouble == OFFLINE:
+            fetch = False  # each further attempt would take as long
+        elif trouble == NOT_FETCHED:
+            trouble = OFFLINE
         if path is None:
             missing.append(name)
             say(_missing(WEIGHTS[name], trouble))
@@ -181,7 +186,7 @@ def _from_url(weights: WeightFile, fetch: bool) -> tuple[Path | None, str]:
     if weights.expected.is_file():
         return weights.expected, ""
     if not fetch:
-        return None, "not fetched"
+        return None, NOT_FETCHED
     try:
         weights.expected.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(weights.source + weights.file, str(weights.expected), weights.sha256 or None)
@@ -192,12 +197,17 @@ def _from_url(weights: WeightFile, fetch: bool) -> tuple[Path | None, str]:
 
 def _from_hub(repository: str, file: str, fetch: bool) -> tuple[Path | None, str]:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
 
     turn_off_telemetry()
+    logging.set_verbosity_error()  # a warning for each of its retries
     try:
         cached = try_to_load_from_cache(repository, file)
         if isinstance(cached, str):
             return Path(cached), ""
-        return (Path(hf_hub_download(repository, file)), "") if fetch else (None, "not fetched")
+        return (Path(hf_hub_download(repository, file)), "") if fetch else (None, NOT_FETCHED)
+    except LocalEntryNotFoundError:
+        return None, OFFLINE
     except Exception as error:  # the hub's own, or what the HTTP client underneath raises
         return None, why(error)

@@ -96,6 +96,43 @@ def test_what_is_missing_twice_or_without_a_prompt_is_named(tmp_path: Path) -> N
         images_with_prompts("x", folder, prompts(5, file="x.png"))
 
 
+def test_a_file_of_two_prompts_or_outside_the_folder_is_refused_and_images_of_no_prompt_are_counted(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "set", 4)
+    rows = [PromptRow(f"picture {i}", file=f"{i:05d}.png") for i in range(3)]
+    images = images_with_prompts("x", folder, rows)
+    assert [file.name for file in images.files] == ["00000.png", "00001.png", "00002.png"]
+    assert images.facts["images that no prompt names"] == 1
+    with pytest.raises(InputError, match=r"00001.png is the file of two prompts"):
+        images_with_prompts("x", folder, [*rows, PromptRow("again", file="./00001.png")])
+    write_images(tmp_path / "other", 1)
+    with pytest.raises(InputError, match=r"image '../other/00000.png' is outside "):
+        images_with_prompts("x", folder, [PromptRow("p", file="../other/00000.png")])
+
+
+def test_a_limit_takes_the_images_of_the_prompts_that_it_takes(tmp_path: Path) -> None:
+    folder, rows = write_images(tmp_path / "set", 10), prompts(10)
+    images = images_with_prompts("x", folder, rows, 3)
+    assert [file.stem for file in images.files] == ["00000", "00003", "00006"]
+    assert images.prompts == [row.prompt for row in (rows[0], rows[3], rows[6])]
+    named_files = images_with_prompts("x", folder, [replace(row, file=f"{i:05d}.png") for i, row in enumerate(rows)], 3)
+    assert named_files.files == images.files
+    for file in folder.iterdir():
+        file.rename(folder / f"0{file.name}")
+    (folder / "000004.png").unlink()
+    with pytest.raises(InputError, match=r"000004.\* is missing: 10 prompts need 10 images"):
+        images_with_prompts("x", folder, rows, 3)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "..", ".", "a\nb"])
+def test_a_name_that_would_be_a_path_is_refused(tmp_path: Path, name: str) -> None:
+    folder = write_images(tmp_path / "set", 1)
+    (tmp_path / "p.txt").write_text("a cat\n")
+    words = ["eval", "clip", "--images", f"{name}={folder}", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2 and "is not a plain name: files are called after it" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_damaged_image_of_many_is_refused_by_name(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "set", 60, side=16)
     whole = (folder / "00041.png").read_bytes()
