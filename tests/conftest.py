@@ -1,5 +1,6 @@
 """The tiny bundle, whole and damaged, on its engines and on fakes; folders of tiny students."""
 
+import functools
 import gc
 import os
 import shutil
@@ -14,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import numpy as np
 import pytest
 import torch
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 try:
     from snoopi_rt.engines.fake import FakeEngine
@@ -31,6 +33,9 @@ from snoopi_rt.prompt_encoder import write_prompts
 # Read when triton is imported: without a GPU its kernels run on the CPU, slowly.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The exporter reads the sources of torchlib's 500 functions again for every graph: half of the time that a tiny one takes.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 QUICK = (
     "test_api",

@@ -89,7 +89,7 @@ if [ "$first" = pack ]; then
     exit
 fi
 for name in "$@"; do
-    printf '%s\n' "${PARTS[@]}" | grep -q "^$name " || fail "unknown part $name: $0 parts"
+    grep -q "^$name " <<< "$(printf "%s\n" "${PARTS[@]}")" || fail "unknown part $name: $0 parts"
 done
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -243,7 +243,7 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_succeeds(tiny_student
         f"options = ExportOptions(**{WITHOUT_TEXT_ENCODER})\n"
         "measure = variants.measure\n"
         "def killed(graph, *rest):\n"
-        "    if graph == 'decoder': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if graph == 'generator': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return measure(graph, *rest)\n"
         "variants.measure = killed\n"
         "exporter.export(source.find_source('small', sys.argv[1]), Path(sys.argv[2]), options)\n"
