@@ -23,7 +23,7 @@ from snoopi_rt.errors import EngineMissing, InputError, how_to_install
 from snoopi_rt.server.settings import MAX_TIMEOUT, Settings, read_key
 
 
-@click.command(epilog="Example: snoopi-rt serve --port 8000, then POST http://127.0.0.1:8000/v1/images/generations")
+@click.command(epilog="Example: snoopi-rt serve --port 8000 --bundle my-bundle")
 @click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Address to listen on; any other than loopback needs an API key.")
 @click.option("--port", type=Integer(1, 65535), default=8000, metavar="N", help="Port to listen on.")
 @click.option(

@@ -20,7 +20,7 @@ from snoopi_rt.export.presets.rows import DEFAULT_PRESET, PRESETS
 from snoopi_rt.export.training.recipes import DEFAULT, RECIPES
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "tools").glob("*.py"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "tools").glob("*.py"))]
 
 
 def commands(group: click.Group = main, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -100,7 +100,7 @@ def documented() -> Iterator[tuple[str, bool, list[str]]]:
         lines += [(path.name, True, match[1] or match[2]) for match in re.finditer(SHOWN, text, re.M)]
         lines += [(path.name, False, inline.replace("\n", " ")) for inline in re.findall(r"`(snoopi-rt [^`]*)`", text)]
     for name, whole, line in lines:
-        words = shlex.split(line.replace("(", " ").replace(", then", " #"), comments=True)
+        words = shlex.split(line.replace("(", " "), comments=True)
         start = words.index("snoopi-rt" if "snoopi-rt" in words else "snoopi_rt")
         end = next((place for place, word in enumerate(words) if place > start and word in ("|", "&&", ">")), len(words))
         if not words[0].startswith("_SNOOPI_RT_COMPLETE"):
@@ -124,7 +124,8 @@ def test_every_documented_command_can_be_typed_as_it_stands() -> None:
         try:
             parsed(words)
         except click.MissingParameter as error:
-            assert not whole, (where, words, error.format_message())
+            is_name = not whole and not any(word.startswith("-") for word in words)
+            assert is_name, (where, words, error.format_message())
         except click.UsageError as error:
             raise AssertionError((where, words, error.format_message())) from error
         seen += 1
