@@ -1,6 +1,6 @@
 """Damaged and odd inputs of every kind: each gives the right picture, or one clear line and the right exit code. One line per finding.
 
-    python tools/fuzz.py --inputs 10000 --out docs/fuzz.json            # in full
+    python tools/fuzz.py --inputs 10000 --out out/fuzz.json             # in full
     python tools/fuzz.py --seconds 55 --out out/fuzz.json               # what fits into that time, shared by all kinds
     python tools/fuzz.py --kind rows --first 1234 --inputs 1            # one input again
 

@@ -1,6 +1,6 @@
 """kill -9 at random moments of an export, and of engine builds and writes into the cache: what is left, and whether the next run works.
 
-    python tools/kills.py --kills 200 --out docs/kills.json
+    python tools/kills.py --kills 200 --out out/kills.json
 
 After every kill nothing that is not whole may lie under a final name, and what lies under another may not pile up. Every run begins
 with what the one before it left, one in ten is let go to its end, and so is the last: its bundle is whole, its picture the right one.

@@ -70,7 +70,7 @@ def main(clients: tuple[int, ...], seconds: float, batching: str, out: Path) -> 
 
 
 def bare(seconds: float) -> dict[str, float]:
-    """Images a second of a loop that draws one image and encodes it, every prompt known, and CPU seconds of each."""
+    """Images per second of a loop that draws one image and encodes it, every prompt known, and CPU seconds of each."""
     with snoopi_rt.load() as pipe:
         pipe.warmup()
         for prompt in PROMPTS:

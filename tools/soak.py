@@ -1,6 +1,6 @@
 """A soak of `snoopi-rt serve`: clients with ever new prompts while the served bundle's folder is replaced by rename, twice a minute.
 
-    python tools/soak.py --minutes 10 --clients 64 --out docs/soak.json
+    python tools/soak.py --minutes 10 --clients 64 --out out/soak.json
 
 The server keeps the bundle that it opened: every answer is a picture of that one, or 429. One picture in twenty is drawn again here and may
 differ by one level. The first prompts are long ones, which fill the server's store of prompts' states (64 MiB): its memory after that, and
@@ -92,7 +92,7 @@ class Clients:
         self.full_at: float | None = None
         self._filling, self._seed, self._pipe = clients, seed, snoopi_rt.load(engine="cpu")
         (states,) = self._pipe.bundle.variant("text_encoder", "cpu").outputs
-        # Two prompts a request, of as many tokens as there may be.
+        # Two prompts per request, of as many tokens as there may be.
         self._long = math.ceil(IN_MEMORY / (2 * 4 * self._pipe.bundle.text.max_tokens * (states.shape[-1] or 1)) / clients)
 
     async def ready(self, http: aiohttp.ClientSession) -> None:

@@ -64,7 +64,7 @@ def main(backbone: str, teacher: Path, batches: Sequence[int], negative: str | N
     largest = rows[-2:]
     slope, base = np.polyfit([row["batch"] for row in largest], [row["peak"] for row in largest], 1)
     stated = base + slope * for_batch
-    click.echo(f"{base / GIB:.2f} GiB and {slope / GIB:.2f} a sample: {stated / GIB:.1f} GiB at {for_batch}")
+    click.echo(f"{base / GIB:.2f} GiB and {slope / GIB:.2f} per sample: {stated / GIB:.1f} GiB at {for_batch}")
     document = {
         "backbone": backbone,
         "device": device_name(processes.device),

@@ -2,13 +2,13 @@
 
 Each of the four classes is one Gaussian; the student draws class c as b_c + A_c z, again a Gaussian, so that the scores of teacher and
 student, conditional and unconditional, are known in closed form at every noise level. What is left of training is what kappa does. The
-LoRA teacher is the student as it was: it follows at a rate a step (1: it is the student itself).
+LoRA teacher is the student as it was: it follows at a rate per step (1: it is the student itself).
 
 Every setting runs at every learning rate with the same seeds. Reported: the largest learning rate at which all seeds end near the target
 (the margin of stability), and at a common learning rate the Wasserstein-2 distance at the end, its spread over the seeds, and the share
 that diverged.
 
-    python tools/vsd_mixture.py --out docs/vsd_mixture.json
+    python tools/vsd_mixture.py --out docs/lab/vsd_mixture.json
 """
 
 import json
@@ -48,7 +48,7 @@ SETTINGS = {
 
 def x0_of_gaussian(x_t: Tensor, mean: Tensor, covariance: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """E[x0 | x_t] (..., 2) and the log density of x_t (...,) up to a constant, where x0 is Gaussian with mean (..., 2)."""
-    # Written out for 2 x 2: linear algebra of the library takes a call a matrix.
+    # Written out for 2 x 2: linear algebra of the library takes one call per matrix.
     (p, q), (_, r) = (row.unbind(-1) for row in covariance.unbind(-2))
     alpha2, sigma2 = alpha[..., 0] ** 2, sigma[..., 0] ** 2
     xx, xy, yy = alpha2 * p + sigma2, alpha2 * q, alpha2 * r + sigma2
@@ -133,7 +133,7 @@ def quantiles(distances: Tensor) -> list[float | None]:
 @click.option("--seeds", default=32)
 @click.option("--steps", default=300)
 @click.option("--batch", default=16)
-@click.option("--follow", "follows", multiple=True, type=float, default=(1.0, 0.05), help="How fast the LoRA teacher follows, a step.")
+@click.option("--follow", "follows", multiple=True, type=float, default=(1.0, 0.05), help="How fast the LoRA teacher follows, per step.")
 @click.option("--weight", "weights", multiple=True, default=("swiftbrush", "dmd"))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(seeds: int, steps: int, batch: int, follows: tuple[float, ...], weights: tuple[str, ...], out: Path) -> None:
@@ -200,7 +200,7 @@ def plot(rows: list[dict], path: Path) -> None:
                 (line,) = axes.plot(rates, middle, label=row["kappa"], linestyle="-" if row["kappa"].startswith("random") else "--")
                 axes.fill_between(rates, low, high, color=line.get_color(), alpha=0.1)
         axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="distance at the end (lines end where runs diverge)")
-        axes.set_title(f"weight {weight}, the LoRA teacher follows at {follow:g} a step")
+        axes.set_title(f"weight {weight}, the LoRA teacher follows at {follow:g} per step")
     figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
