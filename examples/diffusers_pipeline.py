@@ -1,4 +1,4 @@
-"""One seed of a one-step pipeline of diffusers while the scale of its negative prompt rises, side by side in one picture.
+"""One seed of a one-step pipeline of diffusers while the scale of its negative prompt rises, side by side in one image.
 
 python examples/diffusers_pipeline.py stabilityai/sd-turbo "a cat in a garden" flowers
 """
@@ -20,7 +20,7 @@ images = [
         prompt,
         negative_prompt=negative,
         negative_scale=scale,
-        guidance_scale=0,  # no second call for what is not wanted
+        guidance_scale=0,  # classifier-free guidance would call the network twice
         num_inference_steps=1,
         generator=torch.Generator().manual_seed(7),
     ).images[0]

@@ -1,4 +1,4 @@
-"""A desktop program's loop: a slider moves, and the picture of one seed follows. Drawn is always the newest value, off the window's thread.
+"""A desktop program's loop: a slider moves, and the image of one seed follows. The newest value is drawn, off the window's thread.
 
 python examples/slider.py
 """
@@ -10,10 +10,10 @@ import snoopi_rt
 
 
 class Preview:
-    """Draws the newest scale that it was told. What was begun is shown: a hand that never rests would see nothing otherwise."""
+    """Draws the newest scale. A drawing that has started is always shown: a slider that never rests would show nothing otherwise."""
 
     def __init__(self, pipe: snoopi_rt.Pipeline, prompt: str, negative: str, seed: int) -> None:
-        # Encoded once: no move of the slider looks at text again.
+        # Encoded once: moving the slider encodes nothing.
         self.prompt, self.negative = pipe.prepare(prompt), pipe.prepare(negative)
         self.pipe, self.seed = pipe, seed
         self.newest: float | None = None
@@ -29,7 +29,7 @@ class Preview:
             self.moved.notify()
 
     def close(self) -> None:
-        """Draws what was told last, then ends."""
+        """Draws the newest scale, then ends."""
         with self.moved:
             self.closed = True
             self.moved.notify()

@@ -1,4 +1,4 @@
-"""An asyncio web service of your own around a pipeline, where `snoopi-rt serve` is not what you want: timeouts, and clients that go.
+"""An asyncio web service of your own around a pipeline, if `snoopi-rt serve` is not what you want: timeouts, and clients that disconnect.
 
 python examples/web_handler.py     (needs the extra `serve` for Starlette and uvicorn; it asks itself once and ends)
 """
@@ -26,7 +26,7 @@ async def gone(request: Request) -> None:
 async def draw(request: Request) -> Response:
     """GET /?prompt=...&negative=...: a PNG."""
     asked = request.query_params
-    # In a thread: the event loop serves others meanwhile.
+    # In a thread, so that the event loop serves others meanwhile.
     drawing = asyncio.create_task(pipe.generate_async(asked.get("prompt"), asked.get("negative"), timeout=5))
     watching = asyncio.create_task(gone(request))
     await asyncio.wait((drawing, watching), return_when=asyncio.FIRST_COMPLETED)

@@ -126,7 +126,7 @@ def cut(words: str, tokenizer: Tokenizer, to_length: bool) -> str:
 
 def measure(contenders: Contenders, runs: int, arguments: Callable[[int], Sequence[Any]]) -> dict[str, dict[str, Any]]:
     """Median and minimum seconds of each, its median ratio to the first, which is the baseline, the rms distance to the baseline's output
-    (None for other noise), and the median seconds of its parts, where it reports them.
+    (None for other noise), and the median seconds of its parts, if it reports them.
 
     arguments: of a call, by a number that no two timed calls share: pipelines of ours share prompt states by way of the disk.
     """

@@ -1,11 +1,11 @@
-"""Writes the figures and the pictures of the embedded model into README.md and docs/, from one evaluation of it.
+"""Writes the figures and the images of the embedded model into README.md and docs/, from one evaluation of it.
 
     snoopi-rt eval small --teacher weights/small/teacher --out out/evaluation
     snoopi-rt bench --engine cpu --engine openvino --runs 100 | tail -n 1 > out/bench.json
     python tools/embedded_docs.py --evaluation out/evaluation --bench out/bench.json
 
-Needs chromium and playwright for the picture of the web page. Without options only the tables are written again, from docs/evaluation.json
-and docs/bench.json; a figure that is not there is TODO-FIGURE.
+Needs chromium and playwright for the screenshot of the web page. Without options only the tables are written again, from
+docs/evaluation.json and docs/bench.json; a figure that is not there is TODO-FIGURE.
 """
 
 import json
@@ -66,8 +66,8 @@ DRAWN = {
             "flaw that is named",
         )
     },
-    "fine detail, of real pictures'": ("sharpness", "fine-detail energy"),
-    "Frechet distance, of the teacher's": ("sharpness", "Frechet distance"),
+    "fine detail, relative to real images'": ("sharpness", "fine-detail energy"),
+    "Frechet distance, relative to the teacher's": ("sharpness", "Frechet distance"),
 }
 ONLY_STUDENT = ("sharpness", "Frechet distance")
 _SHOWN = "shown when asked for"
@@ -80,7 +80,7 @@ HARMLESS = "clean pictures under negatives"
 CHANGED = {
     "change of the thing": "mean change of the thing, levels of 255",
     "recognition gained": "recognition gained, points",
-    "Frechet distance": "Frechet distance, of no negative's",
+    "Frechet distance": "Frechet distance, relative to no negative prompt",
 }
 CLEAN = ("blurry", "pixelated", "grayscale", "grainy", "generic list", "a bicycle", "absent colour")
 BENCHED = {"an image": "plain", "an image with a negative prompt": "negative"}

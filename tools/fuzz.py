@@ -149,7 +149,7 @@ def run(kind: str, seed: int, first: int, inputs: int, end: float) -> dict[str, 
 @click.option("--seconds", type=float, help="In all; no input begins later.")
 @click.option("--out", type=click.Path(path_type=Path))
 def main(kinds: tuple[str, ...], inputs: int, first: int, seed: int, seconds: float | None, out: Path | None) -> None:
-    """Print findings and a table; the exit code is 1 where there is a finding that is not a crash of an engine on a damaged graph."""
+    """Print findings and a table; the exit code is 1 if there is a finding that is not a crash of an engine on a damaged graph."""
     from snoopi_rt.engines import versions
 
     chosen, begun, rows, engines = kinds or tuple(KINDS), time.monotonic(), [], versions()

@@ -161,7 +161,7 @@ class Http(Kind):
         )
 
     def _ask(self, request: bytes, random: Random | None = None) -> bytes:
-        """All that comes back until nothing more does; sent in pieces where a generator is given."""
+        """All that comes back until nothing more does; sent in pieces if a generator is given."""
         answers = b""
         with socket.create_connection(("127.0.0.1", self.port)) as connection:
             try:

@@ -41,7 +41,7 @@ def refused(error: SnoopiError, *codes: int) -> str:
 
 
 def require_picture(picture: np.ndarray, expected: np.ndarray, what: str) -> None:
-    """Raises Finding where the pictures differ."""
+    """Raises Finding if the images differ."""
     if picture.shape != expected.shape or not np.array_equal(picture, expected):
         raise Finding(f"a wrong picture of {what}")
 

@@ -75,7 +75,7 @@ def write(kind: str, folder: Path) -> dict[str, Tensor]:
 
 
 def measured(kind: str, folder: Path, inputs: dict[str, Tensor], engine: str, batches: tuple[int, ...]) -> list[dict[str, Any]]:
-    """A row for each batch; one that says why not where the engine cannot run."""
+    """A row for each batch; one that says why if the engine cannot run."""
     tokens, begun = TOKENS[kind], time.perf_counter()
     axes = {"batch": Axis(1, 1, max(batches)), "tokens": Axis(1, tokens, tokens), "negative_tokens": Axis(1, tokens, tokens)}
     models: dict[str, Engine] = {}

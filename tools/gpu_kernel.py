@@ -139,7 +139,7 @@ def both(attention: Callable[..., Tensor], inputs: list[Any]) -> Run:
 
 
 def compared(prepare: Callable[..., Run], inputs: list[Any]) -> float:
-    """The largest relative difference between what kernel and SDPA give. Raises ClickException where the kernel is wrong."""
+    """The largest relative difference between what kernel and SDPA give. Raises ClickException if the kernel is wrong."""
     pairs = zip(prepare(fused_nasa_attention, inputs)(), prepare(twice_sdpa, inputs)(), strict=True)
     difference = max(apart(ours, theirs) for ours, theirs in pairs)
     if not difference < TOLERANCE:

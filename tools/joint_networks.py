@@ -141,7 +141,7 @@ class Pictures:
         return cls(TrainingSet(data, longest=TOKENS), names, torch.arange(len(scenes)).repeat_interleave(torch.tensor(times)))
 
     def captions(self, rows: Tensor, empty: Tensor | None = None) -> Text:
-        """Of rows of the set; the empty prompt where `empty`."""
+        """Of rows of the set; the empty prompt if `empty`."""
         return Text.of(*self.set.captions(rows, torch.zeros(len(rows), dtype=torch.bool) if empty is None else empty))
 
 

@@ -51,7 +51,7 @@ class Exports:
         return process.exitcode
 
     def check(self) -> dict[str, int]:
-        """What is left beside the bundle, in files and bytes. Raises an error where the bundle is not whole."""
+        """What is left beside the bundle, in files and bytes. Raises an error if the bundle is not whole."""
         from snoopi_rt.bundle.bundle import Bundle
 
         if self._out.exists():
@@ -113,7 +113,7 @@ class CacheWrites:
             return None
 
     def check(self) -> dict[str, int]:
-        """What is left under hidden names, in files and bytes. Raises an error where a file under a final name is not whole."""
+        """What is left under hidden names, in files and bytes. Raises an error if a file under a final name is not whole."""
         left = []
         for kind in ("bundles", "hashes", "measurements", "states", "engines"):
             for path in (self._cache.path / kind).glob("*"):

@@ -86,7 +86,7 @@ def _root(matrix: Tensor) -> Tensor:
 def run(
     rate: float, follow: float, weight: str, seeds: int, steps: int, batch: int, random_on: str = "both", fixed: float | None = None
 ) -> Tensor:
-    """The distances (seeds,) at the end of each seed's run, infinite where it diverged."""
+    """The distances (seeds,) at the end of each seed's run, infinite if it diverged."""
     classes = len(MEANS)
     low, high = (LOW, HIGH) if fixed is None else (fixed, fixed)
     random = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
@@ -124,7 +124,7 @@ def run(
 
 
 def quantiles(distances: Tensor) -> list[float | None]:
-    """The 10, 50 and 90 % quantiles, None where so many runs diverged."""
+    """The 10, 50 and 90 % quantiles, None if so many runs diverged."""
     values = distances.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), interpolation="higher").tolist()
     return [value if math.isfinite(value) else None for value in values]
 
