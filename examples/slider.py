@@ -58,5 +58,5 @@ with snoopi_rt.load(threads=2) as pipe:
     preview.close()
     scales = [scale for scale, _ in preview.drawn]
     each = 1e3 * sum(seconds for _, seconds in preview.drawn) / len(scales)
-    print(f"{len(moves)} moves, {len(scales)} pictures, {each:.1f} ms each, the last at {scales[-1]}")
+    print(f"{len(moves)} moves, {len(scales)} images, {each:.1f} ms each, the last at {scales[-1]}")
     assert scales[-1] == moves[-1] and scales == sorted(scales)
