@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from snoopi_rt import __version__
-from snoopi_rt.bundle.bundle import MANIFEST, Bundle, Scale
-from snoopi_rt.bundle.bundle import Guidance as GuidancePromise
+from snoopi_rt.bundle.bundle import MANIFEST, Bundle, GuidancePromise, Scale
 from snoopi_rt.bundle.manifest import text_rule
 from snoopi_rt.bundle.tokenizer import Tokenizer, highest_id
 from snoopi_rt.errors import InputError, OutputError

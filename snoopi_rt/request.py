@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
-from snoopi_rt.bundle.bundle import Guidance
+from snoopi_rt.bundle.bundle import GuidancePromise
 from snoopi_rt.errors import InputError
 
 SEEDS = 2**32
@@ -33,7 +33,7 @@ class Request:
         """The prompt, and the negative prompt if there is one."""
         return [text for text in (self.prompt, self.negative_prompt) if text is not None]
 
-    def checked(self, guidance: Guidance) -> "Request":
+    def checked(self, guidance: GuidancePromise) -> "Request":
         """The request in its usual types, with the bundle's default scale if it has none. Raises InputError for a value out of range."""
         negative = _negative(self.negative_prompt, guidance)
         if negative is None and self.negative_scale is not None:
@@ -46,7 +46,7 @@ FIELDS = tuple(field.name for field in fields(Request))
 """What a request says: arguments of `Pipeline.generate`, columns of prompt files."""
 
 
-def parse_requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, n: Any, guidance: Guidance) -> list[Request]:
+def parse_requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, n: Any, guidance: GuidancePromise) -> list[Request]:
     """The n requests of each prompt, prompt by prompt, with seeds seed, seed + 1 and so on; raises InputError."""
     count = integer("n", n, 1, MAX_IMAGES)
     rows = _rows(prompt=prompt, negative_prompt=negative_prompt, negative_scale=negative_scale, seed=seed)
@@ -145,7 +145,7 @@ def _rows(**columns: Any) -> list[dict[str, Any]]:
     return [{name: column[row] if name in lengths else column for name, column in columns.items()} for row in range(count)]
 
 
-def _negative(negative: Any, guidance: Guidance) -> str | None:
+def _negative(negative: Any, guidance: GuidancePromise) -> str | None:
     if negative is not None and not isinstance(negative, str):
         raise InputError(f"negative prompt must be text, got {shown(negative)}")
     if negative is None or not negative.strip():
@@ -156,7 +156,7 @@ def _negative(negative: Any, guidance: Guidance) -> str | None:
     return negative
 
 
-def _scale(scale: Any, guidance: Guidance) -> float:
+def _scale(scale: Any, guidance: GuidancePromise) -> float:
     """The scale, by default the bundle's; raises InputError where it is none of the bundle's."""
     if scale is None:
         return guidance.scale.default

@@ -15,10 +15,10 @@ from snoopi_rt.bundle.compatibility import check_shapes, check_tokens
 from snoopi_rt.bundle.manifest import (
     GRAPHS,
     MANIFEST,
-    MAX_IMAGES,
+    MAX_BATCH,
     MAX_SIDE,
     File,
-    Guidance,
+    GuidancePromise,
     Instruction,
     Latent,
     Prompts,
@@ -46,7 +46,7 @@ __all__ = [
     "MANIFEST",
     "Bundle",
     "File",
-    "Guidance",
+    "GuidancePromise",
     "Instruction",
     "Latent",
     "Parity",
@@ -83,7 +83,7 @@ class Bundle:
     latent: Latent
     sizes: tuple[tuple[int, int], ...]
     max_batch: int
-    guidance: Guidance
+    guidance: GuidancePromise
     provenance: dict[str, str]
     graphs: dict[str, tuple[Variant, ...]]
     prompts: Prompts | None = None
@@ -100,7 +100,7 @@ class Bundle:
         require(set(self.graphs) == set(needed), f"the graphs must be {', '.join(needed)}, not {', '.join(self.graphs) or 'none'}")
         require(encoding == (self.text.tokenizer is not None), "a bundle has a text_encoder and a tokenizer, or neither and prompts")
         require(all(self.graphs.values()), "every graph needs a variant")
-        require_range("max_batch", self.max_batch, 1, MAX_IMAGES)
+        require_range("max_batch", self.max_batch, 1, MAX_BATCH)
         for side in (side for size in self.sizes for side in size):
             require_range("a side of a size", side, 0, MAX_SIDE)
         fitting = all(side > 0 and side % self.latent.factor == 0 for size in self.sizes for side in size)

@@ -10,7 +10,7 @@ from snoopi_rt.files import sha256
 
 MANIFEST = "bundle.json"
 GRAPHS = ("text_encoder", "generator", "decoder")
-MAX_SIDE, MAX_IMAGES, MAX_TOKENS = 2**15, 2**12, 2**17
+MAX_SIDE, MAX_BATCH, MAX_TOKENS = 2**15, 2**12, 2**17
 """Pixels of a side of an image, images of a batch, tokens of a prompt."""
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 HASH = re.compile("[0-9a-f]{64}")
@@ -126,7 +126,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Guidance:
+class GuidancePromise:
     """How the generator uses a negative prompt; `fixed` holds the constants of that kind, which are part of the graph.
 
     `kind` is "none" for a generator that takes no negative prompt; every other name is for people, because the formula is in the graph.

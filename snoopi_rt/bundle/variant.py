@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from snoopi_rt.bundle.manifest import INT32, MANIFEST, MAX_IMAGES, File, require, require_range
+from snoopi_rt.bundle.manifest import INT32, MANIFEST, MAX_BATCH, File, require, require_range
 from snoopi_rt.engines.base import TensorSpec
 
 
@@ -75,7 +75,7 @@ class Variant:
         else:
             complete = main.suffix == ".xml" and str(main.with_suffix(".bin")) in names
             require(complete, f"an openvino-ir variant must list an .xml file and its .bin, not {', '.join(names)}")
-        require_range(f"{main}: max_batch", 1 if self.max_batch is None else self.max_batch, 1, MAX_IMAGES)
+        require_range(f"{main}: max_batch", 1 if self.max_batch is None else self.max_batch, 1, MAX_BATCH)
         for spec in (*self.inputs, *self.outputs):
             require(
                 all(size is None or 0 < size <= INT32 for size in spec.shape), f"{main}: {spec.name} has an impossible shape {spec.shape}"

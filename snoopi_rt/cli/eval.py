@@ -23,7 +23,7 @@ bundles_option = click.option(
     shell_complete=complete_bundle,
     help="A bundle, or a student's weights; repeatable, measured side by side.  [default: the embedded bundle]",
 )
-out_option = click.option(
+evaluation_out_option = click.option(
     "--out",
     type=folder_path,
     default=Path("evaluation"),
@@ -51,7 +51,7 @@ def evaluate() -> None:
 @click.option(
     "--measure", "measures", multiple=True, metavar="NAME", help="Only this measure, such as clean or removal; repeatable.  [default: all]"
 )
-@out_option
+@evaluation_out_option
 def small(
     bundles: tuple[str, ...],
     teacher: Path | None,
@@ -119,7 +119,7 @@ def subjects(command: Callable[..., Any]) -> Callable[..., Any]:
             "--guidance-scale", "guidance", type=Number(0), metavar="X", help="Guidance scale of a --pipeline.  [default: its own]"
         ),
         click.option("--dry-run", is_flag=True, help="List what would be fetched, drawn and computed, and stop."),
-        out_option,
+        evaluation_out_option,
     )
     for option in reversed(options):
         command = option(command)
@@ -194,7 +194,7 @@ def every(**options: Any) -> None:
 @click.option("--tune", is_flag=True, help="Choose each bundle's default scale on half of the prompts, and report the other half.")
 @click.option("--network-weights", "weights", multiple=True, metavar="clip-b32=PATH|ID", help="File or hub id of the classifier's weights.")
 @click.option("--dry-run", is_flag=True, help="List what would be fetched and drawn, and stop.")
-@out_option
+@evaluation_out_option
 def negatives(bundles: tuple[str, ...], scales: str | None, dry_run: bool, out: Path, **options: Any) -> None:
     """Measure what negative prompts remove and keep, and what they do to pictures that do not show the unwanted thing."""
     with torch_command("eval negatives", "eval", out):

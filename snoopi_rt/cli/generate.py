@@ -153,7 +153,7 @@ def _draw_prompt(
 ) -> None:
     """Draws one prompt to image files."""
     from snoopi_rt.bundle.bundle import Bundle
-    from snoopi_rt.cli.output import Files, ImageSet, report, warn
+    from snoopi_rt.cli.output import Files, PromptImages, report, warn
     from snoopi_rt.cli.output import show as show_picture
     from snoopi_rt.loading import load
     from snoopi_rt.pipeline import EMBEDDED
@@ -169,7 +169,7 @@ def _draw_prompt(
         raise InputError("--side-by-side compares the image without and with a negative prompt: give --neg TEXT")
     if output == "-" and show:
         raise InputError("--open needs a file: -o - writes none")
-    images = ImageSet(text, neg, scales or (None,), seeds, size, truncate, side_by_side)
+    images = PromptImages(text, neg, scales or (None,), seeds, size, truncate, side_by_side)
     files = Files(output, format, images, force)
     with progress_line() as progress, load(**load_options, low_memory=True, progress=report_compiling(progress)) as pipe:
         files.check_format(images.check(pipe), images)

@@ -19,12 +19,12 @@ from snoopi_rt.pipeline import EMBEDDED, Pipeline
 from snoopi_rt.request import image_size
 from snoopi_rt.shell import join, json_line, quote, visible
 
-MAX_BATCH = 16
+MAX_PER_CALL = 16
 """Images per call: more are no faster, and an interrupt loses less."""
 
 
 @dataclass(frozen=True)
-class Picture:
+class OutputImage:
     """The contents of one file. `fields` is its metadata for --json: typed, with timings and warnings."""
 
     image: np.ndarray
@@ -33,7 +33,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class PromptImages:
     """One picture per seed and scale; with `side_by_side` one per seed: without the negative prompt, then with it at each scale.
 
     A scale of None means the bundle's default; `size` is (height, width), None means the bundle's first.
@@ -59,9 +59,9 @@ class ImageSet:
         height, width = image_size(self.size, pipe.bundle.sizes)
         return height, width * (len(self._variations) if self.side_by_side else 1)
 
-    def pictures(self, pipe: Pipeline) -> Iterator[Picture]:
+    def pictures(self, pipe: Pipeline) -> Iterator[OutputImage]:
         """The pictures, seed by seed, in calls as large as the bundle supports. Raises what `generate` raises."""
-        seeds_per_call = max(1, min(pipe.max_batch, MAX_BATCH) // len(self._variations))
+        seeds_per_call = max(1, min(pipe.max_batch, MAX_PER_CALL) // len(self._variations))
         for start in range(0, len(self.seeds), seeds_per_call):
             seeds = self.seeds[start : start + seeds_per_call]
             result = pipe.generate(**self._arguments(seeds), size=self.size, truncate=self.truncate)
@@ -82,7 +82,7 @@ class ImageSet:
                     "timings": result.timings,
                     "warnings": result.warnings,
                 }
-                yield Picture(image.grid(images[first : last + 1], step), metadata, fields)
+                yield OutputImage(image.grid(images[first : last + 1], step), metadata, fields)
 
     @property
     def _variations(self) -> list[tuple[str | None, float | None]]:
@@ -106,7 +106,7 @@ class Files:
     Raises InputError and OutputError at once if they cannot be written.
     """
 
-    def __init__(self, output: str | None, format: str | None, images: ImageSet, force: bool) -> None:
+    def __init__(self, output: str | None, format: str | None, images: PromptImages, force: bool) -> None:
         seeds, scales = images.labels
         self._paths: list[Path] = []
         self._format = image.FORMATS[f".{format or 'png'}"]
@@ -123,13 +123,13 @@ class Files:
             image.check_writable(path, self._if_exists)
         self._format = image.FORMATS[self._paths[0].suffix.lower()]
 
-    def check_format(self, size: tuple[int, int], images: ImageSet) -> None:
+    def check_format(self, size: tuple[int, int], images: PromptImages) -> None:
         """Raises OutputError if the format cannot hold pictures of that height and width with their metadata."""
         if self._format != "png":
             texts = {"prompt": images.prompt, "negative": images.negative or "", "rest": " " * 2000}
             image.encode(np.zeros((*size, 3), np.uint8), self._format, texts)
 
-    def save(self, index: int, picture: Picture) -> Path | None:
+    def save(self, index: int, picture: OutputImage) -> Path | None:
         """Writes one of the pictures; returns its path, None for standard output. Raises InputError and OutputError."""
         if self._paths:
             return image.save(picture.image, self._paths[index], picture.metadata, self._if_exists)
@@ -142,7 +142,7 @@ class Files:
         return None
 
 
-def report(picture: Picture, path: Path | None, as_json: bool, show_scale: bool) -> None:
+def report(picture: OutputImage, path: Path | None, as_json: bool, show_scale: bool) -> None:
     """Prints what was written, on standard error if the picture itself went to standard output."""
     if as_json:
         line = json_line({"file": None if path is None else str(path), **picture.fields})
