@@ -135,7 +135,7 @@ class Pipeline:
             precision=self.precision,
             bundle=self.bundle.name,
             bundle_hash=self.bundle.hash,
-            truncated=truncate,
+            truncate=truncate,
             warned={prompt: line for prompt in dict.fromkeys(request.prompt for request in requests) if (line := self.warning(prompt))},
         )
 

@@ -33,7 +33,7 @@ class Result:
     """What `load` takes to run the same variants."""
     bundle: str
     bundle_hash: str
-    truncated: bool
+    truncate: bool
     """Whether prompts that are too long were to be cut."""
     warned: Mapping[str, str] = field(default_factory=dict)
     """A line for each prompt that asks for something that the model does not know."""
@@ -115,7 +115,7 @@ class Result:
         values = {
             **vars(self.requests[index]),
             "size": f"{width}x{height}",
-            "truncate": "yes" if self.truncated else None,
+            "truncate": "yes" if self.truncate else None,
             "engine": self.engine,
             "precision": self.precision,
             "bundle": self.bundle,
