@@ -4,7 +4,7 @@ import click
 
 from snoopi_rt.cli.options import Number, complete_bundle, completed_by, once, say, threads_option
 from snoopi_rt.engines import ENGINES
-from snoopi_rt.errors import EngineMissing, InputError, how_to_install
+from snoopi_rt.errors import InputError, PackageMissing, how_to_install
 from snoopi_rt.shell import visible
 
 
@@ -79,7 +79,7 @@ def compare(
         from snoopi_rt.diagnostics.compare import Side
         from snoopi_rt.diagnostics.compare import compare as run
     except ImportError as error:
-        raise EngineMissing(f"compare needs {error.name}: {how_to_install('export')}") from error
+        raise PackageMissing(f"compare needs {error.name}: {how_to_install('export')}") from error
 
     default_prompt, default_negative = bench_prompts(opened[0])
     first, second = (

@@ -16,7 +16,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from snoopi_rt.engines import ENGINES
-from snoopi_rt.errors import EngineMissing, InputError, how_to_install
+from snoopi_rt.errors import InputError, PackageMissing, how_to_install
 from snoopi_rt.files import check_folder
 from snoopi_rt.shell import quote, visible
 
@@ -186,7 +186,7 @@ def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def ray_workers(ray: bool, workers: tuple[int, int] | None, gpus: float | None, threads: int | None) -> "Workers | None":
     """The workers that the options describe; None without --ray. A worker takes `threads` CPUs, by default one.
 
-    Raises InputError for options that need --ray, EngineMissing if Ray is not installed.
+    Raises InputError for options that need --ray, PackageMissing if Ray is not installed.
     """
     if not ray:
         if workers is not None or gpus is not None:
@@ -195,7 +195,7 @@ def ray_workers(ray: bool, workers: tuple[int, int] | None, gpus: float | None, 
     try:
         from snoopi_rt.batch.ray import Workers
     except ImportError as error:
-        raise EngineMissing(f"--ray needs {error.name}: {how_to_install('ray')}") from error
+        raise PackageMissing(f"--ray needs {error.name}: {how_to_install('ray')}") from error
     return Workers(*(workers or (1, 1)), cpus=threads or 1, gpus=gpus or 0)
 
 
