@@ -1,4 +1,4 @@
-"""Prompts to text states, computed once: carried by the bundle, kept in memory, or on disk by the text variant's hash and the text rule."""
+"""Prompts to text states, computed once: stored in the bundle, kept in memory, or on disk by the text variant's hash and the text rule."""
 
 import hashlib
 import io
@@ -27,13 +27,13 @@ from snoopi_rt.runtime.lazy_engine import LazyEngine
 
 IN_MEMORY = 64 * 2**20
 """Bytes of states that are kept in memory: 34 prompts of T5-XXL's 120 tokens, 284 of SD 1.5's 77. All others are on disk."""
-CARRIED = "prompts.npz"
+STORED = "prompts.npz"
 NAMED = 10
 """How many of the known prompts an error names."""
 
 
 class Conditioning(str):
-    """A prompt that carries its states, for one bundle: `Pipeline.prepare` makes it, and it may stand wherever a prompt does.
+    """A prompt with its states, for one bundle: `Pipeline.prepare` makes it, and it may stand wherever a prompt does.
 
     states: the text encoder's outputs by name, float32, one prompt: (1, T, D) and the like. bundle_hash: SHA-256 of the bundle.json of
     the bundle that it is for.
@@ -60,21 +60,21 @@ class PromptEncoder:
         self._outputs = {} if variant is None else {spec.name: spec for spec in variant.outputs}
         # Engines differ in the last bits, and pictures of one engine are not to depend on who drew before.
         self._key = "" if variant is None else json.dumps([variant.hash, asdict(bundle.text), engine])
-        self._carried = {text: row for row, text in enumerate(bundle.prompts.texts if bundle.prompts else ())}
+        self._stored = {text: row for row, text in enumerate(bundle.prompts.texts if bundle.prompts else ())}
         self._kept: OrderedDict[str | bytes, States] = OrderedDict()
         self._bytes = 0
-        self._carried_file: bytes | None = None
+        self._stored_file: bytes | None = None
         # Opening takes long: meanwhile other threads get the prompts that are kept.
         self._lock = threading.Lock()
 
     def encode(self, prompt: str, truncate: bool = False) -> States:
         """The states, to be read only.
 
-        Raises InputError (see Tokenizer; or a prompt that a bundle without text encoder does not carry) and OutputError where one is NaN.
+        Raises InputError (see Tokenizer; or a prompt that is not stored in a bundle without text encoder) and OutputError where one is NaN.
         """
         text = text_rule(prompt, self._bundle.text.lowercase)
-        if text in self._carried:
-            return self._remembered(text) or self._remember(text, read_prompt(self._bundle, self._carried[text], self._carried_file))
+        if text in self._stored:
+            return self._remembered(text) or self._remember(text, read_prompt(self._bundle, self._stored[text], self._stored_file))
         return self.encode_ids(self._ids(text, truncate))
 
     def encode_ids(self, ids: np.ndarray) -> States:
@@ -85,7 +85,7 @@ class PromptEncoder:
     def check(self, prompt: str, truncate: bool = False) -> None:
         """Returns for a prompt that can be encoded, else raises InputError as `encode` does."""
         text = text_rule(prompt, self._bundle.text.lowercase)
-        if text not in self._carried:
+        if text not in self._stored:
             self._ids(text, truncate)
 
     def keep(self, prompt: str, truncate: bool = False) -> bool:
@@ -93,7 +93,7 @@ class PromptEncoder:
 
         Raises what `encode` raises, and OutputError where the cache does not take them.
         """
-        if text_rule(prompt, self._bundle.text.lowercase) in self._carried:
+        if text_rule(prompt, self._bundle.text.lowercase) in self._stored:
             return False
         ids = self._ids(prompt, truncate)
         if self._from_disk(ids) is not None:
@@ -108,7 +108,7 @@ class PromptEncoder:
         if self._bundle.prompts is not None:
             path = self._bundle.folder / self._bundle.prompts.file.path
             try:
-                self._carried_file = path.read_bytes()
+                self._stored_file = path.read_bytes()
                 self._bundle.check_again([self._bundle.prompts.file])
             except OSError as error:
                 raise BundleError(f"cannot read {path}: {reason(error)}") from error
@@ -131,7 +131,7 @@ class PromptEncoder:
 
     def _ids(self, text: str, truncate: bool) -> np.ndarray:
         if self._bundle.text.tokenizer is None:
-            known = list(map(repr, self._carried))
+            known = list(map(repr, self._stored))
             more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
             raise InputError(
                 f"prompt {text!r} is not one of the {len(known)} that bundle {self._bundle.name!r} knows (it has no text encoder): "
@@ -199,7 +199,7 @@ def _bytes(states: States) -> int:
 
 def write_prompts(folder: Path, encoded: Mapping[str, States]) -> Prompts:
     """Writes the states of prompts (by the text after the text rule) into a bundle's folder; what its bundle.json says about them."""
-    path = folder / CARRIED
+    path = folder / STORED
     arrays: dict[str, Any] = {f"{row}.{name}": value for row, states in enumerate(encoded.values()) for name, value in states.items()}
     np.savez(path, **arrays)
     return Prompts(File.of(path), tuple(encoded))

@@ -72,7 +72,7 @@ TEXT_ENGINE = "cpu"
 class Bundle:
     """A bundle. `folder` and `hash` (SHA-256 of bundle.json) are set once it is on disk.
 
-    The graph `text_encoder` and the tokenizer may be missing if `prompts` carries the states that the generator needs. For people:
+    The graph `text_encoder` and the tokenizer may be missing if the states that the generator needs are stored in `prompts`. For people:
     `vocabulary` lists what a narrow model can draw, None means anything; `examples` are prompts that show the model well.
     """
 
@@ -206,7 +206,7 @@ class Bundle:
         ]
         if self.prompts is not None:
             only = "" if "text_encoder" in self.graphs else ", and no text encoder for others"
-            lines[2] += f", with the states of {len(self.prompts.texts)} included{only}"
+            lines[2] += f", with the states of {len(self.prompts.texts)} stored{only}"
         if self.vocabulary is not None:
             lines.append(f"draws {len(self.vocabulary.objects)} objects: --vocabulary lists them")
         if self.examples:

@@ -213,7 +213,7 @@ def _mebibytes(size: int | None) -> str:
 
 
 def _prompt(bundle: Bundle, number: int) -> str:
-    """A different prompt for each number, all of equal length; one that the bundle carries if it has no text encoder."""
+    """A different prompt for each number, all of equal length; one that is stored in the bundle if it has no text encoder."""
     if bundle.prompts is None or "text_encoder" in bundle.graphs:
         return f"{100_000 + number} {PROMPT}"
     return bundle.prompts.texts[number % len(bundle.prompts.texts)]

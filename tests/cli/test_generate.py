@@ -65,7 +65,7 @@ def test_without_a_prompt_an_example_of_the_bundle_is_drawn_and_named(generate: 
     assert result.stderr == "no prompt given, drawing an example: 'a blue cat'\n" and result.stdout == "a-blue-cat-3.png  seed 3\n"
 
 
-def test_a_bundle_without_examples_draws_a_prompt_that_it_carries_or_asks_for_one(original: Bundle, prompts_only: Bundle) -> None:
+def test_a_bundle_without_examples_draws_a_prompt_that_it_stores_or_asks_for_one(original: Bundle, prompts_only: Bundle) -> None:
     run = CliRunner().invoke(main, ["generate", "--bundle", str(original.folder)], input="")
     assert run.exit_code == 2 and run.stderr == "error: give a PROMPT: bundle 'tiny' has no example prompts\n"
     from snoopi_rt.cli.prompt_input import example
