@@ -16,10 +16,10 @@ from snoopi_rt.runtime.precision import runs_on, select_variants
 from snoopi_rt.runtime.shape_ranges import shape_ranges
 
 Weights = Literal["auto", "memory", "mapped"]
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 """More than cores that share memory: with tens of thousands an engine starts for minutes, and takes no signal meanwhile."""
-LITTLE = 2 * 2**30
-"""Bytes of weights that are read where "auto" is to decide."""
+AUTO_MEMORY_BYTES = 2 * 2**30
+"""Weights of more bytes than these are mapped if `weights` is "auto"."""
 
 
 def load(
@@ -63,12 +63,12 @@ def open_pipeline(
     """The pipeline of a bundle on an engine by its own name, with its files in the cache. Raises as `load` does."""
     known_engine(engine)
     if threads is not None:
-        integer("threads", threads, 1, MOST_THREADS)
+        integer("threads", threads, 1, MAX_THREADS)
     if weights not in get_args(Weights):
         raise InputError(f"unknown weights {weights!r}, choose from {', '.join(get_args(Weights))}")
     variants = select_variants(bundle, engine, precision)
     size = sum(file.size for variant in variants.values() for file in variant.files)
-    mapped = weights == "mapped" or (weights == "auto" and size > LITTLE)
+    mapped = weights == "mapped" or (weights == "auto" and size > AUTO_MEMORY_BYTES)
 
     def open_engine(graph: str) -> Engine:
         variant = variants[graph]

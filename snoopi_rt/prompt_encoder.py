@@ -25,10 +25,10 @@ from snoopi_rt.files import reason
 from snoopi_rt.runtime.inputs import States
 from snoopi_rt.runtime.lazy_engine import LazyEngine
 
-IN_MEMORY = 64 * 2**20
+MAX_BYTES_IN_MEMORY = 64 * 2**20
 """Bytes of states that are kept in memory: 34 prompts of T5-XXL's 120 tokens, 284 of SD 1.5's 77. All others are on disk."""
 STORED = "prompts.npz"
-NAMED = 10
+MAX_NAMED = 10
 """How many of the known prompts an error names."""
 
 
@@ -132,10 +132,10 @@ class PromptEncoder:
     def _ids(self, text: str, truncate: bool) -> np.ndarray:
         if self._bundle.text.tokenizer is None:
             known = list(map(repr, self._stored))
-            more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
+            more = f" and {len(known) - MAX_NAMED} more" if len(known) > MAX_NAMED else ""
             raise InputError(
                 f"prompt {text!r} is not one of the {len(known)} that bundle {self._bundle.name!r} knows (it has no text encoder): "
-                f"{', '.join(known[:NAMED])}{more}"
+                f"{', '.join(known[:MAX_NAMED])}{more}"
             )
         with self._lock:
             tokenizer = self._tokenizer
@@ -159,7 +159,7 @@ class PromptEncoder:
                 value.setflags(write=False)  # callers of `prepare` get these very arrays
             self._kept[key] = states
             self._bytes += _bytes(states)
-            while self._bytes > IN_MEMORY and len(self._kept) > 1:
+            while self._bytes > MAX_BYTES_IN_MEMORY and len(self._kept) > 1:
                 self._bytes -= _bytes(self._kept.popitem(last=False)[1])
         return states
 
@@ -230,14 +230,14 @@ def read_prompt(bundle: Bundle, row: int, data: bytes | None = None) -> States:
 
 _TAKEN = {"states": "prompt_states", "pooled": "prompt_pooled"}
 """What a text encoder gives, and the input of the generator that it is."""
-_LARGEST = 2**28
+_MAX_BYTES = 2**28
 """Bytes of the states of one prompt: those of the longest that any model takes have some millions."""
 
 
 def _unpacked(file: zipfile.ZipFile, name: str) -> bytes:
     """One file of an archive. Raises ValueError where it is far too large, however small the archive is."""
-    if file.getinfo(name).file_size > _LARGEST:
-        raise ValueError(f"{name} has more than {_LARGEST} bytes")
+    if file.getinfo(name).file_size > _MAX_BYTES:
+        raise ValueError(f"{name} has more than {_MAX_BYTES} bytes")
     return file.read(name)
 
 

@@ -15,7 +15,7 @@ MAX_CHARACTERS = 32_000
 """Characters of a prompt: OpenAI's own limit. Longer ones would cost gigabytes in the tokenizer before their tokens could be counted."""
 MAX_IMAGES = 10_000
 """Images of one call: all of them are in memory at its end."""
-SHOWN = 200
+MAX_SHOWN = 200
 """Characters of a wrong value that an error shows."""
 
 
@@ -167,12 +167,12 @@ def _scale(scale: Any, guidance: GuidancePromise) -> float:
     return float(scale)
 
 
-def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """The value as an int; raises InputError where it is none, below `least` or above `most`."""
+def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    """The value as an int; raises InputError if it is none, below `minimum` or above `maximum`."""
     number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
-    if number is None or number < least or (most is not None and number > most):
-        above = number is not None and number > least
-        raise InputError(f"{name} must be an integer of at {f'most {most}' if above else f'least {least}'}, got {shown(value)}")
+    if number is None or number < minimum or (maximum is not None and number > maximum):
+        above = number is not None and number > minimum
+        raise InputError(f"{name} must be an integer of at {f'most {maximum}' if above else f'least {minimum}'}, got {shown(value)}")
     return number
 
 
@@ -182,4 +182,4 @@ def shown(value: Any) -> str:
         text = repr(value)
     except Exception:  # an integer of more digits than Python prints, a nesting of a thousand, anybody's __repr__
         text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -135,7 +135,7 @@ def test_stored_states_of_another_shape_than_the_generator_takes_are_a_bundle_er
 def test_stored_states_that_unpack_to_far_more_than_any_prompt_has_are_a_bundle_error(
     prompts_only: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snoopi_rt.prompt_encoder._LARGEST", 100)
+    monkeypatch.setattr("snoopi_rt.prompt_encoder._MAX_BYTES", 100)
     with pytest.raises(BundleError, match=r"cannot read .*prompts.npz: 1.states.npy has more than 100 bytes$"):
         PromptEncoder(prompts_only, None, lambda: refuse("text_encoder"), Cache()).encode("a cat")
 
@@ -189,7 +189,7 @@ def test_memory_for_prompts_is_bounded_and_those_let_go_come_from_disk(
 ) -> None:
     whole = PromptEncoder(original, original.graphs["text_encoder"][0], lambda: fakes["text_encoder"], Cache()).encode("a red fox")
     limit = 2 * sum(value.nbytes for value in whole.values())
-    monkeypatch.setattr("snoopi_rt.prompt_encoder.IN_MEMORY", limit)
+    monkeypatch.setattr("snoopi_rt.prompt_encoder.MAX_BYTES_IN_MEMORY", limit)
     encoder = PromptEncoder(original, original.graphs["text_encoder"][0], lambda: fakes["text_encoder"], Cache())
     asked = ["a cat", "a fox", "a red fox", "a blue cat"]
     first = {prompt: encoder.encode(prompt) for prompt in asked}

@@ -59,7 +59,7 @@ def _own_cluster() -> dict[str, Any]:
     return {"_temp_dir": folder}
 
 
-def known(error: RayTaskError) -> BaseException:
+def original_error(error: RayTaskError) -> BaseException:
     """What was raised in another process, without Ray's page about it."""
     cause = error.cause
     return cause if isinstance(cause, SnoopiError) else EngineError(f"{type(cause).__name__}: {cause}")
@@ -67,10 +67,10 @@ def known(error: RayTaskError) -> BaseException:
 
 @dataclass(frozen=True)
 class Workers:
-    """How many processes have a bundle open: `least` to `most`, as there is work. cpus, gpus: what each takes; may be a part of one."""
+    """How many processes have a bundle open: `min` to `max`, as there is work. cpus, gpus: what each takes; may be a part of one."""
 
-    least: int = 1
-    most: int = 1
+    min: int = 1
+    max: int = 1
     cpus: float = 1
     gpus: float = 0
 
@@ -88,16 +88,16 @@ def draw_on_ray(load_options: dict[str, Any], workers: Workers, pipe: Pipeline, 
     for name in ("ray.data", "ray.data._internal"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # A block is handed out, comes back and is drawn again at once: it is one call.
-    made = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // pipe.max_batch)).map_batches(
+    dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // pipe.max_batch)).map_batches(
         BatchWorker,
         batch_size=pipe.max_batch,
-        compute=ray.data.ActorPoolStrategy(min_size=workers.least, max_size=workers.most),
+        compute=ray.data.ActorPoolStrategy(min_size=workers.min, max_size=workers.max),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
         fn_constructor_args=(load_options, replace(batch, prompts=Path())),  # a process gets rows, not the file
     )
     try:
-        for row in made.iter_rows():
+        for row in dataset.iter_rows():
             yield Drawn(row["row"], row["file"], json.loads(row["metadata"]), row["error"], row["warning"])
     except RayError as error:
         # Ray's page about it ends with the line that says why.
