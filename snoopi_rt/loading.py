@@ -34,7 +34,7 @@ def load(
     """The pipeline of a bundle (a folder; None = the embedded one) on an engine.
 
     `engine` "auto" takes the fastest that `snoopi-rt bench` measured here, with its precisions, else `cpu`, then `openvino`; `precision` is
-    one of the bundle's, or one a graph ("generator=int8,decoder=fp16"); `threads` bounds the CPU threads; with `low_memory` the
+    one of the bundle's, or one per graph ("generator=int8,decoder=fp16"); `threads` bounds the CPU threads; with `low_memory` the
     memory's peak is that of the text encoder or that of the rest, not both: a new prompt then waits for models to be opened again.
     An engine that compiles for minutes calls progress(what, share of it that is done, 0 to 1) meanwhile. `weights` "mapped" leaves them
     in the bundle's files, which saves memory, but another bundle copied over them ends the process; "memory" reads them; "auto" does so

@@ -1,4 +1,4 @@
-"""What a caller may ask for: lists are broadcast to one Request an image, and every wrong value is one clear InputError."""
+"""What a caller may ask for: lists are broadcast to one Request per image, and every wrong value is one clear InputError."""
 
 import math
 import secrets

@@ -147,7 +147,7 @@ def functions() -> dict[str, Callable[..., dict[str, np.ndarray]]]:
 
 @pytest.fixture
 def fakes() -> dict[str, FakeEngine]:
-    """One fake engine a graph."""
+    """One fake engine per graph."""
     return {graph: FakeEngine(FUNCTIONS[graph], *SPECS[graph]) for graph in SPECS}
 
 

@@ -92,7 +92,7 @@ class Clients:
         self.full_at: float | None = None
         self._filling, self._seed, self._pipe = clients, seed, snoopi_rt.load(engine="cpu")
         (states,) = self._pipe.bundle.variant("text_encoder", "cpu").outputs
-        # Two prompts a request, of as many tokens as there may be.
+        # Two prompts per request, of as many tokens as there may be.
         self._long = math.ceil(MAX_BYTES_IN_MEMORY / (2 * 4 * self._pipe.bundle.text.max_tokens * (states.shape[-1] or 1)) / clients)
 
     async def ready(self, http: aiohttp.ClientSession) -> None:
