@@ -27,7 +27,7 @@ def why(error: BaseException) -> str:
 
 
 def reason(messages: Iterable[str]) -> str:
-    """The first line that gives a reason; "" where none does."""
+    """The first line that gives a reason; "" if none does."""
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
     shorter = (" ".join(_PLACE.sub("", line).split()).removeprefix("-- ") for line in lines)
     line = next((line for line in shorter if line and not _HEADING.fullmatch(line)), lines[0] if lines else "")

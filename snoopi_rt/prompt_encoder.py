@@ -51,7 +51,7 @@ class Conditioning(str):
 class PromptEncoder:
     """The states of prompts, (1, T, D) and the like by output name; tokenizer and text encoder are opened when a prompt needs them.
 
-    `variant` is the text encoder's, None where the bundle has none; `engine` is the name of that which runs it.
+    `variant` is the text encoder's, None if the bundle has none; `engine` is the name of that which runs it.
     """
 
     def __init__(self, bundle: Bundle, variant: Variant | None, open_engine: Callable[[], Engine], cache: Cache, engine: str = "") -> None:
@@ -70,7 +70,7 @@ class PromptEncoder:
     def encode(self, prompt: str, truncate: bool = False) -> States:
         """The states, to be read only.
 
-        Raises InputError (see Tokenizer; or a prompt that is not stored in a bundle without text encoder) and OutputError where one is NaN.
+        Raises InputError (see Tokenizer; or a prompt that is not stored in a bundle without text encoder) and OutputError if one is NaN.
         """
         text = text_rule(prompt, self._bundle.text.lowercase)
         if text in self._stored:
@@ -78,7 +78,7 @@ class PromptEncoder:
         return self.encode_ids(self._ids(text, truncate))
 
     def encode_ids(self, ids: np.ndarray) -> States:
-        """The states of token ids (1, T) int64, to be read only. Raises OutputError where one is NaN."""
+        """The states of token ids (1, T) int64, to be read only. Raises OutputError if one is NaN."""
         key = ids.tobytes()
         return self._remembered(key) or self._remember(key, self._from_disk(ids) or self._compute(ids))
 
@@ -91,7 +91,7 @@ class PromptEncoder:
     def keep(self, prompt: str, truncate: bool = False) -> bool:
         """Sees to it that the prompt's states outlive this process; whether that took the text encoder.
 
-        Raises what `encode` raises, and OutputError where the cache does not take them.
+        Raises what `encode` raises, and OutputError if the cache does not take them.
         """
         if text_rule(prompt, self._bundle.text.lowercase) in self._stored:
             return False
@@ -206,9 +206,9 @@ def write_prompts(folder: Path, encoded: Mapping[str, States]) -> Prompts:
 
 
 def read_prompt(bundle: Bundle, row: int, data: bytes | None = None) -> States:
-    """The states of the prompt in that place of `bundle.prompts`, out of the file's bytes where they are there.
+    """The states of the prompt in that place of `bundle.prompts`, out of the file's bytes if they are given.
 
-    Raises BundleError where the file does not hold them.
+    Raises BundleError if the file does not hold them.
     """
     assert bundle.prompts is not None
     path = bundle.folder / bundle.prompts.file.path
@@ -235,7 +235,7 @@ _MAX_BYTES = 2**28
 
 
 def _unpacked(file: zipfile.ZipFile, name: str) -> bytes:
-    """One file of an archive. Raises ValueError where it is far too large, however small the archive is."""
+    """One file of an archive. Raises ValueError if it is far too large, however small the archive is."""
     if file.getinfo(name).file_size > _MAX_BYTES:
         raise ValueError(f"{name} has more than {_MAX_BYTES} bytes")
     return file.read(name)

@@ -64,7 +64,7 @@ def parse_requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed:
         try:
             first = Request(row["prompt"], negative, scale, 0).checked(guidance)
         except InputError as error:
-            if len({shown(row["prompt"]) for row in rows}) == 1:  # also where the command line repeats one for every scale
+            if len({shown(row["prompt"]) for row in rows}) == 1:  # also when the command line repeats one for every scale
                 raise
             raise InputError(f"{error} (prompt {place} of {len(rows)})") from None
         requests += [replace(first, seed=number) for number in seeds_from(row["seed"], count)]
@@ -72,7 +72,7 @@ def parse_requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed:
 
 
 def image_size(size: Sequence[int] | None, sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """(height, width): the first of the supported sizes where none is given; raises InputError for another one."""
+    """(height, width): the first of the supported sizes if none is given; raises InputError for another one."""
     if size is None:
         return sizes[0]
     if not isinstance(size, list | tuple) or tuple(size) not in sizes:
@@ -102,7 +102,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def prompt_text(prompt: Any) -> str:
-    """The prompt; raises InputError where it is no text, or an empty one."""
+    """The prompt; raises InputError if it is no text, or an empty one."""
     if not isinstance(prompt, str):
         raise InputError(f"prompt must be text, got {shown(prompt)}")
     if not prompt.strip():
@@ -128,7 +128,7 @@ def check_seed(seed: Any) -> int:
 
 
 def seeds_from(seed: Any, count: int) -> range:
-    """`count` seeds from this one on, from one that nobody chose for None. Raises InputError where one of them lies outside the range."""
+    """`count` seeds from this one on, from one that nobody chose for None. Raises InputError if one of them lies outside the range."""
     first = secrets.randbelow(SEEDS - count + 1) if seed is None else check_seed(seed)
     if first + count > SEEDS:
         raise InputError(f"seed {first} and the {count - 1} after it reach beyond {SEEDS - 1}, the last seed")
@@ -157,7 +157,7 @@ def _negative(negative: Any, guidance: GuidancePromise) -> str | None:
 
 
 def _scale(scale: Any, guidance: GuidancePromise) -> float:
-    """The scale, by default the bundle's; raises InputError where it is none of the bundle's."""
+    """The scale, by default the bundle's; raises InputError if it is none of the bundle's."""
     if scale is None:
         return guidance.scale.default
     low, high = guidance.scale.min, guidance.scale.max

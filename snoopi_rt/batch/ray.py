@@ -40,7 +40,7 @@ def start_ray() -> None:
 
 
 def _own_cluster() -> dict[str, Any]:
-    """What a cluster of this process is started with, so that it leaves nothing behind; empty where it joins one that is running."""
+    """What a cluster of this process is started with, so that it leaves nothing behind; empty if it joins one that is running."""
     if os.environ.get("RAY_ADDRESS") or ray.is_initialized():
         return {}
     if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
@@ -79,7 +79,7 @@ def draw_on_ray(load_options: dict[str, Any], workers: Workers, pipe: Pipeline, 
     """With its first two given, a Draw of runner.py; load_options: what `load` takes by name. `pipe` itself is not opened.
 
     A process that dies is replaced, and what it was drawing is drawn again. Unlike here, all jobs are in memory first. Raises
-    EngineError where a process cannot open the bundle, or Ray fails.
+    EngineError if a process cannot open the bundle, or Ray fails.
     """
     rows = [{"job": json.dumps([row, vars(request)])} for row, request in jobs]
     if not rows:

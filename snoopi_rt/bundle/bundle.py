@@ -189,7 +189,7 @@ class Bundle:
         return variant
 
     def open_tokenizer(self) -> Tokenizer:
-        """The tokenizer with the bundle's text rule. Raises BundleError where its file changed, or a bundle of prompts has none."""
+        """The tokenizer with the bundle's text rule. Raises BundleError if its file changed, or if the bundle has stored prompts only."""
         if self.text.tokenizer is None:
             raise BundleError(f"bundle {self.name!r} has no tokenizer")
         self.check_again([self.text.tokenizer])

@@ -95,7 +95,7 @@ class Variant:
             specs = {spec.name: spec for spec in opened}
             known = ", ".join(sorted(spec.name for spec in promised))
             require(
-                ", ".join(sorted(specs)) == known, f"{name} has the {kind}s {', '.join(sorted(specs))}, where {MANIFEST} promises {known}"
+                ", ".join(sorted(specs)) == known, f"{name} has the {kind}s {', '.join(sorted(specs))}, but {MANIFEST} promises {known}"
             )
             for spec in promised:
                 other = specs[spec.name]
@@ -104,7 +104,7 @@ class Variant:
                 )
                 require(
                     fits and other.dtype == spec.dtype,
-                    f"{name}: {kind} {spec.name!r} is {other.dtype} {other.shape}, where {MANIFEST} promises {spec.dtype} {spec.shape}",
+                    f"{name}: {kind} {spec.name!r} is {other.dtype} {other.shape}, but {MANIFEST} promises {spec.dtype} {spec.shape}",
                 )
 
     def described(self) -> str:

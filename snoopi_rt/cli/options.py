@@ -58,7 +58,7 @@ def completed_by(names: Callable[[], Iterable[str]]) -> Completion:
 
 
 def complete_bundle(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Completes [NAME=]FOLDER to folders that hold a bundle; where none does, to any folder, as the shell does it."""
+    """Completes [NAME=]FOLDER to folders that hold a bundle; if none does, to any folder, as the shell does it."""
     from snoopi_rt.bundle.manifest import MANIFEST
 
     name, equals, path = incomplete.rpartition("=")

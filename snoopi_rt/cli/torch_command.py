@@ -17,7 +17,7 @@ _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 @contextmanager
 def torch_command(command: str, extra: str, out: Path) -> Iterator[None]:
-    """Checks before the block runs that `out` can be written and that torchvision, where it is installed, imports. Turns missing packages
+    """Checks before the block runs that `out` can be written and that torchvision, if it is installed, imports. Turns missing packages
     into PackageMissing, which names the extra, and OSErrors into InputError or OutputError, which name the file. Silences transformers'
     warnings about torchvision."""
     try:

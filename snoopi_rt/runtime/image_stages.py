@@ -1,4 +1,4 @@
-"""Generator and decoder: from requests and the states of their prompts to images, where a broken one is an error and never a picture."""
+"""Generator and decoder: from requests and the states of their prompts to images; a broken one is an error and never an image."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,7 +81,7 @@ class ImageStages:
             return images
 
     def _decode(self, latent: np.ndarray) -> np.ndarray:
-        """The images of latents, as many at once as the decoder's variant takes, in tiles where the bundle wants that.
+        """The images of latents, as many at once as the decoder's variant takes, in tiles if the bundle wants that.
 
         Latents that lie on a device stay there if they are decoded as they are.
         """
@@ -104,14 +104,14 @@ class ImageStages:
         return np.concatenate(images)
 
     def _require_shape(self, graph: str, array: Any, shape: tuple[int, ...]) -> None:
-        """Raises BundleError where a graph gave something else than its bundle promises."""
-        require(tuple(array.shape) == shape, f"{graph} of bundle {self._bundle.name!r} gave {tuple(array.shape)} where {shape} is promised")
+        """Raises BundleError if the array has another shape than the bundle promises."""
+        require(tuple(array.shape) == shape, f"{graph} of bundle {self._bundle.name!r} gave {tuple(array.shape)} but {shape} is promised")
 
     def _refuse_broken(self, batch: list[Request], latent: np.ndarray) -> None:
         self._refuse(batch, ~np.isfinite(latent).all(axis=(1, 2, 3)), "generator", "NaN or infinity")
 
     def _refuse(self, batch: list[Request], broken: np.ndarray, graph: str, output: str) -> None:
-        """Raises OutputError where one of the batch is broken, (B,) bool; graph and output: what gave what."""
+        """Raises OutputError if one of the batch is broken, (B,) bool; graph and output: what gave what."""
         if broken.any():
             seeds = ", ".join(str(request.seed) for request, bad in zip(batch, broken, strict=True) if bad)
             what = f"{graph} gave {output} on engine {self._engine!r} for seed {seeds}"
