@@ -112,11 +112,11 @@ def prompt_text(prompt: Any) -> str:
 
 
 def check_length(name: str, text: str) -> None:
-    """Returns for a text that can be tokenized and told again, else raises InputError."""
+    """Returns for a text that can be tokenized and passed on a command line, else raises InputError."""
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"{name} has {len(text)} characters, at most {MAX_CHARACTERS} are read")
     if "\0" in text:
-        raise InputError(f"{name} holds the character NUL, which no command line can say again")
+        raise InputError(f"{name} contains a NUL character, which cannot be passed on a command line")
 
 
 def check_seed(seed: Any) -> int:

@@ -86,7 +86,7 @@ class Result:
         from snoopi_rt import image
 
         if format not in image.FORMATS.values():
-            raise InputError(f"no image format {format!r}; there are {', '.join(dict.fromkeys(image.FORMATS.values()))}")
+            raise InputError(f"unknown image format {format!r}, choose from {', '.join(dict.fromkeys(image.FORMATS.values()))}")
         return [image.encode(self.images[i], format, self.metadata(i), quality) for i in range(len(self))]
 
     def __len__(self) -> int:

@@ -108,7 +108,7 @@ class Batch:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Raises OutputError if another process draws into the folder; what one that was killed left there is removed."""
+        """Raises OutputError if another process is drawing into the folder; what one that was killed left there is removed."""
         from filelock import FileLock, Timeout
 
         lock = self.out / ".lock"
@@ -118,7 +118,7 @@ class Batch:
         try:
             held.acquire()
         except Timeout as error:
-            raise OutputError(f"another process draws into {self.out}") from error
+            raise OutputError(f"another process is drawing into {self.out}") from error
         except OSError as error:
             raise OutputError(f"cannot write into {self.out}: {reason(error)}") from error
         try:

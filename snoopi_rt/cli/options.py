@@ -221,14 +221,14 @@ def prompt_file_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def named_folder(text: str) -> tuple[str, Path]:
     """The name and the folder of [NAME=]FOLDER; the name defaults to the folder's. A folder's name may contain an equals sign.
 
-    Raises InputError for one that does not exist, and for a name that is no plain one: files are called after it.
+    Raises InputError for one that does not exist, and for a name that is no plain one: files are named after it.
     """
     if not text or text.endswith("="):
         raise InputError(f"{text!r} names no folder: give FOLDER, or NAME=FOLDER")
     name, equals, path = text.partition("=") if not Path(text).is_dir() else ("", "", text)
     folder = check_folder(Path(path if equals else text)).resolve()
     if equals and (name in ("", ".", "..") or set(name) & {"/", "\\"} or not name.isprintable()):
-        raise InputError(f"name {name!r} of {quote(folder)} is not a plain name: files are called after it")
+        raise InputError(f"name {name!r} of {quote(folder)} is not a plain name: files are named after it")
     return (name if equals else folder.name), folder
 
 
