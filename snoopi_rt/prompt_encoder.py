@@ -58,7 +58,7 @@ class PromptEncoder:
         self._bundle, self._cache = bundle, cache
         self._encoder = LazyEngine(open_engine)
         self._outputs = {} if variant is None else {spec.name: spec for spec in variant.outputs}
-        # Engines differ in the last bits, and pictures of one engine are not to depend on who drew before.
+        # Engines differ in the last bits, and images of one engine are not to depend on who drew before.
         self._key = "" if variant is None else json.dumps([variant.hash, asdict(bundle.text), engine])
         self._stored = {text: row for row, text in enumerate(bundle.prompts.texts if bundle.prompts else ())}
         self._kept: OrderedDict[str | bytes, States] = OrderedDict()

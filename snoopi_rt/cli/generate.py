@@ -154,7 +154,7 @@ def _draw_prompt(
     """Draws one prompt to image files."""
     from snoopi_rt.bundle.bundle import Bundle
     from snoopi_rt.cli.output import Files, PromptImages, report, warn
-    from snoopi_rt.cli.output import show as show_picture
+    from snoopi_rt.cli.output import show as show_image
     from snoopi_rt.loading import load
     from snoopi_rt.pipeline import EMBEDDED
     from snoopi_rt.request import MAX_IMAGES, integer, seeds_from
@@ -174,15 +174,15 @@ def _draw_prompt(
     with progress_line() as progress, load(**load_options, low_memory=True, progress=report_compiling(progress)) as pipe:
         files.check_format(images.check(pipe), images)
         progress["doing"], written = "drawing", []
-        for index, picture in enumerate(images.pictures(pipe)):
+        for index, drawn in enumerate(images.draw(pipe)):
             if index == 0:
-                warn(picture.fields["warnings"], pipe.bundle)
-            path = files.save(index, picture)
-            report(picture, path, as_json, show_scale=len(images.scales) > 1 and not side_by_side)
+                warn(drawn.fields["warnings"], pipe.bundle)
+            path = files.save(index, drawn)
+            report(drawn, path, as_json, show_scale=len(images.scales) > 1 and not side_by_side)
             written += [] if path is None else [path]
             progress["doing"] = f"drawing, {index + 1} written"
     for path in written if show else ():
-        show_picture(path)
+        show_image(path)
 
 
 def _batch_options(

@@ -104,7 +104,7 @@ def teacher(data: Path, decoder: Path, start: Path | None, out: Path, settings: 
     "--states",
     type=folder_path,
     metavar="FOLDER",
-    help="Folder where several runs share text states and the teacher's pictures.  [default: in --out]",
+    help="Folder where several runs share text states and the teacher's images.  [default: in --out]",
 )
 @compile_option
 def student(

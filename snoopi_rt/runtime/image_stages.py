@@ -55,7 +55,7 @@ class ImageStages:
     ) -> np.ndarray:
         """The images (n, H, W, 3) uint8 of the requests, in batches as large as the variants take. Adds to `timings`.
 
-        Raises OutputError for NaN, infinity and a picture of one value, BundleError for an output of another shape, Cancelled.
+        Raises OutputError for NaN, infinity and an image of one value, BundleError for an output of another shape, Cancelled.
         """
         batches = in_batches(requests, states, self.generator.open().inputs, self.max_batch)
         return np.concatenate([self._batch(batch, states, size, timings, deadline) for batch in batches])
@@ -76,7 +76,7 @@ class ImageStages:
             images = self._decode(latent)
             if not isinstance(latent, np.ndarray):  # on a device, which would have waited for this before the decoder
                 self._refuse_broken(batch, np.asarray(latent))
-            # NaN becomes one value as uint8. A decoder's noise makes a plain picture that is meant practically impossible.
+            # NaN becomes one value as uint8. A decoder's noise makes a plain image that is meant practically impossible.
             self._refuse(batch, images.min(axis=(1, 2, 3)) == images.max(axis=(1, 2, 3)), "decoder", "one value for all pixels")
             return images
 
@@ -115,7 +115,7 @@ class ImageStages:
         if broken.any():
             seeds = ", ".join(str(request.seed) for request, bad in zip(batch, broken, strict=True) if bad)
             what = f"{graph} gave {output} on engine {self._engine!r} for seed {seeds}"
-            raise OutputError(f"{what}: no picture was made; {how_to_find_node(graph, self._engine)}")
+            raise OutputError(f"{what}: no image was made; {how_to_find_node(graph, self._engine)}")
 
 
 @contextmanager

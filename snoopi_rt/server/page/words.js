@@ -68,7 +68,7 @@ export function scaleWords(scale, usual, negative) {
   const what = `“${negative}”`;
   if (scale === 0) return `${scale}: ${what} is not taken away.`;
   if (scale < usual) return `${scale}: ${scale < usual / 2 ? "a little" : "much"} of ${what} is taken away.`;
-  return scale === usual ? `${scale}: ${what} is taken away, the usual strength.` : `${scale}: more than usual; too much spoils the picture.`;
+  return scale === usual ? `${scale}: ${what} is taken away, the usual strength.` : `${scale}: more than usual; too much spoils the image.`;
 }
 
 const SLUG = 60;
