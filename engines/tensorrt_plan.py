@@ -14,7 +14,7 @@ from typing import Any
 
 from snoopi_rt.engines.base import Axis, EngineOptions, Progress, engine_errors
 from snoopi_rt.engines.compiled_cache import CompiledModels, compiled_name
-from snoopi_rt.engines.messages import reason
+from snoopi_rt.engines.messages import first_reason
 from snoopi_rt.errors import EngineError
 
 PLAN, DIGEST = "plan", "plan.sha256"
@@ -219,4 +219,4 @@ def _monitor(trt: Any, progress: Progress, task: str) -> Any:
 
 def logged_reason(errors: list[str]) -> str:
     """Why TensorRT failed, by its log."""
-    return reason(errors) or "TensorRT does not say why"
+    return first_reason(errors) or "TensorRT does not say why"

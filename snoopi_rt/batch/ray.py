@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from snoopi_rt.batch.runner import Batch, Drawn, Job, draw_together
-from snoopi_rt.engines.messages import reason, why
+from snoopi_rt.engines.messages import first_reason, why
 from snoopi_rt.errors import EngineError, SnoopiError
 from snoopi_rt.interrupts import handlers_kept
 from snoopi_rt.loading import load
@@ -101,7 +101,7 @@ def draw_on_ray(load_options: dict[str, Any], workers: Workers, pipe: Pipeline, 
             yield Drawn(row["row"], row["file"], json.loads(row["metadata"]), row["error"], row["warning"])
     except RayError as error:
         # Ray's page about it ends with the line that says why.
-        raise EngineError(f"a process on Ray failed: {reason(reversed(str(error).splitlines())) or why(error)}") from None
+        raise EngineError(f"a process on Ray failed: {first_reason(reversed(str(error).splitlines())) or why(error)}") from None
 
 
 class BatchWorker:
