@@ -24,11 +24,11 @@ class EngineInfo(NamedTuple):
     label: str
     """The first package's name for people."""
     distribution: str | None = None
-    """What must be installed, where several distributions provide the package."""
+    """What must be installed, if several distributions provide the package."""
     prefers_fixed_shapes: bool = False
     """Whether it is fastest for shapes that it has seen before."""
     takes: str | None = None
-    """The engine whose variants it runs where a bundle has none for it."""
+    """The engine whose variants it runs if a bundle has none for it."""
 
     @property
     def package(self) -> str:
@@ -99,7 +99,7 @@ def load_engine(
     as long as the file's path, size and time and `key` (the variant's hash) stay the same. axes: the sizes of dynamic axes, by name, which
     `tensorrt` needs; it reports its builds to `progress`. mapped: whether weights may stay in the files; otherwise they are read into
     memory, and the files are no longer needed.
-    Raises what `check_engine` raises, and EngineError where the file cannot be loaded.
+    Raises what `check_engine` raises, and EngineError if the file cannot be loaded.
     """
     check_engine(name)
     options = EngineOptions(name, precision, available_threads() if threads is None else threads, cache, key, axes or {}, mapped=mapped)

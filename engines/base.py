@@ -79,7 +79,7 @@ class Engine(Protocol):
     outputs: tuple[TensorSpec, ...]
 
     def __call__(self, **arrays: "np.ndarray") -> "dict[str, np.ndarray]":
-        """The outputs by name. Raises EngineError where the inputs do not fit `inputs` or the model fails."""
+        """The outputs by name. Raises EngineError if the inputs do not fit `inputs` or the model fails."""
 
     def close(self) -> None:
         """Frees the model; a later call raises EngineError."""

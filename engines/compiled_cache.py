@@ -12,10 +12,10 @@ class CompiledModels(Protocol):
     """Folders of files by name, each complete or missing. Threads and processes share them."""
 
     def find(self, name: str) -> Path | None:
-        """The folder, which is marked as used now; None where it is missing or its files are not as they were written."""
+        """The folder, which is marked as used now; None if it is missing or its files are not as they were written."""
 
     def fill(self, name: str, size: int) -> AbstractContextManager[Path | None]:
-        """A new folder, stored under the name when the block ends without an error; None where about `size` bytes cannot be stored."""
+        """A new folder, stored under the name when the block ends without an error; None if about `size` bytes cannot be stored."""
 
     def drop(self, name: str) -> None:
         """Removes the folder, whose contents do not work."""
@@ -37,7 +37,7 @@ def model_files(path: Path) -> list[Path]:
 def compiled_name(path: Path, key: str, *circumstances: str) -> str:
     """A name that changes with the model's files, `key` (the hash of their contents, if known), the processor and the circumstances.
 
-    Raises OSError where there is no model file.
+    Raises OSError if there is no model file.
     """
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in model_files(path)]
     return hashlib.sha256(json.dumps([files, key, processor(), circumstances]).encode()).hexdigest()

@@ -99,7 +99,7 @@ class Gpu:
         """The CUDA graph of what work(stream) enqueues; it is not run yet.
 
         It has a stream of its own, so that nothing that other threads enqueue meanwhile is captured. Raises what `work` raises, and
-        RuntimeError where something cannot be captured.
+        RuntimeError if something cannot be captured.
         """
         cuda = self.cuda
         (capturing,) = self.call(cuda.cudaStreamCreateWithFlags, cuda.cudaStreamNonBlocking)

@@ -22,12 +22,12 @@ def why(error: BaseException) -> str:
     """Why a package failed, in one line."""
     if isinstance(error, UnicodeDecodeError):  # its object is the message, with a damaged name in it
         text = error.object.decode(errors="replace")
-        return reason([text]) if _PLACE.search(text) else f"{text[:MAX_LENGTH]!r} is not UTF-8 text"
-    return reason([str(error)]) or type(error).__name__
+        return first_reason([text]) if _PLACE.search(text) else f"{text[:MAX_LENGTH]!r} is not UTF-8 text"
+    return first_reason([str(error)]) or type(error).__name__
 
 
-def reason(messages: Iterable[str]) -> str:
-    """The first line that gives a reason; "" where none does."""
+def first_reason(messages: Iterable[str]) -> str:
+    """The first line that gives a reason; "" if none does."""
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
     shorter = (" ".join(_PLACE.sub("", line).split()).removeprefix("-- ") for line in lines)
     line = next((line for line in shorter if line and not _HEADING.fullmatch(line)), lines[0] if lines else "")

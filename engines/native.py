@@ -73,7 +73,7 @@ _native = _Native()
 native_code = _native.block
 """A block in native code. When the process ends, no new one starts in a daemon thread, and the process waits for those that run."""
 postpone = _native.postpone
-"""postpone(error), for a signal handler: raises the error when the thread leaves its block; returns False where it is in none.
+"""postpone(error), for a signal handler: raises the error when the thread leaves its block; returns False if it is in none.
 
 Foreign packages swallow an exception that a handler raises inside them, or replace it.
 """

@@ -14,7 +14,7 @@ from snoopi_rt.engines.compiled_cache import CompiledModels, compiled_name, mode
 from snoopi_rt.errors import EngineError
 
 BF16 = ("bf16", "int8")
-"""The precisions with bf16 arithmetic where the processor has it, "int8" between its integer products."""
+"""The precisions with bf16 arithmetic if the processor has it, "int8" between its integer products."""
 
 NO_BF16 = " (this processor has no bf16)"
 

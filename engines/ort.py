@@ -37,7 +37,7 @@ SETTINGS = {
     "session.force_spinning_stop": "1",
 }
 UINT8_WEIGHTS = {"session.x64quantprecision": "1"}
-"""Weights become uint8: correct also where int8 products overflow (x86 without VNNI), but two to three times slower."""
+"""Weights become uint8: correct even if int8 products overflow (x86 without VNNI), but two to three times slower."""
 SAVE_SETTINGS = {
     "session.optimized_model_external_initializers_file_name": f"{OPTIMISED}.data",
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
@@ -151,7 +151,7 @@ def _options(threads: int, **settings: str) -> Any:
 
 
 def _cached_session(path: Path, threads: int, cache: CompiledModels, key: str, mapped: bool) -> Any:
-    """The session of the optimised model in the cache, put there if it is missing; None where caching it is not worth it or impossible."""
+    """The session of the optimised model in the cache, put there if it is missing; None if caching it is not worth it or impossible."""
     from onnxruntime import __version__
 
     size = sum(file.stat().st_size for file in model_files(path))

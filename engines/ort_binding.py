@@ -13,7 +13,7 @@ MAX_BINDINGS = 16
 """Combinations of input shapes that stay bound; the least recently used is dropped, but its CUDA graph stays with the session."""
 NO_GRAPH = "-1"
 _THREAD = ThreadPoolExecutor(1, "snoopi_rt CUDA")
-"""The only thread on which sessions are opened, run and closed. While ONNX Runtime records a graph no other thread may touch the GPU, and
+"""The only thread on which sessions are opened, run and closed. While ONNX Runtime captures a graph no other thread may touch the GPU, and
 every thread has its own graphs."""
 
 
@@ -21,7 +21,7 @@ class BoundSession:
     """A session called through bound memory. `device` is ONNX Runtime's name for it ("cuda"; "cpu" does the same without a GPU).
 
     open(graphs): a session with or without CUDA graphs. The first call with a combination of shapes determines those of the outputs, the
-    second records a graph; if something cannot be recorded, the session is opened again without graphs.
+    second captures a graph; if something cannot be captured, the session is opened again without graphs.
     """
 
     def __init__(self, open: Callable[[bool], Any], device: str) -> None:
@@ -48,10 +48,10 @@ class BoundSession:
         binding = self._binding(arrays)
         try:
             return binding.run(arrays, outputs, self._graphs)
-        except Exception:  # ONNX Runtime has no class for what cannot be recorded
+        except Exception:  # ONNX Runtime has no class for what cannot be captured
             if not (self._graphs and binding.bound):
                 raise
-        # The session cannot be used any more: its stream is still recording. Nothing may hold it when the next one opens.
+        # The session cannot be used any more: its stream is still capturing. Nothing may hold it when the next one opens.
         del binding
         self._forget()
         self._graphs, self.session = False, self._open(False)

@@ -32,7 +32,7 @@ class CallFailed(Exception):
 
 
 def require(success: Any) -> None:
-    """Raises CallFailed where a call of TensorRT returned failure."""
+    """Raises CallFailed if a call of TensorRT returned failure."""
     if not success:
         raise CallFailed
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from snoopi_rt.engines.base import Axis, EngineOptions, Progress, engine_errors
 from snoopi_rt.engines.compiled_cache import CompiledModels, compiled_name
-from snoopi_rt.engines.messages import reason
+from snoopi_rt.engines.messages import first_reason
 from snoopi_rt.errors import EngineError
 
 PLAN, DIGEST = "plan", "plan.sha256"
@@ -23,7 +23,7 @@ Profile = Mapping[str, Axis]
 
 
 def import_tensorrt(package: str) -> Any:
-    """The module `tensorrt` or `tensorrt_rtx`. Raises EngineError where it cannot be loaded."""
+    """The module `tensorrt` or `tensorrt_rtx`. Raises EngineError if it cannot be loaded."""
     with engine_errors("engine 'tensorrt' cannot use TensorRT"):
         return import_module(package)
 
@@ -57,7 +57,7 @@ class CachedPlan:
         self._timings = hashlib.sha256(json.dumps(["timings", *made_by]).encode()).hexdigest()
 
     def read(self) -> bytes:
-        """The plan, which concurrent readers build once. Raises EngineError where it cannot be built."""
+        """The plan, which concurrent readers build once. Raises EngineError if it cannot be built."""
         cache = self.options.cache
         if cache is None:
             return self._build(None)
@@ -107,7 +107,7 @@ class CachedBytes:
 def build_plan(
     trt: Any, path: Path, profiles: list[Profile], progress: Progress, streaming: bool = False, timing: CachedBytes | None = None
 ) -> bytes:
-    """The plan of an ONNX file with these profiles. Raises EngineError where TensorRT cannot read the file or build it."""
+    """The plan of an ONNX file with these profiles. Raises EngineError if TensorRT cannot read the file or build it."""
     log, errors = logger(trt)
     doing = f"engine 'tensorrt' cannot build {path.name}"
     with engine_errors(doing):
@@ -144,7 +144,7 @@ def build_plan(
 
 
 def _read(cache: CompiledModels, name: str) -> bytes | None:
-    """The cached plan of that name; None where it is missing or damaged, in which case it is removed."""
+    """The cached plan of that name; None if it is missing or damaged, in which case it is removed."""
     folder = cache.find(name)
     if folder is None:
         return None
@@ -219,4 +219,4 @@ def _monitor(trt: Any, progress: Progress, task: str) -> Any:
 
 def logged_reason(errors: list[str]) -> str:
     """Why TensorRT failed, by its log."""
-    return reason(errors) or "TensorRT does not say why"
+    return first_reason(errors) or "TensorRT does not say why"

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from snoopi_rt import __version__
-from snoopi_rt.bundle.bundle import MANIFEST, Bundle, Scale
-from snoopi_rt.bundle.bundle import Guidance as GuidancePromise
+from snoopi_rt.bundle.bundle import MANIFEST, Bundle, GuidancePromise, Scale
 from snoopi_rt.bundle.manifest import text_rule
 from snoopi_rt.bundle.tokenizer import Tokenizer, highest_id
 from snoopi_rt.errors import InputError, OutputError
@@ -75,9 +74,9 @@ def _write_files(folder: Path, name: str, plan: ExportPlan, student: Student, sa
     """Writes all files of a bundle but its bundle.json; returns what that will say, and the prompts of the final check."""
     text = student.write_tokenizer(folder / "tokenizer.json")
     tokenizer = Tokenizer.of(folder / "tokenizer.json", text)
-    carried = list(dict.fromkeys(text_rule(prompt, text.lowercase) for prompt in plan.options.prompts))
-    say(f"encoding {len(calibration.TEXTS) + len(carried)} prompts")
-    ids = {prompt: torch.from_numpy(tokenizer(prompt, truncate=prompt not in carried)) for prompt in (*calibration.TEXTS, *carried)}
+    stored = list(dict.fromkeys(text_rule(prompt, text.lowercase) for prompt in plan.options.prompts))
+    say(f"encoding {len(calibration.TEXTS) + len(stored)} prompts")
+    ids = {prompt: torch.from_numpy(tokenizer(prompt, truncate=prompt not in stored)) for prompt in (*calibration.TEXTS, *stored)}
     limit_ids = {} if plan.options.prompts_only else extreme_ids(tokenizer, highest_id(folder / "tokenizer.json"))
     encoded = student.encode([*ids.values(), *limit_ids.values()])
     states = dict(zip(ids, encoded, strict=False))
@@ -86,8 +85,8 @@ def _write_files(folder: Path, name: str, plan: ExportPlan, student: Student, sa
     for graph in student_graphs(plan, student, ids, states):
         graphs[graph.name] = write_variants(graph, plan.precision[graph.name], folder, plan.engines, say, plan.options.or_nearest)
     prompts = None
-    if carried:
-        prompts = write_prompts(folder, {prompt: {name: value.numpy() for name, value in states[prompt].items()} for prompt in carried})
+    if stored:
+        prompts = write_prompts(folder, {prompt: {name: value.numpy() for name, value in states[prompt].items()} for prompt in stored})
     if plan.options.prompts_only:
         (folder / "tokenizer.json").unlink()
         text = replace(text, tokenizer=None)

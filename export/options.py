@@ -28,7 +28,7 @@ class ExportOptions:
     tolerance: float | None = None
     """How much a variant may change the clean latent (rms); None: LATENT_TOLERANCE, and INT8_TOLERANCE for a generator in int8 by name."""
     prompts: tuple[str, ...] = ()
-    """The prompts whose states the bundle carries."""
+    """The prompts whose states are stored in the bundle."""
     prompts_only: bool = False
     """Whether to leave the text encoder out: the bundle knows `prompts` and no others."""
     force: bool = False

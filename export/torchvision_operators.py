@@ -7,7 +7,7 @@ transforms: once the two are declared, the import goes through.
 
 from importlib.util import find_spec
 
-from snoopi_rt.errors import EngineMissing
+from snoopi_rt.errors import PackageMissing
 
 OPERATORS = ("nms", "qnms")
 
@@ -15,7 +15,7 @@ OPERATORS = ("nms", "qnms")
 def import_torchvision() -> None:
     """Imports torchvision, if it is installed, so that open_clip, transformers and diffusers can.
 
-    Raises EngineMissing for a torchvision that does not import beside this torch.
+    Raises PackageMissing for a torchvision that does not import beside this torch.
     """
     if find_spec("torchvision") is None:
         return
@@ -33,6 +33,6 @@ def import_torchvision() -> None:
     except Exception as error:
         build = torch.__version__.partition("+")[2]
         index = f"https://download.pytorch.org/whl/{build}" if build else "PyPI"
-        raise EngineMissing(
+        raise PackageMissing(
             f"torchvision does not import beside torch {torch.__version__}: install the one of {index}, or uninstall it ({error})"
         ) from error

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from snoopi_rt.bundle.bundle import Bundle
-    from snoopi_rt.errors import BundleError, Cancelled, EngineError, EngineMissing, InputError, OutputError, SnoopiError
+    from snoopi_rt.errors import BundleError, Cancelled, EngineError, EngineMissing, InputError, OutputError, PackageMissing, SnoopiError
     from snoopi_rt.loading import load
     from snoopi_rt.pipeline import Pipeline
     from snoopi_rt.prompt_encoder import Conditioning
@@ -24,6 +24,7 @@ _HOMES = {
     "EngineMissing": "snoopi_rt.errors",
     "InputError": "snoopi_rt.errors",
     "OutputError": "snoopi_rt.errors",
+    "PackageMissing": "snoopi_rt.errors",
     "Pipeline": "snoopi_rt.pipeline",
     "Request": "snoopi_rt.request",
     "Result": "snoopi_rt.result",
@@ -40,6 +41,7 @@ __all__ = [
     "EngineMissing",
     "InputError",
     "OutputError",
+    "PackageMissing",
     "Pipeline",
     "Request",
     "Result",

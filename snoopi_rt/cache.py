@@ -8,7 +8,6 @@ import hashlib
 import heapq
 import json
 import os
-import secrets
 import shutil
 import stat
 import tempfile
@@ -17,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from snoopi_rt.files import sha256, write_whole
+from snoopi_rt.files import sha256, temporary_beside, write_whole
 
 LIMIT = 10 * 2**30
 KINDS = ("bundles", "engines", "hashes", "locks", "measurements", "scratch", "states")
@@ -280,7 +279,7 @@ def _remove(path: Path) -> None:
         if not path.is_dir() or path.is_symlink():
             path.unlink()
             return
-        removed = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        removed = temporary_beside(path)
         path.rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
 

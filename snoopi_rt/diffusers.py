@@ -2,7 +2,7 @@
 
 from typing import Any, TypeVar
 
-from snoopi_rt.errors import EngineMissing, how_to_install
+from snoopi_rt.errors import PackageMissing, how_to_install
 
 Pipeline = TypeVar("Pipeline")
 
@@ -13,7 +13,7 @@ def with_negative(pipe: Pipeline, kind: str = "nasa") -> Pipeline:
     Its call also takes `negative_scale`, one number or one per prompt; by default the kind's. kind: nasa, nag, vsf or projected, and in
     joint attention (SD3, FLUX, FLUX.2, Z-Image) nasa, nag, vsf or gated. Without a negative prompt (None or blank), or at a scale of 0, it
     draws what it drew before, bit for bit; a scale without a negative prompt is an InputError. Raises InputError for another kind and for a
-    pipeline without such attention to a text; EngineMissing without torch and diffusers.
+    pipeline without such attention to a text; PackageMissing if torch or diffusers is missing.
     """
     return _code().with_negative(pipe, kind)
 
@@ -29,8 +29,8 @@ def _code() -> Any:
 
         import_torchvision()
         from snoopi_rt.export import diffusers_pipelines
-    except EngineMissing:
+    except PackageMissing:
         raise
     except ImportError as error:
-        raise EngineMissing(f"negative prompts in diffusers need {error.name}: {how_to_install('diffusers')}") from error
+        raise PackageMissing(f"negative prompts in diffusers need {error.name}: {how_to_install('diffusers')}") from error
     return diffusers_pipelines

@@ -2,7 +2,8 @@
 
 SnoopiError
 ├── EngineError         an engine cannot load or run a model
-│   └── EngineMissing   ... because its package is not installed (also ImportError)
+│   └── EngineMissing   ... because its package is not installed (also PackageMissing)
+├── PackageMissing      a package that an extra installs is missing or does not import (also ImportError)
 ├── BundleError         a bundle is not what its bundle.json promises
 │   └── BundleMissing   ... because no folder has the path (also InputError)
 ├── InputError          the caller's input is invalid (also ValueError)
@@ -31,7 +32,11 @@ class EngineError(SnoopiError):
     """An engine cannot load or run a model."""
 
 
-class EngineMissing(EngineError, ImportError):
+class PackageMissing(SnoopiError, ImportError):
+    """A package that an extra installs is missing or does not import."""
+
+
+class EngineMissing(EngineError, PackageMissing):
     """The package of an engine is not installed."""
 
 

@@ -16,10 +16,10 @@ from snoopi_rt.runtime.precision import runs_on, select_variants
 from snoopi_rt.runtime.shape_ranges import shape_ranges
 
 Weights = Literal["auto", "memory", "mapped"]
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 """More than cores that share memory: with tens of thousands an engine starts for minutes, and takes no signal meanwhile."""
-LITTLE = 2 * 2**30
-"""Bytes of weights that are read where "auto" is to decide."""
+AUTO_MEMORY_BYTES = 2 * 2**30
+"""Weights of more bytes than these are mapped if `weights` is "auto"."""
 
 
 def load(
@@ -34,7 +34,7 @@ def load(
     """The pipeline of a bundle (a folder; None = the embedded one) on an engine.
 
     `engine` "auto" takes the fastest that `snoopi-rt bench` measured here, with its precisions, else `cpu`, then `openvino`; `precision` is
-    one of the bundle's, or one a graph ("generator=int8,decoder=fp16"); `threads` bounds the CPU threads; with `low_memory` the
+    one of the bundle's, or one per graph ("generator=int8,decoder=fp16"); `threads` bounds the CPU threads; with `low_memory` the
     memory's peak is that of the text encoder or that of the rest, not both: a new prompt then waits for models to be opened again.
     An engine that compiles for minutes calls progress(what, share of it that is done, 0 to 1) meanwhile. `weights` "mapped" leaves them
     in the bundle's files, which saves memory, but another bundle copied over them ends the process; "memory" reads them; "auto" does so
@@ -63,12 +63,12 @@ def open_pipeline(
     """The pipeline of a bundle on an engine by its own name, with its files in the cache. Raises as `load` does."""
     known_engine(engine)
     if threads is not None:
-        integer("threads", threads, 1, MOST_THREADS)
+        integer("threads", threads, 1, MAX_THREADS)
     if weights not in get_args(Weights):
         raise InputError(f"unknown weights {weights!r}, choose from {', '.join(get_args(Weights))}")
     variants = select_variants(bundle, engine, precision)
     size = sum(file.size for variant in variants.values() for file in variant.files)
-    mapped = weights == "mapped" or (weights == "auto" and size > LITTLE)
+    mapped = weights == "mapped" or (weights == "auto" and size > AUTO_MEMORY_BYTES)
 
     def open_engine(graph: str) -> Engine:
         variant = variants[graph]

@@ -112,7 +112,7 @@ class Pipeline:
 
         `size` is (height, width), by default the bundle's first; `truncate` cuts prompts that are too long. After `timeout` seconds, or
         once `cancel` is set, no further stage begins.
-        Raises InputError for requests that this bundle cannot draw, OutputError if a stage gives NaN, infinity or a picture of one
+        Raises InputError for requests that this bundle cannot draw, OutputError if a stage gives NaN, infinity or an image of one
         value, and Cancelled.
         """
         start, deadline = time.perf_counter(), Deadline(timeout, cancel)
@@ -135,7 +135,7 @@ class Pipeline:
             precision=self.precision,
             bundle=self.bundle.name,
             bundle_hash=self.bundle.hash,
-            truncated=truncate,
+            truncate=truncate,
             warned={prompt: line for prompt in dict.fromkeys(request.prompt for request in requests) if (line := self.warning(prompt))},
         )
 
@@ -232,7 +232,7 @@ class Pipeline:
         return requests
 
     def warning(self, prompt: str) -> str | None:
-        """A line about a prompt whose object or number is not in the bundle's vocabulary, so that its picture will differ; else None."""
+        """A line about a prompt whose object or number is not in the bundle's vocabulary, so that its image will differ; else None."""
         if self._matcher is None or self.bundle.vocabulary is None:
             return None
         model = "the embedded model" if self.bundle.folder == EMBEDDED else f"model {self.bundle.name!r}"

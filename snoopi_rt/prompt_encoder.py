@@ -1,4 +1,4 @@
-"""Prompts to text states, computed once: carried by the bundle, kept in memory, or on disk by the text variant's hash and the text rule."""
+"""Prompts to text states, computed once: stored in the bundle, kept in memory, or on disk by the text variant's hash and the text rule."""
 
 import hashlib
 import io
@@ -25,15 +25,15 @@ from snoopi_rt.files import reason
 from snoopi_rt.runtime.inputs import States
 from snoopi_rt.runtime.lazy_engine import LazyEngine
 
-IN_MEMORY = 64 * 2**20
+MAX_BYTES_IN_MEMORY = 64 * 2**20
 """Bytes of states that are kept in memory: 34 prompts of T5-XXL's 120 tokens, 284 of SD 1.5's 77. All others are on disk."""
-CARRIED = "prompts.npz"
-NAMED = 10
+STORED = "prompts.npz"
+MAX_NAMED = 10
 """How many of the known prompts an error names."""
 
 
 class Conditioning(str):
-    """A prompt that carries its states, for one bundle: `Pipeline.prepare` makes it, and it may stand wherever a prompt does.
+    """A prompt with its states, for one bundle: `Pipeline.prepare` makes it, and it may stand wherever a prompt does.
 
     states: the text encoder's outputs by name, float32, one prompt: (1, T, D) and the like. bundle_hash: SHA-256 of the bundle.json of
     the bundle that it is for.
@@ -51,49 +51,49 @@ class Conditioning(str):
 class PromptEncoder:
     """The states of prompts, (1, T, D) and the like by output name; tokenizer and text encoder are opened when a prompt needs them.
 
-    `variant` is the text encoder's, None where the bundle has none; `engine` is the name of that which runs it.
+    `variant` is the text encoder's, None if the bundle has none; `engine` is the name of that which runs it.
     """
 
     def __init__(self, bundle: Bundle, variant: Variant | None, open_engine: Callable[[], Engine], cache: Cache, engine: str = "") -> None:
         self._bundle, self._cache = bundle, cache
         self._encoder = LazyEngine(open_engine)
         self._outputs = {} if variant is None else {spec.name: spec for spec in variant.outputs}
-        # Engines differ in the last bits, and pictures of one engine are not to depend on who drew before.
+        # Engines differ in the last bits, and images of one engine are not to depend on who drew before.
         self._key = "" if variant is None else json.dumps([variant.hash, asdict(bundle.text), engine])
-        self._carried = {text: row for row, text in enumerate(bundle.prompts.texts if bundle.prompts else ())}
+        self._stored = {text: row for row, text in enumerate(bundle.prompts.texts if bundle.prompts else ())}
         self._kept: OrderedDict[str | bytes, States] = OrderedDict()
         self._bytes = 0
-        self._carried_file: bytes | None = None
+        self._stored_file: bytes | None = None
         # Opening takes long: meanwhile other threads get the prompts that are kept.
         self._lock = threading.Lock()
 
     def encode(self, prompt: str, truncate: bool = False) -> States:
         """The states, to be read only.
 
-        Raises InputError (see Tokenizer; or a prompt that a bundle without text encoder does not carry) and OutputError where one is NaN.
+        Raises InputError (see Tokenizer; or a prompt that is not stored in a bundle without text encoder) and OutputError if one is NaN.
         """
         text = text_rule(prompt, self._bundle.text.lowercase)
-        if text in self._carried:
-            return self._remembered(text) or self._remember(text, read_prompt(self._bundle, self._carried[text], self._carried_file))
+        if text in self._stored:
+            return self._remembered(text) or self._remember(text, read_prompt(self._bundle, self._stored[text], self._stored_file))
         return self.encode_ids(self._ids(text, truncate))
 
     def encode_ids(self, ids: np.ndarray) -> States:
-        """The states of token ids (1, T) int64, to be read only. Raises OutputError where one is NaN."""
+        """The states of token ids (1, T) int64, to be read only. Raises OutputError if one is NaN."""
         key = ids.tobytes()
         return self._remembered(key) or self._remember(key, self._from_disk(ids) or self._compute(ids))
 
     def check(self, prompt: str, truncate: bool = False) -> None:
         """Returns for a prompt that can be encoded, else raises InputError as `encode` does."""
         text = text_rule(prompt, self._bundle.text.lowercase)
-        if text not in self._carried:
+        if text not in self._stored:
             self._ids(text, truncate)
 
     def keep(self, prompt: str, truncate: bool = False) -> bool:
         """Sees to it that the prompt's states outlive this process; whether that took the text encoder.
 
-        Raises what `encode` raises, and OutputError where the cache does not take them.
+        Raises what `encode` raises, and OutputError if the cache does not take them.
         """
-        if text_rule(prompt, self._bundle.text.lowercase) in self._carried:
+        if text_rule(prompt, self._bundle.text.lowercase) in self._stored:
             return False
         ids = self._ids(prompt, truncate)
         if self._from_disk(ids) is not None:
@@ -108,7 +108,7 @@ class PromptEncoder:
         if self._bundle.prompts is not None:
             path = self._bundle.folder / self._bundle.prompts.file.path
             try:
-                self._carried_file = path.read_bytes()
+                self._stored_file = path.read_bytes()
                 self._bundle.check_again([self._bundle.prompts.file])
             except OSError as error:
                 raise BundleError(f"cannot read {path}: {reason(error)}") from error
@@ -131,11 +131,11 @@ class PromptEncoder:
 
     def _ids(self, text: str, truncate: bool) -> np.ndarray:
         if self._bundle.text.tokenizer is None:
-            known = list(map(repr, self._carried))
-            more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
+            known = list(map(repr, self._stored))
+            more = f" and {len(known) - MAX_NAMED} more" if len(known) > MAX_NAMED else ""
             raise InputError(
                 f"prompt {text!r} is not one of the {len(known)} that bundle {self._bundle.name!r} knows (it has no text encoder): "
-                f"{', '.join(known[:NAMED])}{more}"
+                f"{', '.join(known[:MAX_NAMED])}{more}"
             )
         with self._lock:
             tokenizer = self._tokenizer
@@ -159,7 +159,7 @@ class PromptEncoder:
                 value.setflags(write=False)  # callers of `prepare` get these very arrays
             self._kept[key] = states
             self._bytes += _bytes(states)
-            while self._bytes > IN_MEMORY and len(self._kept) > 1:
+            while self._bytes > MAX_BYTES_IN_MEMORY and len(self._kept) > 1:
                 self._bytes -= _bytes(self._kept.popitem(last=False)[1])
         return states
 
@@ -199,16 +199,16 @@ def _bytes(states: States) -> int:
 
 def write_prompts(folder: Path, encoded: Mapping[str, States]) -> Prompts:
     """Writes the states of prompts (by the text after the text rule) into a bundle's folder; what its bundle.json says about them."""
-    path = folder / CARRIED
+    path = folder / STORED
     arrays: dict[str, Any] = {f"{row}.{name}": value for row, states in enumerate(encoded.values()) for name, value in states.items()}
     np.savez(path, **arrays)
     return Prompts(File.of(path), tuple(encoded))
 
 
 def read_prompt(bundle: Bundle, row: int, data: bytes | None = None) -> States:
-    """The states of the prompt in that place of `bundle.prompts`, out of the file's bytes where they are there.
+    """The states of the prompt in that place of `bundle.prompts`, out of the file's bytes if they are given.
 
-    Raises BundleError where the file does not hold them.
+    Raises BundleError if the file does not hold them.
     """
     assert bundle.prompts is not None
     path = bundle.folder / bundle.prompts.file.path
@@ -230,14 +230,14 @@ def read_prompt(bundle: Bundle, row: int, data: bytes | None = None) -> States:
 
 _TAKEN = {"states": "prompt_states", "pooled": "prompt_pooled"}
 """What a text encoder gives, and the input of the generator that it is."""
-_LARGEST = 2**28
+_MAX_BYTES = 2**28
 """Bytes of the states of one prompt: those of the longest that any model takes have some millions."""
 
 
 def _unpacked(file: zipfile.ZipFile, name: str) -> bytes:
-    """One file of an archive. Raises ValueError where it is far too large, however small the archive is."""
-    if file.getinfo(name).file_size > _LARGEST:
-        raise ValueError(f"{name} has more than {_LARGEST} bytes")
+    """One file of an archive. Raises ValueError if it is far too large, however small the archive is."""
+    if file.getinfo(name).file_size > _MAX_BYTES:
+        raise ValueError(f"{name} has more than {_MAX_BYTES} bytes")
     return file.read(name)
 
 

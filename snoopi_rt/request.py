@@ -1,4 +1,4 @@
-"""What a caller may ask for: lists are broadcast to one Request an image, and every wrong value is one clear InputError."""
+"""What a caller may ask for: lists are broadcast to one Request per image, and every wrong value is one clear InputError."""
 
 import math
 import secrets
@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
-from snoopi_rt.bundle.bundle import Guidance
+from snoopi_rt.bundle.bundle import GuidancePromise
 from snoopi_rt.errors import InputError
 
 SEEDS = 2**32
@@ -15,7 +15,7 @@ MAX_CHARACTERS = 32_000
 """Characters of a prompt: OpenAI's own limit. Longer ones would cost gigabytes in the tokenizer before their tokens could be counted."""
 MAX_IMAGES = 10_000
 """Images of one call: all of them are in memory at its end."""
-SHOWN = 200
+MAX_SHOWN = 200
 """Characters of a wrong value that an error shows."""
 
 
@@ -33,7 +33,7 @@ class Request:
         """The prompt, and the negative prompt if there is one."""
         return [text for text in (self.prompt, self.negative_prompt) if text is not None]
 
-    def checked(self, guidance: Guidance) -> "Request":
+    def checked(self, guidance: GuidancePromise) -> "Request":
         """The request in its usual types, with the bundle's default scale if it has none. Raises InputError for a value out of range."""
         negative = _negative(self.negative_prompt, guidance)
         if negative is None and self.negative_scale is not None:
@@ -46,7 +46,7 @@ FIELDS = tuple(field.name for field in fields(Request))
 """What a request says: arguments of `Pipeline.generate`, columns of prompt files."""
 
 
-def parse_requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, n: Any, guidance: Guidance) -> list[Request]:
+def parse_requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed: Any, n: Any, guidance: GuidancePromise) -> list[Request]:
     """The n requests of each prompt, prompt by prompt, with seeds seed, seed + 1 and so on; raises InputError."""
     count = integer("n", n, 1, MAX_IMAGES)
     rows = _rows(prompt=prompt, negative_prompt=negative_prompt, negative_scale=negative_scale, seed=seed)
@@ -64,7 +64,7 @@ def parse_requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed:
         try:
             first = Request(row["prompt"], negative, scale, 0).checked(guidance)
         except InputError as error:
-            if len({shown(row["prompt"]) for row in rows}) == 1:  # also where the command line repeats one for every scale
+            if len({shown(row["prompt"]) for row in rows}) == 1:  # also when the command line repeats one for every scale
                 raise
             raise InputError(f"{error} (prompt {place} of {len(rows)})") from None
         requests += [replace(first, seed=number) for number in seeds_from(row["seed"], count)]
@@ -72,7 +72,7 @@ def parse_requests(prompt: Any, negative_prompt: Any, negative_scale: Any, seed:
 
 
 def image_size(size: Sequence[int] | None, sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """(height, width): the first of the supported sizes where none is given; raises InputError for another one."""
+    """(height, width): the first of the supported sizes if none is given; raises InputError for another one."""
     if size is None:
         return sizes[0]
     if not isinstance(size, list | tuple) or tuple(size) not in sizes:
@@ -102,7 +102,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def prompt_text(prompt: Any) -> str:
-    """The prompt; raises InputError where it is no text, or an empty one."""
+    """The prompt; raises InputError if it is no text, or an empty one."""
     if not isinstance(prompt, str):
         raise InputError(f"prompt must be text, got {shown(prompt)}")
     if not prompt.strip():
@@ -112,11 +112,11 @@ def prompt_text(prompt: Any) -> str:
 
 
 def check_length(name: str, text: str) -> None:
-    """Returns for a text that can be tokenized and told again, else raises InputError."""
+    """Returns for a text that can be tokenized and passed on a command line, else raises InputError."""
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"{name} has {len(text)} characters, at most {MAX_CHARACTERS} are read")
     if "\0" in text:
-        raise InputError(f"{name} holds the character NUL, which no command line can say again")
+        raise InputError(f"{name} contains a NUL character, which cannot be passed on a command line")
 
 
 def check_seed(seed: Any) -> int:
@@ -128,7 +128,7 @@ def check_seed(seed: Any) -> int:
 
 
 def seeds_from(seed: Any, count: int) -> range:
-    """`count` seeds from this one on, from one that nobody chose for None. Raises InputError where one of them lies outside the range."""
+    """`count` seeds from this one on, from one that nobody chose for None. Raises InputError if one of them lies outside the range."""
     first = secrets.randbelow(SEEDS - count + 1) if seed is None else check_seed(seed)
     if first + count > SEEDS:
         raise InputError(f"seed {first} and the {count - 1} after it reach beyond {SEEDS - 1}, the last seed")
@@ -145,7 +145,7 @@ def _rows(**columns: Any) -> list[dict[str, Any]]:
     return [{name: column[row] if name in lengths else column for name, column in columns.items()} for row in range(count)]
 
 
-def _negative(negative: Any, guidance: Guidance) -> str | None:
+def _negative(negative: Any, guidance: GuidancePromise) -> str | None:
     if negative is not None and not isinstance(negative, str):
         raise InputError(f"negative prompt must be text, got {shown(negative)}")
     if negative is None or not negative.strip():
@@ -156,8 +156,8 @@ def _negative(negative: Any, guidance: Guidance) -> str | None:
     return negative
 
 
-def _scale(scale: Any, guidance: Guidance) -> float:
-    """The scale, by default the bundle's; raises InputError where it is none of the bundle's."""
+def _scale(scale: Any, guidance: GuidancePromise) -> float:
+    """The scale, by default the bundle's; raises InputError if it is none of the bundle's."""
     if scale is None:
         return guidance.scale.default
     low, high = guidance.scale.min, guidance.scale.max
@@ -167,12 +167,12 @@ def _scale(scale: Any, guidance: Guidance) -> float:
     return float(scale)
 
 
-def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """The value as an int; raises InputError where it is none, below `least` or above `most`."""
+def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    """The value as an int; raises InputError if it is none, below `minimum` or above `maximum`."""
     number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
-    if number is None or number < least or (most is not None and number > most):
-        above = number is not None and number > least
-        raise InputError(f"{name} must be an integer of at {f'most {most}' if above else f'least {least}'}, got {shown(value)}")
+    if number is None or number < minimum or (maximum is not None and number > maximum):
+        above = number is not None and number > minimum
+        raise InputError(f"{name} must be an integer of at {f'most {maximum}' if above else f'least {minimum}'}, got {shown(value)}")
     return number
 
 
@@ -182,4 +182,4 @@ def shown(value: Any) -> str:
         text = repr(value)
     except Exception:  # an integer of more digits than Python prints, a nesting of a thousand, anybody's __repr__
         text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -33,7 +33,7 @@ class Result:
     """What `load` takes to run the same variants."""
     bundle: str
     bundle_hash: str
-    truncated: bool
+    truncate: bool
     """Whether prompts that are too long were to be cut."""
     warned: Mapping[str, str] = field(default_factory=dict)
     """A line for each prompt that asks for something that the model does not know."""
@@ -86,7 +86,7 @@ class Result:
         from snoopi_rt import image
 
         if format not in image.FORMATS.values():
-            raise InputError(f"no image format {format!r}; there are {', '.join(dict.fromkeys(image.FORMATS.values()))}")
+            raise InputError(f"unknown image format {format!r}, choose from {', '.join(dict.fromkeys(image.FORMATS.values()))}")
         return [image.encode(self.images[i], format, self.metadata(i), quality) for i in range(len(self))]
 
     def __len__(self) -> int:
@@ -115,7 +115,7 @@ class Result:
         values = {
             **vars(self.requests[index]),
             "size": f"{width}x{height}",
-            "truncate": "yes" if self.truncated else None,
+            "truncate": "yes" if self.truncate else None,
             "engine": self.engine,
             "precision": self.precision,
             "bundle": self.bundle,

@@ -118,25 +118,25 @@ def folder(original: Bundle, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original.folder, tmp_path / "tiny"))
 
 
-def carried(folder: Path, texts: Sequence[str]) -> Prompts:
+def store_prompts(folder: Path, texts: Sequence[str]) -> Prompts:
     """The prompts written into the tiny bundle's folder."""
     tokenizer = Tokenizer(folder / "tokenizer.json", 6, lowercase=True)
     return write_prompts(folder, {text: encode(tokenizer(text)) for text in texts})
 
 
 @pytest.fixture
-def carrying(original: Bundle, folder: Path) -> Bundle:
+def with_prompts(original: Bundle, folder: Path) -> Bundle:
     """The tiny bundle with the states of three prompts beside its text encoder."""
-    return replace(original, prompts=carried(folder, ["a red fox", "a cat", "blurry"])).save(folder)
+    return replace(original, prompts=store_prompts(folder, ["a red fox", "a cat", "blurry"])).save(folder)
 
 
 @pytest.fixture
-def prompts_only(carrying: Bundle) -> Bundle:
+def prompts_only(with_prompts: Bundle) -> Bundle:
     """The tiny bundle with the states of three prompts and nothing for others."""
     for name in ("text_encoder.onnx", "tokenizer.json", "bundle.json"):
-        (carrying.folder / name).unlink()
-    graphs = {graph: carrying.graphs[graph] for graph in ("generator", "decoder")}
-    return replace(carrying, graphs=graphs, text=replace(carrying.text, tokenizer=None)).save(carrying.folder)
+        (with_prompts.folder / name).unlink()
+    graphs = {graph: with_prompts.graphs[graph] for graph in ("generator", "decoder")}
+    return replace(with_prompts, graphs=graphs, text=replace(with_prompts.text, tokenizer=None)).save(with_prompts.folder)
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +147,7 @@ def functions() -> dict[str, Callable[..., dict[str, np.ndarray]]]:
 
 @pytest.fixture
 def fakes() -> dict[str, FakeEngine]:
-    """One fake engine a graph."""
+    """One fake engine per graph."""
     return {graph: FakeEngine(FUNCTIONS[graph], *SPECS[graph]) for graph in SPECS}
 
 

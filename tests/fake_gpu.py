@@ -1,7 +1,7 @@
 """A GPU and a TensorRT that are not there: device memory is host memory, a plan is a table of functions, and every call is written down.
 
 The stream does its work at once. What they refuse is what the real ones refuse: memory that was freed, an allocation while a graph is
-recorded, a context without shapes or addresses.
+captured, a context without shapes or addresses.
 """
 
 import ctypes
@@ -26,9 +26,9 @@ class FakeCuda:
         self.pinned = 0
         self.free = self.total = 1 << 34
         self.kept = 0
-        self.recordable = True
+        self.capturable = True
         self.did: list[str] = []
-        self.recording: list[Callable[[], None]] | None = None
+        self.capturing: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}
 
     def cudaGetDeviceCount(self) -> tuple:
@@ -69,7 +69,7 @@ class FakeCuda:
         return (0,)
 
     def cudaMallocAsync(self, size: int, stream: int) -> tuple:
-        if self.recording is not None:
+        if self.capturing is not None:
             return (901,)
         block = ctypes.create_string_buffer(b"\xff" * size, size)
         self.memory[ctypes.addressof(block)] = block
@@ -90,15 +90,15 @@ class FakeCuda:
         return (0,)
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple:
-        self.recording = []
+        self.capturing = []
         return (0,)
 
     def cudaStreamEndCapture(self, stream: int) -> tuple:
-        recorded, self.recording = self.recording, None
-        assert recorded is not None
-        if not self.recordable:
+        captured, self.capturing = self.capturing, None
+        assert captured is not None
+        if not self.capturable:
             return 901, None
-        self.graphs[len(self.graphs) + 1] = recorded
+        self.graphs[len(self.graphs) + 1] = captured
         return 0, len(self.graphs)
 
     def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple:
@@ -267,12 +267,12 @@ class FakeContext:
         if self.trt.fails:
             self.trt.log.log(1, f"{self.trt.fails}\nmore of it")
             return False
-        if self.cuda.recording is not None and not self.cuda.recordable:
+        if self.cuda.capturing is not None and not self.cuda.capturable:
             return False
         assert self.activations is not None and self.activations[0] in self.cuda.memory
         assert (self.profile == 0) == (self.shapes["x"][0] == 1)
-        if self.cuda.recording is not None:
-            self.cuda.recording.append(self.work)
+        if self.cuda.capturing is not None:
+            self.cuda.capturing.append(self.work)
             return True
         self.cuda.did.append("enqueue")
         self.work()

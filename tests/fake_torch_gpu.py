@@ -15,12 +15,12 @@ READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.defa
 
 
 class FakeTorchGpu:
-    """What was done with it: the names of its graphs' replays, and whether one is being recorded."""
+    """What was done with it: the names of its graphs' replays, and whether one is being captured."""
 
     def __init__(self) -> None:
         self.replays = 0
         self.compiled: list[dict[str, Any]] = []
-        self.recording = False
+        self.capturing = False
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Puts it in the place of torch.cuda's own, and of torch.compile, which on a CPU takes minutes."""
@@ -33,7 +33,7 @@ class FakeTorchGpu:
             "current_stream": Stream,
             "stream": lambda stream: nullcontext(),
             "CUDAGraph": lambda: Graph(self),
-            "graph": self.record,
+            "graph": self.capture,
             "synchronize": self.synchronize,
             "empty_cache": lambda: None,
             "reset_peak_memory_stats": lambda: None,
@@ -44,14 +44,14 @@ class FakeTorchGpu:
         patch.setattr(torch, "compile", self.compile)
 
     @contextmanager
-    def record(self, graph: "Graph") -> Iterator[None]:
-        self.recording = True
+    def capture(self, graph: "Graph") -> Iterator[None]:
+        self.capturing = True
         with Recording():
             yield
-        self.recording, graph.whole = False, True
+        self.capturing, graph.whole = False, True
 
     def synchronize(self) -> None:
-        assert not self.recording, "CUDA error: operation not permitted when stream is capturing"
+        assert not self.capturing, "CUDA error: operation not permitted when stream is capturing"
 
     def compile(self, function: Any, **options: Any) -> Any:
         self.compiled.append(options)
@@ -66,7 +66,7 @@ class Recording(TorchDispatchMode):
 
 
 class Graph:
-    """Its outputs are those of the recording, which on a real GPU come with the first replay."""
+    """Its outputs are those of the capture, which on a real GPU come with the first replay."""
 
     whole = False
 

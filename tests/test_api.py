@@ -18,6 +18,7 @@ PUBLIC = [
     "EngineMissing",
     "InputError",
     "OutputError",
+    "PackageMissing",
     "Pipeline",
     "Request",
     "Result",
@@ -43,9 +44,10 @@ def test_other_names_are_attribute_errors() -> None:
 
 
 def test_the_error_tree_has_one_root() -> None:
-    errors = [getattr(snoopi_rt, name) for name in PUBLIC if name.endswith("Error") or name == "EngineMissing"]
+    errors = [getattr(snoopi_rt, name) for name in PUBLIC if name.endswith(("Error", "Missing"))]
     assert all(issubclass(error, snoopi_rt.SnoopiError) for error in errors)
-    assert issubclass(snoopi_rt.EngineMissing, ImportError)
+    assert issubclass(snoopi_rt.EngineMissing, snoopi_rt.EngineError) and issubclass(snoopi_rt.EngineMissing, snoopi_rt.PackageMissing)
+    assert issubclass(snoopi_rt.PackageMissing, ImportError)
     assert issubclass(snoopi_rt.InputError, ValueError)
 
 

@@ -18,7 +18,7 @@ from snoopi_rt.cache import Cache
 from snoopi_rt.engines.fake import FakeEngine
 from snoopi_rt.errors import BundleError, EngineMissing, InputError
 from snoopi_rt.pipeline import Pipeline
-from snoopi_rt.runtime.auto_engine import Measurement, remember
+from snoopi_rt.runtime.auto_engine import EngineTiming, remember
 
 
 def test_the_text_encoder_is_opened_at_the_first_prompt_that_is_nowhere(original: Bundle, fakes: dict[str, FakeEngine]) -> None:
@@ -89,7 +89,7 @@ def test_auto_runs_the_variants_that_were_measured_here_unless_others_are_asked_
     with snoopi_rt.load(bundle) as pipe:
         assert pipe.precision == "fp32"
     precision = {"text_encoder": "fp32", "generator": "int8", "decoder": "fp32"}
-    remember(bundle, Cache(), {name: Measurement(precision, 0.1)})
+    remember(bundle, Cache(), {name: EngineTiming(precision, 0.1)})
     with snoopi_rt.load(bundle) as pipe:
         assert (pipe.engine, pipe.precision) == (name, "text_encoder=fp32,generator=int8,decoder=fp32")
     with snoopi_rt.load(bundle, precision="generator=fp32") as pipe:

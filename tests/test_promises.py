@@ -70,10 +70,10 @@ def _turned(graph: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("break_it", "told"),
     [
-        (_renamed, "decoder.onnx has the outputs picture, where bundle.json promises image"),
+        (_renamed, "decoder.onnx has the outputs picture, but bundle.json promises image"),
         (_typed, "decoder.onnx: output 'image' is int8 "),
-        (_smaller, r"decoder of bundle 'tiny' gave \(1, 8, 8, 3\) where \(1, 16, 16, 3\) is promised"),
-        (_turned, r"decoder of bundle 'tiny' gave \(1, 3, 16, 16\) where \(1, 16, 16, 3\) is promised"),
+        (_smaller, r"decoder of bundle 'tiny' gave \(1, 8, 8, 3\) but \(1, 16, 16, 3\) is promised"),
+        (_turned, r"decoder of bundle 'tiny' gave \(1, 3, 16, 16\) but \(1, 16, 16, 3\) is promised"),
     ],
 )
 def test_a_graph_that_breaks_its_bundles_promise_is_one_line(

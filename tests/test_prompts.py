@@ -1,4 +1,4 @@
-"""Prompts are encoded once: what a bundle carries, what is kept, and what may be forgotten."""
+"""Prompts are encoded once: what a bundle stores, what is kept, and what may be forgotten."""
 
 import io
 import re
@@ -29,19 +29,19 @@ def refuse(graph: str) -> FakeEngine:
     raise AssertionError(f"{graph} was opened")
 
 
-def test_carried_states_make_the_image_that_the_text_encoder_makes(
+def test_stored_states_make_the_image_that_the_text_encoder_makes(
     pipe: Pipeline, prompts_only: Bundle, fakes: Fakes, functions: dict[str, Callable[..., dict[str, np.ndarray]]]
 ) -> None:
     encoded = pipe("a red fox", "blurry", seed=3).images
-    carried = Pipeline(prompts_only, fakes.__getitem__, "cpu")
+    stored = Pipeline(prompts_only, fakes.__getitem__, "cpu")
     calls = fakes["text_encoder"].calls
-    np.testing.assert_array_equal(carried("a red fox", "blurry", seed=3).images, encoded)
-    assert (carried("a cat", "blurry", seed=3).images != encoded).any()
+    np.testing.assert_array_equal(stored("a red fox", "blurry", seed=3).images, encoded)
+    assert (stored("a cat", "blurry", seed=3).images != encoded).any()
     assert fakes["text_encoder"].calls == calls
 
 
 @pytest.mark.parametrize("prompt", ["a cat", "A Cat", "  a cat\n"])
-def test_carried_prompts_are_found_by_the_text_after_the_text_rule(prompts_only: Bundle, fakes: Fakes, prompt: str) -> None:
+def test_stored_prompts_are_found_by_the_text_after_the_text_rule(prompts_only: Bundle, fakes: Fakes, prompt: str) -> None:
     assert len(Pipeline(prompts_only, fakes.__getitem__, "cpu")(prompt, seed=1).images) == 1
 
 
@@ -63,21 +63,21 @@ def test_of_many_known_prompts_ten_are_named_and_the_rest_counted(prompts_only: 
     assert "'prompt 10'" not in str(caught.value)
 
 
-def test_carried_prompts_come_before_the_text_encoder_and_others_still_reach_it(carrying: Bundle, fakes: Fakes) -> None:
+def test_stored_prompts_come_before_the_text_encoder_and_others_still_reach_it(with_prompts: Bundle, fakes: Fakes) -> None:
     opened: list[str] = []
 
     def open_engine(graph: str) -> FakeEngine:
         opened.append(graph)
         return fakes[graph]
 
-    pipe = Pipeline(carrying, open_engine, "cpu")
+    pipe = Pipeline(with_prompts, open_engine, "cpu")
     pipe("a cat", "blurry", seed=1)
     assert opened == ["generator", "decoder"]
     pipe("a blue cat", seed=1)
     assert opened == ["generator", "decoder", "text_encoder"]
 
 
-def test_every_output_of_the_text_encoder_is_carried(prompts_only: Bundle) -> None:
+def test_every_output_of_the_text_encoder_is_stored(prompts_only: Bundle) -> None:
     states = {"a cat": {"states": np.full((1, 2, 4), 3, np.float32), "pooled": np.full((1, 5), 7, np.float32)}}
     variant = prompts_only.variant("generator", "cpu")
     pooled = replace(variant, inputs=(*variant.inputs, TensorSpec("prompt_pooled", (None, 5), "float32")))
@@ -125,17 +125,17 @@ def test_a_prompts_file_that_lacks_a_prompt_says_which(prompts_only: Bundle) -> 
         np.float32(3),
     ],
 )
-def test_carried_states_of_another_shape_than_the_generator_takes_are_a_bundle_error(prompts_only: Bundle, value: np.ndarray) -> None:
+def test_stored_states_of_another_shape_than_the_generator_takes_are_a_bundle_error(prompts_only: Bundle, value: np.ndarray) -> None:
     prompts = write_prompts(prompts_only.folder, {"a cat": {"states": value}})
     bundle = replace(prompts_only, prompts=prompts).save(prompts_only.folder)
     with pytest.raises(BundleError, match=r"prompts.npz does not hold the prompt 'a cat' as the generator takes it$"):
         PromptEncoder(bundle, None, lambda: refuse("text_encoder"), Cache()).encode("a cat")
 
 
-def test_carried_states_that_unpack_to_far_more_than_any_prompt_has_are_a_bundle_error(
+def test_stored_states_that_unpack_to_far_more_than_any_prompt_has_are_a_bundle_error(
     prompts_only: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snoopi_rt.prompt_encoder._LARGEST", 100)
+    monkeypatch.setattr("snoopi_rt.prompt_encoder._MAX_BYTES", 100)
     with pytest.raises(BundleError, match=r"cannot read .*prompts.npz: 1.states.npy has more than 100 bytes$"):
         PromptEncoder(prompts_only, None, lambda: refuse("text_encoder"), Cache()).encode("a cat")
 
@@ -147,8 +147,8 @@ def test_kept_prompts_need_no_text_encoder_in_a_later_process(pipe: Pipeline, or
     assert not later.keep("a cat")
 
 
-def test_a_carried_prompt_is_kept_already(carrying: Bundle) -> None:
-    pipe = Pipeline(carrying, refuse, "cpu", low_memory=True)
+def test_a_stored_prompt_is_kept_already(with_prompts: Bundle) -> None:
+    pipe = Pipeline(with_prompts, refuse, "cpu", low_memory=True)
     assert not pipe.keep("a cat")
     assert kept() == 0
 
@@ -189,7 +189,7 @@ def test_memory_for_prompts_is_bounded_and_those_let_go_come_from_disk(
 ) -> None:
     whole = PromptEncoder(original, original.graphs["text_encoder"][0], lambda: fakes["text_encoder"], Cache()).encode("a red fox")
     limit = 2 * sum(value.nbytes for value in whole.values())
-    monkeypatch.setattr("snoopi_rt.prompt_encoder.IN_MEMORY", limit)
+    monkeypatch.setattr("snoopi_rt.prompt_encoder.MAX_BYTES_IN_MEMORY", limit)
     encoder = PromptEncoder(original, original.graphs["text_encoder"][0], lambda: fakes["text_encoder"], Cache())
     asked = ["a cat", "a fox", "a red fox", "a blue cat"]
     first = {prompt: encoder.encode(prompt) for prompt in asked}

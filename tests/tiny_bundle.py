@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from snoopi_rt.bundle.bundle import Bundle, File, Guidance, Latent, Parity, Scale, Text, Variant
+from snoopi_rt.bundle.bundle import Bundle, File, GuidancePromise, Latent, Parity, Scale, Text, Variant
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.base import TensorSpec
 
@@ -176,7 +176,7 @@ def write_bundle(folder: Path) -> Bundle:
         latent=Latent(channels=WIDTH, factor=FACTOR),
         sizes=((16, 16), (16, 24)),
         max_batch=4,
-        guidance=Guidance("nasa", Scale(0.5, 0.0, 1.0), {}),
+        guidance=GuidancePromise("nasa", Scale(0.5, 0.0, 1.0), {}),
         provenance={"made by": "tests/tiny_bundle.py"},
         graphs={
             graph: (

@@ -36,7 +36,7 @@ KINDS = {
     "http": "fuzz_http:Http",
     "options": "fuzz_input:Options",
     "tokenizer": "fuzz_bundle:Tokenizers",
-    "carried prompts": "fuzz_bundle:Carried",
+    "stored prompts": "fuzz_bundle:StoredPrompts",
     "cache": "fuzz_bundle:CacheFiles",
     "graphs": "fuzz_bundle:Graphs",
 }

@@ -110,8 +110,8 @@ class Tokenizers(Kind):
         )
 
 
-class Carried(Kind):
-    """The .npz file with the states of prompts that a bundle carries."""
+class StoredPrompts(Kind):
+    """The .npz file with the states of prompts that are stored in a bundle."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

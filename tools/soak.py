@@ -86,14 +86,14 @@ class Clients:
 
     def __init__(self, port: int, clients: int, seed: int) -> None:
         import snoopi_rt
-        from snoopi_rt.prompt_encoder import IN_MEMORY
+        from snoopi_rt.prompt_encoder import MAX_BYTES_IN_MEMORY
 
         self.address, self.answers, self.wrong = f"http://127.0.0.1:{port}", Counter[str](), list[str]()
         self.full_at: float | None = None
         self._filling, self._seed, self._pipe = clients, seed, snoopi_rt.load(engine="cpu")
         (states,) = self._pipe.bundle.variant("text_encoder", "cpu").outputs
         # Two prompts per request, of as many tokens as there may be.
-        self._long = math.ceil(IN_MEMORY / (2 * 4 * self._pipe.bundle.text.max_tokens * (states.shape[-1] or 1)) / clients)
+        self._long = math.ceil(MAX_BYTES_IN_MEMORY / (2 * 4 * self._pipe.bundle.text.max_tokens * (states.shape[-1] or 1)) / clients)
 
     async def ready(self, http: aiohttp.ClientSession) -> None:
         """Returns once the server is ready."""

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from snoopi_rt.errors import EngineMissing, how_to_install
+from snoopi_rt.errors import PackageMissing, how_to_install
 from snoopi_rt.export.evaluation.weight_files import loading
 
 SIDE, PROTOCOL_SIDE = 299, 256
@@ -22,11 +22,11 @@ DIMENSIONS = 2048
 
 
 def network_class() -> type[nn.Module]:
-    """torch-fidelity's Inception-v3. Raises EngineMissing."""
+    """torch-fidelity's Inception-v3. Raises PackageMissing."""
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
     except ImportError as error:
-        raise EngineMissing(f"Inception features need {error.name}: {how_to_install('eval')}") from error
+        raise PackageMissing(f"Inception features need {error.name}: {how_to_install('eval')}") from error
     return FeatureExtractorInceptionV3  # type: ignore[no-any-return]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from snoopi_rt.engines.openvino import import_openvino
-from snoopi_rt.errors import EngineMissing
+from snoopi_rt.errors import PackageMissing
 from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.evaluation.weight_files import loading
 from snoopi_rt.export.small_model.features import load_network, to_network, weights_file
@@ -23,7 +23,7 @@ SIDES = {"lite0": 224, "lite2": 260}  # pixels that each network was trained on
 class Lite:
     """Pooled features (N, 1280) fp32 of pictures, resized to what the network was trained on.
 
-    weights: the file to load, by default that of the network's package. Raises InputError for another network's, EngineMissing.
+    weights: the file to load, by default that of the network's package. Raises InputError for another network's, PackageMissing.
     """
 
     def __init__(self, name: Literal["lite0", "lite2"], weights: Path | None = None, device: str = "cpu") -> None:
@@ -55,7 +55,7 @@ class Lite:
         try:
             openvino = import_openvino()
         except ImportError as error:
-            raise EngineMissing("features of pictures need openvino on the CPU: it comes with the extra eval") from error
+            raise PackageMissing("features of pictures need openvino on the CPU: it comes with the extra eval") from error
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # OpenVINO traces by torch.jit
             model = openvino.convert_model(network, example_input=torch.zeros(1, 3, self.side, self.side))

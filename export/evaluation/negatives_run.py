@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 import snoopi_rt
-from snoopi_rt.bundle.bundle import Bundle, Guidance
+from snoopi_rt.bundle.bundle import Bundle, GuidancePromise
 from snoopi_rt.errors import BundleError, InputError
 from snoopi_rt.export.evaluation.context import Context, open_context
 from snoopi_rt.export.evaluation.figures import plot_tradeoff
@@ -181,7 +181,7 @@ def _tuned_before(folder: Path, bundle: Bundle, scales: Sequence[float]) -> Bund
     raise InputError(f"{folder} is there already, and is not {bundle.name!r} with scale {tried}: remove it, or choose another --out")
 
 
-def _with_default(guidance: Guidance, scale: float) -> Guidance:
+def _with_default(guidance: GuidancePromise, scale: float) -> GuidancePromise:
     return replace(guidance, scale=replace(guidance.scale, default=scale))
 
 

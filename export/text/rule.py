@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from snoopi_rt.bundle.bundle import File, Instruction, Text
 from snoopi_rt.bundle.tokenizer import highest_id
 from snoopi_rt.engines.messages import why
-from snoopi_rt.errors import EngineMissing, InputError, how_to_install
+from snoopi_rt.errors import InputError, PackageMissing, how_to_install
 from snoopi_rt.export.weights.text_files import check_file, read_json, read_text
 from snoopi_rt.files import write_whole
 
@@ -47,7 +47,7 @@ def clip_tokenizer(folder: Path) -> "CLIPTokenizer":
 def t5_rule(folder: Path, out: Path, max_tokens: int, embedded: int) -> Text:
     """The rule of a T5 tokenizer, which is written to the file `out`: lower case, as in PixArt's pipelines, and no padding.
 
-    PixArt-alpha takes 120 tokens, PixArt-Sigma 300. Raises InputError as clip_rule does, EngineMissing where it needs
+    PixArt-alpha takes 120 tokens, PixArt-Sigma 300. Raises InputError as clip_rule does, PackageMissing where it needs
     sentencepiece, which is not installed.
     """
     from transformers import T5Tokenizer
@@ -56,7 +56,9 @@ def t5_rule(folder: Path, out: Path, max_tokens: int, embedded: int) -> Text:
         if not _has(folder, "spiece.model"):
             raise InputError(f"{folder} is no T5 tokenizer: it has neither tokenizer.json nor spiece.model")
         if importlib.util.find_spec("sentencepiece") is None:
-            raise EngineMissing(f"{folder / 'spiece.model'} is read with sentencepiece, which is not installed: {how_to_install('export')}")
+            raise PackageMissing(
+                f"{folder / 'spiece.model'} is read with sentencepiece, which is not installed: {how_to_install('export')}"
+            )
     return Text(_written(_opened(T5Tokenizer, folder), folder, out, embedded), max_tokens, lowercase=True)
 
 

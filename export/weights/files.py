@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from snoopi_rt.errors import EngineMissing, InputError
+from snoopi_rt.errors import InputError, PackageMissing
 from snoopi_rt.files import check_folder, temporary_beside, write_whole
 
 CONFIG = "config.json"
@@ -60,12 +60,12 @@ def require(folder: Path, made_by: str) -> Path:
 
 @contextmanager
 def nothing_if_refused(*folders: Path) -> Iterator[None]:
-    """Removes the folders that the block made if it raises InputError or EngineMissing: an empty folder would block the name for other
+    """Removes the folders that the block made if it raises InputError or PackageMissing: an empty folder would block the name for other
     commands."""
     made = [next(path for path in (*reversed(folder.parents), folder) if not path.exists()) for folder in folders if not folder.exists()]
     try:
         yield
-    except (InputError, EngineMissing):
+    except (InputError, PackageMissing):
         for folder in made:
             shutil.rmtree(folder, ignore_errors=True)
         raise

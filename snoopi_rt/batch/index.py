@@ -93,7 +93,7 @@ class Index:
 
 
 def _record(line: bytes) -> dict[str, Any]:
-    """What a whole line says; nothing where it was cut short or damaged."""
+    """What a whole line says; nothing if it was cut short or damaged."""
     with suppress(ValueError):
         record = parse_json(line)
         if isinstance(record, dict) and line.endswith(b"\n"):

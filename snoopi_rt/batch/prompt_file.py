@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from snoopi_rt.batch.prompt_formats import FORMATS, NUMBERS, InvalidRow, Record, columns, detect_format, records
-from snoopi_rt.errors import EngineMissing, InputError
+from snoopi_rt.errors import InputError, PackageMissing
 from snoopi_rt.files import open_regular, reason
 from snoopi_rt.json_reader import parse_number
 from snoopi_rt.request import FIELDS, prompt_text
@@ -161,8 +161,8 @@ class PromptFile:
         """Adds the file's name to every error."""
         try:
             yield
-        except EngineMissing as error:
-            raise EngineMissing(f"{self.name}: {error}") from error
+        except PackageMissing as error:
+            raise PackageMissing(f"{self.name}: {error}") from error
         except InputError as error:
             raise InputError(f"cannot read {self.name}: {error}") from error
         except OSError as error:

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO
 
-from snoopi_rt.errors import EngineMissing, InputError, how_to_install
+from snoopi_rt.errors import InputError, PackageMissing, how_to_install
 from snoopi_rt.json_reader import parse_json
 
 MAX_LINE = 2**20
@@ -245,7 +245,7 @@ def _opened_parquet(file: BinaryIO) -> Any:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise EngineMissing(f"Parquet needs pyarrow: {how_to_install('parquet')}") from error
+        raise PackageMissing(f"Parquet needs pyarrow: {how_to_install('parquet')}") from error
     try:
         opened = parquet.ParquetFile(file)
         header = list(opened.schema_arrow.names)

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from snoopi_rt.batch.runner import Batch, Drawn, Job, draw_together
-from snoopi_rt.engines.messages import reason, why
+from snoopi_rt.engines.messages import first_reason, why
 from snoopi_rt.errors import EngineError, SnoopiError
 from snoopi_rt.interrupts import handlers_kept
 from snoopi_rt.loading import load
@@ -40,7 +40,7 @@ def start_ray() -> None:
 
 
 def _own_cluster() -> dict[str, Any]:
-    """What a cluster of this process is started with, so that it leaves nothing behind; empty where it joins one that is running."""
+    """What a cluster of this process is started with, so that it leaves nothing behind; empty if it joins one that is running."""
     if os.environ.get("RAY_ADDRESS") or ray.is_initialized():
         return {}
     if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
@@ -59,7 +59,7 @@ def _own_cluster() -> dict[str, Any]:
     return {"_temp_dir": folder}
 
 
-def known(error: RayTaskError) -> BaseException:
+def original_error(error: RayTaskError) -> BaseException:
     """What was raised in another process, without Ray's page about it."""
     cause = error.cause
     return cause if isinstance(cause, SnoopiError) else EngineError(f"{type(cause).__name__}: {cause}")
@@ -67,10 +67,10 @@ def known(error: RayTaskError) -> BaseException:
 
 @dataclass(frozen=True)
 class Workers:
-    """How many processes have a bundle open: `least` to `most`, as there is work. cpus, gpus: what each takes; may be a part of one."""
+    """How many processes have a bundle open: `min` to `max`, as there is work. cpus, gpus: what each takes; may be a part of one."""
 
-    least: int = 1
-    most: int = 1
+    min: int = 1
+    max: int = 1
     cpus: float = 1
     gpus: float = 0
 
@@ -79,7 +79,7 @@ def draw_on_ray(load_options: dict[str, Any], workers: Workers, pipe: Pipeline, 
     """With its first two given, a Draw of runner.py; load_options: what `load` takes by name. `pipe` itself is not opened.
 
     A process that dies is replaced, and what it was drawing is drawn again. Unlike here, all jobs are in memory first. Raises
-    EngineError where a process cannot open the bundle, or Ray fails.
+    EngineError if a process cannot open the bundle, or Ray fails.
     """
     rows = [{"job": json.dumps([row, vars(request)])} for row, request in jobs]
     if not rows:
@@ -88,20 +88,20 @@ def draw_on_ray(load_options: dict[str, Any], workers: Workers, pipe: Pipeline, 
     for name in ("ray.data", "ray.data._internal"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # A block is handed out, comes back and is drawn again at once: it is one call.
-    made = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // pipe.max_batch)).map_batches(
+    dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // pipe.max_batch)).map_batches(
         BatchWorker,
         batch_size=pipe.max_batch,
-        compute=ray.data.ActorPoolStrategy(min_size=workers.least, max_size=workers.most),
+        compute=ray.data.ActorPoolStrategy(min_size=workers.min, max_size=workers.max),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
         fn_constructor_args=(load_options, replace(batch, prompts=Path())),  # a process gets rows, not the file
     )
     try:
-        for row in made.iter_rows():
+        for row in dataset.iter_rows():
             yield Drawn(row["row"], row["file"], json.loads(row["metadata"]), row["error"], row["warning"])
     except RayError as error:
         # Ray's page about it ends with the line that says why.
-        raise EngineError(f"a process on Ray failed: {reason(reversed(str(error).splitlines())) or why(error)}") from None
+        raise EngineError(f"a process on Ray failed: {first_reason(reversed(str(error).splitlines())) or why(error)}") from None
 
 
 class BatchWorker:

@@ -35,7 +35,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What became of a row: an image's file and the metadata in it, with a warning where there is one, or an error."""
+    """What became of a row: an image's file and the metadata in it, with a warning if there is one, or an error."""
 
     row: int
     file: bytes = b""
@@ -46,7 +46,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Batch:
-    """What is drawn from a file: row i with seed + i - 1 unless it has its own; negative and scale where a row has none."""
+    """What is drawn from a file: row i with seed + i - 1 unless it has its own; negative and scale if a row has none."""
 
     prompts: Path | PromptFile
     out: Path
@@ -61,7 +61,7 @@ class Batch:
         """Draws what is not there yet; progress(rows) after each few. `draw`: how; by default here, in this process.
 
         Raises InputError for a file that cannot be read, settings that no row can have and a folder that holds another batch, OutputError
-        where a picture cannot be written. A row that cannot be drawn is listed in the index with its reason, and the rest is done.
+        if an image cannot be written. A row that cannot be drawn is listed in the index with its reason, and the rest is done.
         """
         if isinstance(self.prompts, Path):
             with PromptFile(self.prompts) as prompts:
@@ -88,7 +88,7 @@ class Batch:
         return outcome
 
     def check_folder(self) -> None:
-        """Returns where images can be written, before anything is loaded. Raises OutputError."""
+        """Returns if images can be written there, before anything is loaded. Raises OutputError."""
         try:
             check_place(self._path(1))
         except OSError as error:
@@ -100,7 +100,7 @@ class Batch:
         scale, negative = self.scale, (self.negative or "").strip()
         if not prompts.check().negative and scale is not None and not negative:
             raise InputError(f"negative scale {scale} without a negative prompt: neither a row nor --neg gives one")
-        # Where rows have negative prompts, the scale is judged beside one of them.
+        # If rows have negative prompts, the scale is judged beside one of them.
         parse_requests("prompt", negative or (None if scale is None else "negative"), scale, self.seed, 1, pipe.bundle.guidance)
         image_size(self.size, pipe.bundle.sizes)
         if negative:
@@ -108,7 +108,7 @@ class Batch:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Raises OutputError where another process draws into the folder; what one that was killed left there is removed."""
+        """Raises OutputError if another process is drawing into the folder; what one that was killed left there is removed."""
         from filelock import FileLock, Timeout
 
         lock = self.out / ".lock"
@@ -118,7 +118,7 @@ class Batch:
         try:
             held.acquire()
         except Timeout as error:
-            raise OutputError(f"another process draws into {self.out}") from error
+            raise OutputError(f"another process is drawing into {self.out}") from error
         except OSError as error:
             raise OutputError(f"cannot write into {self.out}: {reason(error)}") from error
         try:
@@ -195,7 +195,7 @@ def draw_here(pipe: Pipeline, batch: Batch, jobs: Iterable[Job]) -> Iterator[Dra
 
 
 def draw_together(pipe: Pipeline, batch: Batch, jobs: list[Job]) -> list[Drawn]:
-    """Draws some jobs in one call; where one of them cannot be drawn, each by itself."""
+    """Draws some jobs in one call; if one of them cannot be drawn, each by itself."""
     results = pipe.run_each([[request] for _, request in jobs], batch.size, batch.truncate)
     return [_drawn(row, result, batch.format) for (row, _), result in zip(jobs, results, strict=True)]
 

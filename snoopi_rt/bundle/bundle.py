@@ -15,10 +15,10 @@ from snoopi_rt.bundle.compatibility import check_shapes, check_tokens
 from snoopi_rt.bundle.manifest import (
     GRAPHS,
     MANIFEST,
-    MAX_IMAGES,
+    MAX_BATCH,
     MAX_SIDE,
     File,
-    Guidance,
+    GuidancePromise,
     Instruction,
     Latent,
     Prompts,
@@ -46,7 +46,7 @@ __all__ = [
     "MANIFEST",
     "Bundle",
     "File",
-    "Guidance",
+    "GuidancePromise",
     "Instruction",
     "Latent",
     "Parity",
@@ -72,7 +72,7 @@ TEXT_ENGINE = "cpu"
 class Bundle:
     """A bundle. `folder` and `hash` (SHA-256 of bundle.json) are set once it is on disk.
 
-    The graph `text_encoder` and the tokenizer may be missing if `prompts` carries the states that the generator needs. For people:
+    The graph `text_encoder` and the tokenizer may be missing if the states that the generator needs are stored in `prompts`. For people:
     `vocabulary` lists what a narrow model can draw, None means anything; `examples` are prompts that show the model well.
     """
 
@@ -83,7 +83,7 @@ class Bundle:
     latent: Latent
     sizes: tuple[tuple[int, int], ...]
     max_batch: int
-    guidance: Guidance
+    guidance: GuidancePromise
     provenance: dict[str, str]
     graphs: dict[str, tuple[Variant, ...]]
     prompts: Prompts | None = None
@@ -100,7 +100,7 @@ class Bundle:
         require(set(self.graphs) == set(needed), f"the graphs must be {', '.join(needed)}, not {', '.join(self.graphs) or 'none'}")
         require(encoding == (self.text.tokenizer is not None), "a bundle has a text_encoder and a tokenizer, or neither and prompts")
         require(all(self.graphs.values()), "every graph needs a variant")
-        require_range("max_batch", self.max_batch, 1, MAX_IMAGES)
+        require_range("max_batch", self.max_batch, 1, MAX_BATCH)
         for side in (side for size in self.sizes for side in size):
             require_range("a side of a size", side, 0, MAX_SIDE)
         fitting = all(side > 0 and side % self.latent.factor == 0 for size in self.sizes for side in size)
@@ -189,7 +189,7 @@ class Bundle:
         return variant
 
     def open_tokenizer(self) -> Tokenizer:
-        """The tokenizer with the bundle's text rule. Raises BundleError where its file changed, or a bundle of prompts has none."""
+        """The tokenizer with the bundle's text rule. Raises BundleError if its file changed, or if the bundle has stored prompts only."""
         if self.text.tokenizer is None:
             raise BundleError(f"bundle {self.name!r} has no tokenizer")
         self.check_again([self.text.tokenizer])
@@ -206,7 +206,7 @@ class Bundle:
         ]
         if self.prompts is not None:
             only = "" if "text_encoder" in self.graphs else ", and no text encoder for others"
-            lines[2] += f", with the states of {len(self.prompts.texts)} included{only}"
+            lines[2] += f", with the states of {len(self.prompts.texts)} stored{only}"
         if self.vocabulary is not None:
             lines.append(f"draws {len(self.vocabulary.objects)} objects: --vocabulary lists them")
         if self.examples:

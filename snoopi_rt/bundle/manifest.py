@@ -10,7 +10,7 @@ from snoopi_rt.files import sha256
 
 MANIFEST = "bundle.json"
 GRAPHS = ("text_encoder", "generator", "decoder")
-MAX_SIDE, MAX_IMAGES, MAX_TOKENS = 2**15, 2**12, 2**17
+MAX_SIDE, MAX_BATCH, MAX_TOKENS = 2**15, 2**12, 2**17
 """Pixels of a side of an image, images of a batch, tokens of a prompt."""
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 HASH = re.compile("[0-9a-f]{64}")
@@ -73,7 +73,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Text:
-    """How a prompt becomes ids: tokenizer.json (None: the bundle draws only the prompts it includes), the largest number of tokens, and
+    """How a prompt becomes ids: tokenizer.json (None: the bundle draws only stored prompts), the largest number of tokens, and
     whether prompts are lower-cased first. `pad`: the id that pads every prompt to that length, as CLIP needs; None pads nothing.
     `instruction`: what a language model is told before every prompt; None: nothing.
     """
@@ -126,7 +126,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Guidance:
+class GuidancePromise:
     """How the generator uses a negative prompt; `fixed` holds the constants of that kind, which are part of the graph.
 
     `kind` is "none" for a generator that takes no negative prompt; every other name is for people, because the formula is in the graph.
@@ -142,14 +142,14 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts whose states the bundle includes, normalized by the text rule, in the order of the .npz file that holds them."""
+    """The prompts whose states are stored in the bundle, normalized by the text rule, in the order of the .npz file that holds them."""
 
     file: File
     texts: tuple[str, ...]
 
     def __post_init__(self) -> None:
         require(self.file.path.endswith(".npz"), f"prompts must be in an .npz file, not {self.file.path}")
-        require(bool(self.texts) and len(set(self.texts)) == len(self.texts), "a bundle that includes prompts must list each of them, once")
+        require(bool(self.texts) and len(set(self.texts)) == len(self.texts), "a bundle with stored prompts must list each of them, once")
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,9 @@ class Tokenizer:
         if len(ids) <= known:
             raise InputError(f"prompt {prompt[:MAX_SHOWN]!r} has no tokens")
         if ids[:known] != self._known:
-            raise InputError(f"prompt {prompt[:MAX_SHOWN]!r} cannot be told from the instruction before it: begin it with another word")
+            raise InputError(
+                f"prompt {prompt[:MAX_SHOWN]!r} cannot be distinguished from the instruction before it: begin it with another word"
+            )
         ids = ids[: min(known, 1)] + ids[known:]
         if len(ids) > limit:
             if not truncate:

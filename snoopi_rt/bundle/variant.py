@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from snoopi_rt.bundle.manifest import INT32, MANIFEST, MAX_IMAGES, File, require, require_range
+from snoopi_rt.bundle.manifest import INT32, MANIFEST, MAX_BATCH, File, require, require_range
 from snoopi_rt.engines.base import TensorSpec
 
 
@@ -75,7 +75,7 @@ class Variant:
         else:
             complete = main.suffix == ".xml" and str(main.with_suffix(".bin")) in names
             require(complete, f"an openvino-ir variant must list an .xml file and its .bin, not {', '.join(names)}")
-        require_range(f"{main}: max_batch", 1 if self.max_batch is None else self.max_batch, 1, MAX_IMAGES)
+        require_range(f"{main}: max_batch", 1 if self.max_batch is None else self.max_batch, 1, MAX_BATCH)
         for spec in (*self.inputs, *self.outputs):
             require(
                 all(size is None or 0 < size <= INT32 for size in spec.shape), f"{main}: {spec.name} has an impossible shape {spec.shape}"
@@ -95,7 +95,7 @@ class Variant:
             specs = {spec.name: spec for spec in opened}
             known = ", ".join(sorted(spec.name for spec in promised))
             require(
-                ", ".join(sorted(specs)) == known, f"{name} has the {kind}s {', '.join(sorted(specs))}, where {MANIFEST} promises {known}"
+                ", ".join(sorted(specs)) == known, f"{name} has the {kind}s {', '.join(sorted(specs))}, but {MANIFEST} promises {known}"
             )
             for spec in promised:
                 other = specs[spec.name]
@@ -104,7 +104,7 @@ class Variant:
                 )
                 require(
                     fits and other.dtype == spec.dtype,
-                    f"{name}: {kind} {spec.name!r} is {other.dtype} {other.shape}, where {MANIFEST} promises {spec.dtype} {spec.shape}",
+                    f"{name}: {kind} {spec.name!r} is {other.dtype} {other.shape}, but {MANIFEST} promises {spec.dtype} {spec.shape}",
                 )
 
     def described(self) -> str:

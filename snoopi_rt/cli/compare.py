@@ -4,7 +4,7 @@ import click
 
 from snoopi_rt.cli.options import Number, complete_bundle, completed_by, once, say, threads_option
 from snoopi_rt.engines import ENGINES
-from snoopi_rt.errors import EngineMissing, InputError, how_to_install
+from snoopi_rt.errors import InputError, PackageMissing, how_to_install
 from snoopi_rt.shell import visible
 
 
@@ -59,7 +59,7 @@ def compare(
     """Run the same graphs on two engines, or two bundles on one, and report how far their outputs differ: to debug black images, NaN, lost
     precision and damaged weights.
 
-    BUNDLE is a folder, by default the embedded bundle. Two engines may read the same file, where a wrong weight shows on neither: compare
+    BUNDLE is a folder, by default the embedded bundle. Two engines may read the same file, so that a wrong weight shows on neither: compare
     the bundle with OTHER, such as a fresh export. Both sides get the same inputs, so that errors do not carry over from graph to graph.
     Exits with 1 if an output differs. With --layers all outputs are in memory; POLYGRAPHY_ARRAY_SWAP_THRESHOLD_MB=100 moves arrays above
     100 MB to disk.
@@ -79,7 +79,7 @@ def compare(
         from snoopi_rt.diagnostics.compare import Side
         from snoopi_rt.diagnostics.compare import compare as run
     except ImportError as error:
-        raise EngineMissing(f"compare needs {error.name}: {how_to_install('export')}") from error
+        raise PackageMissing(f"compare needs {error.name}: {how_to_install('export')}") from error
 
     default_prompt, default_negative = bench_prompts(opened[0])
     first, second = (

@@ -23,7 +23,7 @@ bundles_option = click.option(
     shell_complete=complete_bundle,
     help="A bundle, or a student's weights; repeatable, measured side by side.  [default: the embedded bundle]",
 )
-out_option = click.option(
+evaluation_out_option = click.option(
     "--out",
     type=folder_path,
     default=Path("evaluation"),
@@ -45,13 +45,13 @@ def evaluate() -> None:
     "--references",
     type=folder_path,
     metavar="FOLDER",
-    help="Folder that keeps features of real pictures and the teacher's figures, which take minutes.  [default: references in --out]",
+    help="Folder that keeps features of real images and the teacher's figures, which take minutes.  [default: references in --out]",
 )
-@click.option("--quick", is_flag=True, help="Draw a few pictures of each kind, to see that it runs; the figures mean nothing.")
+@click.option("--quick", is_flag=True, help="Draw a few images of each kind, to see that it runs; the figures mean nothing.")
 @click.option(
     "--measure", "measures", multiple=True, metavar="NAME", help="Only this measure, such as clean or removal; repeatable.  [default: all]"
 )
-@out_option
+@evaluation_out_option
 def small(
     bundles: tuple[str, ...],
     teacher: Path | None,
@@ -63,7 +63,7 @@ def small(
 ) -> None:
     """Judge the embedded model and others of its kind.
 
-    Writes small.json, small.md, a plot, and, when everything is measured, sheets of uncurated pictures.
+    Writes small.json, small.md, a plot, and, when everything is measured, sheets of uncurated images.
     """
     named: dict[str, Path | None] = dict(map(named_folder, bundles)) or {"embedded": None}
     if len(named) < len(bundles) or "teacher" in named:
@@ -80,8 +80,8 @@ def small(
     for name in named:
         rows = [row for row in columns[name] if row.goal is not None]
         click.echo(visible(f"{name}: {len(rows) - len(unmet(rows))} of {len(rows)} goals met"))
-    pictures = "small.png" if measures else "small.png, natural.png, things.png and clean.png"
-    click.echo(f"read {quote(out / 'small.md')}, and look at {pictures} beside it", err=True)
+    sheets = "small.png" if measures else "small.png, natural.png, things.png and clean.png"
+    click.echo(f"read {quote(out / 'small.md')}, and look at {sheets} beside it", err=True)
 
 
 def subjects(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,7 +119,7 @@ def subjects(command: Callable[..., Any]) -> Callable[..., Any]:
             "--guidance-scale", "guidance", type=Number(0), metavar="X", help="Guidance scale of a --pipeline.  [default: its own]"
         ),
         click.option("--dry-run", is_flag=True, help="List what would be fetched, drawn and computed, and stop."),
-        out_option,
+        evaluation_out_option,
     )
     for option in reversed(options):
         command = option(command)
@@ -142,7 +142,7 @@ def hps(version: tuple[str, ...], **options: Any) -> None:
     _measure("hps", tuple(f"hps-v{one}" for one in version or ("2.0", "2.1")), options)
 
 
-@evaluate.command(epilog="Example: snoopi-rt eval clip --images pictures --prompts prompts.txt --network b32")
+@evaluate.command(epilog="Example: snoopi-rt eval clip --images images --prompts prompts.txt --network b32")
 @subjects
 @click.option("--network", type=click.Choice(["g14", "b32"]), multiple=True, help="ViT-g-14 (the protocol's) or ViT-B-32.  [default: both]")
 def clip(network: tuple[str, ...], **options: Any) -> None:
@@ -190,13 +190,13 @@ def every(**options: Any) -> None:
 @click.option("--scales", metavar="X,...", help="Negative scales.  [default: a quarter, a half, one and two of the bundle's]")
 @click.option("--seeds", type=Integer(1), default=4, metavar="N", help="Seeds per pair.")
 @click.option("--limit", type=Integer(1), metavar="N", help="Use at most N pairs, spread evenly.")
-@click.option("--labelled", type=folder_path, metavar="FOLDER", help="Labelled pictures, to measure the classifier's own error.")
+@click.option("--labelled", type=folder_path, metavar="FOLDER", help="Labelled images, to measure the classifier's own error.")
 @click.option("--tune", is_flag=True, help="Choose each bundle's default scale on half of the prompts, and report the other half.")
 @click.option("--network-weights", "weights", multiple=True, metavar="clip-b32=PATH|ID", help="File or hub id of the classifier's weights.")
 @click.option("--dry-run", is_flag=True, help="List what would be fetched and drawn, and stop.")
-@out_option
+@evaluation_out_option
 def negatives(bundles: tuple[str, ...], scales: str | None, dry_run: bool, out: Path, **options: Any) -> None:
-    """Measure what negative prompts remove and keep, and what they do to pictures that do not show the unwanted thing."""
+    """Measure what negative prompts remove and keep, and what they do to images that do not show the unwanted thing."""
     with torch_command("eval negatives", "eval", out):
         from snoopi_rt.export.evaluation.measures import Subject
         from snoopi_rt.export.evaluation.negatives_run import NegativesPlan, dry_run_negatives, evaluate_negatives

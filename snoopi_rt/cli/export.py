@@ -157,7 +157,7 @@ def _precisions(texts: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def _sizes(text: str | None) -> tuple[tuple[int, int], ...]:
-    """(height, width) of each size in `text`, where the width comes first."""
+    """(height, width) of each size in `text`, in which the width comes first."""
     from snoopi_rt.request import parse_size
 
     return tuple(dict.fromkeys(parse_size(size.strip()) for size in text.split(","))) if text else ()

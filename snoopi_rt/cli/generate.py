@@ -153,8 +153,8 @@ def _draw_prompt(
 ) -> None:
     """Draws one prompt to image files."""
     from snoopi_rt.bundle.bundle import Bundle
-    from snoopi_rt.cli.output import Files, ImageSet, report, warn
-    from snoopi_rt.cli.output import show as show_picture
+    from snoopi_rt.cli.output import Files, PromptImages, report, warn
+    from snoopi_rt.cli.output import show as show_image
     from snoopi_rt.loading import load
     from snoopi_rt.pipeline import EMBEDDED
     from snoopi_rt.request import MAX_IMAGES, integer, seeds_from
@@ -169,20 +169,20 @@ def _draw_prompt(
         raise InputError("--side-by-side compares the image without and with a negative prompt: give --neg TEXT")
     if output == "-" and show:
         raise InputError("--open needs a file: -o - writes none")
-    images = ImageSet(text, neg, scales or (None,), seeds, size, truncate, side_by_side)
+    images = PromptImages(text, neg, scales or (None,), seeds, size, truncate, side_by_side)
     files = Files(output, format, images, force)
     with progress_line() as progress, load(**load_options, low_memory=True, progress=report_compiling(progress)) as pipe:
         files.check_format(images.check(pipe), images)
         progress["doing"], written = "drawing", []
-        for index, picture in enumerate(images.pictures(pipe)):
+        for index, drawn in enumerate(images.draw(pipe)):
             if index == 0:
-                warn(picture.fields["warnings"], pipe.bundle)
-            path = files.save(index, picture)
-            report(picture, path, as_json, show_scale=len(images.scales) > 1 and not side_by_side)
+                warn(drawn.fields["warnings"], pipe.bundle)
+            path = files.save(index, drawn)
+            report(drawn, path, as_json, show_scale=len(images.scales) > 1 and not side_by_side)
             written += [] if path is None else [path]
             progress["doing"] = f"drawing, {index + 1} written"
     for path in written if show else ():
-        show_picture(path)
+        show_image(path)
 
 
 def _batch_options(

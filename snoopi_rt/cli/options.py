@@ -16,7 +16,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from snoopi_rt.engines import ENGINES
-from snoopi_rt.errors import EngineMissing, InputError, how_to_install
+from snoopi_rt.errors import InputError, PackageMissing, how_to_install
 from snoopi_rt.files import check_folder
 from snoopi_rt.shell import quote, visible
 
@@ -58,7 +58,7 @@ def completed_by(names: Callable[[], Iterable[str]]) -> Completion:
 
 
 def complete_bundle(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Completes [NAME=]FOLDER to folders that hold a bundle; where none does, to any folder, as the shell does it."""
+    """Completes [NAME=]FOLDER to folders that hold a bundle; if none does, to any folder, as the shell does it."""
     from snoopi_rt.bundle.manifest import MANIFEST
 
     name, equals, path = incomplete.rpartition("=")
@@ -186,7 +186,7 @@ def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def ray_workers(ray: bool, workers: tuple[int, int] | None, gpus: float | None, threads: int | None) -> "Workers | None":
     """The workers that the options describe; None without --ray. A worker takes `threads` CPUs, by default one.
 
-    Raises InputError for options that need --ray, EngineMissing if Ray is not installed.
+    Raises InputError for options that need --ray, PackageMissing if Ray is not installed.
     """
     if not ray:
         if workers is not None or gpus is not None:
@@ -195,7 +195,7 @@ def ray_workers(ray: bool, workers: tuple[int, int] | None, gpus: float | None, 
     try:
         from snoopi_rt.batch.ray import Workers
     except ImportError as error:
-        raise EngineMissing(f"--ray needs {error.name}: {how_to_install('ray')}") from error
+        raise PackageMissing(f"--ray needs {error.name}: {how_to_install('ray')}") from error
     return Workers(*(workers or (1, 1)), cpus=threads or 1, gpus=gpus or 0)
 
 
@@ -221,14 +221,14 @@ def prompt_file_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def named_folder(text: str) -> tuple[str, Path]:
     """The name and the folder of [NAME=]FOLDER; the name defaults to the folder's. A folder's name may contain an equals sign.
 
-    Raises InputError for one that does not exist, and for a name that is no plain one: files are called after it.
+    Raises InputError for one that does not exist, and for a name that is no plain one: files are named after it.
     """
     if not text or text.endswith("="):
         raise InputError(f"{text!r} names no folder: give FOLDER, or NAME=FOLDER")
     name, equals, path = text.partition("=") if not Path(text).is_dir() else ("", "", text)
     folder = check_folder(Path(path if equals else text)).resolve()
     if equals and (name in ("", ".", "..") or set(name) & {"/", "\\"} or not name.isprintable()):
-        raise InputError(f"name {name!r} of {quote(folder)} is not a plain name: files are called after it")
+        raise InputError(f"name {name!r} of {quote(folder)} is not a plain name: files are named after it")
     return (name if equals else folder.name), folder
 
 

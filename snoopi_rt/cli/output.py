@@ -19,12 +19,12 @@ from snoopi_rt.pipeline import EMBEDDED, Pipeline
 from snoopi_rt.request import image_size
 from snoopi_rt.shell import join, json_line, quote, visible
 
-MAX_BATCH = 16
+MAX_PER_CALL = 16
 """Images per call: more are no faster, and an interrupt loses less."""
 
 
 @dataclass(frozen=True)
-class Picture:
+class OutputImage:
     """The contents of one file. `fields` is its metadata for --json: typed, with timings and warnings."""
 
     image: np.ndarray
@@ -33,8 +33,8 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class ImageSet:
-    """One picture per seed and scale; with `side_by_side` one per seed: without the negative prompt, then with it at each scale.
+class PromptImages:
+    """One image per seed and scale; with `side_by_side` one per seed: without the negative prompt, then with it at each scale.
 
     A scale of None means the bundle's default; `size` is (height, width), None means the bundle's first.
     """
@@ -49,19 +49,19 @@ class ImageSet:
 
     @property
     def labels(self) -> tuple[list[int], list[float | None]]:
-        """The seed and the scale of each picture."""
+        """The seed and the scale of each image."""
         scales = (None,) if self.side_by_side else self.scales
         return [seed for seed in self.seeds for _ in scales], list(scales) * len(self.seeds)
 
     def check(self, pipe: Pipeline) -> tuple[int, int]:
-        """The height and width of a picture. Raises InputError for arguments that the bundle cannot draw."""
+        """The height and width of an image. Raises InputError for arguments that the bundle cannot draw."""
         pipe.check(**self._arguments(self.seeds[:1]), size=self.size, truncate=self.truncate)
         height, width = image_size(self.size, pipe.bundle.sizes)
         return height, width * (len(self._variations) if self.side_by_side else 1)
 
-    def pictures(self, pipe: Pipeline) -> Iterator[Picture]:
-        """The pictures, seed by seed, in calls as large as the bundle supports. Raises what `generate` raises."""
-        seeds_per_call = max(1, min(pipe.max_batch, MAX_BATCH) // len(self._variations))
+    def draw(self, pipe: Pipeline) -> Iterator[OutputImage]:
+        """The images, seed by seed, in calls as large as the bundle supports. Raises what `generate` raises."""
+        seeds_per_call = max(1, min(pipe.max_batch, MAX_PER_CALL) // len(self._variations))
         for start in range(0, len(self.seeds), seeds_per_call):
             seeds = self.seeds[start : start + seeds_per_call]
             result = pipe.generate(**self._arguments(seeds), size=self.size, truncate=self.truncate)
@@ -82,7 +82,7 @@ class ImageSet:
                     "timings": result.timings,
                     "warnings": result.warnings,
                 }
-                yield Picture(image.grid(images[first : last + 1], step), metadata, fields)
+                yield OutputImage(image.grid(images[first : last + 1], step), metadata, fields)
 
     @property
     def _variations(self) -> list[tuple[str | None, float | None]]:
@@ -101,12 +101,12 @@ class ImageSet:
 
 
 class Files:
-    """The files that the pictures are written to, one each, or standard output for "-".
+    """The files that the images are written to, one each, or standard output for "-".
 
     Raises InputError and OutputError at once if they cannot be written.
     """
 
-    def __init__(self, output: str | None, format: str | None, images: ImageSet, force: bool) -> None:
+    def __init__(self, output: str | None, format: str | None, images: PromptImages, force: bool) -> None:
         seeds, scales = images.labels
         self._paths: list[Path] = []
         self._format = image.FORMATS[f".{format or 'png'}"]
@@ -123,18 +123,18 @@ class Files:
             image.check_writable(path, self._if_exists)
         self._format = image.FORMATS[self._paths[0].suffix.lower()]
 
-    def check_format(self, size: tuple[int, int], images: ImageSet) -> None:
-        """Raises OutputError if the format cannot hold pictures of that height and width with their metadata."""
+    def check_format(self, size: tuple[int, int], images: PromptImages) -> None:
+        """Raises OutputError if the format cannot hold images of that height and width with their metadata."""
         if self._format != "png":
             texts = {"prompt": images.prompt, "negative": images.negative or "", "rest": " " * 2000}
             image.encode(np.zeros((*size, 3), np.uint8), self._format, texts)
 
-    def save(self, index: int, picture: Picture) -> Path | None:
-        """Writes one of the pictures; returns its path, None for standard output. Raises InputError and OutputError."""
+    def save(self, index: int, drawn: OutputImage) -> Path | None:
+        """Writes one of the images; returns its path, None for standard output. Raises InputError and OutputError."""
         if self._paths:
-            return image.save(picture.image, self._paths[index], picture.metadata, self._if_exists)
+            return image.save(drawn.image, self._paths[index], drawn.metadata, self._if_exists)
         try:
-            sys.stdout.buffer.write(image.encode(picture.image, self._format, picture.metadata))
+            sys.stdout.buffer.write(image.encode(drawn.image, self._format, drawn.metadata))
             sys.stdout.flush()
         except OSError as error:
             discard(sys.stdout)
@@ -142,13 +142,13 @@ class Files:
         return None
 
 
-def report(picture: Picture, path: Path | None, as_json: bool, show_scale: bool) -> None:
-    """Prints what was written, on standard error if the picture itself went to standard output."""
+def report(drawn: OutputImage, path: Path | None, as_json: bool, show_scale: bool) -> None:
+    """Prints what was written, on standard error if the image itself went to standard output."""
     if as_json:
-        line = json_line({"file": None if path is None else str(path), **picture.fields})
+        line = json_line({"file": None if path is None else str(path), **drawn.fields})
     else:
-        scale = f"  scale {picture.fields['negative_scale']:g}" if show_scale else ""
-        line = f"{'-' if path is None else quote(path)}  seed {picture.fields['seed']}{scale}"
+        scale = f"  scale {drawn.fields['negative_scale']:g}" if show_scale else ""
+        line = f"{'-' if path is None else quote(path)}  seed {drawn.fields['seed']}{scale}"
     try:
         click.echo(line, err=path is None)
     except BrokenPipeError:  # the files matter, not the lines: a reader that closes the pipe does not stop the command

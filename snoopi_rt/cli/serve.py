@@ -19,7 +19,7 @@ from snoopi_rt.cli.options import (
     worker_threads_option,
 )
 from snoopi_rt.engines import known_engine
-from snoopi_rt.errors import EngineMissing, InputError, how_to_install
+from snoopi_rt.errors import InputError, PackageMissing, how_to_install
 from snoopi_rt.server.settings import MAX_TIMEOUT, Settings, read_key
 
 
@@ -95,7 +95,7 @@ def serve(
     try:
         from snoopi_rt.server.serve import serve as run
     except ImportError as error:
-        raise EngineMissing(f"serve needs {error.name}: {how_to_install('serve')}") from error
+        raise PackageMissing(f"serve needs {error.name}: {how_to_install('serve')}") from error
     from snoopi_rt.loading import load
 
     if engine != "auto":

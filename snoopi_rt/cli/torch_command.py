@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from snoopi_rt.errors import EngineMissing, InputError, OutputError, SnoopiError, how_to_install
+from snoopi_rt.errors import InputError, OutputError, PackageMissing, SnoopiError, how_to_install
 from snoopi_rt.files import check_place, hidden, reason
 from snoopi_rt.shell import quote
 
@@ -17,8 +17,8 @@ _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 @contextmanager
 def torch_command(command: str, extra: str, out: Path) -> Iterator[None]:
-    """Checks before the block runs that `out` can be written and that torchvision, where it is installed, imports. Turns missing packages
-    into EngineMissing, which names the extra, and OSErrors into InputError or OutputError, which name the file. Silences transformers'
+    """Checks before the block runs that `out` can be written and that torchvision, if it is installed, imports. Turns missing packages
+    into PackageMissing, which names the extra, and OSErrors into InputError or OutputError, which name the file. Silences transformers'
     warnings about torchvision."""
     try:
         if out != Path():
@@ -35,7 +35,7 @@ def torch_command(command: str, extra: str, out: Path) -> Iterator[None]:
     except (SnoopiError, BrokenPipeError):
         raise
     except ImportError as error:
-        raise EngineMissing(f"{command} needs {error.name}: {how_to_install(extra)}") from error
+        raise PackageMissing(f"{command} needs {error.name}: {how_to_install(extra)}") from error
     except OSError as error:
         raise _file_error(error, command, out) from error
     finally:

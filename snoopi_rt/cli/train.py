@@ -53,7 +53,7 @@ def decoder(data: Path, encoder: Path, out: Path, settings: tuple[str, ...], com
 @train.command(epilog="Example: snoopi-rt train teacher --data runs/emoji --decoder runs/decoder --out runs/teacher --compile")
 @data_option
 @click.option("--decoder", type=folder_path, required=True, metavar="FOLDER", help="Decoder that `train decoder` wrote.")
-@click.option("--start", type=folder_path, metavar="FOLDER", help="Teacher to continue from.  [default: a new network]")
+@click.option("--start", type=folder_path, metavar="FOLDER", help="Teacher to start from.  [default: a new network]")
 @out_option
 @set_option
 @compile_option
@@ -91,7 +91,7 @@ def teacher(data: Path, decoder: Path, start: Path | None, out: Path, settings: 
     help="Recipe to start from, see `train recipes`.  [default: the backbone's]",
 )
 @set_option
-@click.option("--student", "start", type=folder_path, metavar="FOLDER", help="Student to start from.  [default: the teacher's weights]")
+@click.option("--start", type=folder_path, metavar="FOLDER", help="Student to start from.  [default: the teacher's weights]")
 @click.option("--negatives", type=file_path, metavar="FILE", help="Negative prompts to train with (NASA-T); needs --set nasa_max=1.")
 @click.option(
     "--edits",
@@ -104,7 +104,7 @@ def teacher(data: Path, decoder: Path, start: Path | None, out: Path, settings: 
     "--states",
     type=folder_path,
     metavar="FOLDER",
-    help="Folder where several runs share text states and the teacher's pictures.  [default: in --out]",
+    help="Folder where several runs share text states and the teacher's images.  [default: in --out]",
 )
 @compile_option
 def student(

@@ -20,7 +20,7 @@ from snoopi_rt.errors import BundleError, EngineError, EngineMissing
 from snoopi_rt.loading import open_pipeline
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.request import integer
-from snoopi_rt.runtime.auto_engine import Measurement, choose_engine, measurements, remember
+from snoopi_rt.runtime.auto_engine import EngineTiming, choose_engine, measurements, remember
 from snoopi_rt.runtime.precision import format_names, format_precision, select_variants
 from snoopi_rt.shell import join
 
@@ -69,7 +69,7 @@ def bench(
         results[engine] = {**result, "cold_start": cold_start(bundle.folder, engine, chosen, threads, _prompt(bundle, 0))}
     cache, measured = Cache(), {}
     if precision is None and threads is None:
-        measured = {engine: Measurement(result["precision"], result["plain"]["total"]["p50"]) for engine, result in results.items()}
+        measured = {engine: EngineTiming(result["precision"], result["plain"]["total"]["p50"]) for engine, result in results.items()}
         remember(bundle, cache, measured)
     remembered = bool(measured) and measurements(bundle, cache).items() >= measured.items()
     return {
@@ -213,7 +213,7 @@ def _mebibytes(size: int | None) -> str:
 
 
 def _prompt(bundle: Bundle, number: int) -> str:
-    """A different prompt for each number, all of equal length; one that the bundle carries if it has no text encoder."""
+    """A different prompt for each number, all of equal length; one that is stored in the bundle if it has no text encoder."""
     if bundle.prompts is None or "text_encoder" in bundle.graphs:
         return f"{100_000 + number} {PROMPT}"
     return bundle.prompts.texts[number % len(bundle.prompts.texts)]

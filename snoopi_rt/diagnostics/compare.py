@@ -175,7 +175,7 @@ def compare(
 
 
 def labels(first: Side, second: Side, graph: str) -> tuple[str, str]:
-    """What tells the two sides apart: their engines and precisions, and the bundles' folders where there are two."""
+    """What tells the two sides apart: their engines and precisions, and the bundles' folders if there are two."""
     if first.bundle.folder == second.bundle.folder:
         return first.label(graph), second.label(graph)
     one, other = first.bundle.folder, second.bundle.folder
@@ -184,7 +184,7 @@ def labels(first: Side, second: Side, graph: str) -> tuple[str, str]:
 
 
 def _generator_inputs(side: Side, prompt: str, negative: str | None, threads: int | None) -> Arrays:
-    """The generator's inputs for a prompt; the engine computes its states. Raises OutputError where one is NaN."""
+    """The generator's inputs for a prompt; the engine computes its states. Raises OutputError if one is NaN."""
     bundle, precision = side.bundle, {graph: variant.precision for graph, variant in side.variants.items()}
     with open_pipeline(bundle, side.engine, precision, threads, Cache(), low_memory=True) as pipe:
         requests = pipe.check(prompt, negative, seed=0, truncate=True)

@@ -25,7 +25,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class EngineTiming:
     """The precision of the fastest variant of each graph on an engine, and the seconds per image with those."""
 
     precision: dict[str, str]
@@ -67,7 +67,7 @@ def usable(bundle: Bundle) -> list[str]:
     return candidates
 
 
-def measurements(bundle: Bundle, cache: Cache) -> dict[str, Measurement]:
+def measurements(bundle: Bundle, cache: Cache) -> dict[str, EngineTiming]:
     """The measurements of this bundle on this machine as it is now, by engine; unreadable ones are ignored."""
     try:
         document = json.loads(cache.read("measurements", _file(bundle)) or b"{}")
@@ -84,7 +84,7 @@ def measurements(bundle: Bundle, cache: Cache) -> dict[str, Measurement]:
     return measured
 
 
-def remember(bundle: Bundle, cache: Cache, measured: dict[str, Measurement]) -> None:
+def remember(bundle: Bundle, cache: Cache, measured: dict[str, EngineTiming]) -> None:
     """Stores measurements beside those of other engines on this machine."""
     engines = {engine: asdict(measurement) for engine, measurement in {**measurements(bundle, cache), **measured}.items()}
     cache.write("measurements", _file(bundle), json.dumps({"machine": machine(), "engines": engines}).encode())
@@ -99,9 +99,9 @@ def _file(bundle: Bundle) -> str:
     return f"{bundle.hash}.json"
 
 
-def _measurement(bundle: Bundle, engine: str, record: dict[str, Any]) -> Measurement:
+def _measurement(bundle: Bundle, engine: str, record: dict[str, Any]) -> EngineTiming:
     """The measurement in a record. Raises BundleError, KeyError, TypeError or ValueError if it does not fit the bundle."""
     precision = {graph: bundle.variant(graph, engine, record["precision"][graph]).precision for graph in bundle.graphs}
     if type(record["seconds"]) is not float:
         raise TypeError("seconds must be a number")
-    return Measurement(precision, record["seconds"])
+    return EngineTiming(precision, record["seconds"])

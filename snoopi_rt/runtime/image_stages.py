@@ -1,4 +1,4 @@
-"""Generator and decoder: from requests and the states of their prompts to images, where a broken one is an error and never a picture."""
+"""Generator and decoder: from requests and the states of their prompts to images; a broken one is an error and never an image."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,7 +55,7 @@ class ImageStages:
     ) -> np.ndarray:
         """The images (n, H, W, 3) uint8 of the requests, in batches as large as the variants take. Adds to `timings`.
 
-        Raises OutputError for NaN, infinity and a picture of one value, BundleError for an output of another shape, Cancelled.
+        Raises OutputError for NaN, infinity and an image of one value, BundleError for an output of another shape, Cancelled.
         """
         batches = in_batches(requests, states, self.generator.open().inputs, self.max_batch)
         return np.concatenate([self._batch(batch, states, size, timings, deadline) for batch in batches])
@@ -76,12 +76,12 @@ class ImageStages:
             images = self._decode(latent)
             if not isinstance(latent, np.ndarray):  # on a device, which would have waited for this before the decoder
                 self._refuse_broken(batch, np.asarray(latent))
-            # NaN becomes one value as uint8. A decoder's noise makes a plain picture that is meant practically impossible.
+            # NaN becomes one value as uint8. A decoder's noise makes a plain image that is meant practically impossible.
             self._refuse(batch, images.min(axis=(1, 2, 3)) == images.max(axis=(1, 2, 3)), "decoder", "one value for all pixels")
             return images
 
     def _decode(self, latent: np.ndarray) -> np.ndarray:
-        """The images of latents, as many at once as the decoder's variant takes, in tiles where the bundle wants that.
+        """The images of latents, as many at once as the decoder's variant takes, in tiles if the bundle wants that.
 
         Latents that lie on a device stay there if they are decoded as they are.
         """
@@ -104,18 +104,18 @@ class ImageStages:
         return np.concatenate(images)
 
     def _require_shape(self, graph: str, array: Any, shape: tuple[int, ...]) -> None:
-        """Raises BundleError where a graph gave something else than its bundle promises."""
-        require(tuple(array.shape) == shape, f"{graph} of bundle {self._bundle.name!r} gave {tuple(array.shape)} where {shape} is promised")
+        """Raises BundleError if the array has another shape than the bundle promises."""
+        require(tuple(array.shape) == shape, f"{graph} of bundle {self._bundle.name!r} gave {tuple(array.shape)} but {shape} is promised")
 
     def _refuse_broken(self, batch: list[Request], latent: np.ndarray) -> None:
         self._refuse(batch, ~np.isfinite(latent).all(axis=(1, 2, 3)), "generator", "NaN or infinity")
 
     def _refuse(self, batch: list[Request], broken: np.ndarray, graph: str, output: str) -> None:
-        """Raises OutputError where one of the batch is broken, (B,) bool; graph and output: what gave what."""
+        """Raises OutputError if one of the batch is broken, (B,) bool; graph and output: what gave what."""
         if broken.any():
             seeds = ", ".join(str(request.seed) for request, bad in zip(batch, broken, strict=True) if bad)
             what = f"{graph} gave {output} on engine {self._engine!r} for seed {seeds}"
-            raise OutputError(f"{what}: no picture was made; {how_to_find_node(graph, self._engine)}")
+            raise OutputError(f"{what}: no image was made; {how_to_find_node(graph, self._engine)}")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
@@ -40,7 +40,6 @@ class Waiting:
     truncate: bool
     end: float
     future: "asyncio.Future[Result]"
-    since: float = field(default_factory=time.monotonic)
 
     def is_set(self) -> bool:
         """Whether nobody waits for it any longer: it is the event that cancels its own call."""

@@ -10,7 +10,7 @@ import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-HEADERS = 10.0
+HEADER_SECONDS = 10.0
 """Seconds within which a connection must have sent a request's headers, and within which it must read some of an answer."""
 MAX_REQUEST, MAX_HEADER_BYTES = 2**18, 2**16
 """Bytes of a request, and of its headers; the application's limit for a body is smaller."""
@@ -158,7 +158,7 @@ class Connection(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _start_stall_timer(self) -> None:
-        self._stall_timer = self.loop.call_later(HEADERS, self._close)
+        self._stall_timer = self.loop.call_later(HEADER_SECONDS, self._close)
 
     def _cancel_stall_timer(self) -> None:
         if self._stall_timer is not None:
@@ -176,7 +176,7 @@ class Connection(HttpToolsProtocol):
         if left and left == before:
             self.transport.abort()
         elif left:
-            self._read_timer = self.loop.call_later(HEADERS, self._watch_reading, left)
+            self._read_timer = self.loop.call_later(HEADER_SECONDS, self._watch_reading, left)
 
 
 def connections() -> Any:

@@ -14,14 +14,14 @@ SECONDS = 30.0
 
 
 def trim() -> Callable[[int], int] | None:
-    """The C library's malloc_trim, which gives whole free pages back; None where it has none, as on macOS, Windows and musl."""
+    """The C library's malloc_trim, which gives whole free pages back; None if it has none, as on macOS, Windows and musl."""
     with suppress(OSError, AttributeError, TypeError):
         return ctypes.CDLL(None).malloc_trim
     return None
 
 
 async def keep_trimming() -> None:
-    """Gives free memory back again and again, where the C library can."""
+    """Gives free memory back again and again, if the C library can."""
     if (malloc_trim := trim()) is None:
         return
     while True:

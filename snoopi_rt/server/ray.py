@@ -18,7 +18,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from snoopi_rt.batch.ray import Workers, known, start_ray
+from snoopi_rt.batch.ray import Workers, original_error, start_ray
 from snoopi_rt.errors import BundleError, Cancelled, InputError, SnoopiError
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.request import Request
@@ -44,7 +44,7 @@ PATIENCE = 10.0
 """Seconds between reports while processes start."""
 UPSCALE = 5.0
 """Seconds of too many requests before another replica is started; Ray's default is 30."""
-FRONT = 10_000
+MAX_OPEN_REQUESTS = 10_000
 """Requests that the HTTP side has open at once: the queues of the replicas are the limit."""
 
 
@@ -93,7 +93,7 @@ class Remote:
                 except RayTaskError as error:
                     if not isinstance(error.cause, SnoopiError):
                         log.error("a process that draws %s: %s", self.name, error)  # with the traceback
-                    raise known(error) from None
+                    raise original_error(error) from None
             raise Cancelled("timed out: no worker is left to draw")
         finally:
             self.waiting -= len(images)
@@ -108,7 +108,7 @@ async def remote(handles: dict[str, DeploymentHandle], name: str, settings: Sett
     try:
         engine = await handles[name].engine.remote() if name in handles else "auto"
     except RayTaskError as error:
-        raise known(error) from None
+        raise original_error(error) from None
     pipe = await asyncio.to_thread(settings.models[name], engine=engine, low_memory=True)
     return Remote(name, pipe, handles[name])
 
@@ -191,8 +191,8 @@ def deployed(settings: Settings, workers: Workers, address: str, log_json: bool)
             max_ongoing_requests=settings.queue + settings.max_batch + 1,
             # Twice what is drawn together: one batch is drawn while the next one gathers.
             autoscaling_config={
-                "min_replicas": workers.least,
-                "max_replicas": workers.most,
+                "min_replicas": workers.min,
+                "max_replicas": workers.max,
                 "target_ongoing_requests": 2 * settings.max_batch,
                 "upscale_delay_s": UPSCALE,
             },
@@ -205,7 +205,7 @@ def deployed(settings: Settings, workers: Workers, address: str, log_json: bool)
     # One, because images that are returned as URLs are in its memory; it draws nothing, so no CPU is reserved for it.
     front = deployment(serve.ingress(build)()).options(
         name="http",
-        max_ongoing_requests=FRONT,
+        max_ongoing_requests=MAX_OPEN_REQUESTS,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=max(GRACE, settings.timeout),
     )
@@ -226,7 +226,7 @@ def serve_on_ray(settings: Settings, workers: Workers, host: str, port: int, log
         with lines_of_others(log_handler):
             try:
                 _start(host, port)
-                with waiting_told():
+                with report_waiting():
                     serve.run(deployed(settings, workers, url(host, port, settings.root_path), log_json), name=NAME)
                 threading.Event().wait()
             finally:
@@ -245,11 +245,11 @@ def _start(host: str, port: int) -> None:
 
 
 @contextmanager
-def waiting_told() -> Iterator[None]:
+def report_waiting() -> Iterator[None]:
     """Logs every few seconds what the cluster has not started yet, and why: it may never have enough CPUs or GPUs."""
     done = threading.Event()
 
-    def talk() -> None:
+    def report() -> None:
         while not done.wait(PATIENCE):
             free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
             for app in serve.status().applications.values():
@@ -257,7 +257,7 @@ def waiting_told() -> Iterator[None]:
                     if deployment.status != "HEALTHY":
                         log_event("waiting", deployment=name, reason=deployment.message or deployment.status, free=free)
 
-    threading.Thread(target=talk, daemon=True).start()
+    threading.Thread(target=report, daemon=True).start()
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ BODY_SECONDS = 10.0
 """Seconds in which a request's body must have arrived."""
 PAGE = Path(__file__).parent / "page"
 PAGE_TYPES = {"index.html": "text/html; charset=utf-8", "page.css": "text/css"} | dict.fromkeys(
-    ("page.js", "pictures.js", "ideas.js", "history.js", "words.js"), "text/javascript"
+    ("page.js", "images.js", "ideas.js", "history.js", "words.js"), "text/javascript"
 )
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",

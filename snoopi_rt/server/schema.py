@@ -187,7 +187,7 @@ def answer(model: str, result: Result, files: list[bytes], urls: list[str] | Non
         output_format=request.output_format,
         size=size,
         model=model,
-        truncated=result.truncated,
+        truncated=result.truncate,
         warnings=list(result.warnings),
         timings=timings,
     )

@@ -68,7 +68,7 @@ def listening(host: str, port: int) -> list[socket.socket]:
                 sockets.append(_bound(family, kind, protocol, address))
             except OSError as error:
                 failure = error
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # such as localhost where there is no IPv6
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # such as localhost if there is no IPv6
                     break
     except OSError as error:  # no such name
         failure = error

@@ -197,7 +197,7 @@ def test_two_at_once_do_not_share_a_folder(pipe: Pipeline, prompts: Path, tmp_pa
     batch = Batch(prompts, tmp_path / "out")
 
     def second(rows: int) -> None:
-        with pytest.raises(OutputError, match=r"^another process draws into .*out$"):
+        with pytest.raises(OutputError, match=r"^another process is drawing into .*out$"):
             Batch(prompts, tmp_path / "out").run(pipe)
         told.append(rows)
 

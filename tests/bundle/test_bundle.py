@@ -110,7 +110,7 @@ def test_the_words_and_examples_of_format_2_are_read_strictly(original: Bundle, 
         refused(folder, message)
 
 
-def test_an_example_that_a_bundle_without_text_encoder_does_not_carry_is_refused(prompts_only: Bundle) -> None:
+def test_an_example_that_a_bundle_without_text_encoder_does_not_store_is_refused(prompts_only: Bundle) -> None:
     replace(prompts_only, examples=("A cat ",)).save(prompts_only.folder)
     edit(prompts_only.folder, lambda document: document.update(examples=["a dog"]))
     refused(prompts_only.folder, "the example 'a dog' is no prompt of this bundle")
@@ -139,9 +139,9 @@ def test_everything_measured_is_described(original: Bundle) -> None:
     assert "decoded in tiles of 16x16 that overlap by 4 pixels" in said
 
 
-def test_carried_prompts_are_described(carrying: Bundle, prompts_only: Bundle) -> None:
-    assert "prompts of up to 6 tokens, with the states of 3 included\n" in carrying.described()
-    assert "prompts of up to 6 tokens, with the states of 3 included, and no text encoder for others\n" in prompts_only.described()
+def test_stored_prompts_are_described(with_prompts: Bundle, prompts_only: Bundle) -> None:
+    assert "prompts of up to 6 tokens, with the states of 3 stored\n" in with_prompts.described()
+    assert "prompts of up to 6 tokens, with the states of 3 stored, and no text encoder for others\n" in prompts_only.described()
 
 
 def test_a_bundles_tokenizer_has_its_whole_text_rule(original: Bundle, prompts_only: Bundle) -> None:
@@ -157,10 +157,10 @@ def test_a_prompt_that_is_not_as_the_text_rule_leaves_it_is_refused(prompts_only
         refused(prompts_only.folder, f"the prompt {text!r} is not normalized by the text rule")
     for texts in ([], ["a cat", "a cat"]):
         edit(prompts_only.folder, lambda document, texts=texts: document["prompts"].update(texts=texts))  # type: ignore[misc]
-        refused(prompts_only.folder, "a bundle that includes prompts must list each of them, once")
+        refused(prompts_only.folder, "a bundle with stored prompts must list each of them, once")
 
 
-def test_damage_in_the_carried_states_is_refused(prompts_only: Bundle) -> None:
+def test_damage_in_the_stored_states_is_refused(prompts_only: Bundle) -> None:
     flip_a_byte(prompts_only.folder / "prompts.npz")
     refused(prompts_only.folder, f"{prompts_only.folder / 'prompts.npz'} is damaged or was changed (")
 

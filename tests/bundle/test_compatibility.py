@@ -179,7 +179,7 @@ def test_a_decoder_of_another_factor_than_promised_is_found_out(
     free = replace(original, latent=Latent(4, 4)).save(folder)
     ids = torch.tensor([[0, 3, 4, 1]])
     states = torch.from_numpy(functions["text_encoder"](ids.numpy())["states"])
-    with pytest.raises(BundleError, match=r"decoder of bundle 'tiny' gave \(1, 8, 8, 3\) where \(1, 16, 16, 3\) is promised"):
+    with pytest.raises(BundleError, match=r"decoder of bundle 'tiny' gave \(1, 8, 8, 3\) but \(1, 16, 16, 3\) is promised"):
         draw_whole(free, ["cpu"], [Extreme(name, ids, {"states": states}) for name in ("one", "other")], lambda line: None)
 
 

@@ -12,7 +12,7 @@ from tiny_bundle import HERE
 from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.diagnostics.bench import cold_start
-from snoopi_rt.runtime.auto_engine import Measurement, measurements
+from snoopi_rt.runtime.auto_engine import EngineTiming, measurements
 
 
 @pytest.mark.parametrize(("name", "code"), [("gpu", 2), ("tensorrt", 1)])
@@ -33,7 +33,7 @@ def test_bench_ends_with_one_json_document_and_remembers(original: Bundle, here:
     assert measured["cold_start"]["first"] > 0
     assert measured["cold_start"]["peak_memory"] is None or measured["cold_start"]["peak_memory"] > 2**20
     assert measured["provider"]
-    best = Measurement(dict.fromkeys(original.graphs, "fp32"), measured["plain"]["total"]["p50"])
+    best = EngineTiming(dict.fromkeys(original.graphs, "fp32"), measured["plain"]["total"]["p50"])
     assert measurements(original, Cache()) == {HERE[0]: best}
     assert result.stdout.splitlines()[-2] == f"from now on --engine auto uses {HERE[0]} in fp32"
     assert Cache().sizes()["states"] == 0, "its random prompts are nobody's"

@@ -67,7 +67,7 @@ def test_help_says_every_default_once_and_no_summary_is_cut(path: tuple[str, ...
 def test_a_shell_completes(line: str, offered: object, original: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(original.folder)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     *words, incomplete = line.split(" ")
     items = ShellComplete(main, {}, "snoopi-rt", "_SNOOPI_RT_COMPLETE").get_completions(words, incomplete)
     assert [item.value for item in items] == list(offered)

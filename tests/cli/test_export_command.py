@@ -62,7 +62,7 @@ def wrong(words: list[object], here: Path, code: int = 2) -> str:
     return line
 
 
-def test_a_bundle_of_two_sizes_a_tiny_decoder_and_carried_prompts_draws(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_bundle_of_two_sizes_a_tiny_decoder_and_stored_prompts_draws(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red cat\na blue dog\n")
     bundle = tmp_path / "bundle"
     words = ["--backbone", "sd21", "--weights", folders["sd21"], "--decoder", folders["taesd"], "--size", "64x64,128x64"]

@@ -65,7 +65,7 @@ def test_without_a_prompt_an_example_of_the_bundle_is_drawn_and_named(generate: 
     assert result.stderr == "no prompt given, drawing an example: 'a blue cat'\n" and result.stdout == "a-blue-cat-3.png  seed 3\n"
 
 
-def test_a_bundle_without_examples_draws_a_prompt_that_it_carries_or_asks_for_one(original: Bundle, prompts_only: Bundle) -> None:
+def test_a_bundle_without_examples_draws_a_prompt_that_it_stores_or_asks_for_one(original: Bundle, prompts_only: Bundle) -> None:
     run = CliRunner().invoke(main, ["generate", "--bundle", str(original.folder)], input="")
     assert run.exit_code == 2 and run.stderr == "error: give a PROMPT: bundle 'tiny' has no example prompts\n"
     from snoopi_rt.cli.prompt_input import example
@@ -296,7 +296,7 @@ def test_a_result_saves_itself_and_shows_itself(pipe: Pipeline, here: Path) -> N
     Path("sent.webp").write_bytes(three.encode("webp")[2])
     assert image.read_metadata(Path("sent.webp")) == three.metadata(2)
     assert one.encode() == [Path("cat.png").read_bytes()] and len(three.encode("jpeg", quality=5)[0]) < len(three.encode("jpeg")[0])
-    with pytest.raises(InputError, match=r"no image format 'gif'; there are png, jpeg, webp"):
+    with pytest.raises(InputError, match=r"unknown image format 'gif', choose from png, jpeg, webp"):
         one.encode("gif")
     assert repr(pipe) == "<Pipeline: 'tiny' on cpu, fp32, up to 4 images at once>"
     assert repr(pipe.bundle).startswith("<Bundle: 'tiny', backbone none, 16x16, 24x16, guidance nasa, for cpu, openvino, in '/")

@@ -18,7 +18,7 @@ from snoopi_rt.engines.fake import FakeEngine
 from snoopi_rt.errors import InputError
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.prompt_encoder import write_prompts
-from snoopi_rt.runtime.auto_engine import Choice, Measurement, choose_engine, measurements
+from snoopi_rt.runtime.auto_engine import Choice, EngineTiming, choose_engine, measurements
 
 ENGINE = HERE[0]
 START = {"first": 1.0, "again": 0.5, "peak_memory": 2**27, "peak_again": None}
@@ -68,7 +68,7 @@ def test_every_build_of_the_engine_is_measured_and_the_fastest_of_each_graph_is_
     assert found["runs"] == 3
     for way in ("plain", "negative"):
         assert sum(found[way][graph]["p50"] for graph in GRAPHS) < 2 * found[way]["total"]["p50"]
-    assert measurements(bundle, Cache()) == {ENGINE: Measurement(found["precision"], found["plain"]["total"]["p50"])}
+    assert measurements(bundle, Cache()) == {ENGINE: EngineTiming(found["precision"], found["plain"]["total"]["p50"])}
     assert choose_engine(bundle, Cache()) == Choice(ENGINE, found["precision"])
     assert document["auto"] == {"engine": ENGINE, "precision": found["precision"], "remembered": True}
     assert no_cold_start[0][2] == ",".join(f"{graph}={name}" for graph, name in found["precision"].items())

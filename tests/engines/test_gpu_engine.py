@@ -187,7 +187,7 @@ def test_a_plan_that_lacks_memory_is_not_built_again(library: FakeTrt, cuda: Fak
 
 
 def test_what_cannot_be_captured_runs_without_a_graph(library: FakeTrt, cuda: FakeCuda, tmp_path: Path) -> None:
-    cuda.recordable = False
+    cuda.capturable = False
     engine = opened(tmp_path)
     for seed in range(5):
         assert right(engine(**inputs(1, seed)), inputs(1, seed))
@@ -219,7 +219,7 @@ def test_memory_may_come_back_while_memory_is_taken(cuda: FakeCuda) -> None:
     assert one._pinned[1 << 12]
 
 
-def test_tensorrt_for_rtx_keeps_its_kernels_and_records_graphs_itself(
+def test_tensorrt_for_rtx_keeps_its_kernels_and_captures_graphs_itself(
     cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rtx = FakeRtx(cuda)

@@ -1,4 +1,4 @@
-"""What the engine `cuda` does without a GPU: bound memory, graphs that cannot be recorded, and never the CPU in silence."""
+"""What the engine `cuda` does without a GPU: bound memory, graphs that cannot be captured, and never the CPU in silence."""
 
 import re
 import threading
@@ -102,7 +102,7 @@ def test_memory_that_is_bound_gives_what_a_plain_call_gives(original: Bundle) ->
 
 
 @pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")
-def test_a_model_that_cannot_be_recorded_goes_on_without_graphs(original: Bundle) -> None:
+def test_a_model_that_cannot_be_captured_continues_without_graphs(original: Bundle) -> None:
     onnxruntime = import_onnxruntime()
 
     plain, opened, threads = load_engine("cpu", original.folder / "generator.onnx"), [], set()

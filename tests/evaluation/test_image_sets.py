@@ -130,7 +130,7 @@ def test_a_name_that_would_be_a_path_is_refused(tmp_path: Path, name: str) -> No
     (tmp_path / "p.txt").write_text("a cat\n")
     words = ["eval", "clip", "--images", f"{name}={folder}", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(main, words)
-    assert result.exit_code == 2 and "is not a plain name: files are called after it" in result.stderr
+    assert result.exit_code == 2 and "is not a plain name: files are named after it" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

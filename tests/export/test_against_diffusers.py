@@ -52,7 +52,7 @@ class Case:
 
 PIXART = {"use_resolution_binning": False, "clean_caption": False, "guidance_scale": 1.0}
 SD = {"guidance_scale": 0.0}
-CARRIED = {"prompts": (PROMPT, NEGATIVE), "prompts_only": True}  # saves the time to export a text encoder of each kind twice
+STORED = {"prompts": (PROMPT, NEGATIVE), "prompts_only": True}  # saves the time to export a text encoder of each kind twice
 CASES = {
     "PixArt-alpha 512, three sizes": Case(
         lambda path: tiny_students.pixart(path),
@@ -69,7 +69,7 @@ CASES = {
         {**PIXART, "timesteps": [999]},
         {"timesteps": [990]},
         sizes=((64, 96),),
-        options=CARRIED,
+        options=STORED,
     ),
     "PixArt-sigma": Case(
         lambda path: tiny_students.pixart(path, sample_size=128, scaling=0.13025, use_additional_conditions=False, tiny_vae=True),
@@ -77,7 +77,7 @@ CASES = {
         "PixArtSigmaPipeline",
         {**PIXART, "timesteps": [400]},
         {"timesteps": [399]},
-        options=CARRIED,
+        options=STORED,
     ),
     "SD 1.5, Euler, two sizes": Case(
         lambda path: tiny_students.stable_diffusion(path, "sd15", scheduler="EulerDiscreteScheduler"),
@@ -93,7 +93,7 @@ CASES = {
         "StableDiffusionPipeline",
         {**SD, "timesteps": [999]},
         {"timesteps": [990]},
-        options=CARRIED,
+        options=STORED,
     ),
     "SDXL, LCM": Case(
         lambda path: tiny_students.stable_diffusion(path, "sdxl"),
@@ -118,7 +118,7 @@ CASES = {
         {"timesteps": [999, 749, 499, 399]},
         scheduler="LCMScheduler",
         settings=("size=64", "time_ids=512,768,1,2,256,384"),
-        options=CARRIED,
+        options=STORED,
     ),
 }
 

@@ -145,7 +145,7 @@ def test_an_instruction_that_a_prompt_changes_is_refused(original: Bundle) -> No
     tokenizer = Tokenizer(path, 6, lowercase=True, instruction=Instruction("a red ", 3))
     assert tokenizer("cat").tolist() == [[0, 7, 1]]
     glued = Tokenizer(path, 6, lowercase=True, instruction=Instruction("a red", 3))
-    with pytest.raises(InputError, match="prompt 'cat' cannot be told from the instruction before it"):
+    with pytest.raises(InputError, match="prompt 'cat' cannot be distinguished from the instruction before it"):
         glued("cat")
 
 

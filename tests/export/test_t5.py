@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from snoopi_rt.engines import load_engine
 from snoopi_rt.engines.openvino import import_openvino
-from snoopi_rt.errors import EngineMissing, InputError
+from snoopi_rt.errors import InputError, PackageMissing
 from snoopi_rt.export.onnx_graphs.write import write_graph
 from snoopi_rt.export.text.rule import t5_rule
 from snoopi_rt.export.text.t5 import T5TextEncoder, T5Weights, reference_states, skeleton
@@ -92,7 +92,7 @@ def test_t5_ids_from_a_sentencepiece_model_are_those_of_pixart(tmp_path: Path) -
 def test_a_sentencepiece_model_without_sentencepiece_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "spiece.model").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(EngineMissing, match=r"spiece\.model is read with sentencepiece, which is not installed"):
+    with pytest.raises(PackageMissing, match=r"spiece\.model is read with sentencepiece, which is not installed"):
         t5_rule(tmp_path, tmp_path / "tokenizer.json", 120, 10**6)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from snoopi_rt import EngineMissing
+from snoopi_rt import PackageMissing
 from snoopi_rt.cli.main import main
 from snoopi_rt.diffusers import with_negative
 
@@ -23,7 +23,7 @@ def test_a_torchvision_that_does_not_import_is_one_line(tmp_path: Path, monkeypa
     assert result.exit_code == 1
     assert result.stderr.startswith("error: torchvision does not import beside torch ") and result.stderr.count("\n") == 1
     assert "or uninstall it (undefined symbol)" in result.stderr
-    with pytest.raises(EngineMissing, match="torchvision does not import"):
+    with pytest.raises(PackageMissing, match="torchvision does not import"):
         with_negative(object())
 
 

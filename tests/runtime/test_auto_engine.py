@@ -10,7 +10,7 @@ from snoopi_rt.bundle.bundle import GRAPHS, Bundle
 from snoopi_rt.cache import Cache
 from snoopi_rt.errors import BundleError, EngineMissing
 from snoopi_rt.runtime import auto_engine
-from snoopi_rt.runtime.auto_engine import Choice, Measurement, choose_engine, measurements, remember
+from snoopi_rt.runtime.auto_engine import Choice, EngineTiming, choose_engine, measurements, remember
 
 FIRST = dict.fromkeys(GRAPHS, "fp32")
 
@@ -37,17 +37,17 @@ def test_without_a_measurement_it_is_cpu_then_openvino_with_the_first_build_of_e
 
 
 def test_the_engine_with_the_smallest_total_is_taken_with_its_precisions(bundle: Bundle) -> None:
-    remember(bundle, Cache(), {"cpu": Measurement(FIRST, 0.2)})
+    remember(bundle, Cache(), {"cpu": EngineTiming(FIRST, 0.2)})
     assert choose_engine(bundle, Cache()) == Choice("cpu", FIRST)
     fastest = {**FIRST, "generator": "bf16"}
-    remember(bundle, Cache(), {"openvino": Measurement(fastest, 0.1), "cuda": Measurement(FIRST, 0.01)})
+    remember(bundle, Cache(), {"openvino": EngineTiming(fastest, 0.1), "cuda": EngineTiming(FIRST, 0.01)})
     assert choose_engine(bundle, Cache()) == Choice("openvino", fastest)
-    remember(bundle, Cache(), {"cpu": Measurement(FIRST, 0.05)})
+    remember(bundle, Cache(), {"cpu": EngineTiming(FIRST, 0.05)})
     assert choose_engine(bundle, Cache()) == Choice("cpu", FIRST)
 
 
 def test_another_bundle_was_not_measured(bundle: Bundle) -> None:
-    remember(bundle, Cache(), {"openvino": Measurement(FIRST, 0.1)})
+    remember(bundle, Cache(), {"openvino": EngineTiming(FIRST, 0.1)})
     assert choose_engine(replace(bundle, hash="another"), Cache()).engine == "cpu"
 
 
@@ -55,12 +55,12 @@ def test_another_bundle_was_not_measured(bundle: Bundle) -> None:
     ("what", "now"), [("processor", lambda: "another"), ("available_threads", lambda: 999), ("versions", lambda: {"openvino": "1.0"})]
 )
 def test_a_changed_machine_was_not_measured(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, what: str, now: object) -> None:
-    remember(bundle, Cache(), {"openvino": Measurement(FIRST, 0.1)})
+    remember(bundle, Cache(), {"openvino": EngineTiming(FIRST, 0.1)})
     assert choose_engine(bundle, Cache()).engine == "openvino"
     monkeypatch.setattr(auto_engine, what, now)
     assert choose_engine(bundle, Cache()).engine == "cpu"
-    remember(bundle, Cache(), {"cpu": Measurement(FIRST, 0.3)})
-    assert measurements(bundle, Cache()) == {"cpu": Measurement(FIRST, 0.3)}, "figures of two machines are never compared"
+    remember(bundle, Cache(), {"cpu": EngineTiming(FIRST, 0.3)})
+    assert measurements(bundle, Cache()) == {"cpu": EngineTiming(FIRST, 0.3)}, "figures of two machines are never compared"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_changed_machine_was_not_measured(bundle: Bundle, monkeypatch: pytest.
     ],
 )
 def test_a_measurement_that_is_none_of_the_bundles_builds_is_passed_over(bundle: Bundle, change: dict[str, object]) -> None:
-    remember(bundle, Cache(), {"openvino": Measurement(FIRST, 0.1)})
+    remember(bundle, Cache(), {"openvino": EngineTiming(FIRST, 0.1)})
     document = json.loads(Cache().read("measurements", f"{bundle.hash}.json") or b"")
     document["engines"]["openvino"].update(change)
     Cache().write("measurements", f"{bundle.hash}.json", json.dumps(document).encode())
@@ -85,7 +85,7 @@ def test_a_measurement_that_is_none_of_the_bundles_builds_is_passed_over(bundle:
 def test_a_damaged_file_is_no_measurement(bundle: Bundle, damaged: bytes) -> None:
     Cache().write("measurements", f"{bundle.hash}.json", damaged)
     assert choose_engine(bundle, Cache()) == Choice("cpu", FIRST)
-    remember(bundle, Cache(), {"openvino": Measurement(FIRST, 0.1)})
+    remember(bundle, Cache(), {"openvino": EngineTiming(FIRST, 0.1)})
     assert choose_engine(bundle, Cache()).engine == "openvino"
 
 
@@ -105,6 +105,6 @@ def test_without_any_engine_the_command_that_installs_one_is_said(bundle: Bundle
 
 def test_the_engine_has_the_precision_that_was_asked_for(bundle: Bundle) -> None:
     assert choose_engine(bundle, Cache(), "generator=bf16").engine == "openvino"
-    remember(bundle, Cache(), {"cpu": Measurement(FIRST, 0.05), "openvino": Measurement(FIRST, 0.1)})
+    remember(bundle, Cache(), {"cpu": EngineTiming(FIRST, 0.05), "openvino": EngineTiming(FIRST, 0.1)})
     assert choose_engine(bundle, Cache(), "generator=bf16").engine == "openvino"
     assert choose_engine(bundle, Cache(), "int3").engine == "cpu", "which then says that it has none"

@@ -25,7 +25,7 @@ from snoopi_rt.server.settings import Settings  # noqa: E402
 
 
 def test_a_connection_that_says_nothing_or_half_a_request_is_closed(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "HEADERS", 0.3)
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.3)
     with served(Settings({"tiny": lambda: pipe})) as address:
         port = int(address.rpartition(":")[2])
         for said in (b"", b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nX-Slow: "):
@@ -63,7 +63,7 @@ CHUNKED = b" HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntr
 
 
 def test_a_client_that_does_not_read_its_answer_is_cut_off(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "HEADERS", 0.2)
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.2)
     ended = threading.Event()
     lost = connection.Connection.connection_lost
     monkeypatch.setattr(connection.Connection, "connection_lost", lambda self, error: (lost(self, error), ended.set()))

@@ -76,7 +76,7 @@ STUDENT = "train student --backbone sd21 --teacher sd21 --prompts prompts.txt"
         (f"{STUDENT} --teacher no-vae", "no config.json in no-vae/vae"),
         (f"{STUDENT} --teacher no-tokenizer", "no-tokenizer/tokenizer"),
         (f"{STUDENT} --teacher no-text_encoder", "no-text_encoder/text_encoder"),
-        (f"{STUDENT} --student nope", "no such folder: nope"),
+        (f"{STUDENT} --start nope", "no such folder: nope"),
         (f"{STUDENT} --clip nope --set clip.weight=0.1", "no such folder: nope"),
         (f"{STUDENT} --negatives nope.txt --set nasa_max=1", "cannot read nope.txt: No such file or directory"),
         (f"{STUDENT} --edits nope.jsonl --set nasa_max=1 --set edits.weight=1", "cannot read nope.jsonl: No such file or directory"),

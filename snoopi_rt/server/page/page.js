@@ -2,11 +2,11 @@
 
 import { forget, list, remember } from "./history.js";
 import { mark, offer } from "./ideas.js";
-import { looked, seedShown, show } from "./pictures.js";
+import { looked, seedShown, show } from "./images.js";
 import { surprise, withThing } from "./words.js";
 
 const STEPS = 8; // scales beside 0
-const FAST = 2; // seconds that all scales of one seed may take for pictures to be drawn unasked
+const FAST = 2; // seconds that all scales of one seed may take for images to be drawn unasked
 const PAUSE = 400; // milliseconds without a key after which somebody has typed
 const at = (id) => document.getElementById(id);
 let models = [];
@@ -77,7 +77,7 @@ function scales() {
   return all.length <= model().max_images ? all : [usual];
 }
 
-// sameSeed: that of the picture that is shown, unless another is given. kept: in the history. live: somebody types, and waits for nothing.
+// sameSeed: that of the image that is shown, unless another is given. kept: in the history. live: somebody types, and waits for nothing.
 function draw({ sameSeed = false, kept = true, live = false } = {}) {
   const { prompt, negative } = texts();
   if (!models.length || !prompt.trim()) return;

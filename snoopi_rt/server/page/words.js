@@ -33,7 +33,7 @@ const background = (vocabulary) => new RegExp(`,? *\\b(?:on|with|against) an? ($
 
 export const colourIn = (prompt, vocabulary) => background(vocabulary).exec(prompt)?.[1].toLowerCase();
 
-// On a background of this colour; on none that is named where it is of that colour already.
+// On a background of this colour; on none that is named if it is of that colour already.
 export function withColour(prompt, colour, vocabulary) {
   const place = background(vocabulary);
   const words = colourIn(prompt, vocabulary) === colour ? "" : refit(` on a ${colour} background`);
@@ -44,7 +44,7 @@ const flaw = (word) => new RegExp(`(?:, )?(?<![\\w-])${escaped(word)}(?![\\w-]) 
 
 export const hasFlaw = (prompt, word) => flaw(word).test(prompt);
 
-// With this flaw; without it where it has it already.
+// With this flaw; without it if it has it already.
 export function withFlaw(prompt, word, vocabulary) {
   const had = hasFlaw(prompt, word);
   let text = prompt;
@@ -55,7 +55,7 @@ export function withFlaw(prompt, word, vocabulary) {
 
 const pick = (list) => list[Math.floor(Math.random() * list.length)];
 
-// Something that the model can draw, as {prompt, negative}; undefined where it is not known what that is.
+// Something that the model can draw, as {prompt, negative}; undefined if it is not known what that is.
 export function surprise({ vocabulary, examples }) {
   if (!vocabulary) return examples.length ? { prompt: pick(examples) } : undefined;
   let prompt = withArticle(pick(Object.keys(vocabulary.objects)));
@@ -68,7 +68,7 @@ export function scaleWords(scale, usual, negative) {
   const what = `“${negative}”`;
   if (scale === 0) return `${scale}: ${what} is not taken away.`;
   if (scale < usual) return `${scale}: ${scale < usual / 2 ? "a little" : "much"} of ${what} is taken away.`;
-  return scale === usual ? `${scale}: ${what} is taken away, the usual strength.` : `${scale}: more than usual; too much spoils the picture.`;
+  return scale === usual ? `${scale}: ${what} is taken away, the usual strength.` : `${scale}: more than usual; too much spoils the image.`;
 }
 
 const SLUG = 60;
@@ -92,7 +92,7 @@ function quoted(text) {
   return `$'${text.replace(/[\\']/g, "\\$&").replace(/[!\p{C}\p{Zl}\p{Zp}]/gu, octal)}'`;
 }
 
-// The command that draws it; `bundle`: words of the option, where one is needed.
+// The command that draws it; `bundle`: words of the option, if one is needed.
 export function command(asked, seed, scale, bundle) {
   const option = (name, value) => (value.startsWith("-") ? [`${name}=${value}`] : [name, value]);
   const negative = asked.negative_prompt ? [...option("--neg", asked.negative_prompt), "--neg-scale", String(scale)] : [];

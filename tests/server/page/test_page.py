@@ -193,7 +193,7 @@ def test_a_server_without_a_model_says_why(browser: Any) -> None:
 
 def test_the_wipe_compares_with_no_negative_and_the_slider_says_what_it_does(browser: Any, address: str) -> None:
     page = page_of(browser, address)
-    box = page.locator(".picture").bounding_box()
+    box = page.locator(".image").bounding_box()
     page.mouse.click(box["x"] + box["width"] * 0.25, box["y"] + 50)
     assert abs(page.locator(".edge").bounding_box()["x"] - box["x"] - box["width"] * 0.25) < 12
     sources = {place: page.locator(place).get_attribute("src") for place in (".plain", ".shown")}
@@ -206,7 +206,7 @@ def test_the_wipe_compares_with_no_negative_and_the_slider_says_what_it_does(bro
     assert words == [
         "0: “blurry” is not taken away.",
         "0.5: much of “blurry” is taken away.",
-        "2: more than usual; too much spoils the picture.",
+        "2: more than usual; too much spoils the image.",
     ]
     page.locator("#scale").fill("0")
     assert source(page) == sources[".plain"]

@@ -1,4 +1,4 @@
-// The pictures that are shown, each at every scale of its negative prompt: a slider chooses the scale, a wipe compares it with none.
+// The images that are shown, each at every scale of its negative prompt: a slider chooses the scale, a wipe compares it with none.
 
 import { command, scaleWords, slug } from "./words.js";
 
@@ -7,7 +7,7 @@ let shown = null; // {asked, model, scales, rows: [{seed, sources}]}
 
 export const seedShown = () => shown?.rows[0]?.seed;
 
-// The picture that is looked at in a row of sources.
+// The image that is looked at in a row of sources.
 export const looked = (row) => row.sources[Number(at("scale").value)] ?? row.sources[0];
 
 // say(text): tells what cannot be done.
@@ -52,7 +52,7 @@ function slide() {
     if (!part(".wipe").hidden) Object.assign(part(".plain"), { src: row.sources[0], alt: asked.prompt });
     part(".left").textContent = "no negative";
     part(".right").textContent = `− ${negative}`;
-    part(".place").setAttribute("aria-label", `Compare with the picture in which “${negative}” is not taken away`);
+    part(".place").setAttribute("aria-label", `Compare with the image in which “${negative}” is not taken away`);
     part(".facts").textContent = `seed ${row.seed}${negative ? `, scale ${scale}` : ""}`;
     Object.assign(part(".download"), { href: source, download: `${slug(asked.prompt)}-${row.seed}${negative ? `-${scale}` : ""}.png` });
   });
