@@ -31,7 +31,7 @@ from snoopi_rt.export.evaluation.judge import Judge
 from snoopi_rt.export.evaluation.removal import removal
 from snoopi_rt.export.evaluation.report import Row
 from snoopi_rt.export.evaluation.samplers import Negative, Sampler
-from snoopi_rt.export.joint_attention import GUIDANCE, JointProcessor, joint_attentions
+from snoopi_rt.export.pipelines.joint_attention import GUIDANCE, JointProcessor, joint_attentions
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED
 from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, to_pictures
