@@ -23,14 +23,14 @@ from joint_networks import SHAPE, TOKENS, Pictures, Recipe, Text, in_one_step, t
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from snoopi_rt.export.evaluation.clean import clean
-from snoopi_rt.export.evaluation.counters import Counters
-from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.figures import plot_tradeoff
-from snoopi_rt.export.evaluation.judge import Judge
-from snoopi_rt.export.evaluation.removal import removal
 from snoopi_rt.export.evaluation.report import Row
 from snoopi_rt.export.evaluation.samplers import Negative, Sampler
+from snoopi_rt.export.evaluation.small.clean import clean
+from snoopi_rt.export.evaluation.small.counters import Counters
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.judge import Judge
+from snoopi_rt.export.evaluation.small.removal import removal
 from snoopi_rt.export.pipelines.joint_attention import GUIDANCE, JointProcessor, joint_attentions
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED

@@ -16,12 +16,13 @@ from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cli.main import main
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation import cost as cost_module
-from snoopi_rt.export.evaluation import judge as judge_module
-from snoopi_rt.export.evaluation import lite, small
-from snoopi_rt.export.evaluation.domain import Domain
-from snoopi_rt.export.evaluation.judge import Judge
+from snoopi_rt.export.evaluation import lite
 from snoopi_rt.export.evaluation.report import Row, share
 from snoopi_rt.export.evaluation.samplers import Sampler, open_student
+from snoopi_rt.export.evaluation.small import evaluate
+from snoopi_rt.export.evaluation.small import judge as judge_module
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.judge import Judge
 from snoopi_rt.export.small_model import teacher as teacher_stage
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def patterned(domain: Domain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(judge_module, "SHIPPED", tmp_path / "nothing")
     monkeypatch.setattr(lite, "load_network", lambda name, weights: FarSighted())
     monkeypatch.setattr(Judge, "composer", domain.judge.composer)
-    monkeypatch.setattr(small, "spread", lambda names, count: domain.names[:count])
+    monkeypatch.setattr(evaluate, "spread", lambda names, count: domain.names[:count])
 
 
 @pytest.mark.usefixtures("patterned")
@@ -135,4 +136,4 @@ def test_what_is_known_of_a_teacher_is_measured_once(tmp_path: Path) -> None:
         calls.append(1)
         return rows
 
-    assert [small._kept(tmp_path, [facts], measure) for facts in ("a", "a", "b")] == [rows] * 3 and len(calls) == 2
+    assert [evaluate._kept(tmp_path, [facts], measure) for facts in ("a", "a", "b")] == [rows] * 3 and len(calls) == 2

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from snoopi_rt.export.evaluation.clean import GENERIC
-from snoopi_rt.export.evaluation.domain import Domain
-from snoopi_rt.export.evaluation.natural import NaturalPrompt
 from snoopi_rt.export.evaluation.samplers import Sampler
+from snoopi_rt.export.evaluation.small.clean import GENERIC
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.natural import NaturalPrompt
 from snoopi_rt.export.evaluation.statistics import spread
 from snoopi_rt.export.small_model.dataset.scene import Scene, plain_caption
 from snoopi_rt.export.training.image_grid import image_grid

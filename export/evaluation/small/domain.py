@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from snoopi_rt.export.evaluation import pixel_metrics
-from snoopi_rt.export.evaluation.judge import Judge
+from snoopi_rt.export.evaluation.small.judge import Judge
 from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE, Scene, Vocabulary
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, FLAWS, things, without_article

@@ -10,10 +10,10 @@ import numpy as np
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation import pixel_metrics
-from snoopi_rt.export.evaluation.counters import Counters
-from snoopi_rt.export.evaluation.judge import TOP
 from snoopi_rt.export.evaluation.report import Row, share
 from snoopi_rt.export.evaluation.samplers import Sampler
+from snoopi_rt.export.evaluation.small.counters import Counters
+from snoopi_rt.export.evaluation.small.judge import TOP
 from snoopi_rt.export.small_model.dataset.scene import Scene
 from snoopi_rt.export.small_model.dataset.vocabulary import DEFAULT_BACKGROUND, NEUTRAL
 
@@ -28,7 +28,7 @@ class NaturalPrompt:
 
 def read_natural(path: Path | None = None) -> list[NaturalPrompt]:
     """The prompts of a file of JSON lines, by default those that come with snoopi-rt. Raises InputError for a line of another form."""
-    source, prompts = path or files(__package__).joinpath("natural_prompts.jsonl"), []
+    source, prompts = path or files("snoopi_rt.export.evaluation").joinpath("natural_prompts.jsonl"), []
     for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)

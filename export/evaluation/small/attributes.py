@@ -5,9 +5,9 @@ Each counter's error is how often it is wrong on those.
 
 from collections.abc import Iterator, Sequence
 
-from snoopi_rt.export.evaluation.counters import NUMBERS, Counters
 from snoopi_rt.export.evaluation.report import Row, share
 from snoopi_rt.export.evaluation.samplers import Sampler
+from snoopi_rt.export.evaluation.small.counters import NUMBERS, Counters
 from snoopi_rt.export.small_model.dataset.scene import Scene, plain_caption
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS
 

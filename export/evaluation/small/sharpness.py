@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from snoopi_rt.export.evaluation import pixel_metrics
-from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.report import Goal, Row, share
 from snoopi_rt.export.evaluation.samplers import Sampler
+from snoopi_rt.export.evaluation.small.domain import Domain
 from snoopi_rt.export.evaluation.statistics import frechet, kernel_distance, precision_recall, ratio_interval
 from snoopi_rt.export.small_model.dataset.scene import plain_caption
 

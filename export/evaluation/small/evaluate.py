@@ -12,22 +12,22 @@ from tqdm import tqdm
 import snoopi_rt
 from snoopi_rt.errors import InputError
 from snoopi_rt.export import small_model
-from snoopi_rt.export.evaluation.attributes import attributes
-from snoopi_rt.export.evaluation.clean import clean
 from snoopi_rt.export.evaluation.cost import cost
-from snoopi_rt.export.evaluation.counters import Counters
-from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.figures import plot
-from snoopi_rt.export.evaluation.judge import TOP, Judge
-from snoopi_rt.export.evaluation.natural import natural, read_natural
-from snoopi_rt.export.evaluation.recognition import recognition
-from snoopi_rt.export.evaluation.removal import removal
 from snoopi_rt.export.evaluation.report import Goal, Row, write
 from snoopi_rt.export.evaluation.samplers import Sampler, open_student, open_teacher
-from snoopi_rt.export.evaluation.sharpness import FRECHET, sharpness
-from snoopi_rt.export.evaluation.sheets import sheets
+from snoopi_rt.export.evaluation.small.attributes import attributes
+from snoopi_rt.export.evaluation.small.clean import clean
+from snoopi_rt.export.evaluation.small.counters import Counters
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.judge import TOP, Judge
+from snoopi_rt.export.evaluation.small.natural import natural, read_natural
+from snoopi_rt.export.evaluation.small.recognition import recognition
+from snoopi_rt.export.evaluation.small.removal import removal
+from snoopi_rt.export.evaluation.small.sharpness import FRECHET, sharpness
+from snoopi_rt.export.evaluation.small.sheets import sheets
+from snoopi_rt.export.evaluation.small.warnings import warnings
 from snoopi_rt.export.evaluation.statistics import spread
-from snoopi_rt.export.evaluation.warnings import warnings
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED
 from snoopi_rt.export.small_model.dataset.vocabulary import things
@@ -152,7 +152,7 @@ class Examiner:
 
 def _kept(folder: Path, facts: list[Any], measure: Callable[[], list[Row]]) -> list[Row]:
     """The rows that an earlier evaluation by the same code made of the same teacher, else new ones: they take many minutes."""
-    folders = (Path(__file__).parent, Path(small_model.__file__).parent)
+    folders = (Path(__file__).parent.parent, Path(small_model.__file__).parent)
     code = fingerprint(*sorted(file for folder in folders for kind in ("*.py", "*.txt") for file in folder.rglob(kind)))
     path = folder / f"teacher-{hashlib.sha256(json.dumps([facts, code]).encode()).hexdigest()[:16]}.json"
     if path.exists():

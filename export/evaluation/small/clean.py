@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from snoopi_rt.export.evaluation import pixel_metrics
-from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.harm import Harm, Seen
-from snoopi_rt.export.evaluation.judge import TOP
 from snoopi_rt.export.evaluation.report import Goal, Row, mean
 from snoopi_rt.export.evaluation.samplers import Negative, Sampler
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.judge import TOP
 from snoopi_rt.export.small_model.dataset.scene import Scene, plain_caption
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, FLAWS, NEUTRAL
 

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from snoopi_rt.export.evaluation import pixel_metrics
-from snoopi_rt.export.evaluation.domain import Domain
-from snoopi_rt.export.evaluation.judge import TOP, ranks
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.judge import TOP, ranks
 from snoopi_rt.export.evaluation.statistics import spread
 from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.small_model.dataset.compose import layout

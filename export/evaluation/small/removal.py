@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from snoopi_rt.export.evaluation.attributes import pairs
-from snoopi_rt.export.evaluation.counters import Counters, colours_of
-from snoopi_rt.export.evaluation.domain import varied_background
-from snoopi_rt.export.evaluation.judge import cosine_distance
 from snoopi_rt.export.evaluation.report import Goal, Row, mean, share
 from snoopi_rt.export.evaluation.samplers import Sampler
+from snoopi_rt.export.evaluation.small.attributes import pairs
+from snoopi_rt.export.evaluation.small.counters import Counters, colours_of
+from snoopi_rt.export.evaluation.small.domain import varied_background
+from snoopi_rt.export.evaluation.small.judge import cosine_distance
 from snoopi_rt.export.small_model.dataset.scene import Scene, plain_caption
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, DEFAULT_BACKGROUND, FLAWS, with_article
 

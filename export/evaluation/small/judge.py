@@ -27,7 +27,7 @@ from snoopi_rt.export.weights.files import fingerprint, save_tensors
 TOP = 5
 SIDE = 256  # pixels of scenes that are composed without chance
 MANY = 64  # pictures whose features are worth keeping on disk
-SHIPPED = Path(__file__).parent
+SHIPPED = Path(__file__).parent.parent
 """Where the features that a full evaluation needs come with snoopi-rt, as one evaluation left them in its `references`."""
 
 

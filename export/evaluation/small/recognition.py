@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from snoopi_rt.export.evaluation.domain import Domain
-from snoopi_rt.export.evaluation.judge import TOP
 from snoopi_rt.export.evaluation.report import Row, share
 from snoopi_rt.export.evaluation.samplers import Sampler
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.judge import TOP
 from snoopi_rt.export.small_model.dataset.scene import Scene, plain_caption
 
 GOALS: dict[str, dict[str, float | None]] = {"student": {"common": 0.85, "all": 0.75}, "teacher": {"common": 0.90, "all": None}}
