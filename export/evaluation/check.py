@@ -20,7 +20,7 @@ from snoopi_rt.export.evaluation.cost import peak_memory
 from snoopi_rt.export.evaluation.features import FeatureCache
 from snoopi_rt.export.evaluation.image_sets import ImageSet, PromptRow, images_with_prompts, open_image, reference_images
 from snoopi_rt.export.evaluation.measures import MEASURES
-from snoopi_rt.export.evaluation.report import Row
+from snoopi_rt.export.evaluation.report import ReportRow
 from snoopi_rt.export.evaluation.weight_files import WEIGHTS, Located, identified
 from snoopi_rt.export.small_model.features import weights_file
 from snoopi_rt.export.weights.files import save_tensors
@@ -152,7 +152,7 @@ def _seconds(compute: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def plain(name: str, images: ImageSet, figures: list[Row], context: Context) -> list[tuple[Row, float]]:
+def plain(name: str, images: ImageSet, figures: list[ReportRow], context: Context) -> list[tuple[ReportRow, float]]:
     """Each figure of a measure with the same computed straight from its definition: no cache, no batches, no shared code."""
     pictures = [images.open(i) for i in range(len(images.files))]
     if name.startswith("hps"):

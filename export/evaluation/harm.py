@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from snoopi_rt.export.evaluation.report import Goal, Row, mean
+from snoopi_rt.export.evaluation.report import Goal, ReportRow, mean
 from snoopi_rt.export.evaluation.statistics import Gaussian, ratio_interval
 
 UNIT = "of no negative's"
@@ -34,17 +34,17 @@ class Harm:
     plain: Seen
     reference: np.ndarray
 
-    def rows(self, section: str, label: str, seen: Seen, recognition: Goal) -> Iterator[Row]:
+    def rows(self, section: str, label: str, seen: Seen, recognition: Goal) -> Iterator[ReportRow]:
         """Recognition, Frechet distance and blockiness of the pictures under the negative. recognition: the goal in points."""
         count = len(seen.recognised)
         gained = seen.recognised.astype(float) - self.plain.recognised
         yield mean(section, f"{label}, recognition gained", 100 * gained, "points", recognition)
         if count > 1:
             distance = Gaussian.of(seen.features).distance(self._reference)
-            yield Row(section, f"{label}, Frechet distance", _relative(distance, self._distance), Goal(most=1.03), UNIT, of=count)
+            yield ReportRow(section, f"{label}, Frechet distance", _relative(distance, self._distance), Goal(most=1.03), UNIT, of=count)
         low, high = ratio_interval(seen.across, seen.beside)
         ratio, *ends = (_relative(value, self.plain.blockiness) for value in (seen.blockiness, low, high))
-        yield Row(section, f"{label}, blockiness", ratio, Goal(most=1), UNIT, of=count, interval=(ends[0], ends[1]))
+        yield ReportRow(section, f"{label}, blockiness", ratio, Goal(most=1), UNIT, of=count, interval=(ends[0], ends[1]))
 
     @cached_property
     def _reference(self) -> Gaussian:

@@ -17,7 +17,7 @@ from snoopi_rt.export.evaluation import pixel_metrics
 from snoopi_rt.export.evaluation.context import Context
 from snoopi_rt.export.evaluation.harm import Harm, Seen
 from snoopi_rt.export.evaluation.image_sets import ImageSet, PromptRow, make_images
-from snoopi_rt.export.evaluation.report import Goal, Row, mean, share
+from snoopi_rt.export.evaluation.report import Goal, ReportRow, mean, share
 from snoopi_rt.export.evaluation.samplers import Sampler
 from snoopi_rt.export.evaluation.statistics import share_interval, spread
 
@@ -204,7 +204,7 @@ class Trials:
         )
 
 
-def figures(trial: Trial, error: float | None = None) -> Iterator[Row]:
+def figures(trial: Trial, error: float | None = None) -> Iterator[ReportRow]:
     """The rows of one scale. error: how often the classifier is wrong, where that was measured."""
     section, own = f"negatives, scale {trial.scale:g}", trial.own
     yield share(section, "without the unwanted thing, no negative", ~own.shown_before, error=error)
@@ -221,10 +221,12 @@ def figures(trial: Trial, error: float | None = None) -> Iterator[Row]:
     met = sum(row.met is not False for row in clean)
     goals = sum(row.goal is not None for row in clean)
     verdict = "pictures that do not show it are no worse"
-    yield Row(section, verdict, float(met == len(clean)), Goal(least=1), "yes or no", detail={"goals met": goals - (len(clean) - met)})
+    yield ReportRow(
+        section, verdict, float(met == len(clean)), Goal(least=1), "yes or no", detail={"goals met": goals - (len(clean) - met)}
+    )
 
 
-def harm(section: str, effect: Effect, others: np.ndarray) -> Iterator[Row]:
+def harm(section: str, effect: Effect, others: np.ndarray) -> Iterator[ReportRow]:
     """What a negative that names nothing of the pictures makes of them: none of it may be worse."""
     label = "unrelated negative"
     yield mean(section, f"{label}, change", effect.distance, "feature distance")
@@ -258,11 +260,11 @@ def read_labels(folder: Path, pairs: Sequence[Pair]) -> list[Label]:
     return labels
 
 
-def classifier_error(labels: Sequence[Label], context: Context) -> Row:
+def classifier_error(labels: Sequence[Label], context: Context) -> ReportRow:
     """How often the classifier is wrong on labelled pictures."""
     images = ImageSet("labelled", tuple(label.file for label in labels))
     features = context.image_features(CLASSIFIER, images)
     shows, lacks = (context.text_features(CLASSIFIER, [getattr(label.pair, name) for label in labels]) for name in ("shows", "lacks"))
     wrong = ((features * shows).sum(1) > (features * lacks).sum(1)) != np.array([label.shown for label in labels])
     count, of = int(wrong.sum()), len(labels)
-    return Row("negatives", "the classifier's error", count / of, count=count, of=of, interval=share_interval(count, of))
+    return ReportRow("negatives", "the classifier's error", count / of, count=count, of=of, interval=share_interval(count, of))

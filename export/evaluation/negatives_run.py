@@ -27,7 +27,7 @@ from snoopi_rt.export.evaluation.negatives import (
     read_labels,
     read_pairs,
 )
-from snoopi_rt.export.evaluation.report import Row, write
+from snoopi_rt.export.evaluation.report import ReportRow, write
 from snoopi_rt.export.evaluation.statistics import spread
 from snoopi_rt.export.evaluation.weight_files import WEIGHTS, availability
 from snoopi_rt.export.training.image_grid import image_grid
@@ -89,7 +89,7 @@ def dry_run_negatives(plan: NegativesPlan, say: Callable[[str], None]) -> None:
     say(f"features {CLASSIFIER}: about {max(1, round(images * SECONDS[CLASSIFIER] / 60)):,} min on two cores of a CPU")
 
 
-def evaluate_negatives(plan: NegativesPlan, say: Callable[[str], None], context: Context | None = None) -> dict[str, list[Row]]:
+def evaluate_negatives(plan: NegativesPlan, say: Callable[[str], None], context: Context | None = None) -> dict[str, list[ReportRow]]:
     """The rows of each student, written to `out` as negatives.json, .md and .png, with a sheet of each student.
 
     With `tune`, OUT/NAME-tuned is a bundle whose default scale was chosen on half of the prompts; the rows are of the other half.
@@ -100,7 +100,7 @@ def evaluate_negatives(plan: NegativesPlan, say: Callable[[str], None], context:
     context = context or open_context([CLASSIFIER], plan.weights, plan.out, say)
     plan.out.mkdir(parents=True, exist_ok=True)
     judged = classifier_error(labels, context) if labels else None
-    columns: dict[str, list[Row]] = {}
+    columns: dict[str, list[ReportRow]] = {}
     curves: dict[str, list[tuple[float, float, float]]] = {}
     who: dict[str, Any] = {}
     document = {

@@ -35,31 +35,33 @@ WORKERS = 8  # at most: each needs memory of its own
 TEACHER_BATCH = 64
 PRESET = default_preset("small")
 
-Negative = str | Sequence[str | None] | None
+NegativeTexts = str | Sequence[str | None] | None
 
 
-class Draw(Protocol):
+class DrawImages(Protocol):
     """Pictures (N, H, W, 3) uint8 of prompts with their seeds; one negative for all, or one for each; scale: None is the default."""
 
     def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None
+        self, prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None
     ) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Something that draws, called as Draw. cell: the pixels of a side of its latents' cells. facts: what it is, for the report.
+    """Something that draws, called as DrawImages. cell: the pixels of a side of its latents' cells. facts: what it is, for the report.
 
     bundle: where it is one, its folder.
     """
 
-    draw: Draw
+    draw: DrawImages
     kind: Literal["student", "teacher", "peer"]
     cell: int
     facts: dict[str, Any] = field(default_factory=dict)
     bundle: snoopi_rt.Bundle | None = None
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+    def __call__(
+        self, prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None
+    ) -> np.ndarray:
         return self.draw(prompts, seeds, negative, scale)
 
 
@@ -107,7 +109,7 @@ def open_diffusers(folder: Path, steps: int | None = None, guidance: float | Non
     settings = {name: value for name, value in settings.items() if value is not None}
 
     @torch.no_grad()
-    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None) -> np.ndarray:
         if scale is not None:
             raise InputError("a diffusers pipeline has no negative scale: --guidance-scale is its own")
         pictures = []
@@ -140,7 +142,7 @@ def _bundle(folder: Path | None) -> Sampler:
         pipe = snoopi_rt.load(folder, pipe.engine, pipe.precision, threads=1)
     batch = min(BATCH // workers, pipe.max_batch)
 
-    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None) -> np.ndarray:
         negatives = _each(negative, len(prompts))
 
         def images(part: slice) -> np.ndarray:
@@ -179,11 +181,11 @@ def _torch_student(folder: Path) -> Sampler:
     return Sampler(_in_torch(network, vae, latents, BATCH), "student", _cell(network, vae), facts)
 
 
-def _in_torch(network: PixArtTransformer2DModel, decoder: Decoder, latents: Callable[..., Tensor], batch: int) -> Draw:
+def _in_torch(network: PixArtTransformer2DModel, decoder: Decoder, latents: Callable[..., Tensor], batch: int) -> DrawImages:
     shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
 
     @torch.no_grad()
-    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None) -> np.ndarray:
         negatives, parts = _each(negative, len(prompts)), []
         for part in tqdm(_batches(len(prompts), batch), "images", unit="batch", leave=False, disable=len(prompts) <= 2 * batch):
             noise = torch.from_numpy(np.stack([draw_noise(seed, shape)[0] for seed in seeds[part]]))
@@ -199,7 +201,7 @@ def _cell(network: PixArtTransformer2DModel, decoder: Decoder) -> int:
     return decoder.pixels(torch.zeros(1, network.config.in_channels, 4, 4)).shape[-1] // 4
 
 
-def _each(negative: Negative, count: int) -> list[str | None]:
+def _each(negative: NegativeTexts, count: int) -> list[str | None]:
     return [negative] * count if negative is None or isinstance(negative, str) else list(negative)
 
 

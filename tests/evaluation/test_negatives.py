@@ -19,7 +19,7 @@ from snoopi_rt.export.evaluation.image_sets import ImageSet
 from snoopi_rt.export.evaluation.measures import Subject
 from snoopi_rt.export.evaluation.negatives import Pair, Trial, Trials, choose, classifier_error, figures, read_labels, read_pairs, unrelated
 from snoopi_rt.export.evaluation.negatives_run import NegativesPlan, evaluate_negatives, write_tuned
-from snoopi_rt.export.evaluation.samplers import Negative, Sampler
+from snoopi_rt.export.evaluation.samplers import NegativeTexts, Sampler
 
 COLOURS = {"ball": (200, 60, 60), "cube": (60, 200, 60), "ring": (60, 60, 200), "star": (180, 180, 60), "none": (128, 128, 128)}
 PAIRS = [
@@ -38,7 +38,7 @@ def paint(prompt: str, seed: int, dark: bool) -> np.ndarray:
 def sampler(works_from: float, harms_from: float = 99) -> Sampler:
     """Paints dark things; from a scale on a thing's own negative makes it light, from another any negative makes another picture of it."""
 
-    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None) -> np.ndarray:
         negatives = negative if isinstance(negative, list) else [negative] * len(prompts)
         pictures = []
         for prompt, seed, unwanted in zip(prompts, seeds, negatives, strict=True):

@@ -17,7 +17,7 @@ from snoopi_rt.cli.main import main
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation import cost as cost_module
 from snoopi_rt.export.evaluation import lite
-from snoopi_rt.export.evaluation.report import Row, share
+from snoopi_rt.export.evaluation.report import ReportRow, share
 from snoopi_rt.export.evaluation.samplers import Sampler, open_student
 from snoopi_rt.export.evaluation.small import evaluate
 from snoopi_rt.export.evaluation.small import judge as judge_module
@@ -129,10 +129,10 @@ def test_peak_memory_is_in_bytes(system: str, expected: int, monkeypatch: pytest
 
 
 def test_what_is_known_of_a_teacher_is_measured_once(tmp_path: Path) -> None:
-    rows = [share("eyes", "two", np.ones(4, bool), 0.9, missing=["left"]), Row("cost", "an image", 30.0, unit="ms")]
+    rows = [share("eyes", "two", np.ones(4, bool), 0.9, missing=["left"]), ReportRow("cost", "an image", 30.0, unit="ms")]
     calls = []
 
-    def measure() -> list[Row]:
+    def measure() -> list[ReportRow]:
         calls.append(1)
         return rows
 

@@ -14,7 +14,7 @@ from snoopi_rt.errors import InputError
 from snoopi_rt.export import small_model
 from snoopi_rt.export.evaluation.cost import cost
 from snoopi_rt.export.evaluation.figures import plot
-from snoopi_rt.export.evaluation.report import Goal, Row, write
+from snoopi_rt.export.evaluation.report import Goal, ReportRow, write
 from snoopi_rt.export.evaluation.samplers import Sampler, open_student, open_teacher
 from snoopi_rt.export.evaluation.small.attributes import attributes
 from snoopi_rt.export.evaluation.small.clean import clean
@@ -65,7 +65,7 @@ def evaluate(
     out: Path,
     extent: Extent,
     say: Callable[[str], None],
-) -> dict[str, list[Row]]:
+) -> dict[str, list[ReportRow]]:
     """The rows of each who is judged, by name, written to `out` as small.json, small.md and small.png; sheets of the first student beside.
 
     students: folders of bundles or of students by name, None is the embedded bundle. decoder: of the teacher's latents, its own vae by
@@ -80,7 +80,7 @@ def evaluate(
     examiner = Examiner(_judge(references, extent), extent, say)
     who: dict[str, Any] = {}
     facts = {**examiner.facts, "who": who}
-    columns: dict[str, list[Row]] = {}
+    columns: dict[str, list[ReportRow]] = {}
     distance = None
     if teacher_sampler is not None:
         who["teacher"] = teacher_sampler.facts
@@ -124,18 +124,18 @@ class Examiner:
             "ceiling": {f"top {top}": float((ceiling < top).mean()) for top in (1, TOP)},
         }
 
-    def rows(self, name: str, sampler: Sampler, teacher: float | None = None) -> list[Row]:
+    def rows(self, name: str, sampler: Sampler, teacher: float | None = None) -> list[ReportRow]:
         """All rows. name: for the progress bar; teacher: its Frechet distance, beside which a student's is judged."""
-        rows: list[Row] = []
+        rows: list[ReportRow] = []
         with tqdm(self._measures(sampler, teacher).items(), desc=name, unit="measure") as bar:
             for what, measure in bar:
                 bar.set_postfix_str(what)
                 rows += measure()
         return rows
 
-    def _measures(self, sampler: Sampler, teacher: float | None) -> dict[str, Callable[[], Iterator[Row]]]:
+    def _measures(self, sampler: Sampler, teacher: float | None) -> dict[str, Callable[[], Iterator[ReportRow]]]:
         domain, counters, extent = self.domain, self._counters, self._extent
-        measures: dict[str, Callable[[], Iterator[Row]]] = {
+        measures: dict[str, Callable[[], Iterator[ReportRow]]] = {
             "recognition": lambda: recognition(sampler, domain, extent.seeds),
             "natural": lambda: natural(sampler, counters, self.prompts, extent.natural_seeds),
             "attributes": lambda: attributes(sampler, counters),
@@ -150,7 +150,7 @@ class Examiner:
         return {name: measure for name, measure in measures.items() if name in (extent.measures or MEASURES)}
 
 
-def _kept(folder: Path, facts: list[Any], measure: Callable[[], list[Row]]) -> list[Row]:
+def _kept(folder: Path, facts: list[Any], measure: Callable[[], list[ReportRow]]) -> list[ReportRow]:
     """The rows that an earlier evaluation by the same code made of the same teacher, else new ones: they take many minutes."""
     folders = (Path(__file__).parent.parent, Path(small_model.__file__).parent)
     code = fingerprint(*sorted(file for folder in folders for kind in ("*.py", "*.txt") for file in folder.rglob(kind)))
@@ -158,7 +158,7 @@ def _kept(folder: Path, facts: list[Any], measure: Callable[[], list[Row]]) -> l
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
         return [
-            Row(**{**row, "goal": row["goal"] and Goal(**row["goal"]), "interval": row["interval"] and tuple(row["interval"])})
+            ReportRow(**{**row, "goal": row["goal"] and Goal(**row["goal"]), "interval": row["interval"] and tuple(row["interval"])})
             for row in stored
         ]
     rows = measure()

@@ -10,7 +10,7 @@ import numpy as np
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation import pixel_metrics
-from snoopi_rt.export.evaluation.report import Row, share
+from snoopi_rt.export.evaluation.report import ReportRow, share
 from snoopi_rt.export.evaluation.samplers import Sampler
 from snoopi_rt.export.evaluation.small.counters import Counters
 from snoopi_rt.export.evaluation.small.judge import TOP
@@ -39,7 +39,7 @@ def read_natural(path: Path | None = None) -> list[NaturalPrompt]:
     return prompts
 
 
-def natural(sampler: Sampler, counters: Counters, prompts: Sequence[NaturalPrompt], seeds: int) -> Iterator[Row]:
+def natural(sampler: Sampler, counters: Counters, prompts: Sequence[NaturalPrompt], seeds: int) -> Iterator[ReportRow]:
     """What several seeds of each prompt show of what it names, relative to composed real pictures of the same scenes."""
     chosen = [prompt for prompt in prompts if counters.domain.can_draw(prompt.scene) for _ in range(seeds)]
     if not chosen:

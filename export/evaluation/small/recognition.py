@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from snoopi_rt.export.evaluation.report import Row, share
+from snoopi_rt.export.evaluation.report import ReportRow, share
 from snoopi_rt.export.evaluation.samplers import Sampler
 from snoopi_rt.export.evaluation.small.domain import Domain
 from snoopi_rt.export.evaluation.small.judge import TOP
@@ -14,7 +14,7 @@ GOALS: dict[str, dict[str, float | None]] = {"student": {"common": 0.85, "all": 
 """Of the ceiling."""
 
 
-def recognition(sampler: Sampler, domain: Domain, seeds: int) -> Iterator[Row]:
+def recognition(sampler: Sampler, domain: Domain, seeds: int) -> Iterator[ReportRow]:
     """Shares of pictures whose thing is the judge's first, or among its first, and of things that one of their pictures shows."""
     names = [name for name in domain.names for _ in range(seeds)]
     pictures = sampler([plain_caption(Scene((name,))) for name in names], list(range(len(names))))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from snoopi_rt.export.evaluation.report import Goal, Row, mean, share
+from snoopi_rt.export.evaluation.report import Goal, ReportRow, mean, share
 from snoopi_rt.export.evaluation.samplers import Sampler
 from snoopi_rt.export.evaluation.small.attributes import pairs
 from snoopi_rt.export.evaluation.small.counters import Counters, colours_of
@@ -17,7 +17,7 @@ from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, DEFAULT_BAC
 SECTION = "negatives of what was asked for"
 
 
-def removal(sampler: Sampler, counters: Counters) -> Iterator[Row]:
+def removal(sampler: Sampler, counters: Counters) -> Iterator[ReportRow]:
     """Shares of pictures that show what was asked for, and of those the shares that do not under its negative."""
     for flaw in FLAWS:
         yield from _flaw(sampler, counters, flaw)
@@ -26,7 +26,7 @@ def removal(sampler: Sampler, counters: Counters) -> Iterator[Row]:
     yield from _colours(sampler, counters)
 
 
-def _flaw(sampler: Sampler, counters: Counters, flaw: str) -> Iterator[Row]:
+def _flaw(sampler: Sampler, counters: Counters, flaw: str) -> Iterator[ReportRow]:
     coloured = flaw != "grayscale"
     scenes = [Scene((name,), background=varied_background(i) if coloured else None, flaw=flaw) for i, name in enumerate(counters.common)]
     # Without those that would seem to have it as they should be: a panda is gray.
@@ -49,7 +49,7 @@ def _flaw(sampler: Sampler, counters: Counters, flaw: str) -> Iterator[Row]:
     yield mean(SECTION, f"{flaw}: to the picture that never had it", apart, "cosine distance", Goal(most=0.08), real_pictures=chance)
 
 
-def _backgrounds(sampler: Sampler, counters: Counters) -> Iterator[Row]:
+def _backgrounds(sampler: Sampler, counters: Counters) -> Iterator[ReportRow]:
     colours = [colour for colour in COLOURS if colour != DEFAULT_BACKGROUND]
     scenes = [Scene((name,), background=colours[(i + k) % len(colours)]) for i, name in enumerate(counters.common) for k in (0, 5)]
     pictures = _draw(sampler, scenes)
@@ -64,7 +64,7 @@ def _backgrounds(sampler: Sampler, counters: Counters) -> Iterator[Row]:
     yield share(SECTION, "background: thing still recognised, of those recognised before", kept)
 
 
-def _one_of_two(sampler: Sampler, counters: Counters) -> Iterator[Row]:
+def _one_of_two(sampler: Sampler, counters: Counters) -> Iterator[ReportRow]:
     scenes = pairs(counters.common, 2)
     unwanted = [i % 2 for i in range(len(scenes))]
     # Both, the wanted one alone, the unwanted one alone.
@@ -85,7 +85,7 @@ def _one_of_two(sampler: Sampler, counters: Counters) -> Iterator[Row]:
     yield share(SECTION, "one of two: the other recognised, of those gone", seen, 0.85, ceiling)
 
 
-def _colours(sampler: Sampler, counters: Counters) -> Iterator[Row]:
+def _colours(sampler: Sampler, counters: Counters) -> Iterator[ReportRow]:
     colours = list(COLOURS)
     scenes = [Scene((name,), colour=colours[i % len(colours)]) for i, name in enumerate(counters.colourable)]
     own = counters.nearest(counters.domain.real([Scene(scene.things) for scene in scenes], 128), list(map(colours_of, scenes)))
