@@ -21,7 +21,7 @@ from snoopi_rt.batch.prompt_file import PromptFile
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation.samplers import Sampler
 from snoopi_rt.export.evaluation.statistics import spread
-from snoopi_rt.files import remove_remains, sha256, write_whole
+from snoopi_rt.files import check_folder, remove_remains, sha256, write_whole
 
 BATCH = 16
 """Images made together. Always the same ones, however often a run was stopped: a batch may change an image's last bits."""
@@ -155,8 +155,7 @@ def images_with_prompts(name: str, folder: Path, rows: Sequence[PromptRow], limi
     rows: of all images; limit: takes at most so many of them, evenly, as read_prompts does. Raises InputError for a missing image, one
     that is there twice, and one without a prompt. Other folders are left alone and listed, images that no `file` names are counted.
     """
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}")
+    check_folder(folder)
     if any(row.file for row in rows):
         unnamed = next((row.prompt for row in rows if not row.file), None)
         if unnamed is not None:
@@ -219,9 +218,7 @@ def _numbered(folder: Path, count: int) -> list[Path]:
 
 def reference_images(folder: Path) -> ImageSet:
     """All images of a folder of real ones. Raises InputError where there is none."""
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder} of reference images")
-    files = tuple(_images(folder))
+    files = tuple(_images(check_folder(folder)))
     if not files:
         raise InputError(f"folder {folder} holds no image ({', '.join(SUFFIXES)})")
     return ImageSet("reference", files, facts={"folder": folder.name})

@@ -21,6 +21,7 @@ from snoopi_rt.export.backbones import Weights
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.pixart import pixart_answer
 from snoopi_rt.export.decoder import Decoder
+from snoopi_rt.export.device import default_device
 from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.presets.choose import default_preset
 from snoopi_rt.export.small_model import teacher
@@ -84,7 +85,7 @@ def open_teacher(folder: Path, decoder: Path | None = None) -> Sampler:
 
     def latents(prompts: Sequence[str], noise: Tensor, negatives: Sequence[str | None], scale: float | None) -> Tensor:
         if any(negative is not None for negative in negatives):
-            raise InputError("the teacher is drawn without negatives")
+            raise InputError("the teacher takes no negative prompts")
         return teacher.draw(network, prompts, noise)
 
     return Sampler(
@@ -103,7 +104,7 @@ def open_diffusers(folder: Path, steps: int | None = None, guidance: float | Non
         pipe = DiffusionPipeline.from_pretrained(check_folder(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is not a whole diffusers pipeline: {why(error)}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     pipe.to(device, torch.float32).set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance}
     settings = {name: value for name, value in settings.items() if value is not None}
