@@ -89,7 +89,7 @@ def random_context(folder: Path, names: tuple[str, ...] = tuple(WEIGHTS)) -> Con
 
 
 def random_images(folder: Path, count: int, seed: int, side: int = SIDE) -> None:
-    """Writes smooth random pictures, 00000.png and so on."""
+    """Writes smooth random images, 00000.png and so on."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for i in range(count):
@@ -98,7 +98,7 @@ def random_images(folder: Path, count: int, seed: int, side: int = SIDE) -> None
 
 
 def check(say: Callable[[str], None]) -> dict[str, float]:
-    """The largest relative difference of each measure to its plain formula, by name. Raises OutputError where one is too large."""
+    """The largest relative difference of each measure to its plain formula, by name. Raises OutputError if one is too large."""
     worst = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -112,7 +112,7 @@ def check(say: Callable[[str], None]) -> dict[str, float]:
             context.reference = reference_images(folder / "real")
             figures = list(measure.run(images, context))
             differences = [_difference(row.value, value) for row, value in plain(name, images, figures, context)]
-            worst[name] = float(np.max(differences))  # unlike max(), NaN where one is
+            worst[name] = float(np.max(differences))  # unlike max(), NaN if one is
             say(f"{name}: {len(differences)} figures, relative difference {worst[name]:.1e}, {time.perf_counter() - start:.1f} s")
     wrong = [name for name, difference in worst.items() if not difference <= TOLERANCE]
     if wrong:
@@ -121,7 +121,7 @@ def check(say: Callable[[str], None]) -> dict[str, float]:
 
 
 def _difference(figure: float | None, value: float) -> float:
-    """Relative to the value, infinite where the figure could not be measured."""
+    """Relative to the value, infinite if the figure could not be measured."""
     return float("inf") if figure is None else abs(figure - value) / max(abs(value), 1e-3)
 
 

@@ -33,7 +33,7 @@ NETWORKS: dict[str, Callable[[Path, str], Any]] = {"inception": Inception, "dino
 
 @dataclass
 class Context:
-    """The weights on this machine, a cache of features, and the real images where there are some.
+    """The weights on this machine, a cache of features, and the real images if there are any.
 
     architectures: those of OpenCLIP's weights. A network is loaded when its first features are not in the cache, and only one is in
     memory at a time.
@@ -84,5 +84,5 @@ def open_context(names: Sequence[str], chosen: Mapping[str, str], out: Path, say
 
 
 def named(metric: str, used: int, protocol: int, unit: str) -> str:
-    """The metric's name; where fewer were used than its protocol demands, that is part of the name."""
+    """The metric's name; if fewer were used than its protocol demands, that is part of the name."""
     return metric if used >= protocol else f"{metric} ({used:,} of {protocol:,} {unit})"

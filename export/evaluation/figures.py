@@ -10,7 +10,7 @@ from snoopi_rt.export.evaluation.report import ReportRow
 
 
 def plot(columns: Mapping[str, Sequence[ReportRow]], path: Path) -> None:
-    """Writes one picture with a panel for each section and unit; columns: the rows of each who is judged."""
+    """Writes one plot with a panel per section and unit; columns: the rows of each who is judged."""
     panels: dict[tuple[str, str], dict[str, dict[str, ReportRow]]] = {}
     for who, rows in columns.items():
         for row in rows:

@@ -1,4 +1,4 @@
-"""What a negative prompt that names nothing of the pictures makes of them: none of it may be worse than without one."""
+"""What a negative prompt that names nothing of the images makes of them: none of it may be worse than without one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ UNIT = "of no negative's"
 
 @dataclass(frozen=True)
 class Seen:
-    """What is compared of pictures. recognised: whether each shows its prompt, (N,); features (N, D); across, beside: the energies of
+    """What is compared of images. recognised: whether each shows its prompt, (N,); features (N, D); across, beside: the energies of
     pixel_metrics.seams, (N,)."""
 
     recognised: np.ndarray
@@ -29,13 +29,13 @@ class Seen:
 
 @dataclass(frozen=True)
 class Harm:
-    """What pictures are compared with: the same ones without a negative, and the features of those that theirs should be distributed as."""
+    """What images are compared with: the same ones without a negative, and the features of those that theirs should be distributed as."""
 
     plain: Seen
     reference: np.ndarray
 
     def rows(self, section: str, label: str, seen: Seen, recognition: Goal) -> Iterator[ReportRow]:
-        """Recognition, Frechet distance and blockiness of the pictures under the negative. recognition: the goal in points."""
+        """Recognition, Frechet distance and blockiness of the images under the negative. recognition: the goal in points."""
         count = len(seen.recognised)
         gained = seen.recognised.astype(float) - self.plain.recognised
         yield mean(section, f"{label}, recognition gained", 100 * gained, "points", recognition)

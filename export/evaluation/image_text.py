@@ -27,7 +27,7 @@ def hps(images: ImageSet, context: Context, version: str) -> Iterator[ReportRow]
 
 
 def clip(images: ImageSet, context: Context, weights: str) -> Iterator[ReportRow]:
-    """The mean cosine of image and prompt; where rows have negative prompts, of image and negative prompt too."""
+    """The mean cosine of image and prompt; if rows have negative prompts, of image and negative prompt too."""
     network, detail = context.architectures[weights].name, {"weights": context.located[weights].status}
     negatives = [i for i, row in enumerate(images.rows) if row.negative_prompt]
     scores = cosines(images, context, weights, [PREFIX + prompt for prompt in images.prompts])

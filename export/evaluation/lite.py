@@ -22,7 +22,7 @@ SIDE = 260  # pixels that it was trained on
 
 
 class Lite:
-    """Pooled features (N, 1280) fp32 of pictures, resized to what the network was trained on.
+    """Pooled features (N, 1280) fp32 of images, resized to what the network was trained on.
 
     weights: the file to load, by default that of the network's package. Raises InputError for another network's, EngineMissing.
     """
@@ -42,7 +42,7 @@ class Lite:
             levels = torch.from_numpy(np.stack([self._resized(picture) for picture in part])).to(self._device)
             return pooled(to_network(levels.permute(0, 3, 1, 2).float().div(127.5).sub(1)))
 
-        # In threads of our own, so that pictures are resized while others are in the network.
+        # In threads of our own, so that images are resized while others are in the network.
         rows = in_threads(features, parts, f"features ({NETWORK})", streams, few=20)
         return np.concatenate(rows) if rows else np.zeros((0, 1280), np.float32)
 

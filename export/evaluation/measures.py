@@ -107,7 +107,7 @@ def check_subjects(subjects: Sequence[Subject], scales: Sequence[float]) -> None
 
 
 def bundle_of(subject: Subject) -> snoopi_rt.Bundle | None:
-    """The subject's bundle, where it is one; nothing of it is opened. Raises InputError where there is no folder."""
+    """The subject's bundle, if it is one; nothing of it is opened. Raises InputError if there is no folder."""
     folder = EMBEDDED if subject.path is None else check_folder(subject.path)
     return snoopi_rt.Bundle.load(folder) if subject.kind == "bundle" and (folder / MANIFEST).exists() else None
 
@@ -156,7 +156,7 @@ SECONDS = {
 def evaluate(plan: Plan, say: Callable[[str], None], context: Context | None = None) -> dict[str, list[ReportRow]]:
     """The rows of each who is measured, by name, written to `out` as COMMAND.json, COMMAND.md and COMMAND.png, with a sheet of each.
 
-    context: for tests; by default the weights are located, and fetched where they are missing.
+    context: for tests; by default the weights are located, and fetched if they are missing.
     """
     plan.check()
     everything = read_prompts(plan.prompts)

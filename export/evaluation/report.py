@@ -35,8 +35,8 @@ class Goal:
 class ReportRow:
     """One figure. `section` and `name` say what is measured, `unit` what the value is in; a share is of 1, None could not be measured.
 
-    count, of: how many of how many. interval: 95 %, of the value. ceiling: the same figure of composed real pictures, where the value is
-    relative to that. error: how often the counter itself is wrong on composed real pictures. detail: what else there is to tell.
+    count, of: how many of how many. interval: 95 %, of the value. ceiling: the same figure of composed real images, if the value is
+    relative to that. error: how often the counter itself is wrong on composed real images. detail: what else there is to tell.
     """
 
     section: str
@@ -53,7 +53,7 @@ class ReportRow:
 
     @property
     def met(self) -> bool | None:
-        """None where there is no goal."""
+        """None if there is no goal."""
         return None if self.goal is None else self.goal.met(self.value)
 
 
@@ -66,7 +66,7 @@ def share(
     error: float | None = None,
     **detail: Any,
 ) -> ReportRow:
-    """The share of the pictures that are right, (N,) bool; relative to `ceiling` where there is one, which is taken as exact.
+    """The share of the images that are right, (N,) bool; relative to `ceiling` if there is one, which is taken as exact.
 
     goal: at least.
     """
@@ -88,7 +88,7 @@ def share(
 
 
 def mean(section: str, name: str, values: np.ndarray, unit: str, goal: Goal | None = None, **detail: Any) -> ReportRow:
-    """The mean of one value per picture, (N,)."""
+    """The mean of one value per image, (N,)."""
     if not len(values):
         return ReportRow(section, name, None, goal, unit, of=0, detail=detail)
     interval = mean_interval(values) if len(values) > 1 else None

@@ -1,4 +1,4 @@
-"""Who draws the pictures that are judged: a bundle, the student in torch, or a teacher in many steps, all from the same noise."""
+"""Who draws the images that are judged: a bundle, the student in torch, or a teacher in many steps, all from the same noise."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ NegativeTexts = str | Sequence[str | None] | None
 
 
 class DrawImages(Protocol):
-    """Pictures (N, H, W, 3) uint8 of prompts with their seeds; one negative for all, or one for each; scale: None is the default."""
+    """Images (N, H, W, 3) uint8 of prompts with their seeds; one negative for all, or one for each; scale: None is the default."""
 
     def __call__(
         self, prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None
@@ -51,7 +51,7 @@ class DrawImages(Protocol):
 class Sampler:
     """Something that draws, called as DrawImages. cell: the pixels of a side of its latents' cells. facts: what it is, for the report.
 
-    bundle: where it is one, its folder.
+    bundle: the bundle, if it is one.
     """
 
     draw: DrawImages

@@ -1,4 +1,4 @@
-"""How many, of which colour, and both of two: attributes that a prompt names, relative to composed real pictures of the same scenes.
+"""How many, of which colour, and both of two: attributes that a prompt names, relative to composed real images of the same scenes.
 
 Each counter's error is how often it is wrong on those.
 """
@@ -15,7 +15,7 @@ EACH = 3  # colours, and partners, of each thing
 
 
 def attributes(sampler: Sampler, counters: Counters) -> Iterator[ReportRow]:
-    """Shares of pictures that have what was asked for, relative to real ones."""
+    """Shares of images that have what was asked for, relative to real ones."""
     numbered = [Scene((name,), count=number) for name in counters.countable for number in NUMBERS]
     colours = list(COLOURS)
     coloured = [

@@ -1,4 +1,4 @@
-"""Clean pictures under negatives that name nothing of them: nothing that an eye could see may change."""
+"""Clean images under negatives that name nothing of them: nothing that an eye could see may change."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ SECTION = "clean pictures under negatives"
 
 
 def clean(sampler: Sampler, domain: Domain, seeds: int) -> Iterator[ReportRow]:
-    """For each negative: what it changes of the common things' pictures, several seeds of each."""
+    """For each negative: what it changes of the common things' images, several seeds of each."""
     names = [name for name in domain.common if name not in UNRELATED for _ in range(seeds)]
     scenes = [Scene((name,)) for name in names]
     prompts, numbers = [plain_caption(scene) for scene in scenes], list(range(len(names)))

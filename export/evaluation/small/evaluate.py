@@ -40,8 +40,8 @@ MEASURES = ("recognition", "natural", "attributes", "sharpness", "clean", "remov
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured. things: all by default; seeds: of each thing, of a natural prompt, of a clean picture; counted: things whose
-    attributes are; samples: pictures whose distances are taken; limiting: see Domain; runs: images that are timed; measures: some of
+    """How much is measured. things: all by default; seeds: of each thing, of a natural prompt, of a clean image; counted: things whose
+    attributes are; samples: images whose distances are taken; limiting: see Domain; runs: images that are timed; measures: some of
     MEASURES, all by default."""
 
     things: int | None = None
@@ -70,7 +70,7 @@ def evaluate(
     """The rows of each who is judged, by name, written to `out` as small.json, small.md and small.png; sheets of the first student beside.
 
     students: folders of bundles or of students by name, None is the embedded bundle. decoder: of the teacher's latents, its own vae by
-    default. references: where the features of reference pictures and the teacher's rows are kept. Raises InputError for an unknown measure,
+    default. references: where the features of reference images and the teacher's rows are kept. Raises InputError for an unknown measure,
     and what load and generate do. Sheets are drawn when everything is measured.
     """
     if unknown := [name for name in extent.measures if name not in MEASURES]:

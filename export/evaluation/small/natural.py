@@ -20,7 +20,7 @@ from snoopi_rt.export.small_model.dataset.vocabulary import DEFAULT_BACKGROUND, 
 
 @dataclass(frozen=True)
 class NaturalPrompt:
-    """A prompt and what its picture should show."""
+    """A prompt and what its image should show."""
 
     text: str
     scene: Scene
@@ -40,7 +40,7 @@ def read_natural(path: Path | None = None) -> list[NaturalPrompt]:
 
 
 def natural(sampler: Sampler, counters: Counters, prompts: Sequence[NaturalPrompt], seeds: int) -> Iterator[ReportRow]:
-    """What several seeds of each prompt show of what it names, relative to composed real pictures of the same scenes."""
+    """What several seeds of each prompt show of what it names, relative to composed real images of the same scenes."""
     chosen = [prompt for prompt in prompts if counters.domain.can_draw(prompt.scene) for _ in range(seeds)]
     if not chosen:
         return
@@ -72,5 +72,5 @@ def _is_single(scene: Scene) -> bool:
 
 
 def _names_background(scene: Scene) -> bool:
-    """A grayscale picture's background has no colour."""
+    """A grayscale image's background has no colour."""
     return scene.background is not None and (scene.flaw != "grayscale" or scene.background in NEUTRAL)

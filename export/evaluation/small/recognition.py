@@ -15,7 +15,7 @@ GOALS: dict[str, dict[str, float | None]] = {"student": {"common": 0.85, "all": 
 
 
 def recognition(sampler: Sampler, domain: Domain, seeds: int) -> Iterator[ReportRow]:
-    """Shares of pictures whose thing is the judge's first, or among its first, and of things that one of their pictures shows."""
+    """Shares of images whose thing is the judge's first, or among its first, and of things that one of their images shows."""
     names = [name for name in domain.names for _ in range(seeds)]
     pictures = sampler([plain_caption(Scene((name,))) for name in names], list(range(len(names))))
     ranks = domain.judge.ranks(domain.judge.features(pictures), names).reshape(-1, seeds)

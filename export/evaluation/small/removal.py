@@ -18,7 +18,7 @@ SECTION = "negatives of what was asked for"
 
 
 def removal(sampler: Sampler, counters: Counters) -> Iterator[ReportRow]:
-    """Shares of pictures that show what was asked for, and of those the shares that do not under its negative."""
+    """Shares of images that show what was asked for, and of those the shares that do not under its negative."""
     for flaw in FLAWS:
         yield from _flaw(sampler, counters, flaw)
     yield from _backgrounds(sampler, counters)
@@ -43,7 +43,7 @@ def _flaw(sampler: Sampler, counters: Counters, flaw: str) -> Iterator[ReportRow
     yield share(SECTION, f"{flaw}: gone", gone, 0.90, error=error)
     features = counters.domain.judge.features
     apart = cosine_distance(features(after), features(without))
-    # Beside it the distance of pictures of one scene: nothing can be nearer than chance lets them be.
+    # Beside it the distance of images of one scene: nothing can be nearer than chance lets them be.
     real = [counters.domain.real([replace(scene, flaw=None) for scene in rest], pictures.shape[1], seed) for seed in (1, 2)] if rest else []
     chance = float(cosine_distance(*map(features, real)).mean()) if real else None
     yield mean(SECTION, f"{flaw}: to the picture that never had it", apart, "cosine distance", Goal(most=0.08), real_pictures=chance)
@@ -102,7 +102,7 @@ def _colours(sampler: Sampler, counters: Counters) -> Iterator[ReportRow]:
 
 
 def _draw(sampler: Sampler, scenes: list[Scene], seeds: np.ndarray | None = None, negatives: list[str] | None = None) -> np.ndarray:
-    """Pictures of the scenes; each keeps its seed where only some are drawn again."""
+    """Images of the scenes; each keeps its seed if only some are drawn again."""
     numbers = list(range(len(scenes))) if seeds is None else seeds.tolist()
     if not scenes:
         return np.zeros((0, 32, 32, 3), np.uint8)
@@ -110,7 +110,7 @@ def _draw(sampler: Sampler, scenes: list[Scene], seeds: np.ndarray | None = None
 
 
 def _kept(counters: Counters, before: np.ndarray, after: np.ndarray, scenes: list[Scene], without: list[Scene]) -> np.ndarray:
-    """Whether the thing is recognised in the second picture, of the pictures in which it was in the first."""
+    """Whether the thing is recognised in the second image, of the images in which it was in the first."""
     if not scenes:
         return np.zeros(0, bool)
     return counters.thing(after, without)[counters.thing(before, scenes)]

@@ -1,4 +1,4 @@
-"""How near whole sets of pictures are to real ones, how much fine detail they have, and pixel metrics."""
+"""How near whole sets of images are to real ones, how much fine detail they have, and pixel metrics."""
 
 from collections.abc import Iterator
 
@@ -11,16 +11,16 @@ from snoopi_rt.export.small_model.dataset.scene import plain_caption
 
 FRECHET = "Frechet distance to real pictures"
 MANIFOLD = 2000
-"""Pictures of each set whose precision and recall are taken: all pairs of them are compared."""
+"""Images of each set whose precision and recall are taken: all pairs of them are compared."""
 
 
 def sharpness(sampler: Sampler, domain: Domain, samples: int, teacher: float | None = None) -> Iterator[ReportRow]:
-    """Figures of pictures of random scenes as the training set has them. teacher: its Frechet distance, of as many pictures."""
+    """Figures of images of random scenes as the training set has them. teacher: its Frechet distance, of as many images."""
     scenes = domain.scenes(samples, seed=11)
     made = sampler([plain_caption(scene) for scene in scenes], list(range(len(scenes))))
     real = domain.real(scenes, made.shape[1], seed=12)
     ours, theirs = domain.judge.features(made).numpy(), domain.real_features(scenes, made.shape[1], seed=12).numpy()
-    # What other real pictures reach stands beside the teacher, whose figures are kept: it is the same for all.
+    # What other real images reach stands beside the teacher, whose figures are kept: it is the same for all.
     other = domain.real_features(scenes, made.shape[1], seed=13).numpy() if sampler.kind == "teacher" else None
     distance = frechet(ours, theirs)
     detail = {} if other is None else {"of real pictures": frechet(other, theirs)}
