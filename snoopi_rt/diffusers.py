@@ -28,9 +28,9 @@ def _code() -> Any:
         from snoopi_rt.export.torchvision_operators import import_torchvision
 
         import_torchvision()
-        from snoopi_rt.export import diffusers_pipelines
+        from snoopi_rt.export.pipelines import negative_prompts
     except PackageMissing:
         raise
     except ImportError as error:
         raise PackageMissing(f"negative prompts in diffusers need {error.name}: {how_to_install('diffusers')}") from error
-    return diffusers_pipelines
+    return negative_prompts

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from snoopi_rt.export.evaluation.report import Row
-from snoopi_rt.export.evaluation.samplers import Negative, Sampler
+from snoopi_rt.export.evaluation.report import ReportRow
+from snoopi_rt.export.evaluation.samplers import NegativeTexts, Sampler
 from snoopi_rt.export.small_model.dataset.scene import STYLES, Scene
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, COUNTS, FLAWS, SIZES, plural, things, with_article
 
@@ -71,7 +71,7 @@ def without(scene: Scene, negative: str | None) -> Scene:
 
 
 def drawer_of(paint: Callable[[Scene, int], np.ndarray], edit: Callable[[Scene, str | None], Scene] = without) -> Sampler:
-    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None) -> np.ndarray:
         negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else negative
         scenes = [edit(scene_of(prompt), unwanted) for prompt, unwanted in zip(prompts, negatives, strict=True)]
         return np.stack([paint(scene, seed) for scene, seed in zip(scenes, seeds, strict=True)])
@@ -79,5 +79,5 @@ def drawer_of(paint: Callable[[Scene, int], np.ndarray], edit: Callable[[Scene, 
     return Sampler(draw, "student", CELL)
 
 
-def by_name(rows: Iterable[Row]) -> dict[str, Row]:
+def by_name(rows: Iterable[ReportRow]) -> dict[str, ReportRow]:
     return {row.name: row for row in rows}

@@ -51,7 +51,7 @@ def test_the_extra_eval_declares_what_its_code_imports(monkeypatch: pytest.Monke
     requirements = [*given["install_requires"], *given["extras_require"]["eval"]]
     declared = {re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-") for requirement in requirements}
     needed = {}
-    for path in (*Path("export/evaluation").glob("*.py"), *Path("export/small_model/dataset").glob("*.py")):
+    for path in (*Path("export/evaluation").rglob("*.py"), *Path("export/small_model/dataset").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []

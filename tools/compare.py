@@ -37,6 +37,7 @@ import snoopi_rt
 from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.engines import installed
+from snoopi_rt.export.onnx_graphs.parity import rms
 from snoopi_rt.export.presets.choose import find_preset
 from snoopi_rt.export.presets.preset import override
 from snoopi_rt.runtime.inputs import draw_noise
@@ -138,7 +139,7 @@ def measure(contenders: Contenders, runs: int, arguments: Callable[[int], Sequen
         run = contenders[name]()
         untimed = arguments(next(calls))
         outputs = [draw(*untimed) for draw in (baseline, run)]
-        error = rms(outputs[1], outputs[0]) if getattr(run, "same_noise", True) else None
+        error = rms(outputs[1].astype(np.float64) - outputs[0]) if getattr(run, "same_noise", True) else None
         pairs = [tuple(seconds(draw, *arguments(next(calls))) for draw in (baseline, run)) for _ in range(runs)]
         all_base += [base for base, _ in pairs]
         own_seconds = [own for _, own in pairs]
@@ -162,11 +163,6 @@ def our_pipelines(bundle: Bundle) -> dict[str, Callable[[], Callable[[str], np.n
     first, *others = dict.fromkeys(variant.precision for variant in bundle.variants("generator", "openvino"))
     loads = {OURS: partial(load, first), f"ours {first}, negative": partial(load, first, NEGATIVE)}
     return {**loads, **{f"ours {precision}, negative": partial(load, precision, NEGATIVE) for precision in others}}
-
-
-def rms(array: np.ndarray, reference: np.ndarray) -> float:
-    """The root mean square of the difference."""
-    return float(np.sqrt(np.mean((array.astype(np.float64) - reference.astype(np.float64)) ** 2)))
 
 
 def seconds(run: Callable[..., np.ndarray], *arrays: np.ndarray) -> float:

@@ -23,15 +23,15 @@ from joint_networks import SHAPE, TOKENS, Pictures, Recipe, Text, in_one_step, t
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from snoopi_rt.export.evaluation.clean import clean
-from snoopi_rt.export.evaluation.counters import Counters
-from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.figures import plot_tradeoff
-from snoopi_rt.export.evaluation.judge import Judge
-from snoopi_rt.export.evaluation.removal import removal
-from snoopi_rt.export.evaluation.report import Row
-from snoopi_rt.export.evaluation.samplers import Negative, Sampler
-from snoopi_rt.export.joint_attention import GUIDANCE, JointProcessor, joint_attentions
+from snoopi_rt.export.evaluation.report import ReportRow
+from snoopi_rt.export.evaluation.samplers import NegativeTexts, Sampler
+from snoopi_rt.export.evaluation.small.clean import clean
+from snoopi_rt.export.evaluation.small.counters import Counters
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.judge import Judge
+from snoopi_rt.export.evaluation.small.removal import removal
+from snoopi_rt.export.pipelines.joint_attention import GUIDANCE, JointProcessor, joint_attentions
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED
 from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, to_pictures
@@ -66,7 +66,7 @@ class Negatives:
             self._call.lengths = []
 
     def sampler(self, kind: str, default: float) -> Sampler:
-        def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+        def draw(prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None) -> np.ndarray:
             negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
             pictures: list[np.ndarray] = []
             for start in range(0, len(prompts), 32):
@@ -94,7 +94,7 @@ class Negatives:
         return statistics.median(ratios) - 1
 
 
-def summary(rows: Sequence[Row]) -> dict[str, float | None]:
+def summary(rows: Sequence[ReportRow]) -> dict[str, float | None]:
     """Means over what was measured: removed and kept are shares, changed is in levels of 255, lost in points of recognition."""
 
     def mean(*endings: str, sign: float = 1.0) -> float | None:

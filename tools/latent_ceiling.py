@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 
-from snoopi_rt.export.evaluation.judge import TOP, Judge
 from snoopi_rt.export.evaluation.pixel_metrics import fine_detail
+from snoopi_rt.export.evaluation.small.judge import TOP, Judge
 from snoopi_rt.export.small_model.dataset.build import SIDE, encoded
 from snoopi_rt.export.small_model.dataset.scene import Scene
 from snoopi_rt.export.small_model.dataset.vocabulary import things

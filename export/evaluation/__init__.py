@@ -2,4 +2,6 @@
 
 from snoopi_rt.export.torchvision_operators import import_torchvision
 
-import_torchvision()  # before transformers and diffusers, which import it where it is installed
+# At import, unlike all else: modules of this package import transformers and diffusers, and these torchvision, if it is installed, which
+# beside a CPU build of torch only imports this way. The commands' own call comes too late for `eval all`, and tests and tools make none.
+import_torchvision()

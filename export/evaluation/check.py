@@ -14,13 +14,14 @@ from PIL import Image
 from torch import nn
 
 from snoopi_rt.errors import OutputError
+from snoopi_rt.export.device import default_device
 from snoopi_rt.export.evaluation import dinov2, image_text, inception, towers
 from snoopi_rt.export.evaluation.context import ARCHITECTURES, NETWORKS, Context
 from snoopi_rt.export.evaluation.cost import peak_memory
 from snoopi_rt.export.evaluation.features import FeatureCache
 from snoopi_rt.export.evaluation.image_sets import ImageSet, PromptRow, images_with_prompts, open_image, reference_images
 from snoopi_rt.export.evaluation.measures import MEASURES
-from snoopi_rt.export.evaluation.report import Row
+from snoopi_rt.export.evaluation.report import ReportRow
 from snoopi_rt.export.evaluation.weight_files import WEIGHTS, Located, identified
 from snoopi_rt.export.small_model.features import weights_file
 from snoopi_rt.export.weights.files import save_tensors
@@ -88,7 +89,7 @@ def random_context(folder: Path, names: tuple[str, ...] = tuple(WEIGHTS)) -> Con
 
 
 def random_images(folder: Path, count: int, seed: int, side: int = SIDE) -> None:
-    """Writes smooth random pictures, 00000.png and so on."""
+    """Writes smooth random images, 00000.png and so on."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for i in range(count):
@@ -97,7 +98,7 @@ def random_images(folder: Path, count: int, seed: int, side: int = SIDE) -> None
 
 
 def check(say: Callable[[str], None]) -> dict[str, float]:
-    """The largest relative difference of each measure to its plain formula, by name. Raises OutputError where one is too large."""
+    """The largest relative difference of each measure to its plain formula, by name. Raises OutputError if one is too large."""
     worst = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -111,7 +112,7 @@ def check(say: Callable[[str], None]) -> dict[str, float]:
             context.reference = reference_images(folder / "real")
             figures = list(measure.run(images, context))
             differences = [_difference(row.value, value) for row, value in plain(name, images, figures, context)]
-            worst[name] = float(np.max(differences))  # unlike max(), NaN where one is
+            worst[name] = float(np.max(differences))  # unlike max(), NaN if one is
             say(f"{name}: {len(differences)} figures, relative difference {worst[name]:.1e}, {time.perf_counter() - start:.1f} s")
     wrong = [name for name, difference in worst.items() if not difference <= TOLERANCE]
     if wrong:
@@ -120,13 +121,13 @@ def check(say: Callable[[str], None]) -> dict[str, float]:
 
 
 def _difference(figure: float | None, value: float) -> float:
-    """Relative to the value, infinite where the figure could not be measured."""
+    """Relative to the value, infinite if the figure could not be measured."""
     return float("inf") if figure is None else abs(figure - value) / max(abs(value), 1e-3)
 
 
 def whole(name: str, say: Callable[[str], None], count: int = 2) -> dict[str, float]:
     """What the network of those weights costs at its true size, with random weights: seconds per image and per text, memory."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(default_device())
     with tempfile.TemporaryDirectory() as scratch:
         random_images(Path(scratch) / "images", count, 0, 512)
         pictures = [open_image(file) for file in sorted((Path(scratch) / "images").iterdir())]
@@ -152,7 +153,7 @@ def _seconds(compute: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def plain(name: str, images: ImageSet, figures: list[Row], context: Context) -> list[tuple[Row, float]]:
+def plain(name: str, images: ImageSet, figures: list[ReportRow], context: Context) -> list[tuple[ReportRow, float]]:
     """Each figure of a measure with the same computed straight from its definition: no cache, no batches, no shared code."""
     pictures = [images.open(i) for i in range(len(images.files))]
     if name.startswith("hps"):

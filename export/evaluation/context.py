@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from snoopi_rt.export.device import default_device
 from snoopi_rt.export.evaluation import towers
 from snoopi_rt.export.evaluation.dinov2 import Dinov2
 from snoopi_rt.export.evaluation.features import FeatureCache
@@ -27,13 +27,13 @@ ARCHITECTURES = {
 }
 
 
-NETWORKS: dict[str, Callable[[Path, str], Any]] = {"inception": Inception, "dinov2": Dinov2, "lite2": partial(Lite, "lite2")}
+NETWORKS: dict[str, Callable[[Path, str], Any]] = {"inception": Inception, "dinov2": Dinov2, "lite2": Lite}
 """By the name of their weights, what takes those and a device."""
 
 
 @dataclass
 class Context:
-    """The weights on this machine, a cache of features, and the real images where there are some.
+    """The weights on this machine, a cache of features, and the real images if there are any.
 
     architectures: those of OpenCLIP's weights. A network is loaded when its first features are not in the cache, and only one is in
     memory at a time.
@@ -79,11 +79,10 @@ class Context:
 
 
 def open_context(names: Sequence[str], chosen: Mapping[str, str], out: Path, say: Callable[[str], None]) -> Context:
-    """A context on this machine's GPU where it has one; weights are located as `locate` says, and features kept in the folder `out`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Context(locate(names, chosen, say), FeatureCache(out / "features"), device=device)
+    """A context on this machine's GPU if it has one; weights are located as `locate` says, and features kept in the folder `out`."""
+    return Context(locate(names, chosen, say), FeatureCache(out / "features"), device=str(default_device()))
 
 
 def named(metric: str, used: int, protocol: int, unit: str) -> str:
-    """The metric's name; where fewer were used than its protocol demands, that is part of the name."""
+    """The metric's name; if fewer were used than its protocol demands, that is part of the name."""
     return metric if used >= protocol else f"{metric} ({used:,} of {protocol:,} {unit})"

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 
 from snoopi_rt.diagnostics.bench import bench
-from snoopi_rt.export.evaluation.report import Goal, Row
+from snoopi_rt.export.evaluation.report import Goal, ReportRow
 from snoopi_rt.export.evaluation.samplers import Sampler
 
 THREADS = 2
 
 
-def cost(sampler: Sampler, runs: int | None, say: Callable[[str], None]) -> Iterator[Row]:
+def cost(sampler: Sampler, runs: int | None, say: Callable[[str], None]) -> Iterator[ReportRow]:
     """Figures of a bundle on two threads, by the engine and in the precisions that drew; none of another sampler.
 
     Each tells how busy the machine was before: they mean something on an idle one only.
@@ -26,14 +26,16 @@ def cost(sampler: Sampler, runs: int | None, say: Callable[[str], None]) -> Iter
     for way, words, goal in (("plain", "an image", Goal(most=25)), ("negative", "an image with a negative", None)):
         if way in measured:
             milliseconds = {name: 1000 * seconds for name, seconds in measured[way]["total"].items()}
-            yield Row("cost", words, milliseconds["p50"], goal, "ms", of=measured["runs"], detail={"p95": milliseconds["p95"], **machine})
+            yield ReportRow(
+                "cost", words, milliseconds["p50"], goal, "ms", of=measured["runs"], detail={"p95": milliseconds["p95"], **machine}
+            )
     start = measured["cold_start"]
-    yield Row("cost", "from start to PNG, with an empty cache", start["first"], None, "s", detail=machine)
-    yield Row("cost", "from start to PNG", start["again"], Goal(most=0.5), "s", detail=machine)
+    yield ReportRow("cost", "from start to PNG, with an empty cache", start["first"], None, "s", detail=machine)
+    yield ReportRow("cost", "from start to PNG", start["again"], Goal(most=0.5), "s", detail=machine)
     if start["peak_memory"] is not None:
-        yield Row("cost", "peak memory", start["peak_memory"] / 1e6, Goal(most=250), "MB")
+        yield ReportRow("cost", "peak memory", start["peak_memory"] / 1e6, Goal(most=250), "MB")
     size = sum(path.stat().st_size for path in bundle.folder.iterdir() if path.is_file())
-    yield Row("cost", "bundle", size / 1e6, Goal(most=60), "MB")
+    yield ReportRow("cost", "bundle", size / 1e6, Goal(most=60), "MB")
 
 
 def peak_memory() -> int:

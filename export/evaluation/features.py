@@ -18,7 +18,7 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder of features, a file for each network and batch of SHA-256."""
+    """A folder of features, a file per network and batch of SHA-256."""
 
     folder: Path
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from snoopi_rt.export.evaluation.report import Row
+from snoopi_rt.export.evaluation.report import ReportRow
 
 
-def plot(columns: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Writes one picture with a panel for each section and unit; columns: the rows of each who is judged."""
-    panels: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
+def plot(columns: Mapping[str, Sequence[ReportRow]], path: Path) -> None:
+    """Writes one plot with a panel per section and unit; columns: the rows of each who is judged."""
+    panels: dict[tuple[str, str], dict[str, dict[str, ReportRow]]] = {}
     for who, rows in columns.items():
         for row in rows:
             if row.value is not None:
@@ -43,7 +43,7 @@ def plot_tradeoff(curves: Mapping[str, Sequence[tuple[float, float, float]]], pa
     figure.savefig(path, dpi=90)
 
 
-def _bars(axes: Any, rows: Sequence[Row | None], number: int, of: int, label: str) -> None:
+def _bars(axes: Any, rows: Sequence[ReportRow | None], number: int, of: int, label: str) -> None:
     """Bars `number` of so many beside each other, with intervals, and a line where a goal is."""
     width = 0.8 / of
     heights = {i + (number - (of - 1) / 2) * width: row for i, row in enumerate(rows) if row is not None}

@@ -1,4 +1,4 @@
-"""What a negative prompt that names nothing of the pictures makes of them: none of it may be worse than without one."""
+"""What a negative prompt that names nothing of the images makes of them: none of it may be worse than without one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from snoopi_rt.export.evaluation.report import Goal, Row, mean
+from snoopi_rt.export.evaluation.report import Goal, ReportRow, mean
 from snoopi_rt.export.evaluation.statistics import Gaussian, ratio_interval
 
 UNIT = "of no negative's"
@@ -14,7 +14,7 @@ UNIT = "of no negative's"
 
 @dataclass(frozen=True)
 class Seen:
-    """What is compared of pictures. recognised: whether each shows its prompt, (N,); features (N, D); across, beside: the energies of
+    """What is compared of images. recognised: whether each shows its prompt, (N,); features (N, D); across, beside: the energies of
     pixel_metrics.seams, (N,)."""
 
     recognised: np.ndarray
@@ -29,22 +29,22 @@ class Seen:
 
 @dataclass(frozen=True)
 class Harm:
-    """What pictures are compared with: the same ones without a negative, and the features of those that theirs should be distributed as."""
+    """What images are compared with: the same ones without a negative, and the features of those that theirs should be distributed as."""
 
     plain: Seen
     reference: np.ndarray
 
-    def rows(self, section: str, label: str, seen: Seen, recognition: Goal) -> Iterator[Row]:
-        """Recognition, Frechet distance and blockiness of the pictures under the negative. recognition: the goal in points."""
+    def rows(self, section: str, label: str, seen: Seen, recognition: Goal) -> Iterator[ReportRow]:
+        """Recognition, Frechet distance and blockiness of the images under the negative. recognition: the goal in points."""
         count = len(seen.recognised)
         gained = seen.recognised.astype(float) - self.plain.recognised
         yield mean(section, f"{label}, recognition gained", 100 * gained, "points", recognition)
         if count > 1:
             distance = Gaussian.of(seen.features).distance(self._reference)
-            yield Row(section, f"{label}, Frechet distance", _relative(distance, self._distance), Goal(most=1.03), UNIT, of=count)
+            yield ReportRow(section, f"{label}, Frechet distance", _relative(distance, self._distance), Goal(most=1.03), UNIT, of=count)
         low, high = ratio_interval(seen.across, seen.beside)
         ratio, *ends = (_relative(value, self.plain.blockiness) for value in (seen.blockiness, low, high))
-        yield Row(section, f"{label}, blockiness", ratio, Goal(most=1), UNIT, of=count, interval=(ends[0], ends[1]))
+        yield ReportRow(section, f"{label}, blockiness", ratio, Goal(most=1), UNIT, of=count, interval=(ends[0], ends[1]))
 
     @cached_property
     def _reference(self) -> Gaussian:

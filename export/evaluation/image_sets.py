@@ -21,7 +21,7 @@ from snoopi_rt.batch.prompt_file import PromptFile
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation.samplers import Sampler
 from snoopi_rt.export.evaluation.statistics import spread
-from snoopi_rt.files import remove_remains, sha256, write_whole
+from snoopi_rt.files import check_folder, remove_remains, sha256, write_whole
 
 BATCH = 16
 """Images made together. Always the same ones, however often a run was stopped: a batch may change an image's last bits."""
@@ -32,7 +32,7 @@ _SET = "set.json"
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt of a file. style: the group that a mean is reported of; file: its image, where the set is another program's."""
+    """A prompt of a file. style: the group that a mean is reported of; file: its image, if the set is another program's."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -43,7 +43,7 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images, one per row, in order. seeds: None where another program made them. facts: what they are, for the report."""
+    """Images, one per row, in order. seeds: None if another program made them. facts: what they are, for the report."""
 
     name: str
     files: tuple[Path, ...]
@@ -67,7 +67,7 @@ class ImageSet:
         return hashlib.sha256("".join(self.hashes).encode()).hexdigest()
 
     def open(self, index: int) -> Image.Image:
-        """One image, as RGB. Raises InputError, which names it, where it is missing or damaged."""
+        """One image, as RGB. Raises InputError, which names it, if it is missing or damaged."""
         return open_image(self.files[index])
 
     def pictures(self) -> Iterator[np.ndarray]:
@@ -91,7 +91,7 @@ class ImageSet:
 
 
 def open_image(file: Path) -> Image.Image:
-    """An image as RGB. Raises InputError, which names it, where it is missing or damaged."""
+    """An image as RGB. Raises InputError, which names it, if it is missing or damaged."""
     return _decoded(file)[0]
 
 
@@ -149,14 +149,13 @@ def _rows(path: Path, style: str | None) -> list[PromptRow]:
 
 
 def images_with_prompts(name: str, folder: Path, rows: Sequence[PromptRow], limit: int | None = None) -> ImageSet:
-    """The images of another program: FOLDER/00000.png and so on, numbered from 0 or from 1, or as the column `file` says; where rows
+    """The images of another program: FOLDER/00000.png and so on, numbered from 0 or from 1, or as the column `file` says; if rows
     have styles and FOLDER their folders, FOLDER/STYLE/00000.jpg, numbered within each, as HPSv2 has them.
 
     rows: of all images; limit: takes at most so many of them, evenly, as read_prompts does. Raises InputError for a missing image, one
     that is there twice, and one without a prompt. Other folders are left alone and listed, images that no `file` names are counted.
     """
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}")
+    check_folder(folder)
     if any(row.file for row in rows):
         unnamed = next((row.prompt for row in rows if not row.file), None)
         if unnamed is not None:
@@ -182,7 +181,7 @@ def images_with_prompts(name: str, folder: Path, rows: Sequence[PromptRow], limi
 
 
 def _named(folder: Path, file: str) -> Path:
-    """The image that a column `file` names. Raises InputError where it is missing or outside the folder."""
+    """The image that a column `file` names. Raises InputError if it is missing or outside the folder."""
     path = Path(os.path.normpath(folder / file))
     if not path.is_relative_to(os.path.normpath(folder)):
         raise InputError(f"image {file!r} is outside {folder}")
@@ -218,10 +217,8 @@ def _numbered(folder: Path, count: int) -> list[Path]:
 
 
 def reference_images(folder: Path) -> ImageSet:
-    """All images of a folder of real ones. Raises InputError where there is none."""
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder} of reference images")
-    files = tuple(_images(folder))
+    """All images of a folder of real ones. Raises InputError if there is none."""
+    files = tuple(_images(check_folder(folder)))
     if not files:
         raise InputError(f"folder {folder} holds no image ({', '.join(SUFFIXES)})")
     return ImageSet("reference", files, facts={"folder": folder.name})
@@ -232,7 +229,7 @@ def make_images(
 ) -> ImageSet:
     """The sampler's images of the rows, in the folder; what an earlier run left there is kept. Row i has seed + i unless it has its own.
 
-    Raises InputError where the folder holds images of something else.
+    Raises InputError if the folder holds images of something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_remains(folder)

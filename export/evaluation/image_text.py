@@ -6,7 +6,7 @@ import numpy as np
 
 from snoopi_rt.export.evaluation.context import Context, named
 from snoopi_rt.export.evaluation.image_sets import ImageSet
-from snoopi_rt.export.evaluation.report import Row
+from snoopi_rt.export.evaluation.report import ReportRow
 from snoopi_rt.export.evaluation.statistics import bootstrap_mean
 
 PREFIX = "A photo depicts "
@@ -15,7 +15,7 @@ HPS_PROMPTS, COCO_CAPTIONS = 3200, 30_000
 STYLES = 4
 
 
-def hps(images: ImageSet, context: Context, version: str) -> Iterator[Row]:
+def hps(images: ImageSet, context: Context, version: str) -> Iterator[ReportRow]:
     """100 times the cosine of image and prompt by ViT-H-14 as HPSv2 trained it, of each style and of all images."""
     scores = 100 * cosines(images, context, f"hps-v{version}", images.prompts)
     styles = sorted({row.style for row in images.rows if row.style})
@@ -26,8 +26,8 @@ def hps(images: ImageSet, context: Context, version: str) -> Iterator[Row]:
     yield _mean("HPSv2", named(f"HPSv{version}, average", len(scores), HPS_PROMPTS, "prompts"), scores, **detail)
 
 
-def clip(images: ImageSet, context: Context, weights: str) -> Iterator[Row]:
-    """The mean cosine of image and prompt; where rows have negative prompts, of image and negative prompt too."""
+def clip(images: ImageSet, context: Context, weights: str) -> Iterator[ReportRow]:
+    """The mean cosine of image and prompt; if rows have negative prompts, of image and negative prompt too."""
     network, detail = context.architectures[weights].name, {"weights": context.located[weights].status}
     negatives = [i for i, row in enumerate(images.rows) if row.negative_prompt]
     scores = cosines(images, context, weights, [PREFIX + prompt for prompt in images.prompts])
@@ -43,6 +43,6 @@ def cosines(images: ImageSet, context: Context, weights: str, texts: list[str]) 
     return np.asarray((context.image_features(weights, images) * context.text_features(weights, texts)).sum(1, dtype=np.float64))
 
 
-def _mean(section: str, name: str, values: np.ndarray, **detail: str) -> Row:
+def _mean(section: str, name: str, values: np.ndarray, **detail: str) -> ReportRow:
     interval = bootstrap_mean(values) if len(values) > 1 else None
-    return Row(section, name, float(np.mean(values)), unit="score", of=len(values), interval=interval, detail=dict(detail))
+    return ReportRow(section, name, float(np.mean(values)), unit="score", of=len(values), interval=interval, detail=dict(detail))

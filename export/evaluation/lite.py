@@ -1,10 +1,10 @@
-"""Features of pictures by EfficientNet-Lite: ImageNet's, pooled, as the small domain's judge and `lite2` have them."""
+"""Features of images by EfficientNet-Lite2: ImageNet's, pooled, as the small domain's judge and `lite2` have them."""
 
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Final
 
 import numpy as np
 import torch
@@ -12,24 +12,25 @@ from PIL import Image
 from torch import Tensor, nn
 
 from snoopi_rt.engines.openvino import import_openvino
-from snoopi_rt.errors import PackageMissing
+from snoopi_rt.errors import PackageMissing, how_to_install
 from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.evaluation.weight_files import loading
 from snoopi_rt.export.small_model.features import load_network, to_network, weights_file
 
-SIDES = {"lite0": 224, "lite2": 260}  # pixels that each network was trained on
+NETWORK: Final = "lite2"
+SIDE = 260  # pixels that it was trained on
 
 
 class Lite:
-    """Pooled features (N, 1280) fp32 of pictures, resized to what the network was trained on.
+    """Pooled features (N, 1280) fp32 of images, resized to what the network was trained on.
 
     weights: the file to load, by default that of the network's package. Raises InputError for another network's, PackageMissing.
     """
 
-    def __init__(self, name: Literal["lite0", "lite2"], weights: Path | None = None, device: str = "cpu") -> None:
-        self.name, self.weights, self.side, self._device = name, weights or weights_file(name), SIDES[name], device
-        with loading(self.weights, f"efficientnet-{name}"):
-            network = load_network(name, self.weights)
+    def __init__(self, weights: Path | None = None, device: str = "cpu") -> None:
+        self.weights, self.side, self._device = weights or weights_file(NETWORK), SIDE, device
+        with loading(self.weights, f"efficientnet-{NETWORK}"):
+            network = load_network(NETWORK, self.weights)
         self._network = network.to(device)
 
     def __call__(self, pictures: Sequence[Image.Image] | Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
@@ -41,8 +42,8 @@ class Lite:
             levels = torch.from_numpy(np.stack([self._resized(picture) for picture in part])).to(self._device)
             return pooled(to_network(levels.permute(0, 3, 1, 2).float().div(127.5).sub(1)))
 
-        # In threads of our own, so that pictures are resized while others are in the network.
-        rows = in_threads(features, parts, f"features ({self.name})", streams, few=20)
+        # In threads of our own, so that images are resized while others are in the network.
+        rows = in_threads(features, parts, f"features ({NETWORK})", streams, few=20)
         return np.concatenate(rows) if rows else np.zeros((0, 1280), np.float32)
 
     @cached_property
@@ -55,7 +56,7 @@ class Lite:
         try:
             openvino = import_openvino()
         except ImportError as error:
-            raise PackageMissing("features of pictures need openvino on the CPU: it comes with the extra eval") from error
+            raise PackageMissing(f"features of images need openvino on the CPU: {how_to_install('eval')}") from error
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # OpenVINO traces by torch.jit
             model = openvino.convert_model(network, example_input=torch.zeros(1, 3, self.side, self.side))

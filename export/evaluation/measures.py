@@ -20,7 +20,7 @@ from snoopi_rt.export.evaluation.context import Context, open_context
 from snoopi_rt.export.evaluation.cost import cost, peak_memory
 from snoopi_rt.export.evaluation.figures import plot
 from snoopi_rt.export.evaluation.image_sets import ImageSet, PromptRow, images_with_prompts, make_images, read_prompts, reference_images
-from snoopi_rt.export.evaluation.report import Row, write
+from snoopi_rt.export.evaluation.report import ReportRow, write
 from snoopi_rt.export.evaluation.samplers import Sampler, open_diffusers, open_student
 from snoopi_rt.export.evaluation.statistics import spread
 from snoopi_rt.export.evaluation.weight_files import WEIGHTS, availability
@@ -35,7 +35,7 @@ THUMBNAIL, SHEET, COLUMNS = 128, 64, 8
 class Measure:
     """A measure of an image set. weights: what it needs; reference: whether it needs real images; protocol: how it is done, in words."""
 
-    run: Callable[[ImageSet, Context], Iterator[Row]]
+    run: Callable[[ImageSet, Context], Iterator[ReportRow]]
     weights: tuple[str, ...]
     protocol: str
     reference: bool = False
@@ -107,7 +107,7 @@ def check_subjects(subjects: Sequence[Subject], scales: Sequence[float]) -> None
 
 
 def bundle_of(subject: Subject) -> snoopi_rt.Bundle | None:
-    """The subject's bundle, where it is one; nothing of it is opened. Raises InputError where there is no folder."""
+    """The subject's bundle, if it is one; nothing of it is opened. Raises InputError if there is no folder."""
     folder = EMBEDDED if subject.path is None else check_folder(subject.path)
     return snoopi_rt.Bundle.load(folder) if subject.kind == "bundle" and (folder / MANIFEST).exists() else None
 
@@ -153,10 +153,10 @@ SECONDS = {
 """An image and its prompt on two cores of a CPU, mostly by `eval check --whole`: rough, for --dry-run only."""
 
 
-def evaluate(plan: Plan, say: Callable[[str], None], context: Context | None = None) -> dict[str, list[Row]]:
+def evaluate(plan: Plan, say: Callable[[str], None], context: Context | None = None) -> dict[str, list[ReportRow]]:
     """The rows of each who is measured, by name, written to `out` as COMMAND.json, COMMAND.md and COMMAND.png, with a sheet of each.
 
-    context: for tests; by default the weights are located, and fetched where they are missing.
+    context: for tests; by default the weights are located, and fetched if they are missing.
     """
     plan.check()
     everything = read_prompts(plan.prompts)
@@ -167,7 +167,7 @@ def evaluate(plan: Plan, say: Callable[[str], None], context: Context | None = N
     plan.out.mkdir(parents=True, exist_ok=True)
     timings: dict[str, Any] = {}
     document = _document(plan, rows, context)
-    columns: dict[str, list[Row]] = {}
+    columns: dict[str, list[ReportRow]] = {}
     for subject in plan.subjects:
         start = time.perf_counter()
         images, sampler = _image_set(subject, plan, everything)

@@ -1,7 +1,7 @@
-"""Negative prompts of any student: what they remove, what stays, and what they do to pictures that never showed it.
+"""Negative prompts of any student: what they remove, what stays, and what they do to images that never showed it.
 
-A zero-shot CLIP classifier says whether a picture shows the unwanted thing: it is nearer to the pair's caption `shows` than to `lacks`.
-How often that is wrong is measured on labelled pictures, where there are some.
+A zero-shot CLIP classifier says whether an image shows the unwanted thing: it is nearer to the pair's caption `shows` than to `lacks`.
+How often that is wrong is measured on labelled images, if there are any.
 """
 
 import json
@@ -17,31 +17,29 @@ from snoopi_rt.export.evaluation import pixel_metrics
 from snoopi_rt.export.evaluation.context import Context
 from snoopi_rt.export.evaluation.harm import Harm, Seen
 from snoopi_rt.export.evaluation.image_sets import ImageSet, PromptRow, make_images
-from snoopi_rt.export.evaluation.report import Goal, Row, mean, share
+from snoopi_rt.export.evaluation.report import Goal, ReportRow, mean, share
 from snoopi_rt.export.evaluation.samplers import Sampler
 from snoopi_rt.export.evaluation.statistics import share_interval, spread
 
 CLASSIFIER = "clip-b32"
 LABELS = "labels.jsonl"
 OTHERS = 1_000_000
-"""Added to the seeds of pictures whose distribution the others' is compared with."""
+"""Added to the seeds of images whose distribution the others' is compared with."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, what is unwanted in it (the negative prompt) and wanted instead, and the classifier's captions with and without it."""
+    """A prompt, what is unwanted in it (the negative prompt), and the classifier's captions with and without that."""
 
     prompt: str
     unwanted: str
-    wanted: str
     shows: str
     lacks: str
-    set: str = ""
 
 
 @dataclass(frozen=True)
 class Label:
-    """A picture of which it is known whether it shows a pair's unwanted thing."""
+    """An image of which it is known whether it shows a pair's unwanted thing."""
 
     file: Path
     pair: Pair
@@ -51,15 +49,16 @@ class Label:
 def read_pairs(path: Path | None = None, limit: int | None = None) -> list[Pair]:
     """The pairs of a file of JSON lines, by default the paper's six and fifty of everyday use.
 
-    Raises InputError for another line, and where a pair has no other whose negative is unrelated to it.
+    Raises InputError for another line, and if a pair has no other whose negative is unrelated to it.
     """
     source = path or files(__package__).joinpath("negative_pairs.jsonl")
     pairs = []
     for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            pairs.append(Pair(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"line {number} of {path or 'the pairs'} is not a pair: {error}") from error
+            row = json.loads(line)
+            pairs.append(Pair(row["prompt"], row["unwanted"], row["shows"], row["lacks"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"line {number} of {path or 'the pairs'} is not a pair: {error!r}") from error
     if not pairs:
         raise InputError(f"{path} holds no pair")
     pairs = spread(pairs, limit)
@@ -70,7 +69,7 @@ def read_pairs(path: Path | None = None, limit: int | None = None) -> list[Pair]
 def unrelated(pairs: Sequence[Pair]) -> list[str]:
     """For each pair what is unwanted in another one: the first, from half the list further on, that differs in prompt and unwanted thing.
 
-    Raises InputError where there is none.
+    Raises InputError if there is none.
     """
     chosen = []
     for i, pair in enumerate(pairs):
@@ -87,7 +86,7 @@ def unrelated(pairs: Sequence[Pair]) -> list[str]:
 
 @dataclass(frozen=True)
 class Effect:
-    """Pictures before and after a negative, (N,) arrays each, of the same prompts and seeds.
+    """Images before and after a negative, (N,) arrays each, of the same prompts and seeds.
 
     shown_*: whether the unwanted thing is there; kept_*: whether the own prompt is the nearest of all; plus_*, minus_*: cosines with prompt
     and negative; distance: one minus the cosine of the features; levels: mean absolute difference; seams_*: see pixel_metrics.
@@ -109,15 +108,15 @@ class Effect:
     features_after: np.ndarray
 
     def of(self, rows: np.ndarray) -> "Effect":
-        """Some of the pictures, by a mask (N,)."""
+        """Some of the images, by a mask (N,)."""
         return Effect(**{name: value[rows] for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One scale: the effect of each prompt's own negative, and of another pair's, which names nothing of the picture.
+    """One scale: the effect of each prompt's own negative, and of another pair's, which names nothing of the image.
 
-    others: features of pictures of the same prompts without a negative, with other seeds.
+    others: features of images of the same prompts without a negative, with other seeds.
     """
 
     scale: float
@@ -130,13 +129,13 @@ class Trial:
 
     @property
     def removed(self) -> float:
-        """The share without the unwanted thing, of the pictures that showed it; 0 where none did."""
+        """The share without the unwanted thing, of the images that showed it; 0 if none did."""
         gone = ~self.own.shown_after[self.own.shown_before]
         return float(gone.mean()) if len(gone) else 0.0
 
     @property
     def kept(self) -> float:
-        """The share of prompts recognised under their own negative, relative to that without one; 0 where none was."""
+        """The share of prompts recognised under their own negative, relative to that without one; 0 if none was."""
         before = self.own.kept_before.mean()
         return float(self.own.kept_after.mean() / before) if before else 0.0
 
@@ -146,7 +145,7 @@ class Trial:
 
 
 class Trials:
-    """A sampler's pictures of the pairs without a negative and at several scales, several seeds of each."""
+    """A sampler's images of the pairs without a negative and at several scales, several seeds of each."""
 
     def __init__(self, name: str, sampler: Sampler, pairs: Sequence[Pair], seeds: int, context: Context, folder: Path) -> None:
         self._name, self._sampler, self._context, self._folder = name, sampler, context, folder
@@ -159,7 +158,7 @@ class Trials:
         self._prompts = context.text_features(CLASSIFIER, prompts)
 
     def at(self, scale: float) -> tuple[Trial, ImageSet]:
-        """The effects at a scale, and the pictures under their own negatives."""
+        """The effects at a scale, and the images under their own negatives."""
         unwanted = [pair.unwanted for pair in self.pairs]
         own, unrelated = (
             self._images(f"{kind}-{scale:g}", negatives, scale) for kind, negatives in (("own", unwanted), ("unrelated", self._unrelated))
@@ -204,8 +203,8 @@ class Trials:
         )
 
 
-def figures(trial: Trial, error: float | None = None) -> Iterator[Row]:
-    """The rows of one scale. error: how often the classifier is wrong, where that was measured."""
+def figures(trial: Trial, error: float | None = None) -> Iterator[ReportRow]:
+    """The rows of one scale. error: how often the classifier is wrong, if that was measured."""
     section, own = f"negatives, scale {trial.scale:g}", trial.own
     yield share(section, "without the unwanted thing, no negative", ~own.shown_before, error=error)
     yield share(section, "without the unwanted thing", ~own.shown_after, error=error)
@@ -221,11 +220,13 @@ def figures(trial: Trial, error: float | None = None) -> Iterator[Row]:
     met = sum(row.met is not False for row in clean)
     goals = sum(row.goal is not None for row in clean)
     verdict = "pictures that do not show it are no worse"
-    yield Row(section, verdict, float(met == len(clean)), Goal(least=1), "yes or no", detail={"goals met": goals - (len(clean) - met)})
+    yield ReportRow(
+        section, verdict, float(met == len(clean)), Goal(least=1), "yes or no", detail={"goals met": goals - (len(clean) - met)}
+    )
 
 
-def harm(section: str, effect: Effect, others: np.ndarray) -> Iterator[Row]:
-    """What a negative that names nothing of the pictures makes of them: none of it may be worse."""
+def harm(section: str, effect: Effect, others: np.ndarray) -> Iterator[ReportRow]:
+    """What a negative that names nothing of the images makes of them: none of it may be worse."""
     label = "unrelated negative"
     yield mean(section, f"{label}, change", effect.distance, "feature distance")
     plain = Seen(effect.kept_before, effect.features_before, *effect.seams_before.T)
@@ -234,13 +235,13 @@ def harm(section: str, effect: Effect, others: np.ndarray) -> Iterator[Row]:
 
 
 def choose(trials: Sequence[Trial], half: np.ndarray) -> float | None:
-    """The scale that removes most on a half of the pictures among those that harm none of them; the smaller of equals; None: all harm."""
+    """The scale that removes most on a half of the images among those that harm none of them; the smaller of equals; None: all harm."""
     harmless = [trial.of(half) for trial in trials if trial.of(half).harmless]
     return min(harmless, key=lambda trial: (-trial.removed, trial.scale)).scale if harmless else None
 
 
 def read_labels(folder: Path, pairs: Sequence[Pair]) -> list[Label]:
-    """Labelled pictures: FOLDER/labels.jsonl has a file, a prompt, what is unwanted and whether it is shown in each line.
+    """Labelled images: FOLDER/labels.jsonl has a file, a prompt, what is unwanted and whether it is shown in each line.
 
     Raises InputError for another form and for a pair that is not among them.
     """
@@ -258,11 +259,11 @@ def read_labels(folder: Path, pairs: Sequence[Pair]) -> list[Label]:
     return labels
 
 
-def classifier_error(labels: Sequence[Label], context: Context) -> Row:
-    """How often the classifier is wrong on labelled pictures."""
+def classifier_error(labels: Sequence[Label], context: Context) -> ReportRow:
+    """How often the classifier is wrong on labelled images."""
     images = ImageSet("labelled", tuple(label.file for label in labels))
     features = context.image_features(CLASSIFIER, images)
     shows, lacks = (context.text_features(CLASSIFIER, [getattr(label.pair, name) for label in labels]) for name in ("shows", "lacks"))
     wrong = ((features * shows).sum(1) > (features * lacks).sum(1)) != np.array([label.shown for label in labels])
     count, of = int(wrong.sum()), len(labels)
-    return Row("negatives", "the classifier's error", count / of, count=count, of=of, interval=share_interval(count, of))
+    return ReportRow("negatives", "the classifier's error", count / of, count=count, of=of, interval=share_interval(count, of))

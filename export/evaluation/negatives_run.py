@@ -27,7 +27,7 @@ from snoopi_rt.export.evaluation.negatives import (
     read_labels,
     read_pairs,
 )
-from snoopi_rt.export.evaluation.report import Row, write
+from snoopi_rt.export.evaluation.report import ReportRow, write
 from snoopi_rt.export.evaluation.statistics import spread
 from snoopi_rt.export.evaluation.weight_files import WEIGHTS, availability
 from snoopi_rt.export.training.image_grid import image_grid
@@ -66,7 +66,7 @@ class NegativesPlan:
         return self.out / f"{subject.name}-tuned"
 
     def scales_of(self, subject: Subject, bundle: Bundle | None) -> list[float]:
-        """The scales at which the subject is measured. Raises InputError where it has none."""
+        """The scales at which the subject is measured. Raises InputError if it has none."""
         if bundle is not None and bundle.guidance.kind == "none":
             raise InputError(f"{subject.name} takes no negative prompt")
         if self.scales:
@@ -89,7 +89,7 @@ def dry_run_negatives(plan: NegativesPlan, say: Callable[[str], None]) -> None:
     say(f"features {CLASSIFIER}: about {max(1, round(images * SECONDS[CLASSIFIER] / 60)):,} min on two cores of a CPU")
 
 
-def evaluate_negatives(plan: NegativesPlan, say: Callable[[str], None], context: Context | None = None) -> dict[str, list[Row]]:
+def evaluate_negatives(plan: NegativesPlan, say: Callable[[str], None], context: Context | None = None) -> dict[str, list[ReportRow]]:
     """The rows of each student, written to `out` as negatives.json, .md and .png, with a sheet of each student.
 
     With `tune`, OUT/NAME-tuned is a bundle whose default scale was chosen on half of the prompts; the rows are of the other half.
@@ -100,7 +100,7 @@ def evaluate_negatives(plan: NegativesPlan, say: Callable[[str], None], context:
     context = context or open_context([CLASSIFIER], plan.weights, plan.out, say)
     plan.out.mkdir(parents=True, exist_ok=True)
     judged = classifier_error(labels, context) if labels else None
-    columns: dict[str, list[Row]] = {}
+    columns: dict[str, list[ReportRow]] = {}
     curves: dict[str, list[tuple[float, float, float]]] = {}
     who: dict[str, Any] = {}
     document = {
@@ -118,7 +118,7 @@ def evaluate_negatives(plan: NegativesPlan, say: Callable[[str], None], context:
         trials, reported = [trial for trial, _ in tried], np.ones(len(runs.pairs), bool)
         who[subject.name] = sampler.facts
         if plan.tune:
-            # By prompt, not by picture: a prompt's other seeds would know too much.
+            # By prompt, not by image: a prompt's other seeds would know too much.
             reported = (np.arange(len(runs.pairs)) // plan.seeds) % 2 == 1
             who[subject.name] = {**sampler.facts, "tuned": _choice(trials, ~reported)}
         columns[subject.name] = [] if judged is None else [judged]
@@ -135,7 +135,7 @@ def evaluate_negatives(plan: NegativesPlan, say: Callable[[str], None], context:
 
 
 def _choice(trials: Sequence[Trial], half: np.ndarray) -> dict[str, Any]:
-    """The scale that a half of the pictures chooses, and what chose it."""
+    """The scale that a half of the images chooses, and what chose it."""
     return {
         "scale": choose(trials, half),
         "removed on the half that chose": {f"{trial.scale:g}": round(trial.of(half).removed, 4) for trial in trials},
@@ -145,7 +145,7 @@ def _choice(trials: Sequence[Trial], half: np.ndarray) -> dict[str, Any]:
 
 def _write_choice(choice: dict[str, Any], bundle: Bundle, folder: Path, say: Callable[[str], None]) -> None:
     if choice["scale"] is None:
-        say("no scale leaves pictures that do not show the unwanted thing as they are: no bundle is written")
+        say("no scale leaves images that do not show the unwanted thing as they are: no bundle is written")
         return
     removed, harmless = choice["removed on the half that chose"], choice["harmless scales"]
     write_tuned(bundle, choice["scale"], folder, f"removed {removed}, harmless {harmless}")
@@ -155,7 +155,7 @@ def _write_choice(choice: dict[str, Any], bundle: Bundle, folder: Path, say: Cal
 def write_tuned(bundle: Bundle, scale: float, folder: Path, why: str) -> Bundle:
     """A copy of the bundle with another default scale, and in its provenance why; the one that an earlier run wrote is kept.
 
-    Raises InputError where the folder holds something else.
+    Raises InputError if the folder holds something else.
     """
     if before := _tuned_before(folder, bundle, [scale]):
         return before
@@ -170,7 +170,7 @@ def write_tuned(bundle: Bundle, scale: float, folder: Path, why: str) -> Bundle:
 
 
 def _tuned_before(folder: Path, bundle: Bundle, scales: Sequence[float]) -> Bundle | None:
-    """The folder's bundle, None where there is no folder. Raises InputError unless it is that bundle with one of the scales as default."""
+    """The folder's bundle, None if there is no folder. Raises InputError unless it is that bundle with one of the scales as default."""
     if not folder.exists():
         return None
     with suppress(BundleError):

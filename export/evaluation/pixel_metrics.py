@@ -1,7 +1,7 @@
-"""What pixels tell without any training: a picture's background and flaws, its fine detail, the seams of its latents' cells.
+"""What pixels tell without any training: an image's background and flaws, its fine detail, the seams of its latents' cells.
 
-All take pictures (N, H, W, 3) uint8 of any size. Flaws give (N,) floats that are higher the more of the flaw there is. They are made for
-things before a plain background, with the flaws that the small model's pictures are composed with.
+All take images (N, H, W, 3) uint8 of any size. Flaws give (N,) floats that are higher the more of the flaw there is. They are made for
+things before a plain background, with the flaws that the small model's images are composed with.
 """
 
 import numpy as np
@@ -34,16 +34,16 @@ def white(pictures: np.ndarray) -> np.ndarray:
 
 
 def colour_share(picture: np.ndarray, names: list[str]) -> np.ndarray:
-    """The share of the pixels of one picture (H, W, 3) that are nearest to each colour word, (len(names),)."""
+    """The share of the pixels of one image (H, W, 3) that are nearest to each colour word, (len(names),)."""
     palette = _lab(np.clip(np.array([COLOURS[name] for name in names], dtype=np.float64), 0, 255))
     nearest = np.linalg.norm(_lab(picture.reshape(-1, 1, 3).astype(np.float64)) - palette, axis=-1).argmin(1)
     return np.bincount(nearest, minlength=len(names)) / len(nearest)
 
 
 def own_pixels(picture: np.ndarray) -> np.ndarray:
-    """Which pixels of one picture belong to the thing, (H, W) bool: all that differs from the border's median, and what that encloses.
+    """Which pixels of one image belong to the thing, (H, W) bool: all that differs from the border's median, and what that encloses.
 
-    In a picture of one colour they are all pixels.
+    In an image of one colour they are all pixels.
     """
     ground = np.median(_border(picture[None]), axis=1)
     mask = (np.abs(picture - ground) > CONTRAST).any(-1)
@@ -60,13 +60,13 @@ def change(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def on_white(picture: np.ndarray) -> np.ndarray:
-    """One picture's thing before white, whatever its background was."""
+    """One image's thing before white, whatever its background was."""
     return np.where(own_pixels(picture)[..., None], picture, np.uint8(255))
 
 
 @by_parts
 def blurry(pictures: np.ndarray) -> np.ndarray:
-    """Minus the logarithm of how much of a picture's energy, in all colours, is fine detail rather than shape.
+    """Minus the logarithm of how much of an image's energy, in all colours, is fine detail rather than shape.
 
     Edges of luminance alone take a broccoli before green for blurry: it has colours, but hardly any light and dark.
     """
@@ -125,7 +125,7 @@ def seams(pictures: np.ndarray, cell: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _frequencies(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of the transform of each picture, (H, 1) and (1, W / 2 + 1), in cycles per pixel."""
+    """Of the transform of each image, (H, 1) and (1, W / 2 + 1), in cycles per pixel."""
     return np.fft.fftfreq(pictures.shape[1])[:, None], np.fft.rfftfreq(pictures.shape[2])[None]
 
 

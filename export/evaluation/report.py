@@ -32,11 +32,11 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One figure. `section` and `name` say what is measured, `unit` what the value is in; a share is of 1, None could not be measured.
 
-    count, of: how many of how many. interval: 95 %, of the value. ceiling: the same figure of composed real pictures, where the value is
-    relative to that. error: how often the counter itself is wrong on composed real pictures. detail: what else there is to tell.
+    count, of: how many of how many. interval: 95 %, of the value. ceiling: the same figure of composed real images, if the value is
+    relative to that. error: how often the counter itself is wrong on composed real images. detail: what else there is to tell.
     """
 
     section: str
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """None where there is no goal."""
+        """None if there is no goal."""
         return None if self.goal is None else self.goal.met(self.value)
 
 
@@ -65,15 +65,15 @@ def share(
     ceiling: float | None = None,
     error: float | None = None,
     **detail: Any,
-) -> Row:
-    """The share of the pictures that are right, (N,) bool; relative to `ceiling` where there is one, which is taken as exact.
+) -> ReportRow:
+    """The share of the images that are right, (N,) bool; relative to `ceiling` if there is one, which is taken as exact.
 
     goal: at least.
     """
     whole, count = 1.0 if ceiling is None else ceiling, int(np.sum(right))
     measured = len(right) > 0 and whole > 0
     low, high = share_interval(count, len(right))
-    return Row(
+    return ReportRow(
         section,
         name,
         count / len(right) / whole if measured else None,
@@ -87,22 +87,22 @@ def share(
     )
 
 
-def mean(section: str, name: str, values: np.ndarray, unit: str, goal: Goal | None = None, **detail: Any) -> Row:
-    """The mean of one value per picture, (N,)."""
+def mean(section: str, name: str, values: np.ndarray, unit: str, goal: Goal | None = None, **detail: Any) -> ReportRow:
+    """The mean of one value per image, (N,)."""
     if not len(values):
-        return Row(section, name, None, goal, unit, of=0, detail=detail)
+        return ReportRow(section, name, None, goal, unit, of=0, detail=detail)
     interval = mean_interval(values) if len(values) > 1 else None
-    return Row(section, name, float(np.mean(values)), goal, unit, of=len(values), interval=interval, detail=detail)
+    return ReportRow(section, name, float(np.mean(values)), goal, unit, of=len(values), interval=interval, detail=detail)
 
 
-def write(folder: Path, name: str, facts: Mapping[str, Any], columns: Mapping[str, Sequence[Row]]) -> None:
+def write(folder: Path, name: str, facts: Mapping[str, Any], columns: Mapping[str, Sequence[ReportRow]]) -> None:
     """Writes NAME.json, and NAME.md for people, to the folder. columns: the rows of each who is judged, by name."""
     document = {**facts, "judged": {who: [_as_json(row) for row in rows] for who, rows in columns.items()}}
     write_whole(folder / f"{name}.json", (json.dumps(document, indent=1) + "\n").encode())
     write_whole(folder / f"{name}.md", markdown(columns).encode())
 
 
-def markdown(columns: Mapping[str, Sequence[Row]]) -> str:
+def markdown(columns: Mapping[str, Sequence[ReportRow]]) -> str:
     """One table, a line per figure and a column per who is judged: value, how many of how many, interval, and whether the goal is met.
 
     Ceiling and error are the first one's: they hardly differ. Below it stands what else there is to tell.
@@ -129,12 +129,12 @@ def markdown(columns: Mapping[str, Sequence[Row]]) -> str:
     return "\n".join([*lines, "", *details]) + "\n"
 
 
-def unmet(rows: Sequence[Row]) -> list[Row]:
+def unmet(rows: Sequence[ReportRow]) -> list[ReportRow]:
     """The rows whose goal is missed."""
     return [row for row in rows if row.met is False]
 
 
-def _cell(row: Row) -> str:
+def _cell(row: ReportRow) -> str:
     many = "" if row.of is None else f" ({row.of})" if row.count is None else f" ({row.count}/{row.of})"
     interval = "" if row.interval is None or row.value is None else f" [{_number(row.interval[0])}, {_number(row.interval[1])}]"
     verdict = {None: "", True: " met", False: " **missed**"}[row.met]
@@ -151,5 +151,5 @@ def _said(value: Any) -> str:
     return _number(value) if isinstance(value, int | float) else "not measured" if value is None else str(value)
 
 
-def _as_json(row: Row) -> dict[str, Any]:
+def _as_json(row: ReportRow) -> dict[str, Any]:
     return {key: value for key, value in {**asdict(row), "met": row.met}.items() if value not in (None, {})}

@@ -1,4 +1,4 @@
-"""Who draws the pictures that are judged: a bundle, the student in torch, or a teacher in many steps, all from the same noise."""
+"""Who draws the images that are judged: a bundle, the student in torch, or a teacher in many steps, all from the same noise."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from snoopi_rt.export.backbones import Weights
 from snoopi_rt.export.backbones.network import load_decoder
 from snoopi_rt.export.backbones.pixart import pixart_answer
 from snoopi_rt.export.decoder import Decoder
+from snoopi_rt.export.device import default_device
 from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.presets.choose import default_preset
 from snoopi_rt.export.small_model import teacher
@@ -35,31 +36,33 @@ WORKERS = 8  # at most: each needs memory of its own
 TEACHER_BATCH = 64
 PRESET = default_preset("small")
 
-Negative = str | Sequence[str | None] | None
+NegativeTexts = str | Sequence[str | None] | None
 
 
-class Draw(Protocol):
-    """Pictures (N, H, W, 3) uint8 of prompts with their seeds; one negative for all, or one for each; scale: None is the default."""
+class DrawImages(Protocol):
+    """Images (N, H, W, 3) uint8 of prompts with their seeds; one negative for all, or one for each; scale: None is the default."""
 
     def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None
+        self, prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None
     ) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Something that draws, called as Draw. cell: the pixels of a side of its latents' cells. facts: what it is, for the report.
+    """Something that draws, called as DrawImages. cell: the pixels of a side of its latents' cells. facts: what it is, for the report.
 
-    bundle: where it is one, its folder.
+    bundle: the bundle, if it is one.
     """
 
-    draw: Draw
+    draw: DrawImages
     kind: Literal["student", "teacher", "peer"]
     cell: int
     facts: dict[str, Any] = field(default_factory=dict)
     bundle: snoopi_rt.Bundle | None = None
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+    def __call__(
+        self, prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None
+    ) -> np.ndarray:
         return self.draw(prompts, seeds, negative, scale)
 
 
@@ -82,7 +85,7 @@ def open_teacher(folder: Path, decoder: Path | None = None) -> Sampler:
 
     def latents(prompts: Sequence[str], noise: Tensor, negatives: Sequence[str | None], scale: float | None) -> Tensor:
         if any(negative is not None for negative in negatives):
-            raise InputError("the teacher is drawn without negatives")
+            raise InputError("the teacher takes no negative prompts")
         return teacher.draw(network, prompts, noise)
 
     return Sampler(
@@ -101,13 +104,13 @@ def open_diffusers(folder: Path, steps: int | None = None, guidance: float | Non
         pipe = DiffusionPipeline.from_pretrained(check_folder(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is not a whole diffusers pipeline: {why(error)}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     pipe.to(device, torch.float32).set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance}
     settings = {name: value for name, value in settings.items() if value is not None}
 
     @torch.no_grad()
-    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None) -> np.ndarray:
         if scale is not None:
             raise InputError("a diffusers pipeline has no negative scale: --guidance-scale is its own")
         pictures = []
@@ -140,7 +143,7 @@ def _bundle(folder: Path | None) -> Sampler:
         pipe = snoopi_rt.load(folder, pipe.engine, pipe.precision, threads=1)
     batch = min(BATCH // workers, pipe.max_batch)
 
-    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None) -> np.ndarray:
         negatives = _each(negative, len(prompts))
 
         def images(part: slice) -> np.ndarray:
@@ -179,11 +182,11 @@ def _torch_student(folder: Path) -> Sampler:
     return Sampler(_in_torch(network, vae, latents, BATCH), "student", _cell(network, vae), facts)
 
 
-def _in_torch(network: PixArtTransformer2DModel, decoder: Decoder, latents: Callable[..., Tensor], batch: int) -> Draw:
+def _in_torch(network: PixArtTransformer2DModel, decoder: Decoder, latents: Callable[..., Tensor], batch: int) -> DrawImages:
     shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
 
     @torch.no_grad()
-    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None) -> np.ndarray:
         negatives, parts = _each(negative, len(prompts)), []
         for part in tqdm(_batches(len(prompts), batch), "images", unit="batch", leave=False, disable=len(prompts) <= 2 * batch):
             noise = torch.from_numpy(np.stack([draw_noise(seed, shape)[0] for seed in seeds[part]]))
@@ -199,7 +202,7 @@ def _cell(network: PixArtTransformer2DModel, decoder: Decoder) -> int:
     return decoder.pixels(torch.zeros(1, network.config.in_channels, 4, 4)).shape[-1] // 4
 
 
-def _each(negative: Negative, count: int) -> list[str | None]:
+def _each(negative: NegativeTexts, count: int) -> list[str | None]:
     return [negative] * count if negative is None or isinstance(negative, str) else list(negative)
 
 

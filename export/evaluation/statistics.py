@@ -1,4 +1,4 @@
-"""What pictures amount to in numbers: shares and means with 95 % intervals, and distances between sets of features."""
+"""What images amount to in numbers: shares and means with 95 % intervals, and distances between sets of features."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Gaussian:
 
     def distance(self, other: "Gaussian") -> float:
         """The Frechet distance (Heusel et al. 2017): the trace of the root of the covariances' product is the sum of the singular values
-        of R_a @ R_b.T. Nothing is lost where there are fewer rows than columns, as it is in the product's own eigenvalues."""
+        of R_a @ R_b.T. Nothing is lost if there are fewer rows than columns, as it is in the product's own eigenvalues."""
         apart = self.mean - other.mean
         cross = np.linalg.svd(self.root @ other.root.T, compute_uv=False).sum()
         return float(apart @ apart + (self.root**2).sum() + (other.root**2).sum() - 2 * cross)
@@ -115,7 +115,7 @@ def gaussian_discrepancy(a: np.ndarray, b: np.ndarray, sigma: float = 10.0) -> f
 
 
 def share_interval(successes: int, of: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson score); the pictures are taken as independent."""
+    """The 95 % interval of a share (Wilson score); the images are taken as independent."""
     if of == 0:
         return 0.0, 1.0
     interval = stats.binomtest(successes, of).proportion_ci(LEVEL, "wilson")
@@ -165,7 +165,7 @@ def deviation_interval(value: float, estimates: np.ndarray) -> tuple[float, floa
 
 
 def _radii(rows: np.ndarray, k: int) -> np.ndarray:
-    """The distance of each row to its k-th neighbour; to the farthest where there are fewer."""
+    """The distance of each row to its k-th neighbour; to the farthest if there are fewer."""
     k = min(k, len(rows) - 1)
     parts = (_distances(rows[start : start + ROWS], rows) for start in range(0, len(rows), ROWS))
     return np.concatenate([np.partition(part, k, axis=1)[:, k] for part in parts])

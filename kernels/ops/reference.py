@@ -1,6 +1,6 @@
 """Attention with a negative prompt in plain torch: the reference that exported graphs and kernels are compared with.
 
-Shapes: q (B, H, N, d); k, v (B, H, T, d); masks (B, T) bool, True where a token counts, or None where all do; scale (B,).
+Shapes: q (B, H, N, d); k, v (B, H, T, d); masks (B, T) bool, True where a token counts, or None if all do; scale (B,).
 Results are (B, H, N, d), before the output projection. A branch without any token gives 0. Where scale is 0 every guidance equals the
 positive attention bit for bit. `attention` is the implementation of softmax(q k^T / sqrt(d)) v that a guidance is built from: the function
 of that name, `fused_attention` or `transposed_attention`.

@@ -72,8 +72,8 @@ def small(
         raise InputError("--decoder goes with --teacher")
     with torch_command("eval small", "export,train", out):
         from snoopi_rt.export.evaluation.report import unmet
-        from snoopi_rt.export.evaluation.small import QUICK, Extent
-        from snoopi_rt.export.evaluation.small import evaluate as measure
+        from snoopi_rt.export.evaluation.small.evaluate import QUICK, Extent
+        from snoopi_rt.export.evaluation.small.evaluate import evaluate as measure
 
         extent = replace(QUICK if quick else Extent(), measures=measures)
         columns = measure(named, teacher, decoder, references or out / "references", out, extent, say)

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from patterned_domain import SIDE, FarSighted, drawer_of, sprite
 
-from snoopi_rt.export.evaluation import judge as judge_module
 from snoopi_rt.export.evaluation import lite
-from snoopi_rt.export.evaluation.counters import Counters
-from snoopi_rt.export.evaluation.domain import Domain
-from snoopi_rt.export.evaluation.judge import Judge
 from snoopi_rt.export.evaluation.samplers import Sampler
+from snoopi_rt.export.evaluation.small import judge as judge_module
+from snoopi_rt.export.evaluation.small.counters import Counters
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.judge import Judge
 from snoopi_rt.export.evaluation.statistics import spread
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED, UNSEEN
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, things

@@ -13,16 +13,16 @@ import torch
 from patterned_domain import SIDE, by_name, drawer_of
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.evaluation.attributes import attributes, pairs
-from snoopi_rt.export.evaluation.clean import UNRELATED, clean
-from snoopi_rt.export.evaluation.counters import Counters
-from snoopi_rt.export.evaluation.domain import Domain
-from snoopi_rt.export.evaluation.judge import Judge, ranks
-from snoopi_rt.export.evaluation.natural import NaturalPrompt, natural, read_natural
-from snoopi_rt.export.evaluation.recognition import recognition
-from snoopi_rt.export.evaluation.removal import removal
 from snoopi_rt.export.evaluation.samplers import Sampler
-from snoopi_rt.export.evaluation.sharpness import sharpness
+from snoopi_rt.export.evaluation.small.attributes import attributes, pairs
+from snoopi_rt.export.evaluation.small.clean import UNRELATED, clean
+from snoopi_rt.export.evaluation.small.counters import Counters
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.judge import Judge, ranks
+from snoopi_rt.export.evaluation.small.natural import NaturalPrompt, natural, read_natural
+from snoopi_rt.export.evaluation.small.recognition import recognition
+from snoopi_rt.export.evaluation.small.removal import removal
+from snoopi_rt.export.evaluation.small.sharpness import sharpness
 from snoopi_rt.export.small_model.dataset.scene import Scene
 from snoopi_rt.export.small_model.dataset.sprites import UNSEEN
 from snoopi_rt.export.small_model.dataset.vocabulary import plural, things, with_article

@@ -8,7 +8,7 @@ import pytest
 import snoopi_rt
 from snoopi_rt.engines import installed
 from snoopi_rt.export.evaluation import pixel_metrics
-from snoopi_rt.export.evaluation.clean import GENERIC
+from snoopi_rt.export.evaluation.small.clean import GENERIC
 
 pytestmark = pytest.mark.skipif("cpu" not in installed(), reason="needs an engine")
 THINGS = ("hamburger", "fox", "car", "apple", "rocket", "butterfly", "castle", "cat")  # none of them gray or of fine lines

@@ -20,7 +20,7 @@ from snoopi_rt.export.evaluation.context import NETWORKS, named
 from snoopi_rt.export.evaluation.features import FeatureCache
 from snoopi_rt.export.evaluation.image_sets import PromptRow, images_with_prompts, make_images, read_prompts, reference_images
 from snoopi_rt.export.evaluation.lite import Lite
-from snoopi_rt.export.evaluation.samplers import Negative, Sampler, open_diffusers
+from snoopi_rt.export.evaluation.samplers import NegativeTexts, Sampler, open_diffusers
 from snoopi_rt.export.evaluation.weight_files import WEIGHTS, identified, loading, locate, parse_weights
 from snoopi_rt.export.small_model.features import load_network, to_network, weights_file
 
@@ -41,7 +41,7 @@ def prompts(count: int, **more: str) -> list[PromptRow]:
 def noise_sampler(calls: list[list[int]], stop_after: int | None = None) -> Sampler:
     """Noise of each seed that depends on its place in the batch, as a batch may change last bits; killed after so many batches."""
 
-    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None) -> np.ndarray:
         if stop_after is not None and len(calls) == stop_after:
             raise KeyboardInterrupt
         calls.append(list(seeds))
@@ -293,7 +293,7 @@ def test_lite2_has_the_weights_of_the_file_that_is_named_and_another_networks_ar
 
 
 def test_lite2_gives_what_its_network_gives_in_torch() -> None:
-    lite = Lite("lite2")
+    lite = Lite()
     pictures = np.random.default_rng(0).integers(0, 256, (2, lite.side, lite.side, 3), np.uint8)
     inputs = to_network(torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1))
     expected = load_network("lite2").extract_features(inputs).mean((2, 3)).numpy()

@@ -23,7 +23,7 @@ from snoopi_rt.export.evaluation.context import Context
 from snoopi_rt.export.evaluation.features import FeatureCache
 from snoopi_rt.export.evaluation.inception import Inception, resized
 from snoopi_rt.export.evaluation.measures import MEASURES, Measure, Plan, Subject, dry_run, evaluate
-from snoopi_rt.export.evaluation.report import Row
+from snoopi_rt.export.evaluation.report import ReportRow
 from snoopi_rt.export.evaluation.towers import Towers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -38,7 +38,7 @@ def test_every_measure_agrees_with_its_plain_formula() -> None:
 def test_a_figure_that_is_missing_nan_or_off_fails_the_check(value: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = 0.0 if value is None else 1.0
     monkeypatch.setattr(check_module, "MEASURES", {"fid": Measure(lambda images, context: iter(()), (), "")})
-    monkeypatch.setattr(check_module, "plain", lambda *_: [(Row("", "", 1.0), 1.0), (Row("", "", value), expected)])
+    monkeypatch.setattr(check_module, "plain", lambda *_: [(ReportRow("", "", 1.0), 1.0), (ReportRow("", "", value), expected)])
     with pytest.raises(OutputError, match="fid differ from the plain formula"):
         check(lambda line: None)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,12 +20,10 @@ from snoopi_rt.export.evaluation.image_sets import ImageSet
 from snoopi_rt.export.evaluation.measures import Subject
 from snoopi_rt.export.evaluation.negatives import Pair, Trial, Trials, choose, classifier_error, figures, read_labels, read_pairs, unrelated
 from snoopi_rt.export.evaluation.negatives_run import NegativesPlan, evaluate_negatives, write_tuned
-from snoopi_rt.export.evaluation.samplers import Negative, Sampler
+from snoopi_rt.export.evaluation.samplers import NegativeTexts, Sampler
 
 COLOURS = {"ball": (200, 60, 60), "cube": (60, 200, 60), "ring": (60, 60, 200), "star": (180, 180, 60), "none": (128, 128, 128)}
-PAIRS = [
-    Pair(f"a {shape}", f"dark {shape}", f"light {shape}", f"dark {shape}", f"light {shape}") for shape in ("ball", "cube", "ring", "star")
-]
+PAIRS = [Pair(f"a {shape}", f"dark {shape}", f"dark {shape}", f"light {shape}") for shape in ("ball", "cube", "ring", "star")]
 SIDE = 16
 
 
@@ -38,7 +37,7 @@ def paint(prompt: str, seed: int, dark: bool) -> np.ndarray:
 def sampler(works_from: float, harms_from: float = 99) -> Sampler:
     """Paints dark things; from a scale on a thing's own negative makes it light, from another any negative makes another picture of it."""
 
-    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: Negative = None, scale: float | None = None) -> np.ndarray:
+    def draw(prompts: Sequence[str], seeds: Sequence[int], negative: NegativeTexts = None, scale: float | None = None) -> np.ndarray:
         negatives = negative if isinstance(negative, list) else [negative] * len(prompts)
         pictures = []
         for prompt, seed, unwanted in zip(prompts, seeds, negatives, strict=True):
@@ -82,7 +81,8 @@ def trial(tmp_path: Path, scale: float, works_from: float, harms_from: float = 9
 
 def test_the_pairs_that_ship_are_the_papers_six_and_fifty_others(tmp_path: Path) -> None:
     pairs = read_pairs()
-    assert [pair.set for pair in pairs].count("paper") == 6 and len(pairs) == 56
+    source = files("snoopi_rt.export.evaluation").joinpath("negative_pairs.jsonl").read_text(encoding="utf-8")
+    assert source.count('"set": "paper"') == 6 and len(pairs) == 56
     assert len({(pair.prompt, pair.unwanted) for pair in pairs}) == 56 and all(pair.shows != pair.lacks for pair in pairs)
     with pytest.raises(InputError, match="has no unrelated one: at least two pairs"):
         read_pairs(limit=1)

@@ -6,7 +6,7 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 
 from snoopi_rt.export.evaluation import pixel_metrics
-from snoopi_rt.export.evaluation.domain import FlawThresholds
+from snoopi_rt.export.evaluation.small.domain import FlawThresholds
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS
 
 # Pixels.

@@ -16,12 +16,13 @@ from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cli.main import main
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation import cost as cost_module
-from snoopi_rt.export.evaluation import judge as judge_module
-from snoopi_rt.export.evaluation import lite, small
-from snoopi_rt.export.evaluation.domain import Domain
-from snoopi_rt.export.evaluation.judge import Judge
-from snoopi_rt.export.evaluation.report import Row, share
+from snoopi_rt.export.evaluation import lite
+from snoopi_rt.export.evaluation.report import ReportRow, share
 from snoopi_rt.export.evaluation.samplers import Sampler, open_student
+from snoopi_rt.export.evaluation.small import evaluate
+from snoopi_rt.export.evaluation.small import judge as judge_module
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.judge import Judge
 from snoopi_rt.export.small_model import teacher as teacher_stage
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,7 @@ def test_a_folder_that_is_neither_bundle_nor_student_is_one_line(tmp_path: Path)
     for words, message in (
         (["--decoder", str(tmp_path)], "--decoder goes with --teacher"),
         (["--bundle", f"a={tmp_path}", "--bundle", f"a={tmp_path}"], "a name of its own"),
-        (["--measure", "beauty"], "no measure 'beauty'; there are recognition, "),
+        (["--measure", "beauty"], "unknown measure 'beauty', choose from recognition, "),
     ):
         done = CliRunner().invoke(main, ["eval", "small", "--out", str(tmp_path), *words])
         assert done.exit_code == 2 and message in done.output
@@ -54,7 +55,7 @@ def patterned(domain: Domain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(judge_module, "SHIPPED", tmp_path / "nothing")
     monkeypatch.setattr(lite, "load_network", lambda name, weights: FarSighted())
     monkeypatch.setattr(Judge, "composer", domain.judge.composer)
-    monkeypatch.setattr(small, "spread", lambda names, count: domain.names[:count])
+    monkeypatch.setattr(evaluate, "spread", lambda names, count: domain.names[:count])
 
 
 @pytest.mark.usefixtures("patterned")
@@ -128,11 +129,11 @@ def test_peak_memory_is_in_bytes(system: str, expected: int, monkeypatch: pytest
 
 
 def test_what_is_known_of_a_teacher_is_measured_once(tmp_path: Path) -> None:
-    rows = [share("eyes", "two", np.ones(4, bool), 0.9, missing=["left"]), Row("cost", "an image", 30.0, unit="ms")]
+    rows = [share("eyes", "two", np.ones(4, bool), 0.9, missing=["left"]), ReportRow("cost", "an image", 30.0, unit="ms")]
     calls = []
 
-    def measure() -> list[Row]:
+    def measure() -> list[ReportRow]:
         calls.append(1)
         return rows
 
-    assert [small._kept(tmp_path, [facts], measure) for facts in ("a", "a", "b")] == [rows] * 3 and len(calls) == 2
+    assert [evaluate._kept(tmp_path, [facts], measure) for facts in ("a", "a", "b")] == [rows] * 3 and len(calls) == 2

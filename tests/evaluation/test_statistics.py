@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import linalg, spatial
 
-from snoopi_rt.export.evaluation.report import Goal, Row, markdown, mean, share
+from snoopi_rt.export.evaluation.report import Goal, ReportRow, markdown, mean, share
 from snoopi_rt.export.evaluation.statistics import (
     bootstrap_mean,
     frechet,
@@ -85,7 +85,7 @@ def test_a_share_is_relative_to_its_ceiling_and_so_is_its_interval() -> None:
 
 
 def test_the_table_has_a_line_per_figure_and_a_column_per_who_is_judged() -> None:
-    ours = [share("eyes", "two", np.ones(4, bool), 0.9), Row("cost", "an image", 30.0, Goal(most=25), "ms")]
+    ours = [share("eyes", "two", np.ones(4, bool), 0.9), ReportRow("cost", "an image", 30.0, Goal(most=25), "ms")]
     ours.append(mean("eyes", "depth", np.array([1.0, 3.0]), "levels", missing=["left"], of_real=2.5))
     lines = markdown({"ours": ours, "theirs": ours[:1]}).splitlines()
     assert lines[0] == "| measure | goal | ours | theirs | ceiling | counter's error |" and len(lines) == 7

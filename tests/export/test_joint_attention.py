@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from snoopi_rt.diffusers import with_negative, without_negative
 from snoopi_rt.errors import InputError
-from snoopi_rt.export import joint_attention
+from snoopi_rt.export.pipelines import joint_attention
 from snoopi_rt.kernels import attention
 
 FAMILIES = ("sd3", "flux", "flux2", "z_image")
@@ -278,8 +278,8 @@ def test_what_cannot_be_asked_is_one_clear_line(opened: Any) -> None:
     ("part", "message"),
     [
         ("controlnet", "ZImagePipeline has a ControlNet"),
-        ("siglip", "ZImagePipeline cuts its prompts around images"),
-        ("transformer", "ZImagePipeline has no attention to a text of a kind"),
+        ("siglip", "ZImagePipeline splits its prompts around images"),
+        ("transformer", "ZImagePipeline has no text attention"),
     ],
 )
 def test_pipelines_that_read_the_text_in_another_way_are_refused(opened: Any, part: str, message: str) -> None:

@@ -1,15 +1,15 @@
-"""Clean pictures under negatives that name nothing of them: nothing that an eye could see may change."""
+"""Clean images under negatives that name nothing of them: nothing that an eye could see may change."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
 from snoopi_rt.export.evaluation import pixel_metrics
-from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.harm import Harm, Seen
-from snoopi_rt.export.evaluation.judge import TOP
-from snoopi_rt.export.evaluation.report import Goal, Row, mean
-from snoopi_rt.export.evaluation.samplers import Negative, Sampler
+from snoopi_rt.export.evaluation.report import Goal, ReportRow, mean
+from snoopi_rt.export.evaluation.samplers import NegativeTexts, Sampler
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.judge import TOP
 from snoopi_rt.export.small_model.dataset.scene import Scene, plain_caption
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, FLAWS, NEUTRAL
 
@@ -18,8 +18,8 @@ UNRELATED = "a bicycle"
 SECTION = "clean pictures under negatives"
 
 
-def clean(sampler: Sampler, domain: Domain, seeds: int) -> Iterator[Row]:
-    """For each negative: what it changes of the common things' pictures, several seeds of each."""
+def clean(sampler: Sampler, domain: Domain, seeds: int) -> Iterator[ReportRow]:
+    """For each negative: what it changes of the common things' images, several seeds of each."""
     names = [name for name in domain.common if name not in UNRELATED for _ in range(seeds)]
     scenes = [Scene((name,)) for name in names]
     prompts, numbers = [plain_caption(scene) for scene in scenes], list(range(len(names)))
@@ -31,7 +31,7 @@ def clean(sampler: Sampler, domain: Domain, seeds: int) -> Iterator[Row]:
     plain = sampler(prompts, numbers)
     harm = Harm(seen(plain), domain.real_features(scenes, plain.shape[1]).numpy())
     absent = {name: _absent_colour(domain, name) for name in dict.fromkeys(names)}
-    negatives: dict[str, Negative] = {flaw: flaw for flaw in FLAWS}
+    negatives: dict[str, NegativeTexts] = {flaw: flaw for flaw in FLAWS}
     negatives |= {"generic list": GENERIC, UNRELATED: UNRELATED, "absent colour": [absent[name] for name in names]}
     for label, negative in negatives.items():
         pictures = sampler(prompts, numbers, negative)

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from importlib.resources import files
 
 from snoopi_rt.bundle.bundle import Vocabulary
-from snoopi_rt.export.evaluation.report import Goal, Row
+from snoopi_rt.export.evaluation.report import Goal, ReportRow
 from snoopi_rt.export.evaluation.statistics import share_interval
 from snoopi_rt.runtime.vocabulary import Matcher
 
 
-def warnings(vocabulary: Vocabulary) -> Iterator[Row]:
+def warnings(vocabulary: Vocabulary) -> Iterator[ReportRow]:
     """The shares of prompts of either kind that are warned of."""
     matcher = Matcher(vocabulary)
     for kind, goal in (("unknown", Goal(least=0.95)), ("known", Goal(most=0.02))):
-        prompts = files(__package__).joinpath(f"{kind}_prompts.txt").read_text(encoding="utf-8").splitlines()
+        prompts = files("snoopi_rt.export.evaluation").joinpath(f"{kind}_prompts.txt").read_text(encoding="utf-8").splitlines()
         count = sum(matcher.unknown(prompt) is not None for prompt in prompts)
         name, of = f"{kind} prompts that are warned of", len(prompts)
-        yield Row("warnings", name, count / of, goal, count=count, of=of, interval=share_interval(count, of))
+        yield ReportRow("warnings", name, count / of, goal, count=count, of=of, interval=share_interval(count, of))

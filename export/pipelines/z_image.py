@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.joint_attention import JointProcessor
+from snoopi_rt.export.pipelines.joint_attention import JointProcessor
 
 
 class CaptionPairs:

@@ -12,22 +12,23 @@ from tqdm import tqdm
 import snoopi_rt
 from snoopi_rt.errors import InputError
 from snoopi_rt.export import small_model
-from snoopi_rt.export.evaluation.attributes import attributes
-from snoopi_rt.export.evaluation.clean import clean
 from snoopi_rt.export.evaluation.cost import cost
-from snoopi_rt.export.evaluation.counters import Counters
-from snoopi_rt.export.evaluation.domain import Domain
 from snoopi_rt.export.evaluation.figures import plot
-from snoopi_rt.export.evaluation.judge import TOP, Judge
-from snoopi_rt.export.evaluation.natural import natural, read_natural
-from snoopi_rt.export.evaluation.recognition import recognition
-from snoopi_rt.export.evaluation.removal import removal
-from snoopi_rt.export.evaluation.report import Goal, Row, write
+from snoopi_rt.export.evaluation.lite import NETWORK
+from snoopi_rt.export.evaluation.report import Goal, ReportRow, write
 from snoopi_rt.export.evaluation.samplers import Sampler, open_student, open_teacher
-from snoopi_rt.export.evaluation.sharpness import FRECHET, sharpness
-from snoopi_rt.export.evaluation.sheets import sheets
+from snoopi_rt.export.evaluation.small.attributes import attributes
+from snoopi_rt.export.evaluation.small.clean import clean
+from snoopi_rt.export.evaluation.small.counters import Counters
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.judge import TOP, Judge
+from snoopi_rt.export.evaluation.small.natural import natural, read_natural
+from snoopi_rt.export.evaluation.small.recognition import recognition
+from snoopi_rt.export.evaluation.small.removal import removal
+from snoopi_rt.export.evaluation.small.sharpness import FRECHET, sharpness
+from snoopi_rt.export.evaluation.small.sheets import sheets
+from snoopi_rt.export.evaluation.small.warnings import warnings
 from snoopi_rt.export.evaluation.statistics import spread
-from snoopi_rt.export.evaluation.warnings import warnings
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED
 from snoopi_rt.export.small_model.dataset.vocabulary import things
@@ -39,8 +40,8 @@ MEASURES = ("recognition", "natural", "attributes", "sharpness", "clean", "remov
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured. things: all by default; seeds: of each thing, of a natural prompt, of a clean picture; counted: things whose
-    attributes are; samples: pictures whose distances are taken; limiting: see Domain; runs: images that are timed; measures: some of
+    """How much is measured. things: all by default; seeds: of each thing, of a natural prompt, of a clean image; counted: things whose
+    attributes are; samples: images whose distances are taken; limiting: see Domain; runs: images that are timed; measures: some of
     MEASURES, all by default."""
 
     things: int | None = None
@@ -65,22 +66,22 @@ def evaluate(
     out: Path,
     extent: Extent,
     say: Callable[[str], None],
-) -> dict[str, list[Row]]:
+) -> dict[str, list[ReportRow]]:
     """The rows of each who is judged, by name, written to `out` as small.json, small.md and small.png; sheets of the first student beside.
 
     students: folders of bundles or of students by name, None is the embedded bundle. decoder: of the teacher's latents, its own vae by
-    default. references: where the features of reference pictures and the teacher's rows are kept. Raises InputError for an unknown measure,
+    default. references: where the features of reference images and the teacher's rows are kept. Raises InputError for an unknown measure,
     and what load and generate do. Sheets are drawn when everything is measured.
     """
     if unknown := [name for name in extent.measures if name not in MEASURES]:
-        raise InputError(f"no measure {unknown[0]!r}; there are {', '.join(MEASURES)}")
+        raise InputError(f"unknown measure {unknown[0]!r}, choose from {', '.join(MEASURES)}")
     teacher_sampler = None if teacher is None else open_teacher(teacher, decoder)
     samplers = {name: open_student(folder) for name, folder in students.items()}
     out.mkdir(parents=True, exist_ok=True)
     examiner = Examiner(_judge(references, extent), extent, say)
     who: dict[str, Any] = {}
     facts = {**examiner.facts, "who": who}
-    columns: dict[str, list[Row]] = {}
+    columns: dict[str, list[ReportRow]] = {}
     distance = None
     if teacher_sampler is not None:
         who["teacher"] = teacher_sampler.facts
@@ -120,22 +121,22 @@ class Examiner:
         return {
             "snoopi_rt": snoopi_rt.__version__,
             "extent": asdict(self._extent),
-            "judge": {"network": f"efficientnet-{judge.name}", "sha256": judge.hash, "things": len(judge.names), "drawings": judge.sets},
+            "judge": {"network": f"efficientnet-{NETWORK}", "sha256": judge.hash, "things": len(judge.names), "drawings": judge.sets},
             "ceiling": {f"top {top}": float((ceiling < top).mean()) for top in (1, TOP)},
         }
 
-    def rows(self, name: str, sampler: Sampler, teacher: float | None = None) -> list[Row]:
+    def rows(self, name: str, sampler: Sampler, teacher: float | None = None) -> list[ReportRow]:
         """All rows. name: for the progress bar; teacher: its Frechet distance, beside which a student's is judged."""
-        rows: list[Row] = []
+        rows: list[ReportRow] = []
         with tqdm(self._measures(sampler, teacher).items(), desc=name, unit="measure") as bar:
             for what, measure in bar:
                 bar.set_postfix_str(what)
                 rows += measure()
         return rows
 
-    def _measures(self, sampler: Sampler, teacher: float | None) -> dict[str, Callable[[], Iterator[Row]]]:
+    def _measures(self, sampler: Sampler, teacher: float | None) -> dict[str, Callable[[], Iterator[ReportRow]]]:
         domain, counters, extent = self.domain, self._counters, self._extent
-        measures: dict[str, Callable[[], Iterator[Row]]] = {
+        measures: dict[str, Callable[[], Iterator[ReportRow]]] = {
             "recognition": lambda: recognition(sampler, domain, extent.seeds),
             "natural": lambda: natural(sampler, counters, self.prompts, extent.natural_seeds),
             "attributes": lambda: attributes(sampler, counters),
@@ -150,15 +151,15 @@ class Examiner:
         return {name: measure for name, measure in measures.items() if name in (extent.measures or MEASURES)}
 
 
-def _kept(folder: Path, facts: list[Any], measure: Callable[[], list[Row]]) -> list[Row]:
+def _kept(folder: Path, facts: list[Any], measure: Callable[[], list[ReportRow]]) -> list[ReportRow]:
     """The rows that an earlier evaluation by the same code made of the same teacher, else new ones: they take many minutes."""
-    folders = (Path(__file__).parent, Path(small_model.__file__).parent)
+    folders = (Path(__file__).parent.parent, Path(small_model.__file__).parent)
     code = fingerprint(*sorted(file for folder in folders for kind in ("*.py", "*.txt") for file in folder.rglob(kind)))
     path = folder / f"teacher-{hashlib.sha256(json.dumps([facts, code]).encode()).hexdigest()[:16]}.json"
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
         return [
-            Row(**{**row, "goal": row["goal"] and Goal(**row["goal"]), "interval": row["interval"] and tuple(row["interval"])})
+            ReportRow(**{**row, "goal": row["goal"] and Goal(**row["goal"]), "interval": row["interval"] and tuple(row["interval"])})
             for row in stored
         ]
     rows = measure()

@@ -4,18 +4,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from snoopi_rt.export.evaluation.domain import Domain
-from snoopi_rt.export.evaluation.judge import TOP
-from snoopi_rt.export.evaluation.report import Row, share
+from snoopi_rt.export.evaluation.report import ReportRow, share
 from snoopi_rt.export.evaluation.samplers import Sampler
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.judge import TOP
 from snoopi_rt.export.small_model.dataset.scene import Scene, plain_caption
 
 GOALS: dict[str, dict[str, float | None]] = {"student": {"common": 0.85, "all": 0.75}, "teacher": {"common": 0.90, "all": None}}
 """Of the ceiling."""
 
 
-def recognition(sampler: Sampler, domain: Domain, seeds: int) -> Iterator[Row]:
-    """Shares of pictures whose thing is the judge's first, or among its first, and of things that one of their pictures shows."""
+def recognition(sampler: Sampler, domain: Domain, seeds: int) -> Iterator[ReportRow]:
+    """Shares of images whose thing is the judge's first, or among its first, and of things that one of their images shows."""
     names = [name for name in domain.names for _ in range(seeds)]
     pictures = sampler([plain_caption(Scene((name,))) for name in names], list(range(len(names))))
     ranks = domain.judge.ranks(domain.judge.features(pictures), names).reshape(-1, seeds)

@@ -1,21 +1,21 @@
-"""How many, of which colour, and both of two: attributes that a prompt names, relative to composed real pictures of the same scenes.
+"""How many, of which colour, and both of two: attributes that a prompt names, relative to composed real images of the same scenes.
 
 Each counter's error is how often it is wrong on those.
 """
 
 from collections.abc import Iterator, Sequence
 
-from snoopi_rt.export.evaluation.counters import NUMBERS, Counters
-from snoopi_rt.export.evaluation.report import Row, share
+from snoopi_rt.export.evaluation.report import ReportRow, share
 from snoopi_rt.export.evaluation.samplers import Sampler
+from snoopi_rt.export.evaluation.small.counters import NUMBERS, Counters
 from snoopi_rt.export.small_model.dataset.scene import Scene, plain_caption
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS
 
 EACH = 3  # colours, and partners, of each thing
 
 
-def attributes(sampler: Sampler, counters: Counters) -> Iterator[Row]:
-    """Shares of pictures that have what was asked for, relative to real ones."""
+def attributes(sampler: Sampler, counters: Counters) -> Iterator[ReportRow]:
+    """Shares of images that have what was asked for, relative to real ones."""
     numbered = [Scene((name,), count=number) for name in counters.countable for number in NUMBERS]
     colours = list(COLOURS)
     coloured = [

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.attention import fused_guidance, keys_values, merge_heads, queries, text_mask
 from snoopi_rt.export.guidance import GUIDANCE, Guidance, find_guidance
-from snoopi_rt.export.joint_attention import GUIDANCE as JOINT_GUIDANCE
-from snoopi_rt.export.joint_attention import JointGuidance, JointProcessor, joint_attentions
-from snoopi_rt.export.z_image import CaptionProcessor, pair_captions, unpair_captions
+from snoopi_rt.export.pipelines.joint_attention import GUIDANCE as JOINT_GUIDANCE
+from snoopi_rt.export.pipelines.joint_attention import JointGuidance, JointProcessor, joint_attentions
+from snoopi_rt.export.pipelines.z_image import CaptionProcessor, pair_captions, unpair_captions
 from snoopi_rt.kernels import fused_attention
 
-KINDS = [kind for kind, guidance in GUIDANCE.items() if guidance.formula is not None]
 _OF_THE_PROMPT = ("prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
 
 
@@ -32,17 +31,17 @@ def with_negative(pipe: DiffusionPipeline, kind: str = "nasa") -> DiffusionPipel
     without_negative(pipe)
     network, attentions = _network(pipe), _attentions(pipe)
     if not attentions or not hasattr(pipe, "encode_prompt"):
-        raise InputError(f"{type(pipe).__name__} has no attention to a text of a kind that negative prompts are supported in")
+        raise InputError(f"{type(pipe).__name__} has no text attention that supports negative prompts")
     joint = bool(joint_attentions(network))
-    kinds = list(JOINT_GUIDANCE) if joint else KINDS
+    kinds = list(JOINT_GUIDANCE) if joint else [name for name, guidance in GUIDANCE.items() if guidance.formula is not None]
     if kind not in kinds:
         raise InputError(f"unknown kind {kind!r} of {type(pipe).__name__}, choose from {', '.join(kinds)}")
     if any("IPAdapter" in type(attn.processor).__name__ for attn in attentions):
-        raise InputError("an IP-Adapter stands in the attentions to the text: unload it, negatives beside one are not supported")
+        raise InputError("an IP-Adapter is loaded: unload it, negative prompts do not work together with one")
     if getattr(pipe, "controlnet", None) is not None:
         raise InputError(f"{type(pipe).__name__} has a ControlNet, which would read the negative prompt as part of the prompt")
     if hasattr(pipe, "siglip"):
-        raise InputError(f"{type(pipe).__name__} cuts its prompts around images: negatives are not supported there")
+        raise InputError(f"{type(pipe).__name__} splits its prompts around images: negative prompts are not supported")
     call = _Call(JOINT_GUIDANCE[kind] if joint else find_guidance(kind))
     z_image = isinstance(network, ZImageTransformer2DModel)
     processor = CaptionProcessor if z_image else JointProcessor if joint else _NegativeProcessor

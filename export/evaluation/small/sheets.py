@@ -1,4 +1,4 @@
-"""Uncurated pictures, to look at."""
+"""Uncurated images, to look at."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,22 +6,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from snoopi_rt.export.evaluation.clean import GENERIC
-from snoopi_rt.export.evaluation.domain import Domain
-from snoopi_rt.export.evaluation.natural import NaturalPrompt
 from snoopi_rt.export.evaluation.samplers import Sampler
+from snoopi_rt.export.evaluation.small.clean import GENERIC
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.natural import NaturalPrompt
 from snoopi_rt.export.evaluation.statistics import spread
 from snoopi_rt.export.small_model.dataset.scene import Scene, plain_caption
 from snoopi_rt.export.training.image_grid import image_grid
 
 NATURAL, COLUMNS = 64, 8
-THUMBNAIL = 128  # pixels of a side on the sheet of all things
+THUMBNAIL = 128  # pixels per side on the sheet of all things
 ROW = 12
 
 
 def sheets(sampler: Sampler, teacher: Sampler | None, domain: Domain, prompts: Sequence[NaturalPrompt], out: Path) -> list[Path]:
-    """Writes natural.png, 64 seeds of natural prompts; things.png, every thing once; clean.png, twelve pictures in three rows: without a
-    negative, with "blurry", with the generic list; and where there is a teacher teacher_student.png, rows of it above the student's for
+    """Writes natural.png, 64 seeds of natural prompts; things.png, every thing once; clean.png, twelve images in three rows: without a
+    negative, with "blurry", with the generic list; and, if there is a teacher, teacher_student.png, rows of it above the student's for
     the same noise. Returns their paths."""
     paths = [out / name for name in ("natural.png", "things.png", "clean.png")]
     texts = [prompt.text for prompt in prompts[: NATURAL * (len(prompts) // NATURAL or 1) : len(prompts) // NATURAL or 1]]

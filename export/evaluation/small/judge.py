@@ -1,6 +1,6 @@
 """A judge of the small domain that nothing is trained towards: ImageNet features by EfficientNet-Lite2, against an unseen set of drawings.
 
-Pictures and drawings are compared by the cosine of their pooled features, less the mean of the drawings': recognition asks whether the
+Images and drawings are compared by the cosine of their pooled features, less the mean of the drawings': recognition asks whether the
 thing's own Twemoji drawing is among the nearest.
 """
 
@@ -8,14 +8,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from snoopi_rt.export.evaluation.lite import Lite
+from snoopi_rt.export.evaluation.lite import NETWORK, Lite
 from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.small_model.dataset import compose, scene, sprites, vocabulary
 from snoopi_rt.export.small_model.dataset.compose import Composer
@@ -26,26 +25,20 @@ from snoopi_rt.export.weights.files import fingerprint, save_tensors
 
 TOP = 5
 SIDE = 256  # pixels of scenes that are composed without chance
-MANY = 64  # pictures whose features are worth keeping on disk
-SHIPPED = Path(__file__).parent
+MANY = 64  # images whose features are worth keeping on disk
+SHIPPED = Path(__file__).parent.parent
 """Where the features that a full evaluation needs come with snoopi-rt, as one evaluation left them in its `references`."""
 
 
 class Judge:
-    """Features of pictures, and the things that they show, by the drawings of a set that nothing is trained with.
+    """Features of images, and the things that they show, by the drawings of a set that nothing is trained with.
 
     references: the folder that keeps the features of scenes that are not SHIPPED. names: the things that it tells apart; all by
     default. sets: the drawings that its composer has beside those of UNSEEN.
     """
 
-    def __init__(
-        self,
-        references: Path,
-        network: Literal["lite0", "lite2"] = "lite2",
-        names: Sequence[str] | None = None,
-        sets: Sequence[DrawingSet] = TRAINED,
-    ):
-        self.name, self._lite = network, Lite(network)
+    def __init__(self, references: Path, names: Sequence[str] | None = None, sets: Sequence[DrawingSet] = TRAINED):
+        self._lite = Lite()
         self.hash = fingerprint(self._lite.weights)
         self._folder, self._sets = references, (*sets, UNSEEN)
         self.sets = [drawing.package for drawing in self._sets]
@@ -63,12 +56,12 @@ class Judge:
         return Composer(load_sprites(self._sets, self.names))
 
     def features(self, pictures: np.ndarray | Sequence[np.ndarray]) -> Tensor:
-        """(N, 1280) fp32 of pictures, (H, W, 3) uint8 each."""
+        """(N, 1280) fp32 of images, (H, W, 3) uint8 each."""
         return torch.from_numpy(self._lite(pictures))
 
     def ranks(self, features: Tensor, names: Sequence[str]) -> np.ndarray:
-        """How many drawings of other things are nearer than the named thing's own, (N,), for pictures on white; 0 is recognised at once."""
-        # Each kind of picture less its own mean drawing: what all of one set have in common tells nothing apart.
+        """How many drawings of other things are nearer than the named thing's own, (N,), for images on white; 0 is recognised at once."""
+        # Each kind of image less its own mean drawing: what all of one set have in common tells nothing apart.
         drawings, reference = (self.of_scenes(self._scenes(style)) for style in (DEFAULT_STYLE, UNSEEN.style))
         own = [self.names.index(name) for name in names]
         return ranks(features - drawings.mean(0), reference - reference.mean(0), own)
@@ -82,14 +75,14 @@ class Judge:
         return self.kept(list(map(repr, scenes)), lambda i: self.composer.draw(scenes[i], None, SIDE))
 
     def kept(self, names: Sequence[str], picture: Callable[[int], np.ndarray]) -> Tensor:
-        """Features, (N, 1280), as fp16 holds them, of pictures that always look the same under their names; many are kept on disk.
+        """Features, (N, 1280), as fp16 holds them, of images that always look the same under their names; many are kept on disk.
 
         picture: draws that of a place, (H, W, 3) uint8; only those are drawn whose features are missing.
         """
         keys = list(map(_key, names))
         missing = {key: place for place, key in enumerate(keys) if key not in self._features}
         if missing:
-            pictures = in_threads(picture, list(missing.values()), "real pictures", unit="picture", few=50)
+            pictures = in_threads(picture, list(missing.values()), "real images", unit="image", few=50)
             self._features |= zip(missing, self.features(np.stack(pictures)).half(), strict=True)
         if len(missing) >= MANY:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +92,7 @@ class Judge:
 
     @property
     def _file(self) -> str:
-        return f"features-{self.name}.safetensors"
+        return f"features-{NETWORK}.safetensors"
 
     def _kept(self, path: Path) -> dict[int, Tensor]:
         """What an evaluation by the same network and drawings left there; nothing of a damaged file, which is written anew."""

@@ -5,20 +5,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from snoopi_rt.export.evaluation.attributes import pairs
-from snoopi_rt.export.evaluation.counters import Counters, colours_of
-from snoopi_rt.export.evaluation.domain import varied_background
-from snoopi_rt.export.evaluation.judge import cosine_distance
-from snoopi_rt.export.evaluation.report import Goal, Row, mean, share
+from snoopi_rt.export.evaluation.report import Goal, ReportRow, mean, share
 from snoopi_rt.export.evaluation.samplers import Sampler
+from snoopi_rt.export.evaluation.small.attributes import pairs
+from snoopi_rt.export.evaluation.small.counters import Counters, colours_of
+from snoopi_rt.export.evaluation.small.domain import varied_background
+from snoopi_rt.export.evaluation.small.judge import cosine_distance
 from snoopi_rt.export.small_model.dataset.scene import Scene, plain_caption
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, DEFAULT_BACKGROUND, FLAWS, with_article
 
 SECTION = "negatives of what was asked for"
 
 
-def removal(sampler: Sampler, counters: Counters) -> Iterator[Row]:
-    """Shares of pictures that show what was asked for, and of those the shares that do not under its negative."""
+def removal(sampler: Sampler, counters: Counters) -> Iterator[ReportRow]:
+    """Shares of images that show what was asked for, and of those the shares that do not under its negative."""
     for flaw in FLAWS:
         yield from _flaw(sampler, counters, flaw)
     yield from _backgrounds(sampler, counters)
@@ -26,7 +26,7 @@ def removal(sampler: Sampler, counters: Counters) -> Iterator[Row]:
     yield from _colours(sampler, counters)
 
 
-def _flaw(sampler: Sampler, counters: Counters, flaw: str) -> Iterator[Row]:
+def _flaw(sampler: Sampler, counters: Counters, flaw: str) -> Iterator[ReportRow]:
     coloured = flaw != "grayscale"
     scenes = [Scene((name,), background=varied_background(i) if coloured else None, flaw=flaw) for i, name in enumerate(counters.common)]
     # Without those that would seem to have it as they should be: a panda is gray.
@@ -43,13 +43,13 @@ def _flaw(sampler: Sampler, counters: Counters, flaw: str) -> Iterator[Row]:
     yield share(SECTION, f"{flaw}: gone", gone, 0.90, error=error)
     features = counters.domain.judge.features
     apart = cosine_distance(features(after), features(without))
-    # Beside it the distance of pictures of one scene: nothing can be nearer than chance lets them be.
+    # Beside it the distance of images of one scene: nothing can be nearer than chance lets them be.
     real = [counters.domain.real([replace(scene, flaw=None) for scene in rest], pictures.shape[1], seed) for seed in (1, 2)] if rest else []
     chance = float(cosine_distance(*map(features, real)).mean()) if real else None
     yield mean(SECTION, f"{flaw}: to the picture that never had it", apart, "cosine distance", Goal(most=0.08), real_pictures=chance)
 
 
-def _backgrounds(sampler: Sampler, counters: Counters) -> Iterator[Row]:
+def _backgrounds(sampler: Sampler, counters: Counters) -> Iterator[ReportRow]:
     colours = [colour for colour in COLOURS if colour != DEFAULT_BACKGROUND]
     scenes = [Scene((name,), background=colours[(i + k) % len(colours)]) for i, name in enumerate(counters.common) for k in (0, 5)]
     pictures = _draw(sampler, scenes)
@@ -64,7 +64,7 @@ def _backgrounds(sampler: Sampler, counters: Counters) -> Iterator[Row]:
     yield share(SECTION, "background: thing still recognised, of those recognised before", kept)
 
 
-def _one_of_two(sampler: Sampler, counters: Counters) -> Iterator[Row]:
+def _one_of_two(sampler: Sampler, counters: Counters) -> Iterator[ReportRow]:
     scenes = pairs(counters.common, 2)
     unwanted = [i % 2 for i in range(len(scenes))]
     # Both, the wanted one alone, the unwanted one alone.
@@ -85,7 +85,7 @@ def _one_of_two(sampler: Sampler, counters: Counters) -> Iterator[Row]:
     yield share(SECTION, "one of two: the other recognised, of those gone", seen, 0.85, ceiling)
 
 
-def _colours(sampler: Sampler, counters: Counters) -> Iterator[Row]:
+def _colours(sampler: Sampler, counters: Counters) -> Iterator[ReportRow]:
     colours = list(COLOURS)
     scenes = [Scene((name,), colour=colours[i % len(colours)]) for i, name in enumerate(counters.colourable)]
     own = counters.nearest(counters.domain.real([Scene(scene.things) for scene in scenes], 128), list(map(colours_of, scenes)))
@@ -102,7 +102,7 @@ def _colours(sampler: Sampler, counters: Counters) -> Iterator[Row]:
 
 
 def _draw(sampler: Sampler, scenes: list[Scene], seeds: np.ndarray | None = None, negatives: list[str] | None = None) -> np.ndarray:
-    """Pictures of the scenes; each keeps its seed where only some are drawn again."""
+    """Images of the scenes; each keeps its seed if only some are drawn again."""
     numbers = list(range(len(scenes))) if seeds is None else seeds.tolist()
     if not scenes:
         return np.zeros((0, 32, 32, 3), np.uint8)
@@ -110,7 +110,7 @@ def _draw(sampler: Sampler, scenes: list[Scene], seeds: np.ndarray | None = None
 
 
 def _kept(counters: Counters, before: np.ndarray, after: np.ndarray, scenes: list[Scene], without: list[Scene]) -> np.ndarray:
-    """Whether the thing is recognised in the second picture, of the pictures in which it was in the first."""
+    """Whether the thing is recognised in the second image, of the images in which it was in the first."""
     if not scenes:
         return np.zeros(0, bool)
     return counters.thing(after, without)[counters.thing(before, scenes)]

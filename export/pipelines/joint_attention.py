@@ -46,7 +46,7 @@ def gated(prompt: Stream, negative: Stream, image: Stream, scale: Tensor) -> Ten
     """Z+ - scale * (the negative's text part of Z-).
 
     In the softmax over negative and image only the negative's values count: a token loses as much as it listens to the negative, and
-    what image tokens tell each other stays. Equals `nasa` where all attention is on text.
+    what image tokens tell each other stays. Equals `nasa` if all attention is on text.
     """
     q, k, v = _joined(image, negative, image)
     text = torch.cat([v[:, :, : negative[2].shape[2]], torch.zeros_like(image[2])], 2)
@@ -76,7 +76,7 @@ GUIDANCE = {
 
 
 def joint_attentions(network: nn.Module) -> list[Any]:
-    """The attentions of a network in which text and image attend to each other, in order; none where it has another kind."""
+    """The attentions of a network in which text and image attend to each other, in order; none if it has another kind."""
     if isinstance(network, ZImageTransformer2DModel):  # the first blocks refine the text alone
         return [block.attention for block in (*network.context_refiner, *network.layers)]
     if not isinstance(network, SD3Transformer2DModel | FluxTransformer2DModel | Flux2Transformer2DModel):

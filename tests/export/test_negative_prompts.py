@@ -14,8 +14,8 @@ from paper_attention import CONSTANTS, KINDS, PaperAttention
 
 from snoopi_rt.diffusers import with_negative, without_negative
 from snoopi_rt.errors import InputError
-from snoopi_rt.export import diffusers_pipelines
 from snoopi_rt.export.guidance import GUIDANCE
+from snoopi_rt.export.pipelines import negative_prompts
 
 FAMILIES = ("sd15", "sdxl", "pixart", "sana")
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "latent"}
@@ -79,7 +79,7 @@ def test_it_is_the_formula_of_the_paper(opened: Any, family: str, kind: str, mon
             assert GUIDANCE[kind].fixed[name] == value
     pipe = with_negative(opened(family), kind)
     got = drawn(pipe, negative_prompt="blue fog", negative_scale=0.7)
-    monkeypatch.setattr(diffusers_pipelines._NegativeProcessor, "__call__", paper)
+    monkeypatch.setattr(negative_prompts._NegativeProcessor, "__call__", paper)
     np.testing.assert_allclose(got, drawn(pipe, negative_prompt="blue fog", negative_scale=0.7), atol=2e-5)
 
 
@@ -168,7 +168,7 @@ def test_loras_offloading_and_callbacks_stay(opened: Any, monkeypatch: pytest.Mo
     adapted = drawn(pipe, **asked)
     assert not np.allclose(adapted, plain, atol=1e-3)
     with monkeypatch.context() as patch:
-        patch.setattr(diffusers_pipelines._NegativeProcessor, "__call__", paper)
+        patch.setattr(negative_prompts._NegativeProcessor, "__call__", paper)
         np.testing.assert_allclose(adapted, drawn(pipe, **asked), atol=2e-5)
     accelerate.cpu_offload(pipe.unet, execution_device="cpu")
     assert next(pipe.unet.parameters()).is_meta
@@ -226,7 +226,7 @@ def test_what_cannot_have_a_negative_says_so(opened: Any) -> None:
         with_negative(opened("sd15"), "cfg")
     pipe = opened("sd15")
     pipe.unet = torch.nn.Identity()
-    with pytest.raises(InputError, match="StableDiffusionPipeline has no attention to a text"):
+    with pytest.raises(InputError, match="StableDiffusionPipeline has no text attention"):
         with_negative(pipe)
     pipe = with_negative(opened("sd15"))
     pipe.unet.set_attn_processor(AttnProcessor2_0())

@@ -10,17 +10,17 @@ import numpy as np
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.evaluation import pixel_metrics
-from snoopi_rt.export.evaluation.counters import Counters
-from snoopi_rt.export.evaluation.judge import TOP
-from snoopi_rt.export.evaluation.report import Row, share
+from snoopi_rt.export.evaluation.report import ReportRow, share
 from snoopi_rt.export.evaluation.samplers import Sampler
+from snoopi_rt.export.evaluation.small.counters import Counters
+from snoopi_rt.export.evaluation.small.judge import TOP
 from snoopi_rt.export.small_model.dataset.scene import Scene
 from snoopi_rt.export.small_model.dataset.vocabulary import DEFAULT_BACKGROUND, NEUTRAL
 
 
 @dataclass(frozen=True)
 class NaturalPrompt:
-    """A prompt and what its picture should show."""
+    """A prompt and what its image should show."""
 
     text: str
     scene: Scene
@@ -28,7 +28,7 @@ class NaturalPrompt:
 
 def read_natural(path: Path | None = None) -> list[NaturalPrompt]:
     """The prompts of a file of JSON lines, by default those that come with snoopi-rt. Raises InputError for a line of another form."""
-    source, prompts = path or files(__package__).joinpath("natural_prompts.jsonl"), []
+    source, prompts = path or files("snoopi_rt.export.evaluation").joinpath("natural_prompts.jsonl"), []
     for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
@@ -39,8 +39,8 @@ def read_natural(path: Path | None = None) -> list[NaturalPrompt]:
     return prompts
 
 
-def natural(sampler: Sampler, counters: Counters, prompts: Sequence[NaturalPrompt], seeds: int) -> Iterator[Row]:
-    """What several seeds of each prompt show of what it names, relative to composed real pictures of the same scenes."""
+def natural(sampler: Sampler, counters: Counters, prompts: Sequence[NaturalPrompt], seeds: int) -> Iterator[ReportRow]:
+    """What several seeds of each prompt show of what it names, relative to composed real images of the same scenes."""
     chosen = [prompt for prompt in prompts if counters.domain.can_draw(prompt.scene) for _ in range(seeds)]
     if not chosen:
         return
@@ -72,5 +72,5 @@ def _is_single(scene: Scene) -> bool:
 
 
 def _names_background(scene: Scene) -> bool:
-    """A grayscale picture's background has no colour."""
+    """A grayscale image's background has no colour."""
     return scene.background is not None and (scene.flaw != "grayscale" or scene.background in NEUTRAL)

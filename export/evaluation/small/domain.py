@@ -1,4 +1,4 @@
-"""The small domain as it is judged: its things, composed real pictures of them, and the limits that tell flawed from clean."""
+"""The small domain as it is judged: its things, composed real images of them, and the limits that tell flawed from clean."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,27 +8,27 @@ import numpy as np
 from torch import Tensor
 
 from snoopi_rt.export.evaluation import pixel_metrics
-from snoopi_rt.export.evaluation.judge import Judge
+from snoopi_rt.export.evaluation.small.judge import Judge
 from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE, Scene, Vocabulary
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, FLAWS, things, without_article
 
-NEARLY = 0.03  # of all pictures, half clean and half flawed
+NEARLY = 0.03  # of all images, half clean and half flawed
 SEEN = 1 / 3  # of the way from clean to flawed
 
 
 @dataclass(frozen=True)
 class FlawThresholds:
-    """From which value on each metric says that its flaw is there: between clean and flawed real pictures, where they are told apart
+    """From which value on each metric says that its flaw is there: between clean and flawed real images, where they are told apart
     nearly best, but nearer to the clean ones. Students' flaws are not as pure as composed ones, and are seen all the same."""
 
     values: dict[str, float]
     errors: dict[str, float]
-    """The mean of the shares of flawed and of clean pictures that the limit tells wrong."""
+    """The mean of the shares of flawed and of clean images that the limit tells wrong."""
 
     @classmethod
     def of(cls, pictures: np.ndarray, flaws: Sequence[str | None]) -> "FlawThresholds":
-        """Of real pictures and the flaw that each has; each flaw and None must be among them."""
+        """Of real images and the flaw that each has; each flaw and None must be among them."""
         values, errors = {}, {}
         for flaw, metric in pixel_metrics.FLAWS.items():
             score = metric(pictures)
@@ -41,20 +41,20 @@ class FlawThresholds:
         return cls(values, errors)
 
     def shows(self, pictures: np.ndarray, flaw: str) -> np.ndarray:
-        """Whether each picture has the flaw, (N,) bool."""
+        """Whether each image has the flaw, (N,) bool."""
         return pixel_metrics.FLAWS[flaw](pictures) >= self.values[flaw] if len(pictures) else np.zeros(0, bool)
 
 
 def _wrong(score: np.ndarray, flaws: Sequence[str | None], flaw: str, limits: np.ndarray) -> np.ndarray:
-    """The mean of the shares of flawed and of clean pictures that each limit tells wrong."""
+    """The mean of the shares of flawed and of clean images that each limit tells wrong."""
     flawed, clean = (np.sort(score[[has == kind for has in flaws]]) for kind in (flaw, None))
     return 0.5 * np.searchsorted(flawed, limits) / len(flawed) + 0.5 * (1 - np.searchsorted(clean, limits) / len(clean))
 
 
 class Domain:
-    """The things that a judge knows, and real pictures of them at any size.
+    """The things that a judge knows, and real images of them at any size.
 
-    limiting: clean pictures, and as many of each flaw, by which the limits are set.
+    limiting: clean images, and as many of each flaw, by which the limits are set.
     """
 
     def __init__(self, judge: Judge, limiting: int = 100):
@@ -97,12 +97,12 @@ class Domain:
         return all(name in self.names and self.judge.composer.has(name, scene.style or DEFAULT_STYLE) for name in scene.things)
 
     def real(self, scenes: Sequence[Scene], side: int, seed: int = 0) -> np.ndarray:
-        """Composed real pictures of the scenes, (N, side, side, 3) uint8."""
+        """Composed real images of the scenes, (N, side, side, 3) uint8."""
         drawn = partial(self._real, scenes, side, seed)
-        return np.stack(in_threads(drawn, range(len(scenes)), "real pictures", unit="picture", few=50))
+        return np.stack(in_threads(drawn, range(len(scenes)), "real images", unit="image", few=50))
 
     def real_features(self, scenes: Sequence[Scene], side: int, seed: int = 0) -> Tensor:
-        """The judge's features of those pictures, (N, 1280), as Judge.kept keeps them."""
+        """The judge's features of those images, (N, 1280), as Judge.kept keeps them."""
         names = [f"{scene!r} {side} {seed} {i}" for i, scene in enumerate(scenes)]
         return self.judge.kept(names, partial(self._real, scenes, side, seed))
 
@@ -110,7 +110,7 @@ class Domain:
         return self.judge.composer.draw(scenes[i], np.random.default_rng([seed, i]), side)
 
     def limits(self, side: int) -> FlawThresholds:
-        """The limits for pictures of that size."""
+        """The limits for images of that size."""
         if side not in self._limits:
             kinds: list[str | None] = [None, *FLAWS]
             # Vivid things: a panda is gray as it is.
@@ -122,5 +122,5 @@ class Domain:
 
 
 def varied_background(i: int) -> str | None:
-    """Every second picture is white, the others are of all colours in turn."""
+    """Every second image is white, the others are of all colours in turn."""
     return list(COLOURS)[i // 2 % len(COLOURS)] if i % 2 else None

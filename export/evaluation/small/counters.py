@@ -1,6 +1,6 @@
-"""Counters: whether each picture shows what its scene has. `counter(pictures, scenes)` gives (N,) bool.
+"""Counters: whether each image shows what its scene has. `counter(pictures, scenes)` gives (N,) bool.
 
-On composed real pictures a counter is wrong sometimes, too; that is measured beside what it counts.
+On composed real images a counter is wrong sometimes, too; that is measured beside what it counts.
 """
 
 from collections import defaultdict
@@ -13,15 +13,15 @@ import numpy as np
 from PIL import Image
 
 from snoopi_rt.export.evaluation import pixel_metrics
-from snoopi_rt.export.evaluation.domain import Domain
-from snoopi_rt.export.evaluation.judge import TOP, ranks
+from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.judge import TOP, ranks
 from snoopi_rt.export.evaluation.statistics import spread
 from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.small_model.dataset.compose import layout
 from snoopi_rt.export.small_model.dataset.scene import Scene
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, DEFAULT_BACKGROUND
 
-SMALL = 32  # pixels of a side at which pictures are compared with composed ones
+SMALL = 32  # pixels per side at which images are compared with composed ones
 NUMBERS = (1, 2, 3)
 
 Counter = Callable[[np.ndarray, Sequence[Scene]], np.ndarray]
@@ -40,7 +40,7 @@ class Counters:
         self._composed = lru_cache(None)(self._compose)
 
     def thing(self, pictures: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
-        """The scene's one thing is among the judge's first; where a background is named, before white in its place."""
+        """The scene's one thing is among the judge's first; if a background is named, before white in its place."""
         seen = [pixel_metrics.on_white(picture) if scene.background else picture for picture, scene in zip(pictures, scenes, strict=True)]
         features = self.domain.judge.features(np.stack(seen) if seen else pictures)
         return self.domain.judge.ranks(features, [scene.things[0] for scene in scenes]) < TOP
@@ -50,7 +50,7 @@ class Counters:
         return np.array(pixel_metrics.background(pictures)) == [scene.background or DEFAULT_BACKGROUND for scene in scenes]
 
     def flaw(self, pictures: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
-        """The picture has the scene's flaw."""
+        """The image has the scene's flaw."""
         right, limits = np.zeros(len(scenes), bool), self.domain.limits(pictures.shape[1])
         for flaw, rows in _grouped(scenes, lambda scene: scene.flaw).items():
             right[rows] = limits.shows(pictures[rows], str(flaw))
@@ -65,7 +65,7 @@ class Counters:
         return (seen[0][0] & seen[1][1]) | (seen[0][1] & seen[1][0])
 
     def nearest(self, pictures: np.ndarray, alternatives: Sequence[Sequence[Scene]]) -> np.ndarray:
-        """Which of each picture's alternatives, composed, it resembles most in its pixels, (N,) int."""
+        """Which of each image's alternatives, composed, it resembles most in its pixels, (N,) int."""
 
         def place(i: int) -> int:
             composed = np.stack([self._composed(scene) for scene in alternatives[i]])
@@ -76,7 +76,7 @@ class Counters:
     def _variant(
         self, variants: Callable[[Scene], list[Scene]], among: Sequence[str], pictures: np.ndarray, scenes: Sequence[Scene]
     ) -> np.ndarray:
-        """The picture is nearest to its own scene among the scene's variants, and its one thing recognised among others so varied."""
+        """The image is nearest to its own scene among the scene's variants, and its one thing recognised among others so varied."""
         choices = [variants(scene) for scene in scenes]
         right = self.nearest(pictures, choices) == [choice.index(scene) for choice, scene in zip(choices, scenes, strict=True)]
         names, features = list(dict.fromkeys([*among, *(scene.things[0] for scene in scenes)])), self.domain.judge.features(pictures)
@@ -114,7 +114,7 @@ def _reduced(picture: np.ndarray) -> np.ndarray:
 
 
 def _part(picture: np.ndarray, scene: Scene, i: int) -> np.ndarray:
-    """The square around the middle of one of two things, half as wide as the picture."""
+    """The square around the middle of one of two things, half as wide as the image."""
     side = len(picture)
     x, y = (min(max(round(side * (middle - 0.25)), 0), side // 2) for middle in layout(scene)[0][i])
     return picture[y : y + side // 2, x : x + side // 2]
