@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from snoopi_rt.export.device import default_device
 from snoopi_rt.export.evaluation import towers
 from snoopi_rt.export.evaluation.dinov2 import Dinov2
 from snoopi_rt.export.evaluation.features import FeatureCache
@@ -27,7 +27,7 @@ ARCHITECTURES = {
 }
 
 
-NETWORKS: dict[str, Callable[[Path, str], Any]] = {"inception": Inception, "dinov2": Dinov2, "lite2": Lite}
+NETWORKS: dict[str, Callable[[Path, str], Any]] = {"inception": Inception, "dinov2": Dinov2, "lite2": partial(Lite, "lite2")}
 """By the name of their weights, what takes those and a device."""
 
 
@@ -79,8 +79,9 @@ class Context:
 
 
 def open_context(names: Sequence[str], chosen: Mapping[str, str], out: Path, say: Callable[[str], None]) -> Context:
-    """A context on this machine's GPU if it has one; weights are located as `locate` says, and features kept in the folder `out`."""
-    return Context(locate(names, chosen, say), FeatureCache(out / "features"), device=str(default_device()))
+    """A context on this machine's GPU where it has one; weights are located as `locate` says, and features kept in the folder `out`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Context(locate(names, chosen, say), FeatureCache(out / "features"), device=device)
 
 
 def named(metric: str, used: int, protocol: int, unit: str) -> str:

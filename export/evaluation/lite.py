@@ -1,10 +1,10 @@
-"""Features of images by EfficientNet-Lite2: ImageNet's, pooled, as the small domain's judge and `lite2` have them."""
+"""Features of pictures by EfficientNet-Lite: ImageNet's, pooled, as the small domain's judge and `lite2` have them."""
 
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,8 +17,7 @@ from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.evaluation.weight_files import loading
 from snoopi_rt.export.small_model.features import load_network, to_network, weights_file
 
-NETWORK: Final = "lite2"
-SIDE = 260  # pixels that it was trained on
+SIDES = {"lite0": 224, "lite2": 260}  # pixels that each network was trained on
 
 
 class Lite:
@@ -27,10 +26,10 @@ class Lite:
     weights: the file to load, by default that of the network's package. Raises InputError for another network's, PackageMissing.
     """
 
-    def __init__(self, weights: Path | None = None, device: str = "cpu") -> None:
-        self.weights, self.side, self._device = weights or weights_file(NETWORK), SIDE, device
-        with loading(self.weights, f"efficientnet-{NETWORK}"):
-            network = load_network(NETWORK, self.weights)
+    def __init__(self, name: Literal["lite0", "lite2"], weights: Path | None = None, device: str = "cpu") -> None:
+        self.name, self.weights, self.side, self._device = name, weights or weights_file(name), SIDES[name], device
+        with loading(self.weights, f"efficientnet-{name}"):
+            network = load_network(name, self.weights)
         self._network = network.to(device)
 
     def __call__(self, pictures: Sequence[Image.Image] | Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
@@ -43,7 +42,7 @@ class Lite:
             return pooled(to_network(levels.permute(0, 3, 1, 2).float().div(127.5).sub(1)))
 
         # In threads of our own, so that images are resized while others are in the network.
-        rows = in_threads(features, parts, f"features ({NETWORK})", streams, few=20)
+        rows = in_threads(features, parts, f"features ({self.name})", streams, few=20)
         return np.concatenate(rows) if rows else np.zeros((0, 1280), np.float32)
 
     @cached_property

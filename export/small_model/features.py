@@ -1,6 +1,6 @@
 """Features of pictures by EfficientNet-Lite (Apache-2.0), trained on ImageNet by others.
 
-Lite1 may be trained with. Lite2 is for evaluation only, so that no network is judged by what it was trained towards.
+Lite1 may be trained with. Lite0 and Lite2 are for evaluation only, so that no network is judged by what it was trained towards.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from snoopi_rt.errors import PackageMissing
 
-Network = Literal["lite1", "lite2"]
+Network = Literal["lite0", "lite1", "lite2"]
 
 
 def weights_file(name: Network) -> Path:

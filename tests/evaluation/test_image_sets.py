@@ -293,7 +293,7 @@ def test_lite2_has_the_weights_of_the_file_that_is_named_and_another_networks_ar
 
 
 def test_lite2_gives_what_its_network_gives_in_torch() -> None:
-    lite = Lite()
+    lite = Lite("lite2")
     pictures = np.random.default_rng(0).integers(0, 256, (2, lite.side, lite.side, 3), np.uint8)
     inputs = to_network(torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1))
     expected = load_network("lite2").extract_features(inputs).mean((2, 3)).numpy()

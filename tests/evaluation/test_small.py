@@ -43,7 +43,7 @@ def test_a_folder_that_is_neither_bundle_nor_student_is_one_line(tmp_path: Path)
     for words, message in (
         (["--decoder", str(tmp_path)], "--decoder goes with --teacher"),
         (["--bundle", f"a={tmp_path}", "--bundle", f"a={tmp_path}"], "a name of its own"),
-        (["--measure", "beauty"], "unknown measure 'beauty', choose from recognition, "),
+        (["--measure", "beauty"], "no measure 'beauty'; there are recognition, "),
     ):
         done = CliRunner().invoke(main, ["eval", "small", "--out", str(tmp_path), *words])
         assert done.exit_code == 2 and message in done.output

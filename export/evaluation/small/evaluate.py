@@ -14,7 +14,6 @@ from snoopi_rt.errors import InputError
 from snoopi_rt.export import small_model
 from snoopi_rt.export.evaluation.cost import cost
 from snoopi_rt.export.evaluation.figures import plot
-from snoopi_rt.export.evaluation.lite import NETWORK
 from snoopi_rt.export.evaluation.report import Goal, ReportRow, write
 from snoopi_rt.export.evaluation.samplers import Sampler, open_student, open_teacher
 from snoopi_rt.export.evaluation.small.attributes import attributes
@@ -74,7 +73,7 @@ def evaluate(
     and what load and generate do. Sheets are drawn when everything is measured.
     """
     if unknown := [name for name in extent.measures if name not in MEASURES]:
-        raise InputError(f"unknown measure {unknown[0]!r}, choose from {', '.join(MEASURES)}")
+        raise InputError(f"no measure {unknown[0]!r}; there are {', '.join(MEASURES)}")
     teacher_sampler = None if teacher is None else open_teacher(teacher, decoder)
     samplers = {name: open_student(folder) for name, folder in students.items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -121,7 +120,7 @@ class Examiner:
         return {
             "snoopi_rt": snoopi_rt.__version__,
             "extent": asdict(self._extent),
-            "judge": {"network": f"efficientnet-{NETWORK}", "sha256": judge.hash, "things": len(judge.names), "drawings": judge.sets},
+            "judge": {"network": f"efficientnet-{judge.name}", "sha256": judge.hash, "things": len(judge.names), "drawings": judge.sets},
             "ceiling": {f"top {top}": float((ceiling < top).mean()) for top in (1, TOP)},
         }
 

@@ -8,13 +8,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from snoopi_rt.export.evaluation.lite import NETWORK, Lite
+from snoopi_rt.export.evaluation.lite import Lite
 from snoopi_rt.export.evaluation.threads import in_threads
 from snoopi_rt.export.small_model.dataset import compose, scene, sprites, vocabulary
 from snoopi_rt.export.small_model.dataset.compose import Composer
@@ -37,8 +38,14 @@ class Judge:
     default. sets: the drawings that its composer has beside those of UNSEEN.
     """
 
-    def __init__(self, references: Path, names: Sequence[str] | None = None, sets: Sequence[DrawingSet] = TRAINED):
-        self._lite = Lite()
+    def __init__(
+        self,
+        references: Path,
+        network: Literal["lite0", "lite2"] = "lite2",
+        names: Sequence[str] | None = None,
+        sets: Sequence[DrawingSet] = TRAINED,
+    ):
+        self.name, self._lite = network, Lite(network)
         self.hash = fingerprint(self._lite.weights)
         self._folder, self._sets = references, (*sets, UNSEEN)
         self.sets = [drawing.package for drawing in self._sets]
@@ -92,7 +99,7 @@ class Judge:
 
     @property
     def _file(self) -> str:
-        return f"features-{NETWORK}.safetensors"
+        return f"features-{self.name}.safetensors"
 
     def _kept(self, path: Path) -> dict[int, Tensor]:
         """What an evaluation by the same network and drawings left there; nothing of a damaged file, which is written anew."""
