@@ -29,12 +29,14 @@ OTHERS = 1_000_000
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, what is unwanted in it (the negative prompt), and the classifier's captions with and without that."""
+    """A prompt, what is unwanted in it (the negative prompt) and wanted instead, and the classifier's captions with and without it."""
 
     prompt: str
     unwanted: str
+    wanted: str
     shows: str
     lacks: str
+    set: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,9 @@ def read_pairs(path: Path | None = None, limit: int | None = None) -> list[Pair]
     pairs = []
     for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            row = json.loads(line)
-            pairs.append(Pair(row["prompt"], row["unwanted"], row["shows"], row["lacks"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"line {number} of {path or 'the pairs'} is not a pair: {error!r}") from error
+            pairs.append(Pair(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"line {number} of {path or 'the pairs'} is not a pair: {error}") from error
     if not pairs:
         raise InputError(f"{path} holds no pair")
     pairs = spread(pairs, limit)

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +22,9 @@ from snoopi_rt.export.evaluation.negatives_run import NegativesPlan, evaluate_ne
 from snoopi_rt.export.evaluation.samplers import NegativeTexts, Sampler
 
 COLOURS = {"ball": (200, 60, 60), "cube": (60, 200, 60), "ring": (60, 60, 200), "star": (180, 180, 60), "none": (128, 128, 128)}
-PAIRS = [Pair(f"a {shape}", f"dark {shape}", f"dark {shape}", f"light {shape}") for shape in ("ball", "cube", "ring", "star")]
+PAIRS = [
+    Pair(f"a {shape}", f"dark {shape}", f"light {shape}", f"dark {shape}", f"light {shape}") for shape in ("ball", "cube", "ring", "star")
+]
 SIDE = 16
 
 
@@ -81,8 +82,7 @@ def trial(tmp_path: Path, scale: float, works_from: float, harms_from: float = 9
 
 def test_the_pairs_that_ship_are_the_papers_six_and_fifty_others(tmp_path: Path) -> None:
     pairs = read_pairs()
-    source = files("snoopi_rt.export.evaluation").joinpath("negative_pairs.jsonl").read_text(encoding="utf-8")
-    assert source.count('"set": "paper"') == 6 and len(pairs) == 56
+    assert [pair.set for pair in pairs].count("paper") == 6 and len(pairs) == 56
     assert len({(pair.prompt, pair.unwanted) for pair in pairs}) == 56 and all(pair.shows != pair.lacks for pair in pairs)
     with pytest.raises(InputError, match="has no unrelated one: at least two pairs"):
         read_pairs(limit=1)
