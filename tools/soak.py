@@ -2,7 +2,7 @@
 
     python tools/soak.py --minutes 10 --clients 64 --out out/soak.json
 
-The server keeps the bundle that it opened: every answer is a picture of that one, or 429. One picture in twenty is drawn again here and may
+The server keeps the bundle that it opened: every answer is an image of that one, or 429. One image in twenty is drawn again here and may
 differ by one level. The first prompts are long ones, which fill the server's store of prompts' states (64 MiB): its memory after that, and
 after the first minute, is compared with that at the end. The exit code is 1 if any of it fails.
 """

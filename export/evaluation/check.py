@@ -14,9 +14,8 @@ from PIL import Image
 from torch import nn
 
 from snoopi_rt.errors import OutputError
-from snoopi_rt.export.device import default_device
 from snoopi_rt.export.evaluation import dinov2, image_text, inception, towers
-from snoopi_rt.export.evaluation.context import ARCHITECTURES, NETWORKS, Context
+from snoopi_rt.export.evaluation.context import ARCHITECTURES, NETWORKS, Context, measuring_device
 from snoopi_rt.export.evaluation.cost import peak_memory
 from snoopi_rt.export.evaluation.features import FeatureCache
 from snoopi_rt.export.evaluation.image_sets import ImageSet, PromptRow, images_with_prompts, open_image, reference_images
@@ -127,7 +126,7 @@ def _difference(figure: float | None, value: float) -> float:
 
 def whole(name: str, say: Callable[[str], None], count: int = 2) -> dict[str, float]:
     """What the network of those weights costs at its true size, with random weights: seconds per image and per text, memory."""
-    device = str(default_device())
+    device = measuring_device()
     with tempfile.TemporaryDirectory() as scratch:
         random_images(Path(scratch) / "images", count, 0, 512)
         pictures = [open_image(file) for file in sorted((Path(scratch) / "images").iterdir())]

@@ -79,9 +79,13 @@ class Context:
 
 
 def open_context(names: Sequence[str], chosen: Mapping[str, str], out: Path, say: Callable[[str], None]) -> Context:
-    """A context on this machine's GPU where it has one; weights are located as `locate` says, and features kept in the folder `out`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Context(locate(names, chosen, say), FeatureCache(out / "features"), device=device)
+    """A context on this machine's GPU if it has one; weights are located as `locate` says, and features kept in the folder `out`."""
+    return Context(locate(names, chosen, say), FeatureCache(out / "features"), device=measuring_device())
+
+
+def measuring_device() -> str:
+    """CUDA or the CPU: the measures were checked on no other."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def named(metric: str, used: int, protocol: int, unit: str) -> str:
