@@ -14,7 +14,7 @@ from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart
 from snoopi_rt.export.backbones.pixart_alpha import LORA_TARGETS
 from snoopi_rt.export.device import default_device
 from snoopi_rt.export.presets.preset import Preset
-from snoopi_rt.export.small_model.vocabulary import EXAMPLES, VOCABULARY
+from snoopi_rt.export.small_model.bundle_vocabulary import EXAMPLES, vocabulary
 from snoopi_rt.export.text import minilm
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import require
@@ -59,7 +59,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         reference=lambda guidance, empty: GuidedPixArt(network, preset.rule, guidance, empty, sizes[0]),
         decoder=load_decoder(weights),
         write_tokenizer=caption_encoder(weights.folder, preset.max_tokens).write_tokenizer,
-        vocabulary=VOCABULARY,
+        vocabulary=vocabulary(),
         examples=EXAMPLES,
     )
 

@@ -156,8 +156,8 @@ class StudentRecipe(StageRecipe):
     """First timestep to which VSD and the discriminator noise the student's pictures."""
     t_max: int = 980
     """Last of those timesteps."""
-    nasa_max: float = 0.0
-    """Above 0: the student takes negative prompts, at a scale from U(0, nasa_max)."""
+    negative_scale_max: float = 0.0
+    """Above 0: the student takes negative prompts, at a scale from U(0, negative_scale_max)."""
     negative_kind: Literal["nasa", "nag", "vsf", "projected"] = "nasa"
     """The guidance by which it takes them, as `export --guidance` has it."""
     collapse: float = 0.05
@@ -195,7 +195,7 @@ NOT_NEGATIVE = (
     "regression.features",
     "micro_batch",
     "student_rank",
-    "nasa_max",
+    "negative_scale_max",
     "collapse",
     "lora.rank",
     "guidance.lora",

@@ -81,8 +81,9 @@ FORMER_NAMES = {
     "heads_lr": "adversarial.lr",
     "clip_weight": "clip.weight",
     "clip_threshold": "clip.threshold",
+    "nasa_max": "negative_scale_max",
 }
-"""Names that settings had in recipes without groups, with their present ones: on the command line and in old checkpoints."""
+"""Former names of settings, on the command line and in old checkpoints, with their present ones."""
 
 
 def find_recipe(name: str) -> StudentRecipe:
