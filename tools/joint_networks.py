@@ -94,19 +94,19 @@ def joint_transformer() -> SD3Transformer2DModel:
     return network
 
 
-def answer(network: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, pooled: Tensor) -> Tensor:
+def v_prediction(network: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, pooled: Tensor) -> Tensor:
     """The predicted v (B, 8, 16, 16) fp32."""
     return network(x_t.bfloat16(), encoder_hidden_states=states, pooled_projections=pooled, timestep=t, return_dict=False)[0].float()
 
 
 def loss(network: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, pooled: Tensor, target: Tensor) -> Tensor:
     """The mean squared error of the predicted v."""
-    return (answer(network, x_t, t, states, pooled) - target).square().mean()
+    return (v_prediction(network, x_t, t, states, pooled) - target).square().mean()
 
 
 def in_one_step(network: nn.Module, noise: Tensor, text: Text) -> Tensor:
     """Clean latents of noise: at the last timestep v = -x0."""
-    return -answer(network, noise, torch.full((len(noise),), LAST), text.states, text.pooled)
+    return -v_prediction(network, noise, torch.full((len(noise),), LAST), text.states, text.pooled)
 
 
 def in_many_steps(network: nn.Module, noise: Tensor, text: Text, steps: int, guidance_scale: float) -> Tensor:
@@ -117,7 +117,7 @@ def in_many_steps(network: nn.Module, noise: Tensor, text: Text, steps: int, gui
 
     def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         both, times = torch.cat([x_t, x_t]), torch.cat([t, t])
-        conditional, unconditional = answer(network, both, times, states, pooled).chunk(2)
+        conditional, unconditional = v_prediction(network, both, times, states, pooled).chunk(2)
         return conditional, unconditional
 
     return sample_ddim(SCHEDULE, predict, noise, steps, guidance_scale)

@@ -72,8 +72,8 @@ class Denoiser:
     """Its diffusers class."""
     part: str
     """The folder of its weights in a diffusers model."""
-    answer: Callable[..., Tensor]
-    """answer(network, x_t, t, states, mask, negative, size): the prediction (B, C, h, w), without a learned variance, for x_t (B, C, h, w)
+    predict: Callable[..., Tensor]
+    """predict(network, x_t, t, states, mask, negative, size): the prediction (B, C, h, w), without a learned variance, for x_t (B, C, h, w)
     at timesteps t (B,). states (B, T, D): a CaptionEncoder's; mask (B, T): bool or None; negative: None, or states (B, U, D), mask (B, U)
     and scale (B,) for a network with GuidedAttention; size: height and width in pixels, on which some networks are conditioned."""
     lora_targets: tuple[str, ...]

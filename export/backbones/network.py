@@ -44,7 +44,7 @@ def read_latent(weights: Weights, part: str) -> Latent:
             "choose the one that it was trained with"
         )
     if folder != own and (own / CONFIG).is_file() and (own_factor := _decoder_latent(own).factor) != latent.factor:
-        raise InputError(f"the vae in {folder} makes {latent.factor} pixels a side of a latent pixel, the weights' own makes {own_factor}")
+        raise InputError(f"the vae in {folder} has a scale factor of {latent.factor}, the weights' own has {own_factor}")
     return latent
 
 

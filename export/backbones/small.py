@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from snoopi_rt.bundle.bundle import File, Text
 from snoopi_rt.export.backbones import CaptionEncoder, Denoiser, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder
-from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer
+from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_prediction
 from snoopi_rt.export.backbones.pixart_alpha import LORA_TARGETS
 from snoopi_rt.export.device import default_device
 from snoopi_rt.export.presets.preset import Preset
@@ -82,5 +82,5 @@ def caption_encoder(folder: Path, max_tokens: int) -> CaptionEncoder:
 
 # Zero terminal SNR: at 999 the noise is pure and x0 = -v.
 DENOISER = Denoiser(
-    PixArtTransformer2DModel, "transformer", pixart_answer, LORA_TARGETS, timestep=999, masked=True, caption_encoder=caption_encoder
+    PixArtTransformer2DModel, "transformer", pixart_prediction, LORA_TARGETS, timestep=999, masked=True, caption_encoder=caption_encoder
 )

@@ -15,7 +15,7 @@ from tqdm import tqdm
 ROWS = 64
 """Input rows kept of each layer and sample: its smoothing is chosen on them."""
 MIN_CHANNELS = 8
-"""Layers of fewer channels cost nothing, and see the noise or give the answer itself: they stay as they are."""
+"""Layers of fewer channels cost nothing, and see the noise or give the prediction itself: they stay as they are."""
 SMOOTHING = (0.5, 0.75)
 """Migration strengths of SmoothQuant (arXiv 2211.10438, equation 4) that are tried."""
 

@@ -33,7 +33,7 @@ class Preset:
     base: str = ""
     """Hub id of the folder with all other parts; empty where `weights` has them."""
     prediction: Literal[Prediction, "trigflow"] = "epsilon"
-    """What the network's answer is; trigflow: a velocity, at timesteps that are angles."""
+    """What the network predicts; trigflow: a velocity, at timesteps that are angles."""
     timestep: tuple[float, ...] = (999.0,)
     """One for each of 1 to 8 steps, falling; for trigflow SCMScheduler's angles, which determine alpha and sigma."""
     schedule: Literal["sd", "pixart"] = "sd"

@@ -52,7 +52,7 @@ def follow_scheduler(preset: Preset, folder: Path, settings: Sequence[str]) -> t
     scheduler = open_scheduler(path)
     with reading(path):
         if (prediction := prediction_of(scheduler)) == "velocity" and not is_flow(scheduler):
-            raise ValueError("it predicts a flow, and its sigmas are not one's")
+            raise ValueError("it predicts a flow, but its sigmas are not those of a flow")
         theirs: dict[str, Any] = {"prediction": prediction}
         own: tuple[float, ...] = ()
         with suppress(ValueError, IndexError):  # PNDM cannot take so few steps, SCM cannot be asked

@@ -1,7 +1,7 @@
 """The training loop of every stage: step, log, sample, save, resume exactly, stop on NaN. It knows no loss and no network.
 
-All randomness of step i depends on the seed and i alone (`random_stream`, and for each sample training/noise.py), so that a resumed run repeats
-an unbroken one bit for bit.
+All randomness of step i depends on the seed and i alone (`random_stream`, and for each sample training/noise.py), so that a resumed run
+repeats an unbroken one bit for bit.
 """
 
 import hashlib
@@ -89,7 +89,7 @@ def run(
 
     `step` returns named scalars; `sample(path)` draws a picture of the present state. With several processes the main one writes, and all
     must get the same scalars. On the command line a signal to end, in whichever process, ends all after the running step, which is saved.
-    Raises OutputError on NaN or infinity, for the reason that `stage.stop_reason` gives and when the disk is full (the last checkpoint stays),
+    Raises OutputError on NaN or infinity, for a `stage.stop_reason` and when the disk is full (the last checkpoint stays),
     and InputError when the folder's checkpoint was made by another recipe; only the number of steps may differ, if no fewer.
     """
     start = _resume(stage, parts)

@@ -27,7 +27,7 @@ SHORT = 256
 class Models:
     """The student and its two teachers on one device.
 
-    `student` takes gradients; `teachers` are the frozen and the LoRA teacher. `rule`: how the student is called and its answer read.
+    `student` takes gradients; `teachers` are the frozen and the LoRA teacher. `rule`: how the student is called and read.
     `shape`: of a latent, (C, h, w). `size`: of an image, height and width in pixels. `dtype`: in which the networks compute.
     Raises InputError for weights that do not fit and for a timestep at which the student cannot be read.
     """
@@ -54,11 +54,11 @@ class Models:
         if recipe.checkpointing:
             for network in (self.student, self.teachers.network):
                 network.enable_gradient_checkpointing()
-        self._call = denoiser.answer
+        self._call = denoiser.predict
         if compiled:
             # Student and teachers, with gradients and without, batches and sample grids: each is a graph of its own.
             torch._dynamo.config.recompile_limit = 64
-            self._call = torch.compile(denoiser.answer)
+            self._call = torch.compile(denoiser.predict)
 
     def round_student(self) -> None:
         """Rounds the student to the dtype in which it computes."""

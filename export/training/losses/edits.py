@@ -1,7 +1,7 @@
 """What a negative prompt should do to a prompt's picture, as another prompt tells it (see training/edits.py for the file).
 
-With the negative prompt the student learns to draw, from the same noise, what it draws of the wanted prompt without a negative. Its own pictures are as
-sharp as it is, and follow it while it learns; the other losses keep them good. No image is needed.
+With the negative prompt the student learns to draw, from the same noise, what it draws of the wanted prompt without one. Its own pictures
+are as sharp as it is, and follow it while it learns; the other losses keep them good. No image is needed.
 """
 
 from collections.abc import Callable, Iterator
