@@ -33,8 +33,8 @@ class Guidance:
     def attend(self) -> "Callable[..., Tensor] | None":
         """`attend(q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, scale, [k_null, v_null,] [attention=])`, or None: takes no negative.
 
-        Gives the attention output before the output projection (kernels/ops/reference.py has the shapes), the positive attention's where
-        scale is 0.
+        Gives the attention output before the output projection (kernels/ops/reference.py has the shapes), the positive attention's at
+        scale 0.
         """
         if self.formula is None:
             return None

@@ -49,7 +49,7 @@ class OneStepRule:
 
     @property
     def renoises(self) -> int:
-        """How many noises `run` reads beside the first: one for each later step, none where all of these keep the predicted noise."""
+        """How many noises `run` reads beside the first: one for each later step, none if all of these keep the predicted noise."""
         return len(self.later) if any(step.fresh for step in self.later) else 0
 
     @property
@@ -73,7 +73,7 @@ class OneStepRule:
     def run(self, network: "Callable[[int, Tensor], Tensor]", noise: "Tensor", renoise: "Tensor | None" = None) -> "Tensor":
         """The latent (B, C, h, w) in fp32 after all S steps; network(i, x_t) is the student's prediction at steps[i].timestep.
 
-        noise (B, C, h, w); renoise (B, S - 1, C, h, w), read where `renoises` is not 0 (DMD2, section 4.4; multistep sampling of
+        noise (B, C, h, w); renoise (B, S - 1, C, h, w), read if `renoises` is not 0 (DMD2, section 4.4; multistep sampling of
         consistency models). diffusers' LCMScheduler also mixes c_skip = 0.25 / ((10 t)^2 + 0.25) of x_t into x0, 3e-9 at t = 999 and 4e-8
         at t = 249, which is left out here.
         """

@@ -33,7 +33,7 @@ def load_decoder(weights: Weights) -> Decoder:
 def read_latent(weights: Weights, part: str) -> Latent:
     """The latents between the network in the folder `part` and the decoder, by their configs: no weights are read.
 
-    Raises InputError where the two do not fit, or where `weights.decoder` has another scale factor than the weights' own vae.
+    Raises InputError if the two do not fit, or if `weights.decoder` has another scale factor than the weights' own vae.
     """
     own, folder = weights.folder / "vae", weights.decoder or weights.folder / "vae"
     latent = _decoder_latent(folder)
@@ -49,7 +49,7 @@ def read_latent(weights: Weights, part: str) -> Latent:
 
 
 def own_side(weights: Weights, part: str) -> int | None:
-    """The sample size of the network in latent pixels; None where its config has none, or two."""
+    """The sample size of the network in latent pixels; None if its config has none, or two."""
     side = _network_config(weights, part).get("sample_size")
     return side if type(side) is int and side > 0 else None
 

@@ -38,7 +38,7 @@ class TextEncoder(nn.Module):
 
 
 def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -> Student:
-    """The modules of a folder that `train student` wrote (transformer/, vae/). Raises InputError where a part is missing."""
+    """The modules of a folder that `train student` wrote (transformer/, vae/). Raises InputError if a part is missing."""
     for part in ("transformer", "vae"):
         require(weights.folder / part, "train student")
     network = load_module(weights.folder / "transformer", PixArtTransformer2DModel, weights.network)

@@ -86,7 +86,7 @@ def _text_configs(folder: Path) -> list[Any]:
 
 
 def _require_text_fit(folder: Path, network: nn.Module, models: list[nn.Module]) -> None:
-    """Returns where the text encoders give what the UNet takes, for prompts of 77 tokens; else raises InputError."""
+    """Returns if the text encoders give what the UNet takes, for prompts of 77 tokens; else raises InputError."""
     positions = min(model.config.max_position_embeddings for model in models)
     if positions < CLIP_TOKENS:
         raise InputError(f"the text encoder in {folder} has positions for {positions} tokens, prompts have {CLIP_TOKENS}")

@@ -21,7 +21,7 @@ SMOOTHING = (0.5, 0.75)
 
 
 class QuantisedActivation(nn.Module):
-    """x rounded to 8 bits with one scale: int8 around zero, or uint8 with a zero point where values are mostly of one sign.
+    """x rounded to 8 bits with one scale: int8 around zero, or uint8 with a zero point if values are mostly of one sign.
 
     `smooth` (C,) divides the channels first and is multiplied into the weights, so that outlier channels cost the others nothing
     (SmoothQuant).
@@ -149,7 +149,7 @@ def calibrate(network: nn.Module, samples: Sequence[Mapping[str, Tensor]]) -> di
 def quantise(network: nn.Module, statistics: Mapping[str, LayerStatistics], keep: Sequence[str] = ()) -> dict[str, float]:
     """Quantises in place the layers that have statistics, except `keep`; returns each one's relative error on its kept rows.
 
-    Smoothing is used where it lowers that error.
+    Smoothing is used if it lowers that error.
     """
     errors: dict[str, float] = {}
     # A layer that several steps of a student share has several names.

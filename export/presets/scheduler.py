@@ -55,7 +55,7 @@ def prediction_of(scheduler: Any) -> str:
 
 
 def alphas_at(scheduler: Any, timesteps: Sequence[float]) -> tuple[float, ...]:
-    """Its schedule at the timesteps, none where it has none. Raises ValueError for timesteps beyond its own."""
+    """Its schedule at the timesteps, none if it has none. Raises ValueError for timesteps beyond its own."""
     count = scheduler.config.num_train_timesteps
     if is_flow(scheduler):
         return tuple(1 - t / count for t in timesteps)
@@ -67,7 +67,7 @@ def alphas_at(scheduler: Any, timesteps: Sequence[float]) -> tuple[float, ...]:
 
 
 def own_timesteps(scheduler: Any, steps: int) -> tuple[float, ...]:
-    """Those at which it calls a network in that many steps. Raises ValueError or IndexError where it cannot take so few."""
+    """Those at which it calls a network in that many steps. Raises ValueError or IndexError if it cannot take so few."""
     scheduler.set_timesteps(steps)
     timesteps = tuple(float(t) for t in scheduler.timesteps)
     if len(timesteps) != steps:

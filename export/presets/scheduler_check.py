@@ -12,7 +12,7 @@ from snoopi_rt.export.presets.scheduler import alphas_at, is_flow, open_schedule
 
 
 def check_scheduler(preset: Preset, folder: Path) -> list[str]:
-    """The fields of the preset that scheduler_config.json in the folder confirms, none where there is no such file.
+    """The fields of the preset that scheduler_config.json in the folder confirms, none if there is no such file.
 
     Raises InputError for a file that cannot be read and for the first field that it contradicts.
     """

@@ -40,6 +40,6 @@ def read_edits(path: Path) -> Iterator[Edit]:
 
 
 def check_edits(path: Path) -> None:
-    """Reads a file of edits to its end. Raises InputError for a bad row, and where there is none at all."""
+    """Reads a file of edits to its end. Raises InputError for a bad row, and if there is none at all."""
     if not sum(1 for _ in read_edits(path)):
         raise InputError(f"there is no edit in {path}")

@@ -40,11 +40,11 @@ class Task:
         return (self.states or self.out) / "pictures"
 
     def check_states(self, file: Path, name: str) -> None:
-        """Raises InputError where the text states of that name are of another file or of another text encoder."""
+        """Raises InputError if the text states of that name are of another file or of another text encoder."""
         check_states(self.states_folder(name), states_key(file, self.teacher / "text_encoder"))
 
     def check(self, recipe: StudentRecipe) -> None:
-        """Raises InputError where the recipe asks for what is not there, or leaves out what is. Every loss checks its own."""
+        """Raises InputError if the recipe asks for what is not there, or leaves out what is. Every loss checks its own."""
         if self.negatives is not None and not recipe.losses["vsd"].weight:
             raise InputError("negatives need a vsd.weight above 0")
         if (recipe.negative_scale_max > 0) != (self.negatives is not None or self.edits is not None):

@@ -10,7 +10,7 @@ import numpy as np
 def new_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
     """A new array of zeros in the file, whose space is taken at once: on a full disk, writing into a mapped file kills the process.
 
-    Raises OSError where the space is not there; then nothing is left of it.
+    Raises OSError if there is no space, and then leaves no file.
     """
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):

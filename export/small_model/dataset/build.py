@@ -155,8 +155,8 @@ def read_seed(folder: Path) -> int:
 @torch.no_grad()
 def encoded(network: torch.nn.Module, pictures: np.ndarray) -> Tensor:
     """Latents (N, 8, 16, 16) fp16 of pictures (N, 128, 128, 3) uint8, by an encoder in bf16."""
-    where = next(network.parameters()).device
-    scaled = torch.from_numpy(pictures).to(where).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    device = next(network.parameters()).device
+    scaled = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     return network(scaled.bfloat16().contiguous(memory_format=torch.channels_last)).to(torch.float16).contiguous().cpu()
 
 
