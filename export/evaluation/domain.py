@@ -10,7 +10,7 @@ from torch import Tensor
 from snoopi_rt.export.evaluation import pixel_metrics
 from snoopi_rt.export.evaluation.judge import Judge
 from snoopi_rt.export.evaluation.threads import in_threads
-from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE, Scene, SceneSampler
+from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE, Scene, Vocabulary
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, FLAWS, things, without_article
 
 NEARLY = 0.03  # of all pictures, half clean and half flawed
@@ -84,10 +84,10 @@ class Domain:
 
     def scenes(self, count: int, seed: int) -> list[Scene]:
         """Random scenes, as the training set has them, of what the judge's composer can draw."""
-        rng, sampler = np.random.default_rng(seed), SceneSampler(self._colourable)
+        rng, vocabulary = np.random.default_rng(seed), Vocabulary(self._colourable)
         drawn: list[Scene] = []
         while len(drawn) < count:
-            scene = sampler.draw_scene(rng)
+            scene = vocabulary.draw_scene(rng)
             if self.can_draw(scene):
                 drawn.append(scene)
         return drawn

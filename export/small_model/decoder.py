@@ -16,7 +16,7 @@ from snoopi_rt.errors import InputError
 from snoopi_rt.export.device import default_device
 from snoopi_rt.export.small_model.dataset.build import TrainingSet, compose, read_seed
 from snoopi_rt.export.small_model.dataset.compose import Composer
-from snoopi_rt.export.small_model.dataset.scene import SceneSampler
+from snoopi_rt.export.small_model.dataset.scene import Vocabulary
 from snoopi_rt.export.small_model.dataset.sprites import load_sprites
 from snoopi_rt.export.small_model.features import EarlyFeatures
 from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, decoder_of, to_pictures
@@ -91,11 +91,11 @@ def real_pictures(folder: Path, count: int, cache: Path) -> np.ndarray:
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         composer = Composer(load_sprites())
-        sampler, seed = SceneSampler(composer.colourable()), read_seed(folder)
+        vocabulary, seed = Vocabulary(composer.colourable()), read_seed(folder)
         beside = cache / f".pictures-{count}.part"
         pictures = new_array(beside, (count, SIDE, SIDE, 3), np.uint8)
         for i in tqdm(range(count), desc="pictures", unit="picture"):
-            pictures[i] = compose(composer, sampler, seed, i, SIDE)[1]
+            pictures[i] = compose(composer, vocabulary, seed, i, SIDE)[1]
         pictures.flush()
         beside.replace(path)
     return np.load(path, mmap_mode="r")

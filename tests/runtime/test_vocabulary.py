@@ -18,7 +18,8 @@ from snoopi_rt.cli.main import main
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.fake import FakeEngine
 from snoopi_rt.export.small_model.bundle_vocabulary import EXAMPLES, read_related, vocabulary
-from snoopi_rt.export.small_model.dataset.scene import SceneSampler, caption
+from snoopi_rt.export.small_model.dataset.scene import caption
+from snoopi_rt.export.small_model.dataset.scene import Vocabulary as Scenes
 from snoopi_rt.pipeline import EMBEDDED, Pipeline
 from snoopi_rt.runtime.vocabulary import Matcher, Unknown
 from snoopi_rt.server.settings import Settings
@@ -130,7 +131,7 @@ def test_the_related_words_are_of_things_that_it_knows_and_are_no_names_of_any(m
 
 
 def test_captions_of_the_training_are_known(matcher: Matcher) -> None:
-    scenes, rng = SceneSampler(list(vocabulary().objects)), np.random.default_rng(1)
+    scenes, rng = Scenes(list(vocabulary().objects)), np.random.default_rng(1)
     captions = [caption(scenes.draw_scene(rng), rng) for _ in range(1000)]
     assert {text: unknown for text in captions if (unknown := matcher.unknown(text))} == {}
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from snoopi_rt.export.small_model.dataset.compose import Composer, recoloured
 from snoopi_rt.export.small_model.dataset.edits import draw_edit
-from snoopi_rt.export.small_model.dataset.scene import STYLES, Scene, SceneSampler, caption, plain_caption
+from snoopi_rt.export.small_model.dataset.scene import STYLES, Scene, Vocabulary, caption, plain_caption
 from snoopi_rt.export.small_model.dataset.sprites import SIDE, TRAINED, UNSEEN, load_sprites
 from snoopi_rt.export.small_model.dataset.vocabulary import (
     COLOUR_SYNONYMS,
@@ -39,8 +39,8 @@ def composer() -> Composer:
 
 
 @pytest.fixture(scope="module")
-def sampler(composer: Composer) -> SceneSampler:
-    return SceneSampler(composer.colourable())
+def vocabulary(composer: Composer) -> Vocabulary:
+    return Vocabulary(composer.colourable())
 
 
 def test_at_least_300_things_each_of_whose_names_is_its_own() -> None:
@@ -72,10 +72,10 @@ def test_articles_and_plurals_are_english(name: str, words: str, many: str) -> N
     assert (with_article(name), plural(name)) == (words, many)
 
 
-def test_a_caption_says_all_that_its_scene_has_and_nothing_else(sampler: SceneSampler) -> None:
+def test_a_caption_says_all_that_its_scene_has_and_nothing_else(vocabulary: Vocabulary) -> None:
     rng = np.random.default_rng(0)
     for _ in range(2000):
-        scene = sampler.draw_scene(rng)
+        scene = vocabulary.draw_scene(rng)
         text = f" {caption(scene, rng)} ".replace(",", " ").replace("!", " ").replace(".", " ")
         shown = {scene.colour, scene.background}
         names = sorted({name for thing in things() if thing.name in scene.things for name in thing.names}, key=len, reverse=True)
@@ -90,9 +90,9 @@ def test_a_caption_says_all_that_its_scene_has_and_nothing_else(sampler: SceneSa
             assert (f" {style} " in text) == (scene.style == style), (text, scene)
 
 
-def test_a_picture_depends_on_scene_and_generator_alone_and_is_the_same_at_both_sizes(composer: Composer, sampler: SceneSampler) -> None:
+def test_a_picture_depends_on_scene_and_generator_alone_and_is_the_same_at_both_sizes(composer: Composer, vocabulary: Vocabulary) -> None:
     for seed in range(20):
-        scene = sampler.draw_scene(np.random.default_rng(seed))
+        scene = vocabulary.draw_scene(np.random.default_rng(seed))
         small, again = (composer.draw(scene, np.random.default_rng(seed), 128) for _ in range(2))
         assert np.array_equal(small, again)
         large = composer.draw(scene, np.random.default_rng(seed), 256)
@@ -119,9 +119,9 @@ def test_a_recoloured_thing_has_that_colour_and_keeps_the_rest(colour: str) -> N
     assert (changed[4, 4, :3] == 0).all() and (changed[..., 3] == 255).all()
 
 
-def test_an_edit_takes_away_what_its_negative_names_and_nothing_else(sampler: SceneSampler) -> None:
+def test_an_edit_takes_away_what_its_negative_names_and_nothing_else(vocabulary: Vocabulary) -> None:
     rng = np.random.default_rng(0)
-    edits = [draw_edit(sampler, rng) for _ in range(2000)]
+    edits = [draw_edit(vocabulary, rng) for _ in range(2000)]
     changes = [edit for edit in edits if edit.changes]
     assert 0.4 < len(changes) / len(edits) < 0.6
     for edit in edits:

@@ -24,7 +24,7 @@ from snoopi_rt.errors import InputError
 from snoopi_rt.export.device import default_device
 from snoopi_rt.export.small_model.dataset.compose import Composer
 from snoopi_rt.export.small_model.dataset.edits import draw_edit
-from snoopi_rt.export.small_model.dataset.scene import Scene, SceneSampler, caption
+from snoopi_rt.export.small_model.dataset.scene import Scene, Vocabulary, caption
 from snoopi_rt.export.small_model.dataset.sprites import TRAINED, load_sprites
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training.edits import KEYS
@@ -81,30 +81,30 @@ def write_set(out: Path, sprites: Mapping[tuple[str, str], Image.Image], encoder
         (out / DATASET).unlink()  # until the set is whole again
     write_whole(out / IDENTITY, json.dumps(facts).encode())
     composer = Composer(sprites)
-    sampler = SceneSampler(composer.colourable())
+    vocabulary = Vocabulary(composer.colourable())
     network = load_module(encoder, AutoencoderTiny).encoder.to(default_device(), torch.bfloat16).to(memory_format=torch.channels_last)
     with tqdm(total=count, desc="pictures", unit="picture", mininterval=1.0) as bar:
         for number, start in enumerate(range(0, count, SHARD)):
             numbers = range(start, min(start + SHARD, count))
             if len(_stored_captions(out, number)) != len(numbers):
-                _write_shard(out, number, numbers, composer, sampler, seed, network, bar)
+                _write_shard(out, number, numbers, composer, vocabulary, seed, network, bar)
             bar.update(numbers.stop - bar.n)
     write_whole(out / "prompts.txt", "".join(f"{sample.caption}\n" for sample in read_samples(out)).encode())
-    edits = [draw_edit(sampler, np.random.default_rng([seed, EDITS, i])) for i in range(count)]
+    edits = [draw_edit(vocabulary, np.random.default_rng([seed, EDITS, i])) for i in range(count)]
     rows = [dict(zip(KEYS, (edit.prompt, edit.negative, edit.wanted_prompt), strict=True)) for edit in edits]
     write_whole(out / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     notice = "".join(f"- {drawing.package}: {drawing.licence}, {drawing.upstream}\n" for drawing in TRAINED)
     write_whole(out / "NOTICE.txt", f"The pictures are made from:\n{notice}".encode())
-    facts |= {"count": count, "colourable": sampler.colourable}
+    facts |= {"count": count, "colourable": vocabulary.colourable}
     write_whole(out / DATASET, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def _write_shard(
-    out: Path, number: int, numbers: range, composer: Composer, sampler: SceneSampler, seed: int, network: torch.nn.Module, bar: tqdm
+    out: Path, number: int, numbers: range, composer: Composer, vocabulary: Vocabulary, seed: int, network: torch.nn.Module, bar: tqdm
 ) -> None:
     samples, latents = [], []
     for first in numbers[::TOGETHER]:
-        drawn = [compose(composer, sampler, seed, i, SIDE) for i in numbers[first - numbers.start :][:TOGETHER]]
+        drawn = [compose(composer, vocabulary, seed, i, SIDE) for i in numbers[first - numbers.start :][:TOGETHER]]
         pictures = np.stack([picture for _, picture in drawn])
         samples += [sample for sample, _ in drawn]
         latents.append(encoded(network, pictures))
@@ -140,10 +140,10 @@ def read_samples(folder: Path) -> Iterator[Sample]:
             yield Sample(row["caption"], Scene(**{**row["scene"], "things": tuple(row["scene"]["things"])}))
 
 
-def compose(composer: Composer, sampler: SceneSampler, seed: int, i: int, side: int) -> tuple[Sample, np.ndarray]:
+def compose(composer: Composer, vocabulary: Vocabulary, seed: int, i: int, side: int) -> tuple[Sample, np.ndarray]:
     """What picture i of a set shows, and the picture (side, side, 3) uint8."""
     rng = np.random.default_rng([seed, i])
-    scene = sampler.draw_scene(rng)
+    scene = vocabulary.draw_scene(rng)
     return Sample(caption(scene, rng), scene), composer.draw(scene, rng, side)
 
 

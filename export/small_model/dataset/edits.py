@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from snoopi_rt.export.small_model.dataset.scene import Scene, SceneSampler, caption, plain_caption
+from snoopi_rt.export.small_model.dataset.scene import Scene, Vocabulary, caption, plain_caption
 from snoopi_rt.export.small_model.dataset.vocabulary import (
     COLOUR_SYNONYMS,
     COLOURS,
@@ -48,14 +48,14 @@ GENERIC = (
 )
 
 
-def draw_edit(sampler: SceneSampler, rng: np.random.Generator) -> Edit:
+def draw_edit(vocabulary: Vocabulary, rng: np.random.Generator) -> Edit:
     """One row: half of them change the picture, the others must leave it as it is."""
     changes, of_two = rng.random() < CHANGES, rng.random() < OF_TWO
     while True:
-        scene = sampler.draw_scene(rng)
+        scene = vocabulary.draw_scene(rng)
         if not changes:
             prompt = _prompt(scene, rng)
-            return Edit(prompt, _listed(_unrelated(scene, sampler, rng), rng), prompt)
+            return Edit(prompt, _listed(_unrelated(scene, vocabulary, rng), rng), prompt)
         choices = _changes(scene, rng)
         if of_two:
             choices = choices[:1] if len(scene.things) == 2 else []
@@ -87,7 +87,7 @@ def _changes(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Scene]]:
     return changes
 
 
-def _unrelated(scene: Scene, sampler: SceneSampler, rng: np.random.Generator) -> str:
+def _unrelated(scene: Scene, vocabulary: Vocabulary, rng: np.random.Generator) -> str:
     """A negative that names nothing of the scene."""
     kind = rng.random()
     if kind < 0.3:
@@ -95,9 +95,9 @@ def _unrelated(scene: Scene, sampler: SceneSampler, rng: np.random.Generator) ->
     if kind < 0.42:
         return _one(GENERIC, rng)
     if kind < 0.82:
-        other = sampler.thing(rng).name
+        other = vocabulary.thing(rng).name
         while other in scene.things:
-            other = sampler.thing(rng).name
+            other = vocabulary.thing(rng).name
         return _thing(other, rng)
     shown = (scene.colour, scene.background or DEFAULT_BACKGROUND)
     return _background(_one([colour for colour in COLOURS if colour not in shown], rng), rng)

@@ -101,8 +101,8 @@ class Scene:
     flaw: str | None = None
 
 
-class SceneSampler:
-    """Draws scenes of the things in vocabulary.txt. colourable: those whose colour can be changed."""
+class Vocabulary:
+    """The things that can be drawn, and those whose colour can be changed."""
 
     def __init__(self, colourable: Sequence[str]):
         self.colourable = list(colourable)
