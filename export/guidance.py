@@ -56,8 +56,9 @@ GUIDANCE: dict[str, Guidance] = {
 }
 
 
-def find_guidance(kind: str) -> Guidance:
-    """The guidance of that name. Raises InputError, naming the known ones."""
-    if kind not in GUIDANCE:
-        raise InputError(f"unknown guidance {kind!r}, choose from {', '.join(GUIDANCE)}")
-    return GUIDANCE[kind]
+def find_guidance(kind: str, negative: bool = False) -> Guidance:
+    """The guidance of that name, with `negative` one that takes a negative prompt. Raises InputError, naming the known ones."""
+    known = {name: guidance for name, guidance in GUIDANCE.items() if guidance.formula is not None or not negative}
+    if kind not in known:
+        raise InputError(f"unknown guidance {kind!r}, choose from {', '.join(known)}")
+    return known[kind]

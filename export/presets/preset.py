@@ -56,7 +56,7 @@ class Preset:
     """Sides of the image in pixels."""
     max_tokens: int = 77
     """The longest prompt for T5, Gemma and MiniLM; CLIP's is always 77."""
-    negative_kind: Literal["nasa", "nag", "vsf", "projected"] = "nasa"
+    negative_kind: str = "nasa"
     """The guidance by which negative prompts act if an export names none."""
     nasa_scale: float = 0.2
     """The default negative scale with guidance nasa."""
@@ -82,6 +82,7 @@ class Preset:
     """Whether this project has drawn images with it."""
 
     def __post_init__(self) -> None:
+        find_guidance(self.negative_kind, negative=True)
         steps = len(self.timestep)
         self._require(1 <= steps <= MAX_STEPS, f"timestep has {steps} values, a student has 1 to {MAX_STEPS} steps")
         self._require(list(self.timestep) == sorted(set(self.timestep), reverse=True), "the timesteps must fall from step to step")

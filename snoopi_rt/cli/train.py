@@ -126,10 +126,9 @@ def student(
 
     On several GPUs or hosts: `accelerate launch -m snoopi_rt train student ...`. A run that was stopped resumes.
     """
-    from snoopi_rt.export.training.recipes import DEFAULT
+    from snoopi_rt.export.training.recipes import DEFAULT, check_trainable
 
-    if backbone not in DEFAULT:
-        raise InputError(f"backbone {backbone!r} cannot be trained here, choose from {', '.join(DEFAULT)}")
+    check_trainable(backbone)
     chosen = _student_recipe(recipe or DEFAULT[backbone], settings)
     with torch_command("train student", "train", out):
         from snoopi_rt.export.training.task import Task

@@ -18,8 +18,8 @@ from snoopi_rt.cli.main import main
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.fake import FakeEngine
 from snoopi_rt.export.small_model.bundle_vocabulary import EXAMPLES, read_related, vocabulary
-from snoopi_rt.export.small_model.dataset.scene import caption
 from snoopi_rt.export.small_model.dataset.scene import Vocabulary as Scenes
+from snoopi_rt.export.small_model.dataset.scene import caption
 from snoopi_rt.pipeline import EMBEDDED, Pipeline
 from snoopi_rt.runtime.vocabulary import Matcher, Unknown
 from snoopi_rt.server.settings import Settings

@@ -30,7 +30,7 @@ from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training.edits import KEYS
 from snoopi_rt.export.training.image_grid import image_grid
 from snoopi_rt.export.weights.checkpoint import load_module
-from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_tensors
+from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_tensors, shard_file
 from snoopi_rt.export.weights.text_files import read_json
 from snoopi_rt.files import check_folder, write_whole
 from snoopi_rt.request import check_seed, integer
@@ -113,14 +113,10 @@ def _write_shard(
         bar.update(len(drawn))
     states, lengths = encode([sample.caption for sample in samples])
     tokens = torch.cat([row[:length] for row, length in zip(states, lengths.tolist(), strict=True)])
-    save_tensors(_shard(out, number), {"latents": torch.cat(latents), "states": tokens, "ends": lengths.cumsum(0)})
+    save_tensors(shard_file(out, number), {"latents": torch.cat(latents), "states": tokens, "ends": lengths.cumsum(0)})
     lines = "".join(json.dumps({"caption": sample.caption, "scene": asdict(sample.scene)}) + "\n" for sample in samples)
     # Written last: a shard with its captions is whole.
     write_whole(_captions(out, number), lines.encode())
-
-
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05}.safetensors"
 
 
 def _captions(folder: Path, number: int) -> Path:
