@@ -67,8 +67,7 @@ def test_schedules_are_those_of_diffusers(schedule, config):
 def test_one_step_is_the_clean_sample_of_ddpm(prediction, theirs, t, schedule, config):
     scheduler = DDPMScheduler(**config, prediction_type=theirs, clip_sample=False)
     noise = noises(*SHAPE)
-    prediction = toy(noise, t)
-    expected = scheduler.step(prediction, t, noise).pred_original_sample
+    expected = scheduler.step(toy(noise, t), t, noise).pred_original_sample
     latent = rule(prediction, t, schedule=schedule).run(lambda _, x_t: toy(x_t, t), noise)
     torch.testing.assert_close(latent, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
