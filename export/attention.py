@@ -76,7 +76,7 @@ class GuidedAttention(PlainAttention):
 
 
 def fused_guidance(kind: str, device: torch.device, head_dim: int) -> Callable[..., Tensor] | None:
-    """What computes a guidance faster than its formula: our kernel for nasa on a GPU, where triton is installed and takes such heads; else
+    """What computes a guidance faster than its formula: our kernel for nasa on a GPU, if triton is installed and takes such heads; else
     None."""
     if device.type != "cuda" or kind != "nasa":
         return None

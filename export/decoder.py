@@ -42,8 +42,8 @@ class Decoder(nn.Module):
 
 
 def multiscale_attention(attn: SanaMultiscaleLinearAttention, hidden_states: Tensor) -> Tensor:
-    """A processor for the attention of AutoencoderDC, hidden_states (B, C, h, w) to the same: the linear form at every size, where
-    diffusers writes the same out with all weights for latents of few pixels."""
+    """A processor for the attention of AutoencoderDC, hidden_states (B, C, h, w) to the same: the linear form at every size;
+    for latents of few pixels diffusers writes the same out with all weights."""
     size, tokens = hidden_states.shape[-2:], hidden_states.movedim(1, -1)
     own = torch.cat([attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)], 3).movedim(-1, 1)
     scales = torch.cat([own, *(scale(own) for scale in attn.to_qkv_multiscale)], 1)

@@ -30,7 +30,7 @@ MAX_PIXELS = 64 * 128**2
 def export(source: Source, out: Path, options: ExportOptions | None = None, say: Callable[[str], None] = lambda line: None) -> Bundle:
     """Writes a student to the bundle `out` and returns it; `say` gets a line for everything that is measured.
 
-    Raises InputError (unknown names, weights that do not fit, `out` in use), OutputError where a graph is too far from PyTorch or the
+    Raises InputError (unknown names, weights that do not fit, `out` in use), OutputError if a graph is too far from PyTorch or the
     finished bundle does not draw what it promises. The bundle appears under the name `out` when it is complete; with `force` it then
     replaces the one that is there.
     """
@@ -60,7 +60,7 @@ def export(source: Source, out: Path, options: ExportOptions | None = None, say:
 
 
 def check_out(out: Path, force: bool) -> None:
-    """Returns where a bundle may be written to `out`; raises InputError where something is in the way, OutputError where nothing can be
+    """Returns if a bundle may be written to `out`; raises InputError if something is in the way, OutputError if nothing can be
     written."""
     if out.exists() and not (force and (out / MANIFEST).exists()):
         raise InputError(f"{quote(out)} exists: choose another folder, or --force to replace it if it is a bundle")

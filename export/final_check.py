@@ -39,10 +39,10 @@ def extreme_ids(tokenizer: Tokenizer, highest: int) -> dict[str, Tensor]:
 
 
 def draw_whole(bundle: Bundle, engines: Sequence[str], extremes: Sequence[Extreme], say: Callable[[str], None]) -> None:
-    """Draws each size of the bundle on each of its engines, from the extremes, or from stored prompts where it has no text encoder,
+    """Draws each size of the bundle on each of its engines, from the extremes, or from stored prompts if it has no text encoder,
     and the first size with the two prompts swapped as well.
 
-    Raises OutputError for states unlike PyTorch's, NaN and a flat image, BundleError where a graph gives another shape than is promised.
+    Raises OutputError for states unlike PyTorch's, NaN and a flat image, BundleError if a graph gives another shape than is promised.
     """
     for engine in (engine for engine in engines if engine in bundle.engines()):
         with open_pipeline(bundle, engine, None, None, Cache(), low_memory=True) as pipe:

@@ -33,8 +33,8 @@ class Guidance:
     def attend(self) -> "Callable[..., Tensor] | None":
         """`attend(q, k_pos, v_pos, mask_pos, k_neg, v_neg, mask_neg, scale, [k_null, v_null,] [attention=])`, or None: takes no negative.
 
-        Gives the attention output before the output projection (kernels/ops/reference.py has the shapes), the positive attention's where
-        scale is 0.
+        Gives the attention output before the output projection (kernels/ops/reference.py has the shapes), the positive attention's at
+        scale 0.
         """
         if self.formula is None:
             return None
@@ -56,8 +56,9 @@ GUIDANCE: dict[str, Guidance] = {
 }
 
 
-def find_guidance(kind: str) -> Guidance:
-    """The guidance of that name. Raises InputError, naming the known ones."""
-    if kind not in GUIDANCE:
-        raise InputError(f"unknown guidance {kind!r}, choose from {', '.join(GUIDANCE)}")
-    return GUIDANCE[kind]
+def find_guidance(kind: str, negative: bool = False) -> Guidance:
+    """The guidance of that name, with `negative` one that takes a negative prompt. Raises InputError, naming the known ones."""
+    known = {name: guidance for name, guidance in GUIDANCE.items() if guidance.formula is not None or not negative}
+    if kind not in known:
+        raise InputError(f"unknown guidance {kind!r}, choose from {', '.join(known)}")
+    return known[kind]

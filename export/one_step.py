@@ -15,13 +15,13 @@ Prediction = Literal["epsilon", "v", "x0", "velocity", "reversed_velocity"]
 
 @dataclass(frozen=True)
 class OneStepRule:
-    """How a student is called, as network(x_t, timestep) with x_t = input_scale * noise, and how its answer becomes a clean latent."""
+    """How a student is called, as network(x_t, timestep) with x_t = input_scale * noise, and how its prediction becomes a clean latent."""
 
     prediction: Prediction
     timestep: float
     """What the network is fed."""
     alpha: float
-    """The noise schedule's value that reads the answer. It may belong to another timestep than the one that is fed (a trap of public
+    """The noise schedule's value that reads the prediction. It may belong to another timestep than the one that is fed (a trap of public
     checkpoints)."""
     sigma: float
     """The same of the noise."""
@@ -49,12 +49,12 @@ class OneStepRule:
 
     @property
     def renoises(self) -> int:
-        """How many noises `run` reads beside the first: one for each later step, none where all of these keep the predicted noise."""
+        """How many noises `run` reads beside the first: one for each later step, none if all of these keep the predicted noise."""
         return len(self.later) if any(step.fresh for step in self.later) else 0
 
     @property
     def error_gain(self) -> float:
-        """How much an error in the answer of this step grows in the clean latent."""
+        """How much an error in the prediction of this step grows in the clean latent."""
         match self.prediction:
             case "epsilon":
                 return self.sigma / self.alpha
@@ -63,17 +63,17 @@ class OneStepRule:
             case _:
                 return 1.0
 
-    def x0(self, x_t: "Tensor", answer: "Tensor") -> "Tensor":
+    def x0(self, x_t: "Tensor", prediction: "Tensor") -> "Tensor":
         """The clean latent (B, C, h, w) of this step, always in fp32: epsilon errors grow by sigma / alpha here, 157 for PixArt at t = 999.
 
         x_t: what the network was called with.
         """
-        return clean_latent(self.prediction, x_t.float(), answer.float(), self.alpha, self.sigma)
+        return clean_latent(self.prediction, x_t.float(), prediction.float(), self.alpha, self.sigma)
 
     def run(self, network: "Callable[[int, Tensor], Tensor]", noise: "Tensor", renoise: "Tensor | None" = None) -> "Tensor":
-        """The latent (B, C, h, w) in fp32 after all S steps; network(i, x_t) is the student's answer at steps[i].timestep.
+        """The latent (B, C, h, w) in fp32 after all S steps; network(i, x_t) is the student's prediction at steps[i].timestep.
 
-        noise (B, C, h, w); renoise (B, S - 1, C, h, w), read where `renoises` is not 0 (DMD2, section 4.4; multistep sampling of
+        noise (B, C, h, w); renoise (B, S - 1, C, h, w), read if `renoises` is not 0 (DMD2, section 4.4; multistep sampling of
         consistency models). diffusers' LCMScheduler also mixes c_skip = 0.25 / ((10 t)^2 + 0.25) of x_t into x0, 3e-9 at t = 999 and 4e-8
         at t = 249, which is left out here.
         """
@@ -94,29 +94,32 @@ class OneStepRule:
         return (alpha - share * self.alpha) * x0 + share * x_t.float()
 
 
-def clean_latent(prediction: Prediction, x_t: "Tensor", answer: "Tensor", alpha: "Tensor | float", sigma: "Tensor | float") -> "Tensor":
-    """The x0 that a network's answer to x_t = alpha * x0 + sigma * eps implies, all (B, C, h, w); alpha and sigma may be one per sample.
+def clean_latent(
+    prediction_type: Prediction, x_t: "Tensor", prediction: "Tensor", alpha: "Tensor | float", sigma: "Tensor | float"
+) -> "Tensor":
+    """The x0 that a network's prediction for x_t = alpha * x0 + sigma * eps implies, all (B, C, h, w); alpha and sigma may
+    be one per sample.
 
-    velocity: the answer is noise - x0, at alpha = 1 - sigma (a flow in a straight line). reversed_velocity: it is x0 - noise.
+    velocity: the prediction is noise - x0, at alpha = 1 - sigma (a flow in a straight line). reversed_velocity: it is x0 - noise.
     """
-    match prediction:
+    match prediction_type:
         case "epsilon":
-            return (x_t - sigma * answer) / alpha
+            return (x_t - sigma * prediction) / alpha
         case "v":
-            return alpha * x_t - sigma * answer
+            return alpha * x_t - sigma * prediction
         case "x0":
-            return answer
+            return prediction
         case "velocity":
-            return x_t - sigma * answer
+            return x_t - sigma * prediction
         case "reversed_velocity":
-            return x_t + sigma * answer
+            return x_t + sigma * prediction
 
 
 def trigflow_rule(angles: Sequence[float]) -> OneStepRule:
     """The rule of a student that is called at those timesteps of SCMScheduler, angles t in radians (SANA-Sprint, arXiv 2503.09641).
 
     With s = sin t / (cos t + sin t) the network is fed s and x_s = (1 - s) x0 + s * noise, in units of the data's deviation, and what the
-    pipeline makes of its answer m comes to x0 = x_s - s m: m is a velocity. It starts from pure noise times |(s, 1 - s)|.
+    pipeline makes of its output m comes to x0 = x_s - s m: m is a velocity. It starts from pure noise times |(s, 1 - s)|.
     """
     shares = [math.sin(angle) / (math.cos(angle) + math.sin(angle)) for angle in angles]
     first, *later = (OneStepRule("velocity", share, 1 - share, share) for share in shares)

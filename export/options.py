@@ -61,7 +61,7 @@ class ExportPlan:
 
     @classmethod
     def of(cls, source: Source, options: ExportOptions) -> "ExportPlan":
-        """The plan. Raises InputError for unknown names and impossible sizes, EngineMissing where no engine can measure parity."""
+        """The plan. Raises InputError for unknown names and impossible sizes, EngineMissing if no engine can measure parity."""
         backbone, preset = find_backbone(source.preset.backbone), source.preset
         sizes, multiple = options.sizes or ((preset.size, preset.size),), backbone.multiple * source.latent.factor
         for height, width in sizes:

@@ -38,9 +38,9 @@ class Fetch:
 
 
 def fetches(listed: Preset, weights: str | None = None, weights_file: Path | None = None, decoder: str = "full") -> dict[str, Fetch]:
-    """What an export reads from folders and hub models: `folder`, and where they apply `network`, `lora` and `decoder`.
+    """What an export reads from folders and hub models: `folder`, and if they apply `network`, `lora` and `decoder`.
 
-    Raises InputError where the preset's weights are on no hub, and for a backbone without a tiny decoder.
+    Raises InputError if the preset's weights are on no hub, and for a backbone without a tiny decoder.
     """
     architecture, sources = find_backbone(listed.backbone), {}
     network = weights_file is not None
@@ -116,7 +116,7 @@ def find_source(
     network_part = architecture.parts[0]
     if not (folder.path / network_part).is_dir() and network is None:
         raise InputError(f"{folder.path} has no {network_part}: it is not a model of backbone {architecture.name}")
-    # Where the row does not know better, or the user named no public student, the folder's own scheduler decides.
+    # If the row does not know better, or the user named no public student, the folder's own scheduler decides.
     follows = listed.follows_scheduler or (preset is None and weights is not None and bool(listed.from_scheduler))
     settings = [*settings, *_followed(chosen, folder.path / "scheduler", settings, follows, say)]
     chosen = override(listed, settings)
@@ -139,7 +139,7 @@ def find_source(
 
 def _followed(preset: Preset, scheduler: Path, settings: Sequence[str], follows: bool, say: Callable[[str], None]) -> list[str]:
     """The further settings by which the preset agrees with the scheduler in that folder, none unless it `follows` it. Raises InputError
-    where it does not and they contradict each other."""
+    if it does not and they contradict each other."""
     followed, confirmed = follow_scheduler(preset, scheduler, settings) if follows else ([], check_scheduler(preset, scheduler))
     agrees = f"; its scheduler agrees on {', '.join(confirmed)}" if confirmed else ""
     as_there = f"; {', '.join(followed)} as the folder's scheduler has it" if followed else ""
@@ -148,7 +148,7 @@ def _followed(preset: Preset, scheduler: Path, settings: Sequence[str], follows:
 
 
 def _only(model: WeightsFolder, pattern: str) -> Path:
-    """The file or folder of that name or pattern; raises InputError where not one of the model's files fits it."""
+    """The file or folder of that name or pattern; raises InputError if not one of the model's files fits it."""
     paths = [model.path] if pattern == "." else sorted(model.path.glob(pattern))
     if len(paths) != 1:
         names = ", ".join(path.name for path in paths) or "none"

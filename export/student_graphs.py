@@ -22,7 +22,7 @@ DECODER_SAMPLES = 4
 LARGE_DECODER = 10_000_000
 """Parameters; TAESD has 1.2 million in its decoder, AutoencoderKL 49."""
 TILE = 512
-"""Pixels a side of a tile: AutoencoderKL needs 2.6 GB of activations for 512 x 512, and four times that for twice the sides."""
+"""Pixels per side of a tile: AutoencoderKL needs 2.6 GB of activations for 512 x 512, and four times that for twice the sides."""
 LATENT_TILE = 32
 """Latent pixels that it has at least: AutoencoderDC, of factor 32, draws 1024 x 1024 at once as diffusers does, its attention sees all."""
 OVERLAP = 16

@@ -67,12 +67,12 @@ def generators(bundle: Bundle, student: Path, preset: Preset, inputs: dict[str, 
 
         @torch.inference_mode()
         def run() -> np.ndarray:
-            def answer(step: int, latent: torch.Tensor) -> torch.Tensor:
+            def predict(step: int, latent: torch.Tensor) -> torch.Tensor:
                 timestep = torch.tensor([rule.steps[step].timestep])
                 prediction = model(latent.to(dtype), encoder_hidden_states=states, timestep=timestep, return_dict=False, **extra)[0]
                 return prediction[:, : latent.shape[1]].float()
 
-            return rule.run(answer, tensors["noise"], tensors["renoise"]).numpy()
+            return rule.run(predict, tensors["noise"], tensors["renoise"]).numpy()
 
         return run
 
@@ -126,8 +126,8 @@ def graph_peer(
 
         def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
             texts = {"encoder_hidden_states": encoder_hidden_states}
-            answer = self.network(sample, timestep=timestep, return_dict=False, **texts, **self.extra)[0]
-            return answer[:, : sample.shape[1]]
+            prediction = self.network(sample, timestep=timestep, return_dict=False, **texts, **self.extra)[0]
+            return prediction[:, : sample.shape[1]]
 
     example = {"sample": noise, "timestep": torch.tensor([rule.timestep]), "encoder_hidden_states": states}
     with tempfile.TemporaryDirectory() as folder:

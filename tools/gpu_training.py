@@ -67,13 +67,13 @@ def step(network: nn.Module, case: Case, attend: Callable[..., Tensor] | None) -
     assert case.negative is not None
     trained = copy.deepcopy(network).bfloat16().requires_grad_(True)
     trained.set_attn_processor(GuidedAttention(find_guidance("nasa"), torch.empty(0), fused_attention, attend))
-    answer, timestep = find_backbone(case.kind).denoiser().answer, torch.full((len(case.noise),), TIMESTEP)
+    predict, timestep = find_backbone(case.kind).denoiser().predict, torch.full((len(case.noise),), TIMESTEP)
     query = next(parameter for name, parameter in trained.named_parameters() if name.endswith("attn2.to_q.weight"))
     states, scale = case.negative
 
     def run() -> Tensor:
         trained.zero_grad()
-        answer(trained, case.noise, timestep, case.states, None, (states, None, scale)).float().square().mean().backward()
+        predict(trained, case.noise, timestep, case.states, None, (states, None, scale)).float().square().mean().backward()
         return query.grad
 
     return run

@@ -17,7 +17,7 @@ from snoopi_rt.export.evaluation.statistics import spread
 from snoopi_rt.export.small_model.dataset.build import TrainingSet, read_samples
 from snoopi_rt.export.small_model.dataset.vocabulary import things
 from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, scheduler, to_pictures
-from snoopi_rt.export.small_model.teacher import SAMPLE_PROMPTS
+from snoopi_rt.export.small_model.teacher import FORMER_NAMES, SAMPLE_PROMPTS
 from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.image_grid import image_grid
@@ -44,7 +44,7 @@ class Recipe(StageRecipe):
     lr: float = 1e-3
     things: int = 64
     """So many of the common things are learned: a sixth of the domain's, which so short a training can learn well."""
-    empty: float = 0.1
+    prompt_dropout: float = 0.1
     """Share of captions replaced by the empty prompt."""
     pairs: int = 10_240
     """Pictures of the teacher that the student learns."""
@@ -94,19 +94,19 @@ def joint_transformer() -> SD3Transformer2DModel:
     return network
 
 
-def answer(network: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, pooled: Tensor) -> Tensor:
+def v_prediction(network: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, pooled: Tensor) -> Tensor:
     """The predicted v (B, 8, 16, 16) fp32."""
     return network(x_t.bfloat16(), encoder_hidden_states=states, pooled_projections=pooled, timestep=t, return_dict=False)[0].float()
 
 
 def loss(network: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, pooled: Tensor, target: Tensor) -> Tensor:
     """The mean squared error of the predicted v."""
-    return (answer(network, x_t, t, states, pooled) - target).square().mean()
+    return (v_prediction(network, x_t, t, states, pooled) - target).square().mean()
 
 
 def in_one_step(network: nn.Module, noise: Tensor, text: Text) -> Tensor:
     """Clean latents of noise: at the last timestep v = -x0."""
-    return -answer(network, noise, torch.full((len(noise),), LAST), text.states, text.pooled)
+    return -v_prediction(network, noise, torch.full((len(noise),), LAST), text.states, text.pooled)
 
 
 def in_many_steps(network: nn.Module, noise: Tensor, text: Text, steps: int, guidance_scale: float) -> Tensor:
@@ -117,7 +117,7 @@ def in_many_steps(network: nn.Module, noise: Tensor, text: Text, steps: int, gui
 
     def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         both, times = torch.cat([x_t, x_t]), torch.cat([t, t])
-        conditional, unconditional = answer(network, both, times, states, pooled).chunk(2)
+        conditional, unconditional = v_prediction(network, both, times, states, pooled).chunk(2)
         return conditional, unconditional
 
     return sample_ddim(SCHEDULE, predict, noise, steps, guidance_scale)
@@ -157,7 +157,7 @@ class Stage:
         self.network.bfloat16()
         self.recipe, self.decoder = recipe, load_module(decoder, PixelShuffleDecoder)
         inputs = {"data": fingerprint(data / "dataset.json"), "decoder": fingerprint(decoder / WEIGHTS)}
-        self._stage = loop.Stage(name, folder, recipe, inputs)
+        self._stage = loop.Stage(name, folder, recipe, inputs, former_names=FORMER_NAMES)
         self._loss = torch.compile(loss)
 
     def run(self, batch_of: Any, draw: Any) -> nn.Module:
@@ -186,7 +186,7 @@ class Stage:
 def train_teacher(folder: Path, recipe: Recipe, data: Path, decoder: Path, pictures: Pictures) -> nn.Module:
     def batch_of(i: int, random: torch.Generator) -> tuple[Tensor, Tensor, Text, Tensor]:
         rows = pictures.rows[torch.randint(len(pictures.rows), (recipe.batch,), generator=random)]
-        text = pictures.captions(rows, torch.rand(recipe.batch, generator=random) < recipe.empty)
+        text = pictures.captions(rows, torch.rand(recipe.batch, generator=random) < recipe.prompt_dropout)
         latents, t = pictures.set.latents[rows].float(), torch.randint(1000, (recipe.batch,), generator=random)
         noise = torch.randn(latents.shape, generator=random)
         return SCHEDULE.noised(latents, noise, t), t, text, SCHEDULE.target(latents, noise, t)
@@ -203,7 +203,7 @@ def train_student(
     rows = pictures.rows[torch.randperm(len(pictures.rows), generator=torch.Generator().manual_seed(recipe.seed))]
 
     def noise_of(pairs: Iterable[int]) -> Tensor:
-        return torch.stack([torch.randn(SHAPE, generator=loop.generator(recipe.seed, "pair", pair)) for pair in pairs])
+        return torch.stack([torch.randn(SHAPE, generator=loop.random_stream(recipe.seed, "pair", pair)) for pair in pairs])
 
     def text_of(pairs: Sequence[int]) -> Text:
         return pictures.captions(rows[torch.tensor(pairs) % len(rows)])

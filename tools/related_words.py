@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from snoopi_rt.export.small_model.vocabulary import VOCABULARY
+from snoopi_rt.export.small_model.bundle_vocabulary import vocabulary
 from snoopi_rt.export.text import minilm
 from snoopi_rt.runtime.vocabulary import Matcher
 
@@ -37,7 +37,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(minilm.folder() / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    matcher, things = Matcher(VOCABULARY), list(VOCABULARY.objects)
+    matcher, things = Matcher(vocabulary()), list(vocabulary().objects)
     words = sorted(word for word in tokenizer.get_vocab() if word.isascii() and word.isalpha() and len(word) > 2)
     words = [word for word in words if word not in LEFT_OUT and (unknown := matcher.unknown(word)) and unknown.object]
     encoder = minilm.load_text_encoder()

@@ -24,7 +24,7 @@ stage teacher --data "$emoji" --decoder "$runs/decoder" --start weights/small/te
 # What it draws first, then what negative prompts should do.
 distilled=(--teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --states "$runs/states" --recipe embedded)
 stage student "${distilled[@]}" --out "$runs/plain" "${students[@]}"
-stage student "${distilled[@]}" --start "$runs/plain" --edits "$emoji/edits.jsonl" --set edits.weight=1 --set nasa_max=1 --set lr=4e-4 \
+stage student "${distilled[@]}" --start "$runs/plain" --edits "$emoji/edits.jsonl" --set edits.weight=1 --set negative_scale_max=1 --set lr=4e-4 \
     --set negative_kind=projected --out "$runs/student" "${students[@]}"
 stage student-decoder --student "$runs/student" --teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --out "$runs/student-decoder" "${tuned[@]}"
 snoopi-rt export --backbone small --weights "$runs/student" --decoder "$runs/student-decoder" --out "$runs/bundle" --force

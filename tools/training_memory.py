@@ -45,7 +45,7 @@ def main(backbone: str, teacher: Path, batches: Sequence[int], negative: str | N
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder, "prompts.txt")
         prompts.write_text(f"{PROMPT}\n", encoding="utf-8")
-        recipe = replace(find_recipe(DEFAULT[backbone]), batch=batches[0], nasa_max=0.0 if negative is None else 1.0)
+        recipe = replace(find_recipe(DEFAULT[backbone]), batch=batches[0], negative_scale_max=0.0 if negative is None else 1.0)
         negatives = None
         if negative is not None:
             negatives = Path(folder, "negatives.txt")

@@ -12,6 +12,7 @@ from snoopi_rt.bundle.bundle import Text, Vocabulary
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.guidance import Guidance
 from snoopi_rt.export.presets.preset import Preset
+from snoopi_rt.export.training.recipes import check_trainable
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class Denoiser:
     """Its diffusers class."""
     part: str
     """The folder of its weights in a diffusers model."""
-    answer: Callable[..., Tensor]
-    """answer(network, x_t, t, states, mask, negative, size): the prediction (B, C, h, w), without a learned variance, for x_t (B, C, h, w)
+    predict: Callable[..., Tensor]
+    """predict(network, x_t, t, states, mask, negative, size): the prediction (B, C, h, w), without a learned variance, for x_t (B, C, h, w)
     at timesteps t (B,). states (B, T, D): a CaptionEncoder's; mask (B, T): bool or None; negative: None, or states (B, U, D), mask (B, U)
     and scale (B,) for a network with GuidedAttention; size: height and width in pixels, on which some networks are conditioned."""
     lora_targets: tuple[str, ...]
@@ -112,8 +113,7 @@ class Backbone:
 
     def denoiser(self) -> Denoiser:
         """What training needs. Raises InputError for a backbone that cannot be trained here."""
-        if self.name not in TRAINED:
-            raise InputError(f"backbone {self.name} cannot be trained here, choose from {', '.join(TRAINED)}")
+        check_trainable(self.name)
         return self._module.DENOISER
 
     @property
@@ -121,7 +121,6 @@ class Backbone:
         return import_module(f"snoopi_rt.export.backbones.{self.module}")
 
 
-TRAINED = ("small", "pixart", "sd15", "sd21")
 _AUTO = {"text_encoder": "fp16", "generator": "auto", "decoder": "auto"}
 _TRANSFORMER = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _CLIP = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

@@ -33,7 +33,7 @@ def load_decoder(weights: Weights) -> Decoder:
 def read_latent(weights: Weights, part: str) -> Latent:
     """The latents between the network in the folder `part` and the decoder, by their configs: no weights are read.
 
-    Raises InputError where the two do not fit, or where `weights.decoder` has another scale factor than the weights' own vae.
+    Raises InputError if the two do not fit, or if `weights.decoder` has another scale factor than the weights' own vae.
     """
     own, folder = weights.folder / "vae", weights.decoder or weights.folder / "vae"
     latent = _decoder_latent(folder)
@@ -44,12 +44,12 @@ def read_latent(weights: Weights, part: str) -> Latent:
             "choose the one that it was trained with"
         )
     if folder != own and (own / CONFIG).is_file() and (own_factor := _decoder_latent(own).factor) != latent.factor:
-        raise InputError(f"the vae in {folder} makes {latent.factor} pixels a side of a latent pixel, the weights' own makes {own_factor}")
+        raise InputError(f"the vae in {folder} has a scale factor of {latent.factor}, the weights' own has {own_factor}")
     return latent
 
 
 def own_side(weights: Weights, part: str) -> int | None:
-    """The sample size of the network in latent pixels; None where its config has none, or two."""
+    """The sample size of the network in latent pixels; None if its config has none, or two."""
     side = _network_config(weights, part).get("sample_size")
     return side if type(side) is int and side > 0 else None
 

@@ -53,12 +53,12 @@ class GuidedPixArt(nn.Module):
 
         def network(step: int, latent: Tensor) -> Tensor:
             t = torch.full((len(noise),), self.rule.steps[step].timestep)
-            return pixart_answer(self.network, latent, t, prompt_states, prompt_mask, negative, self.size)
+            return pixart_prediction(self.network, latent, t, prompt_states, prompt_mask, negative, self.size)
 
         return self.rule.run(network, noise, renoise)
 
 
-def pixart_answer(
+def pixart_prediction(
     network: PixArtTransformer2DModel,
     x_t: Tensor,
     t: Tensor,
@@ -128,9 +128,9 @@ class FoldedPixArt(nn.Module):
         def network(step: int, latent: Tensor) -> Tensor:
             patches = self.patchify(latent)
             h, w = patches.shape[2:]
-            answer = self.steps[step](patches.flatten(2).transpose(1, 2) + self.positions(h, w), states, prompt_mask, negative)
-            answer = answer.unflatten(2, (self.patch, self.patch, noise.shape[1])).unflatten(1, (h, w))
-            return answer.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+            prediction = self.steps[step](patches.flatten(2).transpose(1, 2) + self.positions(h, w), states, prompt_mask, negative)
+            prediction = prediction.unflatten(2, (self.patch, self.patch, noise.shape[1])).unflatten(1, (h, w))
+            return prediction.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
         return self.rule.run(network, noise, renoise)
 

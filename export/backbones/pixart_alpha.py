@@ -11,7 +11,7 @@ from snoopi_rt.bundle.bundle import Text
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import CaptionEncoder, Denoiser, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder
-from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer
+from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_prediction
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.text.rule import t5_rule
 from snoopi_rt.export.text.t5 import T5Weights, reference_states, skeleton, t5_config
@@ -62,7 +62,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 DENOISER = Denoiser(
     PixArtTransformer2DModel,
     "transformer",
-    pixart_answer,
+    pixart_prediction,
     LORA_TARGETS,
     # Errors of epsilon grow by 2 in x0 here, and by 157 at 999.
     timestep=400,

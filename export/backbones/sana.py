@@ -119,8 +119,8 @@ class FoldedSana(nn.Module):
 
         def network(step: int, latent: Tensor) -> Tensor:
             size = latent.shape[2:]
-            answer = self.steps[step](self.embed(latent.flatten(2).transpose(1, 2)), size, states, negative)
-            return answer.transpose(1, 2).unflatten(2, size)
+            prediction = self.steps[step](self.embed(latent.flatten(2).transpose(1, 2)), size, states, negative)
+            return prediction.transpose(1, 2).unflatten(2, size)
 
         return self.rule.run(network, noise, renoise)
 

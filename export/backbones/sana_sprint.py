@@ -1,4 +1,4 @@
-"""The backbone `sana`: SANA-Sprint with Gemma 2 as its text encoder and a decoder that makes 32 pixels a side of a latent one."""
+"""The backbone `sana`: SANA-Sprint with Gemma 2 as its text encoder and a decoder with a scale factor of 32."""
 
 from pathlib import Path
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from snoopi_rt.bundle.bundle import File, Text
 from snoopi_rt.export.backbones import CaptionEncoder, Denoiser, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder
-from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_answer
+from snoopi_rt.export.backbones.pixart import FoldedPixArt, GuidedPixArt, pixart_prediction
 from snoopi_rt.export.backbones.pixart_alpha import LORA_TARGETS
 from snoopi_rt.export.device import default_device
 from snoopi_rt.export.presets.preset import Preset
-from snoopi_rt.export.small_model.vocabulary import EXAMPLES, VOCABULARY
+from snoopi_rt.export.small_model.bundle_vocabulary import EXAMPLES, vocabulary
 from snoopi_rt.export.text import minilm
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import require
@@ -38,7 +38,7 @@ class TextEncoder(nn.Module):
 
 
 def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -> Student:
-    """The modules of a folder that `train student` wrote (transformer/, vae/). Raises InputError where a part is missing."""
+    """The modules of a folder that `train student` wrote (transformer/, vae/). Raises InputError if a part is missing."""
     for part in ("transformer", "vae"):
         require(weights.folder / part, "train student")
     network = load_module(weights.folder / "transformer", PixArtTransformer2DModel, weights.network)
@@ -59,7 +59,7 @@ def load(weights: Weights, preset: Preset, sizes: tuple[tuple[int, int], ...]) -
         reference=lambda guidance, empty: GuidedPixArt(network, preset.rule, guidance, empty, sizes[0]),
         decoder=load_decoder(weights),
         write_tokenizer=caption_encoder(weights.folder, preset.max_tokens).write_tokenizer,
-        vocabulary=VOCABULARY,
+        vocabulary=vocabulary(),
         examples=EXAMPLES,
     )
 
@@ -82,5 +82,5 @@ def caption_encoder(folder: Path, max_tokens: int) -> CaptionEncoder:
 
 # Zero terminal SNR: at 999 the noise is pure and x0 = -v.
 DENOISER = Denoiser(
-    PixArtTransformer2DModel, "transformer", pixart_answer, LORA_TARGETS, timestep=999, masked=True, caption_encoder=caption_encoder
+    PixArtTransformer2DModel, "transformer", pixart_prediction, LORA_TARGETS, timestep=999, masked=True, caption_encoder=caption_encoder
 )

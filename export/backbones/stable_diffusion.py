@@ -11,7 +11,7 @@ from snoopi_rt.bundle.bundle import Text
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import CaptionEncoder, Denoiser, Student, Weights
 from snoopi_rt.export.backbones.network import load_decoder
-from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet, unet_answer
+from snoopi_rt.export.backbones.unet import FoldedUNet, GuidedUNet, unet_prediction
 from snoopi_rt.export.presets.preset import Preset
 from snoopi_rt.export.text.clip import ClipTextEncoder, SdxlTextEncoder
 from snoopi_rt.export.text.rule import CLIP_TOKENS, clip_rule, clip_tokenizer
@@ -86,7 +86,7 @@ def _text_configs(folder: Path) -> list[Any]:
 
 
 def _require_text_fit(folder: Path, network: nn.Module, models: list[nn.Module]) -> None:
-    """Returns where the text encoders give what the UNet takes, for prompts of 77 tokens; else raises InputError."""
+    """Returns if the text encoders give what the UNet takes, for prompts of 77 tokens; else raises InputError."""
     positions = min(model.config.max_position_embeddings for model in models)
     if positions < CLIP_TOKENS:
         raise InputError(f"the text encoder in {folder} has positions for {positions} tokens, prompts have {CLIP_TOKENS}")
@@ -110,7 +110,7 @@ def _text_encoder(folder: Path, models: list[nn.Module]) -> tuple[nn.Module, tup
 DENOISER = Denoiser(
     UNet2DConditionModel,
     "unet",
-    unet_answer,
+    unet_prediction,
     ("to_q", "to_k", "to_v", "to_out.0"),
     timestep=999,
     masked=False,

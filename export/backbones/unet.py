@@ -72,12 +72,12 @@ class GuidedUNet(nn.Module):
 
         def network(step: int, latent: Tensor) -> Tensor:
             t = torch.full((len(noise),), self.rule.steps[step].timestep)
-            return unet_answer(self.network, latent, t, prompt_states, None, negative, added=added, condition=self.condition)
+            return unet_prediction(self.network, latent, t, prompt_states, None, negative, added=added, condition=self.condition)
 
         return self.rule.run(network, noise, renoise)
 
 
-def unet_answer(
+def unet_prediction(
     network: UNet2DConditionModel,
     x_t: Tensor,
     t: Tensor,
@@ -172,11 +172,11 @@ class FoldedUNet(nn.Module):
         states, negative = both_prompts(prompt_states, negative_states, negative_scale)
 
         def network(step: int, latent: Tensor) -> Tensor:
-            return self._answer(latent, Condition(step, self.prompt_shift and self.prompt_shift(step, prompt_pooled)), states, negative)
+            return self._predict(latent, Condition(step, self.prompt_shift and self.prompt_shift(step, prompt_pooled)), states, negative)
 
         return self.rule.run(network, noise, renoise)
 
-    def _answer(self, latent: Tensor, condition: Condition, states: Tensor, negative: Negative | None) -> Tensor:
+    def _predict(self, latent: Tensor, condition: Condition, states: Tensor, negative: Negative | None) -> Tensor:
         """UNet2DConditionModel.forward, without what one-step students do not have."""
         network = self.network
         text = {"encoder_hidden_states": states, "cross_attention_kwargs": {"negative": negative}}

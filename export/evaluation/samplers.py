@@ -19,7 +19,7 @@ from snoopi_rt.errors import InputError
 from snoopi_rt.export.attention import GuidedAttention, PlainAttention
 from snoopi_rt.export.backbones import Weights
 from snoopi_rt.export.backbones.network import load_decoder
-from snoopi_rt.export.backbones.pixart import pixart_answer
+from snoopi_rt.export.backbones.pixart import pixart_prediction
 from snoopi_rt.export.decoder import Decoder
 from snoopi_rt.export.device import default_device
 from snoopi_rt.export.evaluation.threads import in_threads
@@ -174,7 +174,7 @@ def _torch_student(folder: Path) -> Sampler:
 
         def answer(step: int, x_t: Tensor) -> Tensor:
             t = torch.full((len(x_t),), PRESET.rule.steps[step].timestep)
-            return pixart_answer(network, x_t, t, positive, positive_mask, (unwanted, unwanted_mask, strengths, *empty))
+            return pixart_prediction(network, x_t, t, positive, positive_mask, (unwanted, unwanted_mask, strengths, *empty))
 
         return PRESET.rule.run(answer, noise)
 

@@ -14,7 +14,7 @@ HEAD_PERMUTATION = [0, 2, 1, 3]
 def one_image_bf16(path: Path, out: Path) -> bool:
     """Writes the graph for one image at a time and OpenVINO's bf16 arithmetic to `out`, which must be beside `path`; always returns True.
 
-    Engines choose faster kernels for known shapes: PixArt takes OpenVINO 5 % less time. And where a head's size is no multiple of 16, as
+    Engines choose faster kernels for known shapes: PixArt takes OpenVINO 5 % less time. And if a head's size is no multiple of 16, as
     PixArt's 72 and SD 1.5's 40, queries and keys are padded with zeros to a multiple of 32: 6 and 7 % less on a Xeon with AMX, 7 % more on
     an EPYC without; in fp32 that would be slower everywhere.
     """
@@ -39,11 +39,11 @@ def one_image_bf16(path: Path, out: Path) -> bool:
 
 
 def onnxruntime_operators(path: Path, out: Path) -> bool:
-    """Writes the graph with ONNX Runtime's own operators to `out`, which must be beside `path`; returns False where none of them applies.
+    """Writes the graph with ONNX Runtime's own operators to `out`, which must be beside `path`; returns False if none of them applies.
 
     MultiHeadAttention for every Attention without a mask: Attention writes all N x N scores to memory, MultiHeadAttention goes block by
     block, which takes 0.6 to 0.7 of the time for SD 2.1's 4,096 queries of 5 heads and saves none for PixArt's 1,024.
-    MatMulIntegerToFloat for every int8 product: a third of the time of the product in fp32 where the processor has VNNI.
+    MatMulIntegerToFloat for every int8 product: a third of the time of the product in fp32 if the processor has VNNI.
     ONNX Runtime fuses some of these itself, but fails on graphs in which several layers read one tensor.
     """
     graph = _Graph(onnx.load(path, load_external_data=False))

@@ -1,8 +1,8 @@
 """A graph with fp16 or bf16 arithmetic for GPU engines, whose precision is what the file says: TensorRT is strongly typed.
 
 It is converted from the graph whose weights are stored in fp16, and reads that one's weights. Inputs and outputs stay float32, and so do
-the operators between the network's answer and an output: sigma / alpha is 157 for PixArt at t = 999, and an image's levels need more than
-the 8 bits of bf16.
+the operators between the network's own output and the graph's: sigma / alpha is 157 for PixArt at t = 999, and an image's levels need more
+than the 8 bits of bf16.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ FLOAT32 = TensorProto.FLOAT
 DTYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 FLOATS = (FLOAT32, *DTYPES.values())
 POSTPROCESSING = {"Add", "Sub", "Mul", "Div", "Clip", "Round", "Cast", "Transpose"}
-"""Operators that make an output of the network's answer."""
+"""Operators that make the graph's output of the network's own."""
 FLOAT32_INPUTS = {"Resize": (1, 2), "Range": (0, 1, 2)}
 """Places of inputs that must be float32 whatever the others are: regions and factors."""
 
@@ -140,7 +140,7 @@ class _Casts:
 
 
 def _postprocessing(graph: onnx.GraphProto) -> set[str]:
-    """The outputs of the nodes between the network's answer and the graph's outputs."""
+    """The outputs of the nodes between the network's own output and the graph's."""
     producers = {name: node for node in graph.node for name in node.output}
     names: set[str] = set()
     pending = [value.name for value in graph.output]

@@ -69,7 +69,7 @@ def measure(
 ) -> Measurement:
     """The largest distance over samples and engines of the outputs of the model in `path` from PyTorch's, the `reference`.
 
-    Raises OutputError for NaN or infinity in an output or in what is compared, and for a flat image where PyTorch's is not.
+    Raises OutputError for NaN or infinity in an output or in what is compared, and for a flat image if PyTorch's is not.
     """
     worst, providers = Parity(0.0, 0.0), []
     for name in engines:
@@ -126,7 +126,7 @@ def _distance(graph: str, engine: str, outputs: NamedArrays, expected: NamedArra
 
 
 def _worse(one: Parity, other: Parity) -> Parity:
-    """The larger error of both in each respect; NaN where one is NaN, as np.max has it and max has not."""
+    """The larger error of both in each respect; NaN if one is NaN, as np.max has it and max has not."""
     errors = [error for error in (one.latent_error, other.latent_error) if error is not None]
     ratios = [ratio for ratio in (one.psnr, other.psnr) if ratio is not None]
     return Parity(

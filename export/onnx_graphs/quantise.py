@@ -15,13 +15,13 @@ from tqdm import tqdm
 ROWS = 64
 """Input rows kept of each layer and sample: its smoothing is chosen on them."""
 MIN_CHANNELS = 8
-"""Layers of fewer channels cost nothing, and see the noise or give the answer itself: they stay as they are."""
+"""Layers of fewer channels cost nothing, and see the noise or give the prediction itself: they stay as they are."""
 SMOOTHING = (0.5, 0.75)
 """Migration strengths of SmoothQuant (arXiv 2211.10438, equation 4) that are tried."""
 
 
 class QuantisedActivation(nn.Module):
-    """x rounded to 8 bits with one scale: int8 around zero, or uint8 with a zero point where values are mostly of one sign.
+    """x rounded to 8 bits with one scale: int8 around zero, or uint8 with a zero point if values are mostly of one sign.
 
     `smooth` (C,) divides the channels first and is multiplied into the weights, so that outlier channels cost the others nothing
     (SmoothQuant).
@@ -149,7 +149,7 @@ def calibrate(network: nn.Module, samples: Sequence[Mapping[str, Tensor]]) -> di
 def quantise(network: nn.Module, statistics: Mapping[str, LayerStatistics], keep: Sequence[str] = ()) -> dict[str, float]:
     """Quantises in place the layers that have statistics, except `keep`; returns each one's relative error on its kept rows.
 
-    Smoothing is used where it lowers that error.
+    Smoothing is used if it lowers that error.
     """
     errors: dict[str, float] = {}
     # A layer that several steps of a student share has several names.

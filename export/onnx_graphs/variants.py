@@ -95,7 +95,7 @@ class Graph:
     """The largest relative L2 distance of the variant in fp32."""
     opset: int
     int8_tolerance: float | None = None
-    """What bounds the error of int8 instead of `tolerance` where int8 is asked for by name; None: `tolerance`."""
+    """What bounds the error of int8 instead of `tolerance` if int8 is asked for by name; None: `tolerance`."""
     comparison: LatentComparison | None = None
     one_image: bool = False
     """Whether it runs one image at a time, whatever the precision."""
@@ -119,8 +119,8 @@ def write_variants(
 ) -> tuple[Variant, ...]:
     """The graph's variants in the order of `precisions`, their files in `folder`; parity is measured on `engines`.
 
-    For a precision in `or_nearest` that the graph cannot have, it gets the nearest that it can. Raises OutputError where another that was
-    asked for by name is beyond its tolerance, InputError where the graph cannot have it at all.
+    For a precision in `or_nearest` that the graph cannot have, it gets the nearest that it can. Raises OutputError if another that was
+    asked for by name is beyond its tolerance, InputError if the graph cannot have it at all.
     """
     written: dict[str, list[Variant]] = {}
     for precision in precisions:
@@ -220,7 +220,7 @@ def _write_once(graph: Graph, module: nn.Module, path: Path, weights: WeightForm
 
 
 def _measured_variant(graph: Graph, name: str, path: Path, base: Path, engines: Sequence[str], say: Callable[[str], None]) -> Variant:
-    """The variant of the model in `path`, which is `base` or rewritten from it. Raises OutputError where it is beyond its tolerance."""
+    """The variant of the model in `path`, which is `base` or rewritten from it. Raises OutputError if it is beyond its tolerance."""
     measured = measure(graph.name, path, name, engines, _arrays(graph.evaluation), graph.reference, graph.comparison)
     parity, on = measured.parity, ", ".join(engines)
     if any(NO_BF16 in provider for provider in measured.providers):
@@ -237,7 +237,7 @@ def _measured_variant(graph: Graph, name: str, path: Path, base: Path, engines: 
 
 
 def _check_tolerance(graph: Graph, name: str, parity: Parity, on: str) -> None:
-    """Raises OutputError where a variant is beyond its tolerance."""
+    """Raises OutputError if a variant is beyond its tolerance."""
     if not parity.error <= graph.tolerance:
         digits = digits_apart(parity.error, graph.tolerance)
         off, allowed = parity.judged(digits), f"{graph.tolerance:.{digits}g}"
@@ -261,7 +261,7 @@ def _arrays(samples: GraphInputs) -> list[NamedArrays]:
 
 @torch.no_grad()
 def _quantised(graph: Graph, say: Callable[[str], None]) -> nn.Module:
-    """The module with as many int8 layers as its tolerance allows, simulated in fp32. Raises OutputError where too few would be left."""
+    """The module with as many int8 layers as its tolerance allows, simulated in fp32. Raises OutputError if too few would be left."""
     if graph.tensor_of is not None:
         raise InputError(f"{graph.name} of this size is exported in int8-weights or int4-weights, not int8: its activations have outliers")
     shared = {id(tensor): tensor for tensor in (*graph.module.parameters(), *graph.module.buffers())}

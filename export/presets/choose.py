@@ -6,7 +6,7 @@ from snoopi_rt.export.presets.rows import DEFAULT_PRESET, PRESETS
 
 
 def find_preset(name: str, backbone: str | None = None) -> Preset:
-    """The preset of that name. Raises InputError, naming the known ones, also where it is for another backbone than `backbone`."""
+    """The preset of that name. Raises InputError, naming the known ones, also if it is for another backbone than `backbone`."""
     known = [preset for preset in PRESETS.values() if backbone in (None, preset.backbone)]
     if name in PRESETS and PRESETS[name] in known:
         return PRESETS[name]
@@ -22,7 +22,7 @@ def default_preset(backbone: str) -> Preset:
 
 
 def choose_preset(backbone: str | None, preset: str | None) -> Preset:
-    """The preset of that name, else the backbone's default. Raises InputError for unknown names, and where neither is given."""
+    """The preset of that name, else the backbone's default. Raises InputError for unknown names, and if neither is given."""
     if preset is not None:
         return find_preset(preset, backbone)
     if backbone is None:

@@ -20,7 +20,7 @@ class Preset:
     name: str
     backbone: Literal["small", "pixart", "sd15", "sd21", "sdxl", "sana"]
     weights: str
-    """Hub id of the student; empty where it is on no hub."""
+    """Hub id of the student; empty if it is on no hub."""
     licence: str
     source: str
     """Where this row's values were read."""
@@ -31,9 +31,9 @@ class Preset:
     lora: str = ""
     """The student's LoRA file in `weights` (or a pattern for it), merged into the network of `base`."""
     base: str = ""
-    """Hub id of the folder with all other parts; empty where `weights` has them."""
+    """Hub id of the folder with all other parts; empty if `weights` has them."""
     prediction: Literal[Prediction, "trigflow"] = "epsilon"
-    """What the network's answer is; trigflow: a velocity, at timesteps that are angles."""
+    """What the network predicts; trigflow: a velocity, at timesteps that are angles."""
     timestep: tuple[float, ...] = (999.0,)
     """One for each of 1 to 8 steps, falling; for trigflow SCMScheduler's angles, which determine alpha and sigma."""
     schedule: Literal["sd", "pixart"] = "sd"
@@ -56,8 +56,8 @@ class Preset:
     """Sides of the image in pixels."""
     max_tokens: int = 77
     """The longest prompt for T5, Gemma and MiniLM; CLIP's is always 77."""
-    negative_kind: Literal["nasa", "nag", "vsf", "projected"] = "nasa"
-    """The guidance by which negative prompts act, where an export names none."""
+    negative_kind: str = "nasa"
+    """The guidance by which negative prompts act if an export names none."""
     nasa_scale: float = 0.2
     """The default negative scale with guidance nasa."""
     nag_scale: float = 2.0
@@ -73,7 +73,7 @@ class Preset:
     from_scheduler: tuple[str, ...] = ("prediction", "alpha")
     """The fields that must agree with the folder's scheduler_config.json."""
     follows_scheduler: bool = False
-    """Whether that file decides where it says otherwise, because this row's rule was not read in it."""
+    """Whether that file decides if it says otherwise, because this row's rule was not read in it."""
     checked: Literal["the hub's file", "diffusers' scheduler", "a public source", "nothing"] = "nothing"
     """What this row's rule was compared with, beside what every export does: with the scheduler file that comes with the weights."""
     note: str = ""
@@ -82,6 +82,7 @@ class Preset:
     """Whether this project has drawn images with it."""
 
     def __post_init__(self) -> None:
+        find_guidance(self.negative_kind, negative=True)
         steps = len(self.timestep)
         self._require(1 <= steps <= MAX_STEPS, f"timestep has {steps} values, a student has 1 to {MAX_STEPS} steps")
         self._require(list(self.timestep) == sorted(set(self.timestep), reverse=True), "the timesteps must fall from step to step")
@@ -105,7 +106,7 @@ class Preset:
 
     @property
     def rule(self) -> OneStepRule:
-        """The rule of all steps, alpha and sigma computed where none are set."""
+        """The rule of all steps, alpha and sigma computed if not set."""
         if self.prediction == "trigflow":
             return trigflow_rule(self.timestep)
         alphas = self.alpha or tuple(self._scheduled_alpha(t) for t in self.timestep)

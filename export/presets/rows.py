@@ -1,6 +1,6 @@
 """The embedded and the public one-step and few-step students as rows of data.
 
-The values of a row were read from the sources that it names; where a number was not found there, its note says so.
+The values of a row were read from the sources that it names; if a number was not found there, its note says so.
 """
 
 import math
@@ -348,4 +348,4 @@ DEFAULT_PRESET = {
     "sdxl": "hyper-sdxl",
     "sana": "sana-sprint-0.6b",
 }
-"""The preset of a backbone where none is named."""
+"""The preset of a backbone if none is named."""

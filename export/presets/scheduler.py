@@ -55,7 +55,7 @@ def prediction_of(scheduler: Any) -> str:
 
 
 def alphas_at(scheduler: Any, timesteps: Sequence[float]) -> tuple[float, ...]:
-    """Its schedule at the timesteps, none where it has none. Raises ValueError for timesteps beyond its own."""
+    """Its schedule at the timesteps, none if it has none. Raises ValueError for timesteps beyond its own."""
     count = scheduler.config.num_train_timesteps
     if is_flow(scheduler):
         return tuple(1 - t / count for t in timesteps)
@@ -67,7 +67,7 @@ def alphas_at(scheduler: Any, timesteps: Sequence[float]) -> tuple[float, ...]:
 
 
 def own_timesteps(scheduler: Any, steps: int) -> tuple[float, ...]:
-    """Those at which it calls a network in that many steps. Raises ValueError or IndexError where it cannot take so few."""
+    """Those at which it calls a network in that many steps. Raises ValueError or IndexError if it cannot take so few."""
     scheduler.set_timesteps(steps)
     timesteps = tuple(float(t) for t in scheduler.timesteps)
     if len(timesteps) != steps:
@@ -78,8 +78,8 @@ def own_timesteps(scheduler: Any, steps: int) -> tuple[float, ...]:
 def steps_of(scheduler: Any, timesteps: Sequence[float]) -> dict[str, Any]:
     """What it does at its own timesteps, which own_timesteps has set: input_scale, kept (one per later step) and end of OneStepRule.
 
-    A step of first order is linear in its input, the network's answer and new noise: random numbers tell the factors. Raises RuntimeError
-    for other steps.
+    A step of first order is linear in its input, the network's prediction and new noise: random numbers tell the factors. Raises
+    RuntimeError for other steps.
     """
     import torch
 
@@ -87,12 +87,13 @@ def steps_of(scheduler: Any, timesteps: Sequence[float]) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
     scales, factors = zip(*(_factors(scheduler, t, random) for t in scheduler.timesteps), strict=True)
     ends = []
-    for alpha, scale, following, (of_sample, of_answer) in zip(alphas, scales, (*scales[1:], 1.0), factors, strict=True):
+    for alpha, scale, following, (of_sample, of_prediction) in zip(alphas, scales, (*scales[1:], 1.0), factors, strict=True):
         sigma = 1 - alpha if is_flow(scheduler) else math.sqrt(1 - alpha**2)
-        # What the answer consists of, in x0 and noise.
+        # What the prediction consists of, in x0 and noise.
         x0, noise = {"epsilon": (0.0, 1.0), "v": (-sigma, alpha), "x0": (1.0, 0.0), "velocity": (-1.0, 1.0)}[prediction]
-        of_input, of_answer = of_sample / scale * following, of_answer * following
-        ends.append((min(1.0, round(of_input * alpha + of_answer * x0, 6)), max(0.0, round(of_input * sigma + of_answer * noise, 6))))
+        of_input, of_prediction = of_sample / scale * following, of_prediction * following
+        signal, left = of_input * alpha + of_prediction * x0, of_input * sigma + of_prediction * noise
+        ends.append((min(1.0, round(signal, 6)), max(0.0, round(left, 6))))
     *later, end = ends
     if any(abs(alpha - own) > 1e-3 for (alpha, _), own in zip(later, alphas[1:], strict=True)):
         raise RuntimeError("its steps end at other levels of noise than its timesteps have, which is not supported: name a --preset")
@@ -101,21 +102,21 @@ def steps_of(scheduler: Any, timesteps: Sequence[float]) -> dict[str, Any]:
 
 
 def _factors(scheduler: Any, t: Any, random: Any) -> tuple[float, tuple[float, float]]:
-    """By how much it multiplies the network's input at its next timestep t, and what it steps to: the factors of sample and answer."""
+    """By how much it multiplies the network's input at its next timestep t, and what it steps to: the factors of sample and prediction."""
     import torch
 
     shape = (1, 4, 8, 8)
     scale_input = getattr(scheduler, "scale_model_input", lambda sample, t: sample)
     scale = float(scale_input(torch.ones(shape, dtype=torch.float64), t).mean())
-    sample, answer = torch.randn(2, *shape, generator=random, dtype=torch.float64)
+    sample, prediction = torch.randn(2, *shape, generator=random, dtype=torch.float64)
     takes_noise = "generator" in signature(scheduler.step).parameters
     seeded = {"generator": torch.Generator().manual_seed(1)} if takes_noise else {}
-    stepped = scheduler.step(answer, t, sample, **seeded, return_dict=False)[0].double().flatten()
+    stepped = scheduler.step(prediction, t, sample, **seeded, return_dict=False)[0].double().flatten()
     fresh = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    columns = torch.stack([sample, answer, fresh], -1).flatten(0, -2)
+    columns = torch.stack([sample, prediction, fresh], -1).flatten(0, -2)
     solution = torch.linalg.lstsq(columns, stepped).solution
     if (stepped - columns @ solution).abs().max() > 1e-4 * stepped.abs().max():
-        raise RuntimeError(f"its step at {float(t):g} also reads earlier answers, which is not supported: name a --preset")
+        raise RuntimeError(f"its step at {float(t):g} also reads earlier predictions, which is not supported: name a --preset")
     return scale, (float(solution[0]), float(solution[1]))
 
 

@@ -12,7 +12,7 @@ from snoopi_rt.export.presets.scheduler import alphas_at, is_flow, open_schedule
 
 
 def check_scheduler(preset: Preset, folder: Path) -> list[str]:
-    """The fields of the preset that scheduler_config.json in the folder confirms, none where there is no such file.
+    """The fields of the preset that scheduler_config.json in the folder confirms, none if there is no such file.
 
     Raises InputError for a file that cannot be read and for the first field that it contradicts.
     """
@@ -52,7 +52,7 @@ def follow_scheduler(preset: Preset, folder: Path, settings: Sequence[str]) -> t
     scheduler = open_scheduler(path)
     with reading(path):
         if (prediction := prediction_of(scheduler)) == "velocity" and not is_flow(scheduler):
-            raise ValueError("it predicts a flow, and its sigmas are not one's")
+            raise ValueError("it predicts a flow, but its sigmas are not those of a flow")
         theirs: dict[str, Any] = {"prediction": prediction}
         own: tuple[float, ...] = ()
         with suppress(ValueError, IndexError):  # PNDM cannot take so few steps, SCM cannot be asked

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from snoopi_rt.errors import PackageMissing
+from snoopi_rt.errors import PackageMissing, how_to_install
 
 Network = Literal["lite0", "lite1", "lite2"]
 
@@ -39,7 +39,7 @@ def _imported(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise PackageMissing(f"features of pictures need {package}: it comes with the extra train") from error
+        raise PackageMissing(f"features of images need {package}: {how_to_install('train')}") from error
 
 
 def to_network(pictures: Tensor) -> Tensor:

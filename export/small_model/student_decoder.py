@@ -74,7 +74,7 @@ def _drawn(network: Path, texts: list[str], seed: int, out: Path, inputs: Mappin
     model.set_attn_processor(PlainAttention())
 
     def draw(numbers: Sequence[int]) -> Tensor:
-        noise = torch.stack([torch.randn(SHAPE, generator=loop.generator(seed, "decoder", number)) for number in numbers])
+        noise = torch.stack([torch.randn(SHAPE, generator=loop.random_stream(seed, "decoder", number)) for number in numbers])
         return teacher.draw(model, [texts[number] for number in numbers], noise, steps=1, guidance_scale=1.0)
 
     key = hashlib.sha256(json.dumps([inputs["student"], inputs["prompts"], seed]).encode()).hexdigest()[:16]

@@ -58,12 +58,16 @@ class TeacherRecipe(loop.StageRecipe):
     steps: int = 48_000
     batch: int = 64
     lr: float = 1e-3
-    empty: float = 0.1
+    prompt_dropout: float = 0.1
     """Share of captions replaced by the empty prompt, for classifier-free guidance."""
     muon: bool = True
     """Step matrices by Muon, and all other parameters by AdamW."""
     layers: int = LAYERS
     """Transformer blocks."""
+
+
+FORMER_NAMES = {"empty": "prompt_dropout"}
+"""As in training/recipes.py."""
 
 
 def loss(model: PixArtTransformer2DModel, x_t: Tensor, target: Tensor, t: Tensor, states: Tensor, mask: Tensor) -> Tensor:
@@ -116,7 +120,7 @@ def train(pictures: Path, decoder: Path, out: Path, recipe: TeacherRecipe, compi
 
     def step(i: int, random: torch.Generator) -> dict[str, float]:
         chosen = torch.randint(len(data), (recipe.batch,), generator=random).to(device)
-        empty = (torch.rand(recipe.batch, generator=random) < recipe.empty).to(device)
+        empty = (torch.rand(recipe.batch, generator=random) < recipe.prompt_dropout).to(device)
         states, mask = data.captions(chosen, empty)
         latents = data.latents[chosen].float()
         t = torch.randint(1000, (recipe.batch,), generator=random).to(device)
@@ -135,7 +139,7 @@ def train(pictures: Path, decoder: Path, out: Path, recipe: TeacherRecipe, compi
         latents = draw(averaged().bfloat16().to(device), SAMPLE_PROMPTS, noise)
         image_grid(to_pictures(shown, latents), list(SAMPLE_PROMPTS)).save(path)
 
-    loop.run(loop.Stage("teacher", out, recipe, inputs), {"teacher": weights}, step, sample)
+    loop.run(loop.Stage("teacher", out, recipe, inputs, former_names=FORMER_NAMES), {"teacher": weights}, step, sample)
     save_diffusers(shown, out / "vae")
     scheduler().save_pretrained(out / "scheduler")
     save_diffusers(averaged(), out / "transformer")

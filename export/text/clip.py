@@ -35,5 +35,5 @@ class SdxlTextEncoder(nn.Module):
     def _padded_for_second(self, ids: Tensor) -> Tensor:
         position = torch.arange(ids.shape[1], device=ids.device)
         last = (position * (ids != self.pads[0])).amax(1, keepdim=True)
-        # Where EOS is the pad too, the first one after the text is the EOS itself.
+        # If EOS is the pad too, the first one after the text is the EOS itself.
         return torch.where(position > last + int(self.eos == self.pads[0]), self.pads[1], ids)

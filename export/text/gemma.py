@@ -88,7 +88,7 @@ class InstructedGemma:
     """The Gemma 2 of a folder behind an instruction: its `skeleton` for the graph, the values of that by name, and states of prompts.
 
     known: ids of the instruction that no prompt changes. One layer is in memory at a time.
-    Raises InputError where the folder holds no Gemma 2, or one that the instruction and a prompt are too long for.
+    Raises InputError if the folder holds no Gemma 2, or one that the instruction and a prompt are too long for.
     """
 
     def __init__(self, folder: Path, known: Sequence[int], max_tokens: int):

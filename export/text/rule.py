@@ -24,7 +24,7 @@ _SPECIAL = re.compile(r"<[^ ]+>")
 def clip_rule(folder: Path, out: Path, embedded: int) -> Text:
     """The rule of a CLIP tokenizer, which is written to the file `out`: every prompt is padded to 77 tokens.
 
-    Raises InputError where the folder holds no such tokenizer, or one of more tokens than the `embedded` of its text encoder.
+    Raises InputError if the folder holds no such tokenizer, or one of more tokens than the `embedded` of its text encoder.
     """
     tokenizer = clip_tokenizer(folder)
     return Text(
@@ -36,7 +36,7 @@ def clip_rule(folder: Path, out: Path, embedded: int) -> Text:
 
 
 def clip_tokenizer(folder: Path) -> "CLIPTokenizer":
-    """The CLIP tokenizer in the folder. Raises InputError where there is none."""
+    """The CLIP tokenizer in the folder. Raises InputError if there is none."""
     from transformers import CLIPTokenizer
 
     if not _has(folder, "tokenizer.json") and not _has(folder, "vocab.json", "merges.txt"):
@@ -47,7 +47,7 @@ def clip_tokenizer(folder: Path) -> "CLIPTokenizer":
 def t5_rule(folder: Path, out: Path, max_tokens: int, embedded: int) -> Text:
     """The rule of a T5 tokenizer, which is written to the file `out`: lower case, as in PixArt's pipelines, and no padding.
 
-    PixArt-alpha takes 120 tokens, PixArt-Sigma 300. Raises InputError as clip_rule does, PackageMissing where it needs
+    PixArt-alpha takes 120 tokens, PixArt-Sigma 300. Raises InputError as clip_rule does, PackageMissing if it needs
     sentencepiece, which is not installed.
     """
     from transformers import T5Tokenizer
@@ -74,7 +74,7 @@ def gemma_rule(folder: Path, out: Path, max_tokens: int, embedded: int, instruct
 
 
 def gemma_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer in the folder; raises InputError where there is none."""
+    """The tokenizer in the folder; raises InputError if there is none."""
     from transformers import GemmaTokenizer
 
     if not _has(folder, "tokenizer.json"):

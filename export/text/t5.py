@@ -56,7 +56,7 @@ class T5TextEncoder(nn.Module):
 def skeleton(folder: Path, projection: nn.Module) -> T5TextEncoder:
     """The text encoder of a T5 folder with its parameters on the meta device, where they take no memory; T5Weights has their values.
 
-    Raises InputError where the folder holds no T5 or one of another width than the caption `projection` takes.
+    Raises InputError if the folder holds no T5 or one of another width than the caption `projection` takes.
     """
     from transformers import T5EncoderModel
 

@@ -17,16 +17,16 @@ KEYS = ("prompt", "negative_prompt", "wanted_prompt")
 
 @dataclass(frozen=True)
 class Edit:
-    """One row: with the negative, the prompt's picture should be that of the target prompt."""
+    """One row: with the negative, the prompt's picture should be that of the wanted prompt."""
 
     prompt: str
     negative: str
-    target: str
+    wanted_prompt: str
 
     @property
     def changes(self) -> bool:
         """Whether the negative has anything to do with the prompt."""
-        return self.prompt != self.target
+        return self.prompt != self.wanted_prompt
 
 
 def read_edits(path: Path) -> Iterator[Edit]:
@@ -40,6 +40,6 @@ def read_edits(path: Path) -> Iterator[Edit]:
 
 
 def check_edits(path: Path) -> None:
-    """Reads a file of edits to its end. Raises InputError for a bad row, and where there is none at all."""
+    """Reads a file of edits to its end. Raises InputError for a bad row, and if there is none at all."""
     if not sum(1 for _ in read_edits(path)):
         raise InputError(f"there is no edit in {path}")

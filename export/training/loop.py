@@ -1,7 +1,7 @@
 """The training loop of every stage: step, log, sample, save, resume exactly, stop on NaN. It knows no loss and no network.
 
-All randomness of step i depends on the seed and i alone (`generator`, and for each sample training/noise.py), so that a resumed run repeats
-an unbroken one bit for bit.
+All randomness of step i depends on the seed and i alone (`random_stream`, and for each sample training/noise.py), so that a resumed run
+repeats an unbroken one bit for bit.
 """
 
 import hashlib
@@ -61,8 +61,8 @@ class Stage:
     """Steps between pictures."""
     keep: int = 2
     """How many checkpoints stay."""
-    wrong: Callable[[Mapping[str, float]], str | None] = lambda scalars: None
-    """Why a run with these scalars must stop; None where it goes on."""
+    stop_reason: Callable[[Mapping[str, float]], str | None] = lambda scalars: None
+    """Why a run with these scalars must stop; None if it goes on."""
     former_names: Mapping[str, str] = field(default_factory=dict)
     """Names that settings had in older checkpoints, with their present ones."""
 
@@ -72,7 +72,7 @@ class Stage:
         return sorted((self.folder / "checkpoints").glob("[0-9]*.safetensors"))
 
 
-def generator(seed: int, *place: int | str) -> torch.Generator:
+def random_stream(seed: int, *place: int | str) -> torch.Generator:
     """The random stream of one place in a run: of a step, or of one sample in it."""
     digest = hashlib.sha256("/".join(map(str, (seed, *place))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -85,18 +85,18 @@ def run(
     sample: Callable[[Path], None],
     processes: Processes | None = None,
 ) -> None:
-    """Runs `step(i, generator)` for every step left. Writes checkpoints/, log.jsonl, tensorboard/ and samples/ in the stage's folder.
+    """Runs `step(i, random)` for every step left. Writes checkpoints/, log.jsonl, tensorboard/ and samples/ in the stage's folder.
 
     `step` returns named scalars; `sample(path)` draws a picture of the present state. With several processes the main one writes, and all
     must get the same scalars. On the command line a signal to end, in whichever process, ends all after the running step, which is saved.
-    Raises OutputError on NaN or infinity, for the reason that `stage.wrong` gives and when the disk is full (the last checkpoint stays),
+    Raises OutputError on NaN or infinity, for a `stage.stop_reason` and when the disk is full (the last checkpoint stays),
     and InputError when the folder's checkpoint was made by another recipe; only the number of steps may differ, if no fewer.
     """
     start = _resume(stage, parts)
     if processes is not None and not processes.main:
         with deferred() as signals:
             for i in range(start, stage.recipe.steps):
-                _check(stage, i, step(i, generator(stage.recipe.seed, i)))
+                _check(stage, i, step(i, random_stream(stage.recipe.seed, i)))
                 stopping = _signal_to_end(signals, processes)
                 if stopping and i + 1 < stage.recipe.steps:
                     raise stopping
@@ -131,7 +131,7 @@ def _run(
         deferred() as signals,
     ):
         for i in range(start, steps):
-            scalars = step(i, generator(stage.recipe.seed, i))
+            scalars = step(i, random_stream(stage.recipe.seed, i))
             _check(stage, i, scalars)
             log.write(json.dumps({"step": i, **{k: round(v, 9) for k, v in scalars.items()}}) + "\n")
             for name, value in scalars.items():
@@ -165,7 +165,7 @@ def _signal_to_end(signals: Sequence[Interrupted], processes: Processes | None) 
 
 def _check(stage: Stage, i: int, scalars: Mapping[str, float]) -> None:
     infinite = [name for name, value in scalars.items() if not math.isfinite(value)]
-    reason = f"{', '.join(infinite)} is not finite" if infinite else stage.wrong(scalars)
+    reason = f"{', '.join(infinite)} is not finite" if infinite else stage.stop_reason(scalars)
     if reason:
         raise OutputError(f"{stage.name} stopped at step {i}: {reason}; the last checkpoint is kept")
 
@@ -189,8 +189,10 @@ def first_step(stage: Stage) -> int:
     with _newest(stage) as stored:
         metadata = stored.metadata()
         before, now = json.loads(metadata["recipe"]), json.loads(json.dumps(_identity(stage)))
-    if not any("." in name for name in before):  # a recipe without groups
-        before = {stage.former_names.get(name, name): value for name, value in before.items()}
+    # With groups, `clip` is the fingerprint of that folder and no longer a setting that is in a group now.
+    grouped = any("." in name for name in before)
+    former = {old: new for old, new in stage.former_names.items() if not (grouped and "." in new)}
+    before = {former.get(name, name): value for name, value in before.items()}
     before = {**defaults(stage.recipe), **before}  # settings that did not exist then
     done = int(metadata["step"])
     # A run may be made longer or shorter, but not than it is: from there on its learning rate is that of its new length.

@@ -27,7 +27,7 @@ SHORT = 256
 class Models:
     """The student and its two teachers on one device.
 
-    `student` takes gradients; `teachers` are the frozen and the LoRA teacher. `rule`: how the student is called and its answer read.
+    `student` takes gradients; `teachers` are the frozen and the LoRA teacher. `rule`: how the student is called and read.
     `shape`: of a latent, (C, h, w). `size`: of an image, height and width in pixels. `dtype`: in which the networks compute.
     Raises InputError for weights that do not fit and for a timestep at which the student cannot be read.
     """
@@ -54,11 +54,11 @@ class Models:
         if recipe.checkpointing:
             for network in (self.student, self.teachers.network):
                 network.enable_gradient_checkpointing()
-        self._call = denoiser.answer
+        self._call = denoiser.predict
         if compiled:
             # Student and teachers, with gradients and without, batches and sample grids: each is a graph of its own.
             torch._dynamo.config.recompile_limit = 64
-            self._call = torch.compile(denoiser.answer)
+            self._call = torch.compile(denoiser.predict)
 
     def round_student(self) -> None:
         """Rounds the student to the dtype in which it computes."""
@@ -70,7 +70,7 @@ class Models:
             self._empty = (empty.states if empty.mask is None else empty.states[:, empty.mask[0]],)
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, text: TextBatch, negative: NegativePrompt | None = None) -> Tensor:
-        """The network's prediction (B, C, h, w) fp32 for x_t (B, C, h, w) at t (B,); `negative`: states, mask and scale, for NASA."""
+        """The network's prediction (B, C, h, w) fp32 for x_t (B, C, h, w) at t (B,); `negative`: states, mask and scale."""
         return self._call(network, x_t.to(self.dtype), t, text.states, text.mask, negative, self.size).float()
 
     def predict_both(self, network: nn.Module, x_t: Tensor, t: Tensor, text: TextBatch, other: TextBatch) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ class Models:
         return first, second
 
     def clean(self, noise: Tensor, text: TextBatch, negative: tuple[TextBatch, Tensor] | None = None) -> Tensor:
-        """Clean latents (B, C, h, w) fp32 of the student in one call; `negative`: prompts and their scales (B,), for NASA."""
+        """Clean latents (B, C, h, w) fp32 of the student in one call; `negative`: negative prompts and their scales (B,)."""
         t = torch.full((len(noise),), int(self.rule.timestep), device=self.device)
         other = None if negative is None else (negative[0].states, negative[0].mask, negative[1].to(self.dtype), *self._empty)
         return self.rule.x0(noise, self.predict(self.student, noise, t, text, other))
@@ -120,7 +120,7 @@ class Models:
         tokens = (self.shape[-1] // getattr(self.student.config, "patch_size", 1)) ** 2
         form = attention if self.device.type == "cpu" and tokens <= SHORT else fused_attention
         self.teachers.set_attention(PlainAttention(form))
-        if not self.recipe.nasa_max:
+        if not self.recipe.negative_scale_max:
             self.student.set_attn_processor(PlainAttention(form))
         else:
             kind = self.recipe.negative_kind

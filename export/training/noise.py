@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snoopi_rt.export.training.loop import generator
+from snoopi_rt.export.training.loop import random_stream
 from snoopi_rt.export.training.recipe import StudentRecipe
 
 TIMESTEPS = 1000
@@ -25,7 +25,7 @@ class StudentNoise:
     """The timesteps to which they are noised, (B,) int64."""
     guidance: Tensor
     """The guidance scale's place between its bounds, (B,) from U(0, 1)."""
-    nasa: Tensor
+    negative_scale: Tensor
     """The negative scale as a share of the largest, (B,) from U(0, 1)."""
     negatives: list[int]
     """The row of each sample's negative prompt."""
@@ -48,17 +48,17 @@ def student_noise(
 ) -> StudentNoise:
     """The random numbers of some samples, by their numbers in the step's batch, out of so many negative prompts."""
     # One for the whole batch, on every process the same.
-    shared = torch.rand((), generator=generator(recipe.seed, step, "kappa"))
+    shared = torch.rand((), generator=random_stream(recipe.seed, step, "kappa"))
     rows = []
     for sample in samples:
-        random = generator(recipe.seed, step, sample)
+        random = random_stream(recipe.seed, step, sample)
         noise, eps = torch.randn(2, *shape, generator=random)
         t = torch.randint(recipe.t_min, recipe.t_max + 1, (), generator=random)
-        own, nasa = torch.rand(2, generator=random)
+        own, negative_scale = torch.rand(2, generator=random)
         negative = torch.randint(max(negatives, 1), (), generator=random)
-        rows.append((noise, eps, t, shared if recipe.guidance.per == "batch" else own, nasa, negative))
-    noise, eps, t, guidance, nasa, negative = (torch.stack(column) for column in zip(*rows, strict=True))
-    return StudentNoise(noise.to(device), eps.to(device), t.to(device), guidance.to(device), nasa.to(device), negative.tolist())
+        rows.append((noise, eps, t, shared if recipe.guidance.per == "batch" else own, negative_scale, negative))
+    noise, eps, t, guidance, negative_scale, negative = (torch.stack(column) for column in zip(*rows, strict=True))
+    return StudentNoise(noise.to(device), eps.to(device), t.to(device), guidance.to(device), negative_scale.to(device), negative.tolist())
 
 
 def lora_noise(
@@ -67,7 +67,7 @@ def lora_noise(
     """The random numbers of some samples in one of the LoRA teacher's turns in this step."""
     rows = []
     for sample in samples:
-        random = generator(recipe.seed, step, sample, "lora", turn)
+        random = random_stream(recipe.seed, step, sample, "lora", turn)
         rows.append(
             (
                 torch.randn(*shape, generator=random),
@@ -81,4 +81,4 @@ def lora_noise(
 
 def pair_noise(recipe: StudentRecipe, pairs: Iterable[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """The noise (B, C, h, w) of pairs of noise and prompt, by their numbers."""
-    return torch.stack([torch.randn(*shape, generator=generator(recipe.seed, "pair", pair)) for pair in pairs]).to(device)
+    return torch.stack([torch.randn(*shape, generator=random_stream(recipe.seed, "pair", pair)) for pair in pairs]).to(device)

@@ -95,11 +95,11 @@ class MasterWeights:
 
     @torch.no_grad()
     def publish(self, averaged: bool = False) -> None:
-        """Copies the masters, or their moving averages where there are any, into the network."""
+        """Copies the masters, or their moving averages if there are any, into the network."""
         torch._foreach_copy_(list(self.live), self.averages if averaged and self.averages else self.masters)
 
     def averaged(self, copy: Network) -> Network:
-        """`copy`, of the trained network, with the moving average (the masters where none is kept) in what was trained, for evaluation.
+        """`copy`, of the trained network, with the moving average (the masters if none is kept) in what was trained, for evaluation.
 
         Raises ValueError for a network that lacks a trained parameter.
         """
@@ -161,7 +161,7 @@ def _block_matrices(network: nn.Module) -> list[str]:
 
 
 def _parts(numbers: list[int], sizes: list[int]) -> list[list[int]]:
-    """The numbers of some parameters, in groups of about PART elements; no group where there is no number."""
+    """The numbers of some parameters, in groups of about PART elements; no group for no numbers."""
     parts: list[list[int]] = []
     room = 0
     for i in numbers:

@@ -12,7 +12,7 @@ KEYS = ("prompt", "caption", "text")
 
 
 def check_prompts(path: Path) -> None:
-    """Reads a file of prompts to its end. Raises InputError for a bad row, and where there is no prompt at all."""
+    """Reads a file of prompts to its end. Raises InputError for a bad row, and if there is no prompt at all."""
     if not sum(1 for _ in read_prompts(path)):
         raise InputError(f"there is no prompt in {path}")
 

@@ -12,8 +12,8 @@ from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.training.text_states import TextBatch, TextStates, encode_prompts, states_key
 
 
-class Prompts:
-    """The prompts to train on and, for NASA-T, the negative prompts (None without), each by its row in its file."""
+class TrainingPrompts:
+    """The prompts to train on and the negative prompts (None without), each by its row in its file."""
 
     def __init__(self, task: Task, denoiser: Denoiser, max_tokens: int, device: torch.device, dtype: torch.dtype):
         self._task, self._denoiser, self._max_tokens, self._on = task, denoiser, max_tokens, (device, dtype)

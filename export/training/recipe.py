@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from snoopi_rt.errors import InputError
+from snoopi_rt.export.guidance import find_guidance
 from snoopi_rt.export.settings import check_choices, flattened
 from snoopi_rt.export.training.stage_recipe import StageRecipe
 
@@ -156,9 +157,9 @@ class StudentRecipe(StageRecipe):
     """First timestep to which VSD and the discriminator noise the student's pictures."""
     t_max: int = 980
     """Last of those timesteps."""
-    nasa_max: float = 0.0
-    """Above 0: the student takes negative prompts, at a scale from U(0, nasa_max)."""
-    negative_kind: Literal["nasa", "nag", "vsf", "projected"] = "nasa"
+    negative_scale_max: float = 0.0
+    """Above 0: the student takes negative prompts, at a scale from U(0, negative_scale_max)."""
+    negative_kind: str = "nasa"
     """The guidance by which it takes them, as `export --guidance` has it."""
     collapse: float = 0.05
     """The run stops when the deviation of the student's latents falls below this; that of real ones is about 1."""
@@ -171,6 +172,7 @@ class StudentRecipe(StageRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self)
+        find_guidance(self.negative_kind, negative=True)
         settings = flattened(self)
         for low, high in (("guidance.min", "guidance.max"), ("t_min", "t_max")):
             _require(settings[low] <= settings[high], f"{low} is above {high}")
@@ -195,7 +197,7 @@ NOT_NEGATIVE = (
     "regression.features",
     "micro_batch",
     "student_rank",
-    "nasa_max",
+    "negative_scale_max",
     "collapse",
     "lora.rank",
     "guidance.lora",

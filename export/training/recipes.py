@@ -50,7 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 """What each recipe changes in the defaults. `embedded` is the embedded model's: its captions determine a picture, so that the distance to
 what the teacher draws is enough. `swiftbrush-sd21` has the fixed guidance scale that PG-SB replaces."""
 DEFAULT = {"small": "small", "sd15": "snoopi-sd15", "sd21": "snoopi-sd21", "pixart": "snoopi-pixart"}
-"""The default recipe of each backbone."""
+"""The default recipe of each backbone that can be trained."""
 FORMER_NAMES = {
     "beta1": "optimiser.beta1",
     "beta2": "optimiser.beta2",
@@ -81,8 +81,15 @@ FORMER_NAMES = {
     "heads_lr": "adversarial.lr",
     "clip_weight": "clip.weight",
     "clip_threshold": "clip.threshold",
+    "nasa_max": "negative_scale_max",
 }
-"""Names that settings had in recipes without groups, with their present ones: on the command line and in old checkpoints."""
+"""Former names of settings, on the command line and in old checkpoints, with their present ones."""
+
+
+def check_trainable(backbone: str) -> None:
+    """Raises InputError for a backbone that cannot be trained here, naming those that can."""
+    if backbone not in DEFAULT:
+        raise InputError(f"backbone {backbone!r} cannot be trained here, choose from {', '.join(DEFAULT)}")
 
 
 def find_recipe(name: str) -> StudentRecipe:

@@ -16,7 +16,7 @@ from snoopi_rt.export.training.models import Models
 from snoopi_rt.export.training.noise import StudentNoise, pair_noise, student_noise
 from snoopi_rt.export.training.optimise import MasterWeights
 from snoopi_rt.export.training.processes import Processes
-from snoopi_rt.export.training.prompts import Prompts
+from snoopi_rt.export.training.prompts import TrainingPrompts
 from snoopi_rt.export.training.recipe import Regression, StudentRecipe
 from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.training.teacher_pictures import TeacherPictures
@@ -29,7 +29,7 @@ class Run:
     def __init__(self, task: Task, recipe: StudentRecipe, models: Models, processes: Processes, preset: Preset):
         self.task, self.recipe, self.models, self.processes = task, recipe, models, processes
         with self.prepared():
-            self.prompts = Prompts(task, models.denoiser, preset.max_tokens, models.device, models.dtype)
+            self.prompts = TrainingPrompts(task, models.denoiser, preset.max_tokens, models.device, models.dtype)
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -111,14 +111,14 @@ class StudentBatch:
 
     @cached_property
     def negative(self) -> TextBatch | None:
-        """The samples' negative prompts (NASA-T)."""
+        """The samples' negative prompts."""
         negatives = self._run.prompts.negatives
         return None if negatives is None else negatives.batch(self.noise.negatives)
 
     @cached_property
     def x0(self) -> Tensor:
         """The student's clean latents (B, C, h, w), through which gradients flow, wherever they are asked for first."""
-        scale = self._run.recipe.nasa_max * self.noise.nasa
+        scale = self._run.recipe.negative_scale_max * self.noise.negative_scale
         with torch.enable_grad():
             return self._run.models.clean(self.noise.noise, self.text, None if self.negative is None else (self.negative, scale))
 

@@ -24,7 +24,7 @@ class Schedule:
 
     @classmethod
     def of(cls, folder: Path) -> "Schedule":
-        """The schedule in the scheduler/ of a diffusers folder. Raises InputError where there is none, and for one of a flow."""
+        """The schedule in the scheduler/ of a diffusers folder. Raises InputError if there is none, and for one of a flow."""
         return cls.from_scheduler(open_scheduler(folder / "scheduler" / "scheduler_config.json"), f" in {folder}")
 
     @classmethod
@@ -56,7 +56,7 @@ class Schedule:
 
     def rule(self, timestep: int) -> OneStepRule:
         """How a student with the teacher's kind of prediction is called and read at one timestep. Raises InputError for one without signal
-        where the network predicts epsilon."""
+        if the network predicts epsilon."""
         alpha, sigma = (float(value) for value in self.alpha_sigma(torch.tensor([timestep])))
         if alpha == 0 and self.prediction == "epsilon":
             raise InputError(f"at timestep {timestep} there is no signal, so that epsilon says nothing about x0: feed an earlier timestep")

@@ -22,7 +22,7 @@ class Task:
     student: Path | None = None
     """A diffusers folder that the student starts from; None for the teacher's own weights."""
     negatives: Path | None = None
-    """Negative prompts to train with (NASA-T), in the formats of `prompts`."""
+    """Negative prompts to train with, in the formats of `prompts`."""
     edits: Path | None = None
     """What negative prompts should do: see edits.py."""
     clip: Path | None = None
@@ -40,12 +40,12 @@ class Task:
         return (self.states or self.out) / "pictures"
 
     def check_states(self, file: Path, name: str) -> None:
-        """Raises InputError where the text states of that name are of another file or of another text encoder."""
+        """Raises InputError if the text states of that name are of another file or of another text encoder."""
         check_states(self.states_folder(name), states_key(file, self.teacher / "text_encoder"))
 
     def check(self, recipe: StudentRecipe) -> None:
-        """Raises InputError where the recipe asks for what is not there, or leaves out what is. Every loss checks its own."""
+        """Raises InputError if the recipe asks for what is not there, or leaves out what is. Every loss checks its own."""
         if self.negatives is not None and not recipe.losses["vsd"].weight:
-            raise InputError("NASA-T needs a vsd.weight above 0")
-        if (recipe.nasa_max > 0) != (self.negatives is not None or self.edits is not None):
-            raise InputError("negatives and edits need a nasa_max above 0, and a nasa_max above 0 needs one of them")
+            raise InputError("negatives need a vsd.weight above 0")
+        if (recipe.negative_scale_max > 0) != (self.negatives is not None or self.edits is not None):
+            raise InputError("negatives and edits need a negative_scale_max above 0, and a negative_scale_max above 0 needs one of them")

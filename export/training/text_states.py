@@ -23,7 +23,7 @@ from snoopi_rt.bundle.tokenizer import Tokenizer
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import CaptionEncoder
 from snoopi_rt.export.text.by_length import encode_by_length
-from snoopi_rt.export.weights.files import save_tensors
+from snoopi_rt.export.weights.files import save_tensors, shard_file
 from snoopi_rt.export.weights.text_files import read_json
 from snoopi_rt.files import remove_remains, sha256, write_whole
 
@@ -94,7 +94,7 @@ class TextStates:
         return stored[start:end]
 
     def _open(self, number: int) -> tuple:
-        stored = safe_open(_shard(self.folder, number), framework="pt")
+        stored = safe_open(shard_file(self.folder, number), framework="pt")
         return stored.get_slice("states"), stored.get_tensor("ends")
 
 
@@ -136,10 +136,10 @@ def _encode_prompts(
         for number, texts in enumerate(_chunks(itertools.chain([""], prompts()), shard)):
             ids = [torch.from_numpy(tokenizer(text, truncate=True)) for text in texts]
             cut += sum(row.shape[1] == rule.max_tokens and not _fits(tokenizer, text) for row, text in zip(ids, texts, strict=True))
-            if not _shard(folder, number).exists():
+            if not shard_file(folder, number).exists():
                 rows = [states.bfloat16() for states in encode_by_length(encoder.encode, ids, TOGETHER)]
                 ends = torch.tensor([len(row) for row in rows]).cumsum(0)
-                save_tensors(_shard(folder, number), {"states": torch.cat(rows), "ends": ends})
+                save_tensors(shard_file(folder, number), {"states": torch.cat(rows), "ends": ends})
             # Without a mask the tokens behind a prompt count, too, so that there are always as many.
             longest = max(longest, *(row.shape[1] if masked else rule.max_tokens for row in ids))
             first += texts[: FIRST + 1 - len(first)]
@@ -201,10 +201,6 @@ def _chunks(prompts: Iterable[str], size: int) -> Iterable[list[str]]:
     prompts = iter(prompts)
     while chunk := list(itertools.islice(prompts, size)):
         yield chunk
-
-
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05}.safetensors"
 
 
 def _forget_others(folder: Path, key: str) -> None:

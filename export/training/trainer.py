@@ -60,7 +60,7 @@ def train(
 
     with nothing_if_refused(task.states or task.out / "states", task.pictures_folder) if processes.main else nullcontext():
         trainer = Trainer(task, recipe, denoiser, schedule, processes, compiled, ready)
-    stage = replace(stage, wrong=trainer.wrong)
+    stage = replace(stage, stop_reason=trainer.stop_reason)
     loop.run(stage, trainer.parts, lambda i, random: trainer.step(i), trainer.sample, processes)
     if processes.main:
         write_student(task.teacher, denoiser.part, trainer.finished(), task.out)
@@ -127,8 +127,8 @@ class Trainer:
         processes.mean(log.values.values())
         return {**{name: value.item() for name, value in log.values.items()}, **log.norms}
 
-    def wrong(self, scalars: Mapping[str, float]) -> str | None:
-        """Why the run must stop after a step with these scalars; None where it goes on."""
+    def stop_reason(self, scalars: Mapping[str, float]) -> str | None:
+        """Why the run must stop after a step with these scalars; None if it goes on."""
         collapse = self.run.recipe.collapse
         if scalars["spread"] < collapse:
             return f"the student has collapsed (deviation of its latents {scalars['spread']:.2g}, the least allowed is {collapse:g})"

@@ -44,7 +44,7 @@ def config_path(folder: Path, weights_file: Path | None = None) -> Path:
 
 
 def read_config(path: Path, kind: Any) -> dict[str, Any]:
-    """The config of a part of a model. Raises InputError where it is missing, cannot be read or is of another class than `kind`."""
+    """The config of a part of a model. Raises InputError if it is missing, cannot be read or is of another class than `kind`."""
     if not path.exists():
         raise InputError(f"no {CONFIG} in {path.parent}: it is not a part of a diffusers model")
     config = read_json(path)

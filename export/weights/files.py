@@ -39,6 +39,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         part.unlink(missing_ok=True)
 
 
+def shard_file(folder: Path, number: int) -> Path:
+    """The file of that shard of a folder of tensors."""
+    return folder / f"shard-{number:05}.safetensors"
+
+
 def save_diffusers(model: nn.Module, folder: Path) -> None:
     """Writes a diffusers model as fp16 weights and then its config: a folder that has config.json is complete."""
     folder.mkdir(parents=True, exist_ok=True)

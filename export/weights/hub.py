@@ -25,7 +25,7 @@ class WeightsFolder:
     path: Path
     name: str
     licence: str | None
-    """By its model card; None where that names none."""
+    """By its model card; None if that names none."""
     revision: str | None
     """The commit that was downloaded; None for a user's own folder."""
 
@@ -48,7 +48,7 @@ def find_weights(weights: str, parts: Sequence[str] = PARTS, replaced: Sequence[
     encoders the half precision; safetensors before .bin. `replaced`: parts of which only the config is needed, because other weights take
     their place.
     A download whose connection breaks resumes; after a failure, complete files are not downloaded again.
-    Raises InputError where there is no such model, OutputError where it cannot be written, SnoopiError where the hub cannot be reached.
+    Raises InputError if there is no such model, OutputError if it cannot be written, SnoopiError if the hub cannot be reached.
     """
     folder, commit = Path(os.path.expanduser(weights)), None
     if folder.is_dir():
@@ -79,7 +79,7 @@ def list_weights(weights: str, parts: Sequence[str] = PARTS, replaced: Sequence[
 
 
 def _local_files(folder: Path, parts: Sequence[str]) -> list[str]:
-    """The files of a model's folder; raises InputError where it is none."""
+    """The files of a model's folder; raises InputError if it is none."""
     files = [path.relative_to(folder).as_posix() for depth in ("*", "*/*") for path in folder.glob(depth) if path.is_file()]
     if not _is_model(files, parts):
         raise InputError(f"folder {folder} is not a diffusers model: it has no model_index.json and none of {', '.join(parts)}")
@@ -95,7 +95,7 @@ def _hub_id(weights: str) -> tuple[str, str | None]:
 
 
 def weight_files(names: Iterable[str], half: bool = False) -> list[str]:
-    """The file names of one set of weights in a folder, with the index of a sharded one; empty where there is none.
+    """The file names of one set of weights in a folder, with the index of a sharded one; empty if there is none.
 
     half: half precision before full.
     """

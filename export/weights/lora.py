@@ -18,7 +18,7 @@ from snoopi_rt.export.weights.text_files import parse_json, read_json
 NETWORK = "network"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
-# The part of the model by the prefix of a layer's name; None where the prefix does not tell.
+# The part of the model by the prefix of a layer's name; None if the prefix does not tell.
 _PARTS = {
     "unet.": NETWORK,
     "transformer.": NETWORK,
@@ -89,7 +89,7 @@ def merge_loras(loras: Iterable[tuple[Path, float]], modules: Mapping[str, nn.Mo
 
     modules: the parts of the model, NETWORK and those of TEXT_ENCODERS that it has. Returns the products for layers on the meta device,
     whose weights cannot be changed yet, by the parameter's name.
-    Raises InputError, before a LoRA changes anything, where its file is no safetensors file, is empty, or contains anything but pairs that
+    Raises InputError, before a LoRA changes anything, if its file is no safetensors file, is empty, or contains anything but pairs that
     fit layers of these modules, such as DoRA, LoHa or another network's layers.
     """
     updates: dict[str, list[Product]] = {}
@@ -150,7 +150,7 @@ def _spellings(module: nn.Module) -> dict[str, str]:
 
 
 def _places(prefix: str, layer: str, spellings: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
-    """The layers that a key may mean, as part and name; of all parts where its prefix names none."""
+    """The layers that a key may mean, as part and name; of all parts if its prefix names none."""
     spelling, part = layer.replace(".processor.", ".").replace(".", "_"), _PARTS[prefix]
     return [(name, layers[spelling]) for name, layers in spellings.items() if part in (name, None) and spelling in layers]
 

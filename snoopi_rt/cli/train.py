@@ -1,5 +1,6 @@
 """`snoopi-rt train`. The PyTorch side is imported inside its commands."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -62,7 +63,7 @@ def teacher(data: Path, decoder: Path, start: Path | None, out: Path, settings: 
     with torch_command("train teacher", "train", out):
         from snoopi_rt.export.small_model import teacher as stage
 
-        stage.train(data, decoder, out, _recipe(stage.TeacherRecipe(), settings), compiled, start)
+        stage.train(data, decoder, out, _recipe(stage.TeacherRecipe(), settings, stage.FORMER_NAMES), compiled, start)
 
 
 @train.command(
@@ -92,12 +93,12 @@ def teacher(data: Path, decoder: Path, start: Path | None, out: Path, settings: 
 )
 @set_option
 @click.option("--start", type=folder_path, metavar="FOLDER", help="Student to start from.  [default: the teacher's weights]")
-@click.option("--negatives", type=file_path, metavar="FILE", help="Negative prompts to train with (NASA-T); needs --set nasa_max=1.")
+@click.option("--negatives", type=file_path, metavar="FILE", help="Negative prompts to train with; needs --set negative_scale_max=1.")
 @click.option(
     "--edits",
     type=file_path,
     metavar="FILE",
-    help="Edits that negative prompts should make (.jsonl); needs --set edits.weight=1 --set nasa_max=1.",
+    help="Edits that negative prompts should make (.jsonl); needs --set edits.weight=1 --set negative_scale_max=1.",
 )
 @click.option("--clip", type=folder_path, metavar="FOLDER", help="CLIP model for the clamped CLIP loss; needs --set clip.weight=0.1.")
 @click.option(
@@ -125,10 +126,9 @@ def student(
 
     On several GPUs or hosts: `accelerate launch -m snoopi_rt train student ...`. A run that was stopped resumes.
     """
-    from snoopi_rt.export.training.recipes import DEFAULT
+    from snoopi_rt.export.training.recipes import DEFAULT, check_trainable
 
-    if backbone not in DEFAULT:
-        raise InputError(f"backbone {backbone!r} cannot be trained here, choose from {', '.join(DEFAULT)}")
+    check_trainable(backbone)
     chosen = _student_recipe(recipe or DEFAULT[backbone], settings)
     with torch_command("train student", "train", out):
         from snoopi_rt.export.training.task import Task
@@ -183,13 +183,16 @@ def _student_recipe(name: str, settings: tuple[str, ...]) -> Any:
         return _recipe(find_recipe(name), settings)
 
 
-def _recipe(recipe: Any, settings: tuple[str, ...]) -> Any:
-    """The recipe with its settings changed by KEY=VALUE texts. Raises InputError for an unknown name or a value of another type."""
+def _recipe(recipe: Any, settings: tuple[str, ...], former: Mapping[str, str] | None = None) -> Any:
+    """The recipe with its settings changed by KEY=VALUE texts; `former`: former names of settings, with their present ones.
+
+    Raises InputError for an unknown name or a value of another type.
+    """
     from snoopi_rt.export.settings import changed, parsed
     from snoopi_rt.export.training.recipe import StudentRecipe
     from snoopi_rt.export.training.recipes import FORMER_NAMES
 
     if not isinstance(recipe, StudentRecipe):
-        return changed(recipe, parsed(recipe, settings))
+        return changed(recipe, parsed(recipe, settings, former=former))
     new_groups = "a loss of your own must be registered first, see CONTRIBUTING.md, Add a loss"
     return changed(recipe, parsed(recipe, settings, former=FORMER_NAMES, new_groups=new_groups))

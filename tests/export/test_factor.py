@@ -59,7 +59,7 @@ def test_sizes_are_multiples_of_what_the_decoder_makes(students, tmp_path: Path)
 
 
 def test_a_decoder_for_other_latents_is_refused_before_weights_are_read(students, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="8/vae makes 8 pixels a side of a latent pixel, the weights' own makes 16"):
+    with pytest.raises(InputError, match="8/vae has a scale factor of 8, the weights' own has 16"):
         find_source("pixart", str(students[16]), decoder=str(students[8] / "vae"))
     other = tiny_students.pixart(tmp_path / "wide", num_layers=1, tiny_vae=True, in_channels=8, out_channels=8)
     with pytest.raises(InputError, match="takes latents of 4 channels, the network gives 8"):

@@ -5,7 +5,11 @@ import pytest
 import torch
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.guidance import GUIDANCE, find_guidance
+from snoopi_rt.export.guidance import GUIDANCE, Guidance, find_guidance
+from snoopi_rt.export.presets.choose import default_preset
+from snoopi_rt.export.presets.preset import override
+from snoopi_rt.export.settings import changed
+from snoopi_rt.export.training.recipe import StudentRecipe
 from snoopi_rt.kernels import (
     attention,
     fused_attention,
@@ -227,3 +231,16 @@ def test_none_takes_no_negative_and_every_default_lies_in_its_range():
 def test_an_unknown_kind_lists_the_known_ones():
     with pytest.raises(InputError, match="choose from nasa, nag, vsf, projected, none"):
         find_guidance("cfg")
+
+
+def test_presets_and_recipes_take_every_guidance_with_a_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GUIDANCE, "damped", Guidance("damped", "nasa_attention", default_scale=0.5, max_scale=4.0))
+    preset = override(default_preset("pixart"), ["negative_kind=damped"])
+    assert preset.guidance() == GUIDANCE["damped"]
+    assert changed(StudentRecipe(), {"negative_kind": "damped"}).negative_kind == "damped"
+    for kind in ("none", "nasal"):
+        refused = f"unknown guidance '{kind}', choose from nasa, nag, vsf, projected, damped$"
+        with pytest.raises(InputError, match=refused):
+            override(preset, [f"negative_kind={kind}"])
+        with pytest.raises(InputError, match=refused):
+            changed(StudentRecipe(), {"negative_kind": kind})

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif("cpu" not in installed(), reason="needs onnxrunt
 
 
 class Student(nn.Module):
-    """One masked attention over a prompt, then an answer read with alpha and sigma."""
+    """One masked attention over a prompt, then a prediction read with alpha and sigma."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,8 +29,8 @@ class Student(nn.Module):
 
     def forward(self, noise: Tensor, states: Tensor, mask: Tensor) -> Tensor:
         q, k, v = self.q(self.norm(noise))[:, None], self.k(states)[:, None], self.v(states)[:, None]
-        answer = self.out(attention(q, k, v, mask)[:, 0])
-        return (noise - 0.998 * answer) / 0.063
+        prediction = self.out(attention(q, k, v, mask)[:, 0])
+        return (noise - 0.998 * prediction) / 0.063
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def dtypes(path: Path) -> dict[str, int]:
     return {value.name: value.type.tensor_type.elem_type for value in values} | {v.name: v.data_type for v in model.graph.initializer}
 
 
-def test_products_are_fp16_and_inputs_outputs_and_the_reading_of_the_answer_are_not(graphs: tuple[Path, Path]) -> None:
+def test_products_are_fp16_and_inputs_outputs_and_the_reading_of_the_prediction_are_not(graphs: tuple[Path, Path]) -> None:
     graph, dtype_of = onnx.load(graphs[1]).graph, dtypes(graphs[1])
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm", "Softmax", "LayerNormalization")]
     assert len(products) >= 8
@@ -92,8 +92,8 @@ def test_what_is_rounded_is_what_the_half_graph_says(tmp_path: Path) -> None:
     nodes = [
         onnx.helper.make_node("Cast", ["w"], ["wide"], to=TensorProto.FLOAT),
         onnx.helper.make_node("Mul", ["x", "wide"], ["product"]),
-        onnx.helper.make_node("Tanh", ["product"], ["answer"]),
-        onnx.helper.make_node("Sub", ["x", "answer"], ["y"]),
+        onnx.helper.make_node("Tanh", ["product"], ["prediction"]),
+        onnx.helper.make_node("Sub", ["x", "prediction"], ["y"]),
     ]
     model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [y], [weight]), opset_imports=[onnx.helper.make_opsetid("", 23)])
     model.ir_version = 10

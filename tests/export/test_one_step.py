@@ -67,8 +67,7 @@ def test_schedules_are_those_of_diffusers(schedule, config):
 def test_one_step_is_the_clean_sample_of_ddpm(prediction, theirs, t, schedule, config):
     scheduler = DDPMScheduler(**config, prediction_type=theirs, clip_sample=False)
     noise = noises(*SHAPE)
-    answer = toy(noise, t)
-    expected = scheduler.step(answer, t, noise).pred_original_sample
+    expected = scheduler.step(toy(noise, t), t, noise).pred_original_sample
     latent = rule(prediction, t, schedule=schedule).run(lambda _, x_t: toy(x_t, t), noise)
     torch.testing.assert_close(latent, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
@@ -131,7 +130,7 @@ def test_a_later_step_is_called_with_its_own_number_and_its_own_noise():
     assert torch.equal(calls[1][1], 0.8 * renoise[:, 0])
 
 
-def test_a_half_precision_answer_is_read_in_float32():
+def test_a_half_precision_prediction_is_read_in_float32():
     noise = noises(*SHAPE)
     latent = rule("epsilon", 999, schedule="pixart").run(lambda _, x_t: toy(x_t, 999).half(), noise.half())
     assert latent.dtype == torch.float32
@@ -142,6 +141,6 @@ def test_a_half_precision_answer_is_read_in_float32():
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0", "velocity", "reversed_velocity"])
 def test_error_gain_is_the_measured_growth_of_an_error(prediction):
     one_step = rule(prediction, 399)
-    noise, answer = noises(*SHAPE).double(), noises(*SHAPE, seed=1).double()
-    change = one_step.x0(noise, answer + 0.25) - one_step.x0(noise, answer)
+    noise, prediction = noises(*SHAPE).double(), noises(*SHAPE, seed=1).double()
+    change = one_step.x0(noise, prediction + 0.25) - one_step.x0(noise, prediction)
     assert change.abs().mean() == pytest.approx(0.25 * one_step.error_gain, rel=1e-4)

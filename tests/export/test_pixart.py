@@ -63,7 +63,7 @@ def by_diffusers(made, rule: OneStepRule, kind: str, arguments: dict[str, Tensor
             "aspect_ratio": torch.full((batch, 1), size[0] / size[1]),
         }
 
-    def answer(step: int, latent: Tensor) -> Tensor:
+    def predict(step: int, latent: Tensor) -> Tensor:
         mask = arguments.get("prompt_mask")
         return made(
             latent,
@@ -75,7 +75,7 @@ def by_diffusers(made, rule: OneStepRule, kind: str, arguments: dict[str, Tensor
         )[0][:, : latent.shape[1]]
 
     with torch.no_grad():
-        return rule.run(answer, arguments["noise"], arguments.get("renoise"))
+        return rule.run(predict, arguments["noise"], arguments.get("renoise"))
 
 
 @pytest.mark.parametrize("masked", [False, True])

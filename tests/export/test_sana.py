@@ -74,8 +74,8 @@ def test_steps_are_those_of_the_pipeline_and_its_scheduler(steps: int) -> None:
         for t in scheduler.timesteps[:-1]:
             s = torch.sin(t) / (torch.cos(t) + torch.sin(t))
             x = latents / scheduler.config.sigma_data * torch.sqrt(s**2 + (1 - s) ** 2)
-            answer = ((1 - 2 * s) * x + (1 - 2 * s + 2 * s**2) * toy(x, float(s))) / torch.sqrt(s**2 + (1 - s) ** 2)
-            latents, clean = scheduler.step(answer * scheduler.config.sigma_data, t, latents, return_dict=False)
+            prediction = ((1 - 2 * s) * x + (1 - 2 * s + 2 * s**2) * toy(x, float(s))) / torch.sqrt(s**2 + (1 - s) ** 2)
+            latents, clean = scheduler.step(prediction * scheduler.config.sigma_data, t, latents, return_dict=False)
     rule = trigflow_rule(scheduler.timesteps[:-1].tolist())
     ours = rule.run(lambda i, x_t: toy(x_t, rule.steps[i].timestep), noise, renoise)
     torch.testing.assert_close(ours, clean / scheduler.config.sigma_data, atol=2e-5, rtol=1e-5)
@@ -109,11 +109,11 @@ def test_the_folded_network_is_diffusers_own_with_the_papers_formula_in_every_la
         for block in network.transformer_blocks:
             block.attn2.set_processor(PaperAttention(kind, negative, inputs["negative_scale"], empty, across_heads=True))
 
-        def answer(step: int, x: Tensor) -> Tensor:
+        def predict(step: int, x: Tensor) -> Tensor:
             fed = torch.full((batch,), rule.steps[step].timestep), torch.full((batch,), 0.45)
             return network(x, states, *fed, return_dict=False)[0]
 
-        paper = rule.run(answer, inputs["noise"], inputs["renoise"])
+        paper = rule.run(predict, inputs["noise"], inputs["renoise"])
     torch.testing.assert_close(folded, reference, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(folded, paper, atol=2e-5, rtol=1e-4)
     assert paper.std() > 0.1 and (other - folded).abs().max() > 1e-4

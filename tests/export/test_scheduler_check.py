@@ -162,7 +162,7 @@ def test_without_a_preset_the_folders_own_scheduler_is_followed(tmp_path, name, 
 
 def test_what_a_scheduler_does_not_say_is_not_guessed(tmp_path):
     assert follow_scheduler(find_preset("sd-turbo"), tmp_path, []) == ([], [])
-    with pytest.raises(InputError, match=r"cannot read the schedule of .*: it predicts a flow, and its sigmas are not one's"):
+    with pytest.raises(InputError, match=r"cannot read the schedule of .*: it predicts a flow, but its sigmas are not those of a flow"):
         follow_scheduler(find_preset("pixart-dmd"), scheduler(tmp_path, {**DPM_PIXART, "prediction_type": "flow_prediction"}), [])
     with pytest.raises(InputError, match=r"cannot read the schedule of .*: it has 500 timesteps, 999 is not one of them"):
         follow_scheduler(find_preset("nitro-sd"), scheduler(tmp_path, {**DDPM_SD, "num_train_timesteps": 500}), [])

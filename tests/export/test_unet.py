@@ -74,13 +74,13 @@ def by_diffusers(
     if unet == "sdxl":
         added = {"text_embeds": arguments["prompt_pooled"], "time_ids": TIME_IDS.expand(len(SCALES), -1)}
 
-    def answer(step: int, latent: Tensor) -> Tensor:
+    def predict(step: int, latent: Tensor) -> Tensor:
         states = arguments["prompt_states"]
         timestep = rule.steps[step].timestep
         return network(latent, timestep, states, timestep_cond=condition, added_cond_kwargs=added, return_dict=False)[0]
 
     with torch.no_grad():
-        return rule.run(answer, arguments["noise"], arguments.get("renoise"))
+        return rule.run(predict, arguments["noise"], arguments.get("renoise"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

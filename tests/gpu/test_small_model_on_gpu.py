@@ -26,7 +26,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def run(stage: loop.Stage, parts: Mapping[str, Any], step: Callable[..., Any], sample: Callable[[Path], None]) -> None:
         stage.folder.mkdir(parents=True, exist_ok=True)
-        step(0, loop.generator(0, 0))
+        step(0, loop.random_stream(0, 0))
         sample(stage.folder / "sample.png")
         assert {p.device for part in parts.values() for p in part.masters} == {META}
         done.append(stage.name)

@@ -17,9 +17,9 @@ from snoopi_rt.cache import Cache
 from snoopi_rt.cli.main import main
 from snoopi_rt.engines import installed
 from snoopi_rt.engines.fake import FakeEngine
+from snoopi_rt.export.small_model.bundle_vocabulary import EXAMPLES, read_related, vocabulary
 from snoopi_rt.export.small_model.dataset.scene import Vocabulary as Scenes
 from snoopi_rt.export.small_model.dataset.scene import caption
-from snoopi_rt.export.small_model.vocabulary import EXAMPLES, VOCABULARY, read_related
 from snoopi_rt.pipeline import EMBEDDED, Pipeline
 from snoopi_rt.runtime.vocabulary import Matcher, Unknown
 from snoopi_rt.server.settings import Settings
@@ -115,23 +115,23 @@ UNKNOWN = {
 
 @pytest.fixture(scope="module")
 def matcher() -> Matcher:
-    return Matcher(VOCABULARY)
+    return Matcher(vocabulary())
 
 
 def test_what_strangers_type_for_known_things_is_known(matcher: Matcher) -> None:
     assert {prompt: unknown for prompt in (*KNOWN, *EXAMPLES) if (unknown := matcher.unknown(prompt))} == {}
-    names = [name for thing, synonyms in VOCABULARY.objects.items() for name in (thing, *synonyms)]
+    names = [name for thing, synonyms in vocabulary().objects.items() for name in (thing, *synonyms)]
     assert {name: unknown for name in names if (unknown := matcher.unknown(f"TWO {name.upper()}!"))} == {}
 
 
 def test_the_related_words_are_of_things_that_it_knows_and_are_no_names_of_any(matcher: Matcher) -> None:
-    assert read_related() == VOCABULARY.related, "run tools/related_words.py"
+    assert read_related() == vocabulary().related, "run tools/related_words.py"
     words = {word for related in read_related().values() for word in related.split()}
     assert len(words) > 4000 and all(map(matcher.unknown, words))
 
 
 def test_captions_of_the_training_are_known(matcher: Matcher) -> None:
-    scenes, rng = Scenes(list(VOCABULARY.objects)), np.random.default_rng(1)
+    scenes, rng = Scenes(list(vocabulary().objects)), np.random.default_rng(1)
     captions = [caption(scenes.draw_scene(rng), rng) for _ in range(1000)]
     assert {text: unknown for text in captions if (unknown := matcher.unknown(text))} == {}
 
@@ -156,7 +156,7 @@ def test_captions_of_the_training_are_known(matcher: Matcher) -> None:
 )
 def test_a_number_of_known_things_above_the_highest_is_too_many(matcher: Matcher, prompt: str, number: str | None) -> None:
     assert matcher.too_many(prompt) == number
-    assert Matcher(replace(VOCABULARY, counts=())).too_many(prompt) is None, "it does not say how many it draws"
+    assert Matcher(replace(vocabulary(), counts=())).too_many(prompt) is None, "it does not say how many it draws"
 
 
 def test_of_other_prompts_the_noun_is_named_and_no_adjective_colour_or_number(matcher: Matcher) -> None:

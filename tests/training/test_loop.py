@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,16 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from snoopi_rt.errors import InputError, OutputError
+from snoopi_rt.export.settings import flattened
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.loop import Stage, StageRecipe, run
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
+from snoopi_rt.export.training.recipe import StudentRecipe
+from snoopi_rt.export.training.recipes import FORMER_NAMES
 from snoopi_rt.interrupts import Interrupted
 
 
@@ -80,6 +85,8 @@ import signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_loop import loop, run, tiny_stage
+from snoopi_rt.export.training.recipe import StudentRecipe
+from snoopi_rt.export.training.recipes import FORMER_NAMES
 from snoopi_rt.interrupts import Interrupted, interruptible
 with interruptible():
     try:
@@ -217,3 +224,20 @@ def test_a_moving_average_is_refused_by_another_network() -> None:
     assert torch.equal(weights.averaged(nn.Sequential(nn.Linear(2, 2)))[0].weight, weights.averages[0])
     with pytest.raises(ValueError, match=r"Linear has no 0\.weight, 0\.bias"):
         weights.averaged(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_checkpoint_with_a_former_name_of_a_setting_resumes(tmp_path: Path, grouped: bool) -> None:
+    recipe = StudentRecipe(negative_scale_max=0.5)
+    stage = Stage("student", tmp_path, recipe, {"clip": "abc"}, former_names=FORMER_NAMES)
+    before = {**flattened(recipe), **stage.inputs, "nasa_max": 0.5}
+    del before["negative_scale_max"]
+    if not grouped:
+        before = {name: value for name, value in before.items() if "." not in name and name != "clip"} | {"vsd_weight": 1.0}
+        stage = replace(stage, inputs={})
+    (tmp_path / "checkpoints").mkdir()
+    metadata = {"step": "1", "recipe": json.dumps(before)}
+    save_file({"a": torch.zeros(1)}, tmp_path / "checkpoints" / "0000001.safetensors", metadata)
+    assert loop.first_step(stage) == 1
+    with pytest.raises(InputError, match=r"\(negative_scale_max 0.5 -> 1.0\)"):
+        loop.first_step(replace(stage, recipe=replace(recipe, negative_scale_max=1.0)))

@@ -90,11 +90,11 @@ def test_nasa_t_trains_with_negatives(teachers: Path, tmp_path: Path) -> None:
     negatives = {"negatives": teachers / "negatives.txt"}
     for backbone, precision in (("pixart", "fp32"), ("pixart", "bf16"), ("sd15", "fp32"), ("sd15", "bf16")):
         plain = distil(teachers, tmp_path / f"{backbone}-{precision}-plain", backbone, precision=precision)
-        nasa = distil(teachers, tmp_path / f"{backbone}-{precision}-nasa", backbone, negatives, nasa_max=1.0, precision=precision)
+        nasa = distil(teachers, tmp_path / f"{backbone}-{precision}-nasa", backbone, negatives, negative_scale_max=1.0, precision=precision)
         assert nasa[-1]["vsd"] != plain[-1]["vsd"]
-    other = distil(teachers, tmp_path / "projected", "sd15", negatives, nasa_max=1.0, negative_kind="projected", precision="bf16")
+    other = distil(teachers, tmp_path / "projected", "sd15", negatives, negative_scale_max=1.0, negative_kind="projected", precision="bf16")
     assert other[-1]["vsd"] != nasa[-1]["vsd"]
-    with pytest.raises(InputError, match="need a nasa_max above 0"):
+    with pytest.raises(InputError, match="need a negative_scale_max above 0"):
         distil(teachers, tmp_path / "c", files=negatives)
 
 
@@ -105,7 +105,7 @@ def test_nasa_t_through_the_kernel_of_a_gpu_takes_the_steps_of_the_formula(
     kernel = pytest.importorskip("snoopi_rt.kernels.nasa", reason="needs triton").fused_nasa_attention
     cuda = torch.device("cuda")
     assert fused_guidance("nasa", cuda, 256) is kernel and fused_guidance("nasa", cuda, 257) is None is fused_guidance("nag", cuda, 64)
-    settings = {"files": {"negatives": teachers / "negatives.txt"}, "nasa_max": 1.0, "batch": 1, "steps": 1}
+    settings = {"files": {"negatives": teachers / "negatives.txt"}, "negative_scale_max": 1.0, "batch": 1, "steps": 1}
     plain = distil(teachers, tmp_path / "plain", **settings)
     calls: list[torch.dtype] = []
 
@@ -149,7 +149,7 @@ def test_no_tensor_of_a_step_is_left_on_the_cpu(teachers: Path, tmp_path: Path, 
     files = {"negatives": teachers / "negatives.txt", "edits": edits}
     task = Task(backbone, teachers / backbone, teachers / "prompts.txt", tmp_path / "out", **files)
     losses = {
-        "nasa_max": 1.0,
+        "negative_scale_max": 1.0,
         "edits.weight": 1.0,
         "adversarial.weight": 1.0,
         "regression.weight": 1.0,
@@ -172,7 +172,7 @@ def test_a_negative_gives_the_students_own_picture_of_the_wanted_prompt(teachers
         "regression.pairs": 4,
         "regression.teacher_steps": 1,
         "edits.weight": 1.0,
-        "nasa_max": 1.0,
+        "negative_scale_max": 1.0,
     }
     trainer = trainer_of(teachers, tmp_path / "run", {"edits": edits}, lr=3e-3, **learn)
     term = trainer.losses["edits"].term(StudentBatch(trainer.run, Samples(0, range(4), 1.0)))
@@ -192,7 +192,7 @@ def test_a_negative_gives_the_students_own_picture_of_the_wanted_prompt(teachers
 @pytest.mark.parametrize("kind", ["nasa", "projected"])
 def test_negatives_act_in_training_as_they_do_in_the_export(teachers: Path, tmp_path: Path, kind: str) -> None:
     files = {"negatives": teachers / "negatives.txt"}
-    run = trainer_of(teachers, tmp_path / "run", files, backbone="pixart", nasa_max=1.0, negative_kind=kind).run
+    run = trainer_of(teachers, tmp_path / "run", files, backbone="pixart", negative_scale_max=1.0, negative_kind=kind).run
     models, noise, scale = run.models, torch.randn(1, *run.models.shape), torch.tensor([0.7])
     text, negative, empty = run.prompts.batch([0]), run.prompts.batch([1]), run.prompts.unconditional(1)
     trained = models.clean(noise, text, (negative, scale))
@@ -234,11 +234,11 @@ def test_the_discriminator_tells_the_student_from_its_teacher_and_only_the_heads
     [
         (
             {"prompt": "a cat"},
-            {"edits.weight": 1.0, "nasa_max": 1.0},
+            {"edits.weight": 1.0, "negative_scale_max": 1.0},
             "line 1 of .* has no text for prompt, negative_prompt",
         ),
         (EDITS[0], {}, "edits need both: a file of them and an edits.weight above 0"),
-        (EDITS[0], {"edits.weight": 1.0}, "need a nasa_max above 0"),
+        (EDITS[0], {"edits.weight": 1.0}, "need a negative_scale_max above 0"),
     ],
 )
 def test_edits_that_cannot_be_are_one_line(teachers: Path, tmp_path: Path, row: dict, settings: dict[str, float], words: str) -> None:

@@ -41,7 +41,7 @@ CUMPROD = torch.linspace(0.999, 0.001, 1000)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
-def test_the_right_answer_of_every_kind_means_the_clean_latent(prediction):
+def test_the_right_prediction_of_every_kind_means_the_clean_latent(prediction):
     schedule = Schedule(CUMPROD, prediction)
     x0, eps, t = latent(3, 8, 4, 4), latent(3, 8, 4, 4), torch.tensor([20, 500, 900])
     clean = schedule.x0(schedule.noised(x0, eps, t), schedule.target(x0, eps, t), t)
@@ -55,8 +55,8 @@ def test_without_signal_an_epsilon_student_is_refused_and_a_v_student_is_not():
     with pytest.raises(InputError, match="feed an earlier timestep"):
         Schedule(silent, "epsilon").rule(999)
     rule = Schedule(silent, "v").rule(999)
-    noise, answer = latent(1, 8, 4, 4), latent(1, 8, 4, 4)
-    torch.testing.assert_close(rule.x0(noise, answer), -answer)
+    noise, prediction = latent(1, 8, 4, 4), latent(1, 8, 4, 4)
+    torch.testing.assert_close(rule.x0(noise, prediction), -prediction)
 
 
 def test_the_gradient_of_the_vsd_loss_is_the_vsd_gradient():
@@ -68,7 +68,7 @@ def test_the_gradient_of_the_vsd_loss_is_the_vsd_gradient():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 @pytest.mark.parametrize("weight", ["epsilon", "swiftbrush", "x0", "dmd"])
-def test_every_weight_is_of_epsilon_whatever_the_teachers_answer(prediction, weight):
+def test_every_weight_is_of_epsilon_whatever_the_teachers_predict(prediction, weight):
     schedule, t = Schedule(CUMPROD, prediction), torch.tensor([100, 800])
     alpha, sigma = schedule.alpha_sigma(t)
     x0, eps = latent(2, 8, 4, 4), latent(2, 8, 4, 4)
@@ -76,11 +76,11 @@ def test_every_weight_is_of_epsilon_whatever_the_teachers_answer(prediction, wei
     eps_teacher, eps_lora = latent(2, 8, 4, 4), latent(2, 8, 4, 4)
     # The same predictions, in the teacher's own kind.
     implied = [(x_t - sigma * predicted) / alpha for predicted in (eps_teacher, eps_lora)]
-    answers = [
+    predictions = [
         {"epsilon": predicted, "v": (predicted - sigma * x_t) / alpha, "x0": clean}[prediction]
         for predicted, clean in zip((eps_teacher, eps_lora), implied, strict=True)
     ]
-    teacher, lora = (schedule.x0(x_t, answer, t) for answer in answers)
+    teacher, lora = (schedule.x0(x_t, each, t) for each in predictions)
     far = (x0 - implied[0]).abs().mean((1, 2, 3), keepdim=True)
     factor = {"epsilon": torch.ones_like(alpha), "swiftbrush": sigma**2, "x0": sigma / alpha, "dmd": sigma / alpha / far}[weight]
     gradient = vsd_gradient(x0, teacher, lora, alpha, sigma, weight)
@@ -94,10 +94,10 @@ def test_descending_the_vsd_loss_moves_towards_the_teacher(weight):
 
 
 def test_the_lora_loss_is_weighted_by_the_signals_share_where_swiftbrush_does_it():
-    answer, target = torch.ones(1, 8, 4, 4), torch.zeros(1, 8, 4, 4)
+    prediction, target = torch.ones(1, 8, 4, 4), torch.zeros(1, 8, 4, 4)
     alpha = torch.full((1, 1, 1, 1), 0.5)
-    assert lora_loss(answer, target, alpha, weighted=False) == 1
-    assert lora_loss(answer, target, alpha, weighted=True) == 0.25
+    assert lora_loss(prediction, target, alpha, weighted=False) == 1
+    assert lora_loss(prediction, target, alpha, weighted=True) == 0.25
 
 
 def test_beyond_its_threshold_the_clip_loss_no_longer_pulls():

@@ -129,10 +129,10 @@ def test_an_edit_takes_away_what_its_negative_names_and_nothing_else(vocabulary:
         asked = {flaw for flaw, synonyms in FLAWS.items() if any(name in edit.prompt for name in (flaw, *synonyms))}
         named = {flaw for flaw, synonyms in FLAWS.items() if any(name in word for word in words for name in (flaw, *synonyms))}
         if asked & named:
-            assert edit.changes and not any(flaw in edit.target for flaw in asked & named), edit
+            assert edit.changes and not any(flaw in edit.wanted_prompt for flaw in asked & named), edit
         elif not edit.changes:
-            assert edit.target == edit.prompt
-    assert any("on a gray background" in edit.target for edit in changes if "white background" in edit.negative)
+            assert edit.wanted_prompt == edit.prompt
+    assert any("on a gray background" in edit.wanted_prompt for edit in changes if "white background" in edit.negative)
 
 
 def test_plain_captions_are_what_one_would_say() -> None:

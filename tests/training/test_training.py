@@ -168,7 +168,7 @@ def test_a_real_stage_resumes_to_the_same_losses_and_weights(road, stage, tmp_pa
         else:
             distilled(road, out)
 
-    real = loop.generator
+    real = loop.random_stream
 
     def stopped(seed: int, *place: int | str) -> torch.Generator:
         if place == (2,):
@@ -178,10 +178,10 @@ def test_a_real_stage_resumes_to_the_same_losses_and_weights(road, stage, tmp_pa
     monkeypatch.setattr(teacher, "draw", partial(teacher.draw, steps=2))
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(loop, "SAVE_SHARE", 0)
-    monkeypatch.setattr(loop, "generator", stopped)
+    monkeypatch.setattr(loop, "random_stream", stopped)
     with pytest.raises(KeyboardInterrupt):
         train_stage(tmp_path)
-    monkeypatch.setattr(loop, "generator", real)
+    monkeypatch.setattr(loop, "random_stream", real)
     train_stage(tmp_path)
     assert losses_of(tmp_path) == losses_of(road / stage)
     file = "transformer/diffusion_pytorch_model.safetensors"

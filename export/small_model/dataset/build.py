@@ -30,7 +30,7 @@ from snoopi_rt.export.text.minilm import encode
 from snoopi_rt.export.training.edits import KEYS
 from snoopi_rt.export.training.image_grid import image_grid
 from snoopi_rt.export.weights.checkpoint import load_module
-from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_tensors
+from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_tensors, shard_file
 from snoopi_rt.export.weights.text_files import read_json
 from snoopi_rt.files import check_folder, write_whole
 from snoopi_rt.request import check_seed, integer
@@ -91,7 +91,7 @@ def write_set(out: Path, sprites: Mapping[tuple[str, str], Image.Image], encoder
             bar.update(numbers.stop - bar.n)
     write_whole(out / "prompts.txt", "".join(f"{sample.caption}\n" for sample in read_samples(out)).encode())
     edits = [draw_edit(vocabulary, np.random.default_rng([seed, EDITS, i])) for i in range(count)]
-    rows = [dict(zip(KEYS, (edit.prompt, edit.negative, edit.target), strict=True)) for edit in edits]
+    rows = [dict(zip(KEYS, (edit.prompt, edit.negative, edit.wanted_prompt), strict=True)) for edit in edits]
     write_whole(out / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     notice = "".join(f"- {drawing.package}: {drawing.licence}, {drawing.upstream}\n" for drawing in TRAINED)
     write_whole(out / "NOTICE.txt", f"The pictures are made from:\n{notice}".encode())
@@ -113,14 +113,10 @@ def _write_shard(
         bar.update(len(drawn))
     states, lengths = encode([sample.caption for sample in samples])
     tokens = torch.cat([row[:length] for row, length in zip(states, lengths.tolist(), strict=True)])
-    save_tensors(_shard(out, number), {"latents": torch.cat(latents), "states": tokens, "ends": lengths.cumsum(0)})
+    save_tensors(shard_file(out, number), {"latents": torch.cat(latents), "states": tokens, "ends": lengths.cumsum(0)})
     lines = "".join(json.dumps({"caption": sample.caption, "scene": asdict(sample.scene)}) + "\n" for sample in samples)
     # Written last: a shard with its captions is whole.
     write_whole(_captions(out, number), lines.encode())
-
-
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05}.safetensors"
 
 
 def _captions(folder: Path, number: int) -> Path:
@@ -155,8 +151,8 @@ def read_seed(folder: Path) -> int:
 @torch.no_grad()
 def encoded(network: torch.nn.Module, pictures: np.ndarray) -> Tensor:
     """Latents (N, 8, 16, 16) fp16 of pictures (N, 128, 128, 3) uint8, by an encoder in bf16."""
-    where = next(network.parameters()).device
-    scaled = torch.from_numpy(pictures).to(where).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    device = next(network.parameters()).device
+    scaled = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     return network(scaled.bfloat16().contiguous(memory_format=torch.channels_last)).to(torch.float16).contiguous().cpu()
 
 

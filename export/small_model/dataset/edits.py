@@ -60,8 +60,8 @@ def draw_edit(vocabulary: Vocabulary, rng: np.random.Generator) -> Edit:
         if of_two:
             choices = choices[:1] if len(scene.things) == 2 else []
         if choices:
-            negative, target = choices[rng.integers(len(choices))]
-            return Edit(_prompt(scene, rng), _listed(negative, rng), plain_caption(target))
+            negative, wanted = choices[rng.integers(len(choices))]
+            return Edit(_prompt(scene, rng), _listed(negative, rng), plain_caption(wanted))
 
 
 def _prompt(scene: Scene, rng: np.random.Generator) -> str:

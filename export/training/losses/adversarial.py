@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from snoopi_rt.errors import InputError
-from snoopi_rt.export.training.loop import generator
+from snoopi_rt.export.training.loop import random_stream
 from snoopi_rt.export.training.losses.loss import Loss, Term
 from snoopi_rt.export.training.losses.teacher_features import TeacherFeatures
 from snoopi_rt.export.training.recipe import Adversarial, LossSettings, Regression, StudentRecipe
@@ -85,7 +85,7 @@ class AdversarialLoss(Loss):
     def _seen(self, samples: Samples) -> tuple[Tensor, Tensor, Tensor, TextBatch]:
         """The student's noise; the noise and the timesteps (B,) with which the discriminator sees pictures, and their prompts."""
         run, recipe, models = self.run, self.run.recipe, self.run.models
-        streams = [generator(recipe.seed, samples.step, number, "judged") for number in samples.numbers]
+        streams = [random_stream(recipe.seed, samples.step, number, "judged") for number in samples.numbers]
         noise, eps = torch.stack([torch.randn(2, *models.shape, generator=stream) for stream in streams], 1).to(models.device)
         t = torch.stack([torch.randint(recipe.t_min, recipe.t_max + 1, (), generator=stream) for stream in streams]).to(models.device)
         return noise, eps, t, run.prompts.batch([pair % len(run.prompts) for pair in self._pairs(samples)])

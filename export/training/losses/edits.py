@@ -1,7 +1,7 @@
 """What a negative prompt should do to a prompt's picture, as another prompt tells it (see training/edits.py for the file).
 
-The student with NASA learns to draw, from the same noise, what it draws of the target prompt without a negative. Its own pictures are as
-sharp as it is, and follow it while it learns; the other losses keep them good. No image is needed.
+With the negative prompt the student learns to draw, from the same noise, what it draws of the wanted prompt without one. Its own pictures
+are as sharp as it is, and follow it while it learns; the other losses keep them good. No image is needed.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ import torch
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.training.edits import Edit, check_edits, read_edits
-from snoopi_rt.export.training.loop import generator
+from snoopi_rt.export.training.loop import random_stream
 from snoopi_rt.export.training.losses.loss import Loss, Term
 from snoopi_rt.export.training.recipe import Edits, LossSettings, StudentRecipe
 from snoopi_rt.export.training.run import Run, StudentBatch
@@ -29,12 +29,12 @@ class EditsLoss(Loss):
         file = run.task.edits
         assert file is not None  # see `check`
         with run.prepared():
-            self._prompts, self._negatives, self._targets = (
+            self._prompts, self._negatives, self._wanted_prompts = (
                 run.prompts.encode(file, partial(_texts, file, text_of), name)
                 for name, text_of in (
                     ("edits-prompt", lambda edit: edit.prompt),
                     ("edits-negative", lambda edit: edit.negative),
-                    ("edits-wanted", lambda edit: edit.target),
+                    ("edits-wanted", lambda edit: edit.wanted_prompt),
                 )
             )
         self._changes = torch.tensor([edit.changes for edit in read_edits(file)])
@@ -50,13 +50,13 @@ class EditsLoss(Loss):
     def term(self, batch: StudentBatch) -> Term:
         recipe, models, samples = self.run.recipe, self.run.models, batch.samples
         rows = self.run.rows(samples, len(self._changes))
-        streams = [generator(recipe.seed, samples.step, number, "edit") for number in samples.numbers]
+        streams = [random_stream(recipe.seed, samples.step, number, "edit") for number in samples.numbers]
         noise = torch.stack([torch.randn(*models.shape, generator=stream) for stream in streams]).to(models.device)
         changes = self._changes[rows].to(models.device)
         share = torch.stack([torch.rand((), generator=stream) for stream in streams]).to(models.device)
         with torch.no_grad():
-            target = models.clean(noise, self._targets.batch(rows))
-        scale = recipe.nasa_max * torch.where(changes, 1.0, share)
+            target = models.clean(noise, self._wanted_prompts.batch(rows))
+        scale = recipe.negative_scale_max * torch.where(changes, 1.0, share)
         x0 = models.clean(noise, self._prompts.batch(rows), (self._negatives.batch(rows), scale))
         distance = (x0 - target).square().mean((1, 2, 3))
         logged = {name: (distance * chosen).sum() / chosen.sum().clamp(min=1) for name, chosen in (("heeded", changes), ("kept", ~changes))}

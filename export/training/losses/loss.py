@@ -25,7 +25,7 @@ class Term:
 
 
 class Loss:
-    """One term of the student's loss: define `term`, and where needed the rest. Made once per run, if it `is_used`.
+    """One term of the student's loss: define `term`, and if needed the rest. Made once per run, if it `is_used`.
 
     `trained`: master weights of networks that the loss trains itself, by their name in checkpoints.
     """

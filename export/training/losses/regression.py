@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from snoopi_rt.export.training.loop import generator
+from snoopi_rt.export.training.loop import random_stream
 from snoopi_rt.export.training.losses.loss import Loss, Term
 from snoopi_rt.export.training.losses.teacher_features import TeacherFeatures, feature_distance
 from snoopi_rt.export.training.recipe import LossSettings, Regression
@@ -51,7 +51,7 @@ class RegressionLoss(Loss):
 
     def _feature_distance(self, features: TeacherFeatures, samples: Samples, x0: Tensor, target: Tensor, text: TextBatch) -> Tensor:
         recipe, device = self.run.recipe, x0.device
-        streams = [generator(recipe.seed, samples.step, number, "features") for number in samples.numbers]
+        streams = [random_stream(recipe.seed, samples.step, number, "features") for number in samples.numbers]
         eps = torch.stack([torch.randn(*x0.shape[1:], generator=stream) for stream in streams]).to(device)
         last = max(recipe.t_min, FEATURES_T_MAX)
         t = torch.stack([torch.randint(recipe.t_min, last + 1, (), generator=stream) for stream in streams]).to(device)

@@ -24,7 +24,7 @@ class TeacherFeatures:
         x_t = models.schedule.noised(latents, noise, t)
         with self._outputs() as maps, models.teachers.without_adapters() as network:
             # Never the compiled call, which would not see hooks.
-            models.denoiser.answer(network, x_t.to(models.dtype), t, text.states, text.mask, None)
+            models.denoiser.predict(network, x_t.to(models.dtype), t, text.states, text.mask, None)
         return [features.flatten(2).transpose(1, 2) if features.ndim == 4 else features for features in maps]
 
     @contextmanager

@@ -41,7 +41,7 @@ class VsdLoss(Loss):
         with models.teachers.frozen() as network:
             conditional, unconditional = models.predict_both(network, x_t, t, batch.text, empty)
             if batch.negative is not None:
-                share = noise.nasa.view(-1, 1, 1, 1)
+                share = noise.negative_scale.view(-1, 1, 1, 1)
                 unconditional = guided(models.predict(network, x_t, t, batch.negative), unconditional, share)
             frozen_x0 = schedule.x0(x_t, guided(conditional, unconditional, frozen_scale), t)
         network = models.teachers.network

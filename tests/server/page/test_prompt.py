@@ -6,7 +6,7 @@ import pytest
 from pages import draw, expect, needs_chromium, paced, page_of, shot, source
 from serving import served
 
-from snoopi_rt.export.small_model.vocabulary import VOCABULARY
+from snoopi_rt.export.small_model.bundle_vocabulary import vocabulary
 from snoopi_rt.loading import load
 from snoopi_rt.runtime.vocabulary import Matcher
 from snoopi_rt.server.settings import Settings
@@ -121,10 +121,10 @@ def test_every_thing_can_be_put_into_a_prompt_and_found_in_it_again(browser: Any
         return things.map((thing) => withThing("a blurry panda on an orange background", thing, vocabulary))
             .map((prompt) => [prompt, thingIn(prompt, vocabulary)]);
     }"""
-    things = list(VOCABULARY.objects)
+    things = list(vocabulary().objects)
     found = page.evaluate(
-        script, [things, {"objects": VOCABULARY.objects, "colours": VOCABULARY.colours, "artifacts": VOCABULARY.artifacts}]
+        script, [things, {"objects": vocabulary().objects, "colours": vocabulary().colours, "artifacts": vocabulary().artifacts}]
     )
     assert [thing for _, thing in found] == things
-    matcher = Matcher(VOCABULARY)
+    matcher = Matcher(vocabulary())
     assert not [prompt for prompt, _ in found if matcher.unknown(prompt)]

@@ -1,13 +1,11 @@
 """The vocabulary of the embedded model for its bundle.json, and prompts that show the model well."""
 
+from functools import cache
 from importlib.resources import files
 
 from snoopi_rt.bundle.bundle import Vocabulary
 from snoopi_rt.export.small_model import dataset
 from snoopi_rt.export.small_model.dataset.vocabulary import COLOURS, COUNTS, FLAWS, things
-
-_ORDERED = sorted(things(), key=lambda thing: not thing.common)  # those that people ask for first come first
-_NAMES = [thing.name for thing in _ORDERED]
 
 
 def read_related() -> dict[str, str]:
@@ -16,15 +14,21 @@ def read_related() -> dict[str, str]:
     return {thing: words for thing, _, words in (line.partition(": ") for line in lines)}
 
 
-VOCABULARY = Vocabulary(
-    objects={thing.name: thing.synonyms for thing in _ORDERED},
-    colours=tuple(COLOURS),
-    artifacts=tuple(FLAWS),
-    styles=("cartoon", "3d render", "flat drawing"),
-    counts=tuple(COUNTS.values()),
-    # related.txt may lag behind vocabulary.txt: tools/related_words.py, which makes it anew, needs this module to load.
-    related={thing: words for thing, words in read_related().items() if thing in _NAMES},
-)
+@cache
+def vocabulary() -> Vocabulary:
+    """What bundle.json says of the model."""
+    objects = {thing.name: thing.synonyms for thing in sorted(things(), key=lambda thing: not thing.common)}  # those asked for most first
+    return Vocabulary(
+        objects=objects,
+        colours=tuple(COLOURS),
+        artifacts=tuple(FLAWS),
+        styles=("cartoon", "3d render", "flat drawing"),
+        counts=tuple(COUNTS.values()),
+        # related.txt may lag behind vocabulary.txt: tools/related_words.py, which makes it anew, needs the rest.
+        related={thing: words for thing, words in read_related().items() if thing in objects},
+    )
+
+
 EXAMPLES = (
     "a panda on an orange background",
     "a fox",
