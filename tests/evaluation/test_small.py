@@ -43,10 +43,17 @@ def test_a_folder_that_is_neither_bundle_nor_student_is_one_line(tmp_path: Path)
     for words, message in (
         (["--decoder", str(tmp_path)], "--decoder goes with --teacher"),
         (["--bundle", f"a={tmp_path}", "--bundle", f"a={tmp_path}"], "a name of its own"),
-        (["--measure", "beauty"], "no measure 'beauty'; there are recognition, "),
+        (["--measure", "beauty"], "unknown measure 'beauty', choose from recognition, "),
     ):
         done = CliRunner().invoke(main, ["eval", "small", "--out", str(tmp_path), *words])
         assert done.exit_code == 2 and message in done.output
+
+
+def test_the_features_that_ship_are_those_of_todays_drawings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edit of any module that composes images would make every evaluation draw the real ones again, for minutes."""
+    judge = Judge(tmp_path)
+    monkeypatch.setattr(judge, "features", lambda _: pytest.fail("features of a drawing are missing"))
+    assert len(judge.ceiling()) == len(judge.names) == 346
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def evaluate(
     and what load and generate do. Sheets are drawn when everything is measured.
     """
     if unknown := [name for name in extent.measures if name not in MEASURES]:
-        raise InputError(f"no measure {unknown[0]!r}; there are {', '.join(MEASURES)}")
+        raise InputError(f"unknown measure {unknown[0]!r}, choose from {', '.join(MEASURES)}")
     teacher_sampler = None if teacher is None else open_teacher(teacher, decoder)
     samplers = {name: open_student(folder) for name, folder in students.items()}
     out.mkdir(parents=True, exist_ok=True)
