@@ -51,8 +51,8 @@ def test_a_folder_that_is_neither_bundle_nor_student_is_one_line(tmp_path: Path)
 
 def test_the_features_that_ship_are_those_of_todays_drawings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An edit of any module that composes images would make every evaluation draw the real ones again, for minutes."""
+    monkeypatch.setattr(Judge, "composer", property(lambda _: pytest.fail("features of a drawing are missing")))
     judge = Judge(tmp_path)
-    monkeypatch.setattr(judge, "features", lambda _: pytest.fail("features of a drawing are missing"))
     assert len(judge.ceiling()) == len(judge.names) == 346
 
 
