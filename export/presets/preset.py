@@ -73,7 +73,7 @@ class Preset:
     from_scheduler: tuple[str, ...] = ("prediction", "alpha")
     """The fields that must agree with the folder's scheduler_config.json."""
     follows_scheduler: bool = False
-    """Whether that file decides if it says otherwise, because this row's rule was not read in it."""
+    """Whether that file wins if it says otherwise, because this row's rule was not read in it."""
     checked: Literal["the hub's file", "diffusers' scheduler", "a public source", "nothing"] = "nothing"
     """What this row's rule was compared with, beside what every export does: with the scheduler file that comes with the weights."""
     note: str = ""
