@@ -18,8 +18,8 @@ TORCH_SIDE = {"torch", "diffusers", "transformers", "peft", "accelerate", "trito
 MAY_NOT = {"engines": TORCH_SIDE, "snoopi_rt": TORCH_SIDE, "kernels": TORCH_SIDE - {"torch", "triton"}, "export": set()}
 
 
-def imported(tree: ast.Module) -> set[str]:
-    """Return what a module imports as it is imported itself: not inside functions, not for type checkers only."""
+def imported(tree: ast.Module, types: bool = False) -> set[str]:
+    """Return what a module imports as it is imported itself: not inside functions; for type checkers only with `types`."""
     names: set[str] = set()
     todo: list[ast.AST] = [tree]
     while todo:
@@ -28,7 +28,7 @@ def imported(tree: ast.Module) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        elif not types and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             todo += node.orelse
         elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             todo += ast.iter_child_nodes(node)
@@ -102,7 +102,7 @@ def modules() -> dict[str, set[str]]:
             sources[".".join([package, *names]).removesuffix(".__init__")] = path
     graph = {}
     for module, path in sources.items():
-        names = imported(ast.parse(path.read_text(encoding="utf-8")))
+        names = imported(ast.parse(path.read_text(encoding="utf-8")), types=module != "snoopi_rt")  # that one names what others hold
         graph[module] = {home for name in names for home in (name, name.rpartition(".")[0]) if home in sources} - {module}
     return graph
 

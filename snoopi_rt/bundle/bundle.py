@@ -110,7 +110,7 @@ class Bundle:
         for text in self.examples:
             known = encoding or text_rule(text, self.text.lowercase) in (self.prompts.texts if self.prompts else ())
             require(bool(text.strip()) and known, f"the example {text!r} is no prompt of this bundle")
-        check_shapes(self)
+        check_shapes(self.graphs, self.text, self.latent, self.sizes, self.tile)
         seen: dict[str, File] = {}
         for file in self._listed():
             require(seen.setdefault(file.path, file) == file, f"{file.path} is listed twice with different contents")
@@ -245,7 +245,7 @@ class Bundle:
             listed = {file.path for file in variant.files}
             for name in external[variant.files[0].path]:
                 require(name in listed, f"{self.folder / variant.files[0].path} reads {name!r}, which its variant does not list")
-        check_tokens(self, cache)
+        check_tokens(self.folder, self.graphs, self.text, cache)
 
     def _check_file(self, file: File, cache: Cache | None) -> list[str]:
         before = stamp(self.folder / file.path)
