@@ -41,7 +41,7 @@ from snoopi_rt.export.weights.files import fingerprint
 from snoopi_rt.files import write_whole
 from snoopi_rt.runtime.inputs import draw_noise
 
-SCALES = {"nasa": (0.1, 0.25, 0.5), "nag": (2.0, 4.0, 8.0), "vsf": (1.0, 2.0, 3.5), "gated": (0.5, 1.0, 2.0, 4.0)}
+SCALES = {"nasa": (0.1, 0.25, 0.5, 1.0), "nag": (2.0, 4.0, 8.0), "vsf": (0.25, 0.5, 1.0, 2.0), "gated": (0.25, 0.5, 1.0, 2.0)}
 SHOWN = {"a blurry cat": "blurry", "a cat and a horse": "a horse", "an owl on a blue background": "blue background", "a castle": "blurry"}
 
 
