@@ -180,7 +180,7 @@ sprites.load_sprites = lambda *some: read(*some) if some else read_all()
         ["train", "decoder", "--data", "pictures", "--encoder", str(encoder), "--out", "decoder", *once],
         ["train", "teacher", "--data", "pictures", "--decoder", "decoder", "--out", "teacher", *once, "--set", "layers=1"],
         ["train", "student-decoder", *pair, "--prompts", "pictures/prompts.txt", "--out", "tuned", *once, "--set", "pictures=4"],
-        ["eval", "small", "--quick", "--out", "evaluation"],
+        ["eval", "small", "--quick", "--measure", "recognition", "--out", "evaluation"],
         before=before,
     )
 

@@ -209,16 +209,17 @@ def test_nothing_of_the_timestep_is_left_in_the_graph(bundle: Bundle) -> None:
         assert not {"Sin", "Cos"} & node_counts(bundle.folder / "text_encoder-fp32.onnx").keys()
 
 
-@pytest.mark.parametrize("kind", ["projected", "none"])
-def test_other_kinds_of_guidance_export_and_draw(student: Path, tmp_path: Path, kind: str) -> None:
-    options = ExportOptions(kind, FP32, sizes=((64, 64),), prompts=(PROMPT, NEGATIVE), prompts_only=True)
+def test_without_guidance_it_exports_and_draws(student: Path, tmp_path: Path) -> None:
+    options = ExportOptions("none", FP32, sizes=((64, 64),), prompts=(PROMPT,), prompts_only=True)
     with snoopi_rt.load(export(find_source("sana", str(student)), tmp_path / "bundle", options), engine="cpu") as ours:
-        plain = ours.generate(PROMPT, seed=1).images
-        if kind != "none":
-            assert not np.array_equal(ours.generate(PROMPT, NEGATIVE, 1.0, seed=1).images, plain)
+        assert ours.generate(PROMPT, seed=1).images.std() > 4
 
 
-def test_weights_in_few_bits_are_near_enough(student: Path, tmp_path: Path) -> None:
+def test_weights_in_few_bits_are_near_enough_and_draw_with_another_guidance(student: Path, tmp_path: Path) -> None:
     precision = {"text_encoder": ["int8-weights"], "generator": ["fp16"], "decoder": ["fp16"]}
-    made = export(find_source("sana", str(student)), tmp_path / "bundle", ExportOptions(precision=precision, sizes=((64, 64),)))
+    options = ExportOptions("projected", precision, sizes=((64, 64),))
+    made = export(find_source("sana", str(student)), tmp_path / "bundle", options)
     assert [variant.precision for variant in made.graphs["text_encoder"]] == ["int8-weights"]
+    with snoopi_rt.load(made, engine="cpu") as ours:
+        plain = ours.generate(PROMPT, seed=1).images
+        assert not np.array_equal(ours.generate(PROMPT, NEGATIVE, 1.0, seed=1).images, plain)
