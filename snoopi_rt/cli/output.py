@@ -15,6 +15,7 @@ from snoopi_rt.bundle.bundle import Bundle
 from snoopi_rt.cli.options import discard
 from snoopi_rt.errors import InputError, OutputError
 from snoopi_rt.image_names import image_paths, is_folder
+from snoopi_rt.interrupts import deferred
 from snoopi_rt.pipeline import EMBEDDED, Pipeline
 from snoopi_rt.request import image_size
 from snoopi_rt.shell import join, json_line, quote, visible
@@ -132,7 +133,11 @@ class Files:
     def save(self, index: int, drawn: OutputImage) -> Path | None:
         """Writes one of the images; returns its path, None for standard output. Raises InputError and OutputError."""
         if self._paths:
-            return image.save(drawn.image, self._paths[index], drawn.metadata, self._if_exists)
+            with deferred() as signals:  # one in the middle could leave the temporary file
+                path = image.save(drawn.image, self._paths[index], drawn.metadata, self._if_exists)
+            if signals:
+                raise signals[0]
+            return path
         try:
             sys.stdout.buffer.write(image.encode(drawn.image, self._format, drawn.metadata))
             sys.stdout.flush()

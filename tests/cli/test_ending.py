@@ -202,6 +202,19 @@ def test_of_many_images_those_that_were_drawn_before_a_signal_are_there(tmp_path
 
 
 @pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")
+def test_a_signal_waits_for_the_image_that_is_being_written(tmp_path: Path) -> None:
+    code = (
+        "import os, runpy, signal, sys, time\nfrom snoopi_rt import image\nsave = image.save\n"
+        "def signalled(*rest):\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.1)\n    return save(*rest)\n"
+        "image.save = signalled\nsys.argv = ['snoopi-rt', 'generate', 'a red fox', '-n', '9', '-o', 'out/', '--engine', 'cpu']\n"
+        "runpy.run_module('snoopi_rt', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
+    (path,) = (tmp_path / "out").iterdir()
+    assert done.returncode == 130 and condition(path) == "whole" and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif("cpu" not in HERE, reason="needs onnxruntime")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_benchmark_that_is_stopped_remembers_nothing(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SNOOPI_RT_CACHE", str(tmp_path / "cache"))
