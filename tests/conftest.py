@@ -88,9 +88,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays, and garbage collections need not look through it again and again: an export takes a tenth less."""
+    """What is imported stays: garbage collections neither look through it nor are made often. By either an export takes a tenth less."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_unconfigure() -> None:
