@@ -19,7 +19,7 @@ from snoopi_rt.export.onnx_graphs.variants import write_variants
 from snoopi_rt.export.options import ExportOptions, ExportPlan
 from snoopi_rt.export.source import Source
 from snoopi_rt.export.student_graphs import decoder_tile, student_graphs
-from snoopi_rt.files import check_place, hidden, reason
+from snoopi_rt.files import alone, check_place, hidden, reason
 from snoopi_rt.prompt_encoder import write_prompts
 from snoopi_rt.shell import quote
 
@@ -39,14 +39,27 @@ def export(source: Source, out: Path, options: ExportOptions | None = None, say:
     if old.exists() and not out.exists():  # killed between two renames
         old.replace(out)
     check_out(out, plan.options.force)
-    student = plan.backbone.load(source.weights, source.preset, plan.sizes)
     part = hidden(out, ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    with alone(part, "exporting", out) as lock:
+        for left in part.iterdir():  # by an export that was killed
+            if left != lock:
+                left.unlink()
+        try:
+            student = plan.backbone.load(source.weights, source.preset, plan.sizes)
+            bundle, extremes = _write_files(part, out.name, plan, student, say)
+            draw_whole(bundle.save(part), plan.engines, extremes, say)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    lock.unlink(missing_ok=True)
+    _rename(part, out, old)
+    return Bundle.load(out)
+
+
+def _rename(part: Path, out: Path, old: Path) -> None:
+    """Gives the folder `part` the name `out`; one that has it is `old` for a moment, and then gone."""
+    shutil.rmtree(old, ignore_errors=True)
     try:
-        bundle, extremes = _write_files(part, out.name, plan, student, say)
-        draw_whole(bundle.save(part), plan.engines, extremes, say)
-        shutil.rmtree(old, ignore_errors=True)
         if out.exists():
             out.replace(old)
         part.replace(out)
@@ -56,7 +69,6 @@ def export(source: Source, out: Path, options: ExportOptions | None = None, say:
         shutil.rmtree(part, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    return Bundle.load(out)
 
 
 def check_out(out: Path, force: bool) -> None:

@@ -7,11 +7,12 @@ import os
 import re
 import secrets
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from snoopi_rt.engines.messages import why
-from snoopi_rt.errors import InputError
+from snoopi_rt.errors import InputError, OutputError
 from snoopi_rt.shell import quote
 
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -47,6 +48,35 @@ def remove_remains(folder: Path) -> None:
             if _TEMPORARY.fullmatch(entry.name):
                 with suppress(OSError):
                     os.unlink(entry.path)
+
+
+@contextmanager
+def alone(folder: Path, doing: str, out: Path | None = None) -> Iterator[Path]:
+    """Makes the folder if need be, and holds its lock: the file that it yields, which stays in the folder. What `write_whole` left there
+    when a process was killed is removed.
+
+    Raises OutputError if another process holds it, which is `doing` something ("drawing"), or if nothing can be written. The message
+    names the folder, or `out` if the folder will have that name.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = folder / ".lock"
+    if lock.is_symlink():  # which some versions of filelock follow, and empty the file behind it
+        raise InputError(f"{quote(lock)} is a symbolic link: remove it")
+    held = FileLock(lock, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(NotImplementedError):  # a file system without locks
+            held.acquire()
+    except Timeout as error:
+        raise OutputError(f"another process is {doing} into {quote(out or folder)}") from error
+    except OSError as error:
+        raise OutputError(f"cannot write into {quote(out or folder)}: {reason(error)}") from error
+    try:
+        remove_remains(folder)
+        yield lock
+    finally:
+        held.release()
 
 
 def check_folder(path: Path) -> Path:

@@ -5,8 +5,8 @@ Each contender is alone in memory with the baseline, and their calls are interle
 In the stages `generator`, `decoder`, `image` and `full decoder` the baseline is diffusers in fp32, and all are made of the same folder of
 weights: diffusers as it is (fp32, bf16), torch.compile, and diffusers' own UNet, or SANA's transformer, as an ONNX graph in ONNX Runtime
 (as optimum runs it) and in OpenVINO with its own choices, static shapes and bf16 (as optimum-intel runs it). PixArt has no peer outside
-torch. Prompt states are those of the bundle's own text encoder, as from a cache; the stage `image` is generator and decoder, for the
-bundle through its pipeline.
+torch. Prompt states are those stored in the bundle or of its text encoder, as from a cache; the stage `image` is generator and
+decoder, for the bundle through its pipeline.
 
 The stage `peers` runs openvino.genai and stable-diffusion.cpp on the same weights beside the bundle, which is the baseline, from prompt to
 image, a new prompt in each call (tools/peers.py). It takes SD 1.5 and 2.1 in one step, and what is installed of `pip install ".[peers]"`;
@@ -40,6 +40,7 @@ from snoopi_rt.engines import installed
 from snoopi_rt.export.onnx_graphs.parity import rms
 from snoopi_rt.export.presets.choose import find_preset
 from snoopi_rt.export.presets.preset import override
+from snoopi_rt.prompt_encoder import read_prompt
 from snoopi_rt.runtime.inputs import draw_noise
 
 warnings.filterwarnings("ignore")
@@ -108,8 +109,15 @@ def main(student: Path, folder: Path, tiny: Path | None, runs: int, compiled: bo
 
 
 def encoded(bundle: Bundle) -> tuple[tuple[str, str], dict[str, np.ndarray]]:
-    """The prompt and the negative as they are used, and the text encoder's outputs for them, by name of the generator's inputs."""
-    tokenizer, states = bundle.open_tokenizer(), {}
+    """The prompt and the negative as they are used, and their states, stored or encoded, by name of the generator's inputs."""
+    states = {}
+    if bundle.text.tokenizer is None:
+        for kind, words in (("prompt", PROMPT), ("negative", NEGATIVE)):
+            if bundle.prompts is None or words not in bundle.prompts.texts:
+                raise click.UsageError(f"{bundle.folder} has no text encoder: export it with --prompts FILE, {words!r} a line of FILE")
+            states |= {f"{kind}_{name}": value for name, value in read_prompt(bundle, bundle.prompts.texts.index(words)).items()}
+        return (PROMPT, NEGATIVE), states
+    tokenizer = bundle.open_tokenizer()
     engine = fastest(bundle, "text_encoder")
     texts = tuple(cut(words, tokenizer, bundle.text.pad is None) for words in (PROMPT, NEGATIVE))
     for kind, words in zip(("prompt", "negative"), texts, strict=True):

@@ -27,7 +27,7 @@ from snoopi_rt.export.settings import defaults, flattened
 from snoopi_rt.export.training.processes import Processes
 from snoopi_rt.export.training.stage_recipe import StageRecipe
 from snoopi_rt.export.weights.files import save_tensors
-from snoopi_rt.files import remove_remains, write_whole
+from snoopi_rt.files import alone, remove_remains, write_whole
 from snoopi_rt.interrupts import Interrupted, deferred
 
 
@@ -92,8 +92,8 @@ def run(
     Raises OutputError on NaN or infinity, for a `stage.stop_reason` and when the disk is full (the last checkpoint stays),
     and InputError when the folder's checkpoint was made by another recipe; only the number of steps may differ, if no fewer.
     """
-    start = _resume(stage, parts)
     if processes is not None and not processes.main:
+        start = _resume(stage, parts)
         with deferred() as signals:
             for i in range(start, stage.recipe.steps):
                 _check(stage, i, step(i, random_stream(stage.recipe.seed, i)))
@@ -101,11 +101,13 @@ def run(
                 if stopping and i + 1 < stage.recipe.steps:
                     raise stopping
         return
-    try:
-        _run(stage, parts, step, sample, start, processes)
-    except OSError as error:
-        kept = f"; {stage.checkpoints[-1]} is kept" if stage.checkpoints else ""
-        raise OutputError(f"{stage.name} stopped: cannot write in {stage.folder}: {error.strerror or error}{kept}") from error
+    with alone(stage.folder, "training"):
+        start = _resume(stage, parts)
+        try:
+            _run(stage, parts, step, sample, start, processes)
+        except OSError as error:
+            kept = f"; {stage.checkpoints[-1]} is kept" if stage.checkpoints else ""
+            raise OutputError(f"{stage.name} stopped: cannot write in {stage.folder}: {error.strerror or error}{kept}") from error
 
 
 def _run(

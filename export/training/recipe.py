@@ -6,7 +6,7 @@ from typing import Literal
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.guidance import find_guidance
-from snoopi_rt.export.settings import check_choices, flattened
+from snoopi_rt.export.settings import flattened
 from snoopi_rt.export.training.stage_recipe import StageRecipe
 
 RandomOn = Literal["both", "frozen", "lora", "none"]
@@ -171,7 +171,6 @@ class StudentRecipe(StageRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self)
         find_guidance(self.negative_kind, negative=True)
         settings = flattened(self)
         for low, high in (("guidance.min", "guidance.max"), ("t_min", "t_max")):

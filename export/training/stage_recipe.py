@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from snoopi_rt.errors import InputError
+from snoopi_rt.export.settings import check_choices
 from snoopi_rt.request import check_seed, integer
 
 
@@ -21,6 +22,7 @@ class StageRecipe:
     """The same seed gives the same run."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("steps", "batch"):
             integer(name, getattr(self, name), 1)
         check_seed(self.seed)

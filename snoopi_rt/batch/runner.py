@@ -1,7 +1,7 @@
 """Many prompts of a file to images in a folder: in constant memory, resumed after a kill, with an index of what became of each row."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from snoopi_rt.batch.index import INDEX, Index
 from snoopi_rt.batch.prompt_file import PromptFile
 from snoopi_rt.batch.prompt_formats import InvalidRow
 from snoopi_rt.errors import InputError, OutputError
-from snoopi_rt.files import check_place, reason, remove_remains
+from snoopi_rt.files import alone, check_place, reason
 from snoopi_rt.pipeline import Pipeline
 from snoopi_rt.request import Request, check_seed, image_size, parse_requests
 from snoopi_rt.result import Result
@@ -67,12 +67,8 @@ class Batch:
             with PromptFile(self.prompts) as prompts:
                 return replace(self, prompts=prompts).run(pipe, progress, draw)
         self._check(pipe, self.prompts)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write into {self.out}: {reason(error)}") from error
         outcome = Outcome()
-        with self._alone(), Index(self.out / INDEX, self._identity(pipe, self.prompts), self._path) as index:
+        with alone(self.out, "drawing"), Index(self.out / INDEX, self._identity(pipe, self.prompts), self._path) as index:
             for drawn in (draw or draw_here)(pipe, self, self._to_draw(pipe, self.prompts, index, outcome, progress)):
                 if drawn.error:
                     outcome.failed += 1
@@ -105,27 +101,6 @@ class Batch:
         image_size(self.size, pipe.bundle.sizes)
         if negative:
             pipe.check(negative, truncate=self.truncate)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Raises OutputError if another process is drawing into the folder; what one that was killed left there is removed."""
-        from filelock import FileLock, Timeout
-
-        lock = self.out / ".lock"
-        if lock.is_symlink():  # which some versions of filelock follow, and empty the file behind it
-            raise InputError(f"{lock} is a symbolic link: remove it")
-        held = FileLock(lock, timeout=0)
-        try:
-            held.acquire()
-        except Timeout as error:
-            raise OutputError(f"another process is drawing into {self.out}") from error
-        except OSError as error:
-            raise OutputError(f"cannot write into {self.out}: {reason(error)}") from error
-        try:
-            remove_remains(self.out)
-            yield
-        finally:
-            held.release()
 
     def _to_draw(
         self, pipe: Pipeline, prompts: PromptFile, index: Index, outcome: Outcome, progress: Callable[[int], None]

@@ -254,3 +254,15 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_succeeds(tiny_student
     assert not out.exists() and not list(tmp_path.rglob("bundle.json"))
     assert export(tiny_student, out, "small", **WITHOUT_TEXT_ENCODER).folder == out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle"]
+
+
+def test_two_exports_at_once_do_not_share_a_folder(tiny_student, tmp_path):
+    def second(line: str) -> None:
+        with pytest.raises(OutputError, match=r"^another process is exporting into .*bundle$"):
+            export(tiny_student, tmp_path / "bundle", "small")
+        raise KeyboardInterrupt(line)
+
+    options = ExportOptions(**WITHOUT_TEXT_ENCODER)
+    with pytest.raises(KeyboardInterrupt, match="encoding"):
+        write(find_source("small", str(tiny_student)), tmp_path / "bundle", options, second)
+    assert not list(tmp_path.iterdir())

@@ -27,6 +27,7 @@ from snoopi_rt.export.training.loop import Stage, StageRecipe, run
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
 from snoopi_rt.export.training.recipe import StudentRecipe
 from snoopi_rt.export.training.recipes import FORMER_NAMES
+from snoopi_rt.files import alone
 from snoopi_rt.interrupts import Interrupted
 
 
@@ -139,6 +140,12 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
     tiny_stage(tmp_path)
     with pytest.raises(InputError, match=r"lr 0.01 -> 0.02"):
         tiny_stage(tmp_path, lr=2e-2)
+
+
+def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
+    with alone(tmp_path, "training"), pytest.raises(OutputError, match="^another process is training into"):
+        tiny_stage(tmp_path)
+    tiny_stage(tmp_path)
 
 
 def test_nan_stops_the_run_with_its_step_and_keeps_the_checkpoint(tmp_path):
