@@ -14,6 +14,7 @@ import numpy as np
 from snoopi_rt.errors import InputError, OutputError
 from snoopi_rt.files import check_place, open_regular, reason, write_whole
 from snoopi_rt.json_reader import parse_json
+from snoopi_rt.request import integer
 from snoopi_rt.shell import join, quote
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -41,8 +42,9 @@ SWITCHES = {"truncate": "--truncate", "side_by_side": "--side-by-side"}
 def encode(image: np.ndarray, format: str, metadata: Mapping[str, str], quality: int = 95) -> bytes:
     """A uint8 (H, W, 3) image encoded in one of FORMATS; quality, 0 to 100, applies to JPEG and WebP.
 
-    Raises OutputError for more metadata (64 kB) or pixels than JPEG and WebP support.
+    Raises InputError for another quality, OutputError for more metadata (64 kB) or pixels than JPEG and WebP support.
     """
+    integer("quality", quality, 0, 100)
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 

@@ -6,13 +6,14 @@ Knows no formula, no backbone and no engine package: it feeds the inputs that th
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from snoopi_rt.bundle.bundle import GRAPHS, Bundle
+from snoopi_rt.bundle.tokenizer import PromptTooLong
 from snoopi_rt.cache import Cache
 from snoopi_rt.engines.base import Engine
 from snoopi_rt.errors import Cancelled, InputError
@@ -228,7 +229,8 @@ class Pipeline:
         image_size(size, self.bundle.sizes)
         for text in _texts(map(self._checked, requests)):
             if not isinstance(text, Conditioning):
-                self._prompts.check(text, truncate)
+                with _naming(text, requests):
+                    self._prompts.check(text, truncate)
         return requests
 
     def warning(self, prompt: str) -> str | None:
@@ -321,11 +323,27 @@ class Pipeline:
                         states[text] = text.states
                         continue
                     deadline.check("text_encoder")
-                    states[text] = self._prompts.encode(text, truncate)
+                    with _naming(text, requests):
+                        states[text] = self._prompts.encode(text, truncate)
                 return states
             finally:
                 if self._low_memory:
                     self._prompts.release()
+
+
+@contextmanager
+def _naming(text: str, requests: Sequence[Request]) -> Iterator[None]:
+    """Lets a PromptTooLong say which of the requests' texts it is about."""
+    try:
+        yield
+    except PromptTooLong as error:
+        for name in ("prompt", "negative_prompt"):
+            texts = list(dict.fromkeys(getattr(request, name) for request in requests))
+            if text in texts:
+                place = f" {texts.index(text) + 1} of {len(texts)}" if len(texts) > 1 else ""
+                error.text = f"{name.replace('_', ' ')}{place}"
+                break
+        raise
 
 
 def _texts(requests: Iterable[Request]) -> list[str]:

@@ -21,7 +21,8 @@ MAX_SHOWN = 200
 
 @dataclass(frozen=True)
 class Request:
-    """One image. Without a negative prompt `negative_prompt` and `negative_scale` are None. `Pipeline.run` draws requests."""
+    """One image, which `Pipeline.run` draws. All fields are required: `negative_prompt` and `negative_scale` are None where there is no
+    negative prompt, and a `negative_scale` of None beside one is the bundle's default."""
 
     prompt: str
     negative_prompt: str | None

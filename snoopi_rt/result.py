@@ -34,7 +34,7 @@ class Result:
     bundle: str
     bundle_hash: str
     truncate: bool
-    """Whether prompts that are too long were to be cut."""
+    """Whether prompts that are too long were to be cut. `Pipeline.check` tells which are: it raises for them."""
     warned: Mapping[str, str] = field(default_factory=dict)
     """A line for each prompt that asks for something that the model does not know."""
 

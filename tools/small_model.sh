@@ -11,7 +11,7 @@ encoder=weights/small/encoder
 pictures=49152 all=(--compile) students=() tuned=() judged=()
 if [ "${2:-}" = --quick ]; then
     pictures=64 all=(--set steps=2 --set batch=4) judged=(--quick)
-    tuned=(--set pictures=8)
+    tuned=(--set images=8)
     students=(--set collapse=0 --set regression.pairs=8 --set regression.teacher_steps=2)
 fi
 emoji=$runs/emoji

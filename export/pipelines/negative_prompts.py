@@ -5,6 +5,7 @@ So everything else in a pipeline still works: offloading, LoRAs, callbacks, batc
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -108,6 +109,8 @@ class _Negative(DiffusionPipeline):
             raise InputError("negative_scale without a negative_prompt: give both, or neither")
         scale = call.guidance.default_scale if negative_scale is None else negative_scale
         call.scales = [float(scale)] if isinstance(scale, int | float) else [float(value) for value in scale]
+        if not all(0 <= value < math.inf for value in call.scales):
+            raise InputError(f"negative_scale must not be negative, got {scale}")
         if any(negatives) and any(call.scales):
             if not all(isinstance(attn.processor, _NegativeProcessor | JointProcessor) for attn in _attentions(self)):
                 raise InputError("the attention processors were set since with_negative: call it again")

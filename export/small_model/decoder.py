@@ -26,6 +26,7 @@ from snoopi_rt.export.weights.arrays import new_array
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, save_diffusers
 from snoopi_rt.files import check_folder
+from snoopi_rt.request import integer
 
 SIDE = 256  # pixels
 FACTOR = 16
@@ -45,14 +46,19 @@ class DecoderRecipe(loop.StageRecipe):
     """Largest deviation of the noise added to latents, so that neighbouring ones decode alike."""
     features: float = 0.5
     """Weight of the distance between early features."""
-    pictures: int = 8192
-    """Pictures of the set to train on."""
+    images: int = 8192
+    """Images of the set to train on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        integer("images", self.images, 1)
         for name in ("noise", "features"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+FORMER_NAMES = {"pictures": "images"}
+"""As in training/recipes.py."""
 
 
 def compared(corners: Tensor, cells: int) -> Tensor:
@@ -158,9 +164,9 @@ def train(folder: Path, encoder: Path, out: Path, recipe: DecoderRecipe, compile
     encoder: the folder of the set's autoencoder, with whose decoder stages the new decoder begins. Raises as loop.run does.
     """
     autoencoder = load_module(check_folder(encoder), AutoencoderTiny)
-    latents = TrainingSet(folder).latents[: recipe.pictures]
+    latents = TrainingSet(folder).latents[: recipe.images]
     inputs = {"data": fingerprint(folder / "dataset.json"), "encoder": fingerprint(encoder / WEIGHTS)}
-    stage = loop.Stage("decoder", out, recipe, inputs, sample_every=500)
+    stage = loop.Stage("decoder", out, recipe, inputs, sample_every=500, former_names=FORMER_NAMES)
     loop.first_step(stage)
     pictures = real_pictures(folder, len(latents), out)
 

@@ -35,17 +35,17 @@ SHAPE = (8, 16, 16)
 def train(student: Path, teacher_folder: Path, prompts: Path, out: Path, recipe: decoder.DecoderRecipe, compiled: bool = False) -> None:
     """Trains a light decoder, from the first stages of the teacher's, on the student's latents of the first prompts; in fp16 in `out`.
 
-    Raises InputError for fewer prompts than recipe.pictures, and as loop.run does.
+    Raises InputError for fewer prompts than recipe.images, and as loop.run does.
     """
     network = require(check_folder(student) / "transformer", "train student")
     vae = require(check_folder(teacher_folder) / "vae", "train teacher")
     frozen = load_module(vae, PixelShuffleDecoder)
     weights_file("lite1")  # before anything is drawn
-    texts = list(islice(read_prompts(prompts), recipe.pictures))
-    if len(texts) < recipe.pictures:
-        raise InputError(f"{prompts} has {len(texts)} prompts, fewer than {recipe.pictures}: --set pictures={len(texts)} takes them")
+    texts = list(islice(read_prompts(prompts), recipe.images))
+    if len(texts) < recipe.images:
+        raise InputError(f"{prompts} has {len(texts)} prompts, fewer than {recipe.images}: --set images={len(texts)} takes them")
     inputs = {"student": fingerprint(network / WEIGHTS), "decoder": fingerprint(vae / WEIGHTS), "prompts": sha256(prompts)}
-    stage = loop.Stage("student decoder", out, recipe, inputs, sample_every=500)
+    stage = loop.Stage("student decoder", out, recipe, inputs, sample_every=500, former_names=decoder.FORMER_NAMES)
     loop.first_step(stage)
     latents = _drawn(network, texts, recipe.seed, out, stage.inputs)
     in_bf16 = load_module(vae, PixelShuffleDecoder, dtype=torch.bfloat16)

@@ -9,6 +9,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
+from snoopi_rt.errors import InputError
 from snoopi_rt.export.attention import PlainAttention
 from snoopi_rt.export.device import default_device
 from snoopi_rt.export.small_model.dataset.build import TrainingSet
@@ -23,6 +24,7 @@ from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.export.weights.files import WEIGHTS, fingerprint, require, save_diffusers
 from snoopi_rt.files import check_folder
 from snoopi_rt.kernels import attention, fused_attention
+from snoopi_rt.request import integer
 
 SAMPLE_PROMPTS = (
     "a cat",
@@ -54,7 +56,7 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True)
 class TeacherRecipe(loop.StageRecipe):
-    """The settings of this stage."""
+    """The settings of this stage. Raises InputError for values out of range."""
 
     steps: int = 48_000
     batch: int = 64
@@ -69,6 +71,12 @@ class TeacherRecipe(loop.StageRecipe):
     """How timesteps are drawn."""
     timestep_mean: float = 0.0
     """Mean of the logit-normal distribution, whose deviation is 1 (arXiv 2403.03206): the lower, the less noise."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        integer("layers", self.layers, 1)
+        if not 0 <= self.prompt_dropout <= 1:
+            raise InputError(f"prompt_dropout must lie between 0 and 1, got {self.prompt_dropout}")
 
 
 FORMER_NAMES = {"empty": "prompt_dropout"}

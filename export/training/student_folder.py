@@ -11,6 +11,7 @@ from torch import nn
 from snoopi_rt.export.one_step import OneStepRule
 from snoopi_rt.export.presets.preset import Preset, written
 from snoopi_rt.export.presets.rows import PRESETS
+from snoopi_rt.export.training.recipe import StudentRecipe
 from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.weights.files import save_diffusers
 
@@ -41,13 +42,15 @@ def own_preset(backbone: str) -> Preset:
     return PRESETS[backbone if backbone in PRESETS else f"pgsb-{backbone}"]
 
 
-def export_arguments(task: Task, rule: OneStepRule, size: tuple[int, int]) -> str:
-    """The preset by which export reads the student, and a --set for each setting in which the student differs from it."""
+def export_arguments(task: Task, recipe: StudentRecipe, rule: OneStepRule, size: tuple[int, int]) -> str:
+    """The preset by which export reads the student, a --set for each setting in which the student differs from it, and the guidance with
+    which it was trained if that is another."""
     preset = own_preset(task.backbone)
     trained = {"timestep": rule.timestep, "prediction": rule.prediction, "alpha": rule.alpha, "sigma": rule.sigma, "size": size[0]}
     defaults = {name: getattr(preset.rule if hasattr(preset.rule, name) else preset, name) for name in trained}
     settings = [f"--set {name}={written(value)}" for name, value in trained.items() if not _same(value, defaults[name])]
-    return " ".join([preset.name, *settings])
+    guidance = recipe.negative_scale_max > 0 and recipe.negative_kind != preset.negative_kind
+    return " ".join([preset.name, *settings, *([f"--guidance {recipe.negative_kind}"] if guidance else [])])
 
 
 def _same(one: Any, other: Any) -> bool:

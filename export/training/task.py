@@ -48,4 +48,5 @@ class Task:
         if self.negatives is not None and not recipe.losses["vsd"].weight:
             raise InputError("negatives need a vsd.weight above 0")
         if (recipe.negative_scale_max > 0) != (self.negatives is not None or self.edits is not None):
-            raise InputError("negatives and edits need a negative_scale_max above 0, and a negative_scale_max above 0 needs one of them")
+            missing = "a file of either (--negatives, --edits)" if recipe.negative_scale_max else "--set negative_scale_max=1"
+            raise InputError(f"negatives and edits need a negative_scale_max above 0 and a file: {missing} is missing")

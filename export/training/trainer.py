@@ -65,7 +65,7 @@ def train(
     if processes.main:
         write_student(task.teacher, denoiser.part, trainer.finished(), task.out)
     models = trainer.run.models
-    return export_arguments(task, models.rule, models.size)
+    return export_arguments(task, recipe, models.rule, models.size)
 
 
 class Trainer:

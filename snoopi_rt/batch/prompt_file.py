@@ -104,7 +104,8 @@ class PromptFile:
         if "prompt" not in seen:
             raise InputError(f"{self.name} has no column 'prompt' but {', '.join(map(repr, list(seen)[:10]))}: expected {known}")
         if unknown and not self._ignore_columns:
-            raise InputError(f"{self.name} has the unknown column {unknown[0]!r}: expected {known}; --ignore-columns skips others")
+            remedy = "; --ignore-columns skips others" if self._names == FIELDS else ""
+            raise InputError(f"{self.name} has the unknown column {unknown[0]!r}: expected {known}{remedy}")
         self._summary = Summary(count, negative)
         return self._summary
 

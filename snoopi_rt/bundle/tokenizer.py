@@ -19,10 +19,13 @@ MAX_SHOWN = 200
 class PromptTooLong(InputError):
     """PromptTooLong(tokens, limit): a prompt with more tokens than the bundle supports."""
 
+    text = "prompt"
+    """Which text it is."""
+
     def with_remedy(self, remedy: str) -> str:
         """The message, with a remedy in the words of the caller's interface."""
         tokens, limit = self.args
-        return f"prompt has {tokens} tokens, the limit is {limit}: shorten it, or {remedy}"
+        return f"{self.text} has {tokens} tokens, the limit is {limit}: shorten it, or {remedy}"
 
     def __str__(self) -> str:
         return self.with_remedy("truncate (--truncate on the command line)")

@@ -12,7 +12,10 @@ from snoopi_rt.shell import quote, size_text
 @click.option("--clear", is_flag=True, help="Remove everything, after a confirmation.")
 @click.option("--yes", is_flag=True, help="With --clear: do not ask for confirmation.")
 def cache(clear: bool, yes: bool) -> None:
-    """Show what is cached between runs, and where."""
+    """Show what is cached between runs, and where.
+
+    The environment variable SNOOPI_RT_CACHE names another folder to cache in.
+    """
     from snoopi_rt.cache import Cache
 
     cache = Cache()

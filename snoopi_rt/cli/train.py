@@ -48,7 +48,8 @@ def decoder(data: Path, encoder: Path, out: Path, settings: tuple[str, ...], com
     with torch_command("train decoder", "train", out):
         from snoopi_rt.export.small_model import decoder as stage
 
-        stage.train(data, encoder, out, _recipe(stage.DecoderRecipe(), settings), compiled)
+        stage.train(data, encoder, out, _recipe(stage.DecoderRecipe(), settings, stage.FORMER_NAMES), compiled)
+    click.echo(f"the decoder is in {quote(out)}: snoopi-rt train teacher --data {quote(data)} --decoder {quote(out)} --out TEACHER")
 
 
 @train.command(epilog="Example: snoopi-rt train teacher --data runs/emoji --decoder runs/decoder --out runs/teacher --compile")
@@ -64,6 +65,7 @@ def teacher(data: Path, decoder: Path, start: Path | None, out: Path, settings: 
         from snoopi_rt.export.small_model import teacher as stage
 
         stage.train(data, decoder, out, _recipe(stage.TeacherRecipe(), settings, stage.FORMER_NAMES), compiled, start)
+    click.echo(f"the teacher is in {quote(out)}: snoopi-rt train student --teacher {quote(out)} --prompts PROMPTS --out STUDENT")
 
 
 @train.command(
@@ -156,10 +158,12 @@ def student_decoder(
     """Train a light decoder on the latents of a student, for `export --decoder`."""
     with torch_command("train student-decoder", "train", out):
         from snoopi_rt.export.small_model import student_decoder as stage
-        from snoopi_rt.export.small_model.decoder import DecoderRecipe
+        from snoopi_rt.export.small_model.decoder import FORMER_NAMES, DecoderRecipe
 
-        # Without noise: its latents are the student's own.
-        stage.train(student_folder, teacher_folder, prompts, out, _recipe(DecoderRecipe(noise=0.0), settings), compiled)
+        recipe = _recipe(DecoderRecipe(noise=0.0), settings, FORMER_NAMES)  # without noise: its latents are the student's own
+        stage.train(student_folder, teacher_folder, prompts, out, recipe, compiled)
+    export = f"snoopi-rt export --backbone small --weights {quote(student_folder)} --decoder {quote(out)} --out BUNDLE"
+    click.echo(f"the decoder is in {quote(out)}: {export}")
 
 
 @train.command(epilog="Example: snoopi-rt train recipes")

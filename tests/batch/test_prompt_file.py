@@ -115,6 +115,12 @@ def test_unknown_columns_can_be_ignored(tmp_path: Path) -> None:
         assert jobs(tmp_path / name, content, ignore_columns=True) == [{"prompt": "a cat"}]
 
 
+def test_an_option_that_a_caller_does_not_have_is_not_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,negative_scale\na cat,1\n")
+    with PromptFile(tmp_path / "a.csv", names=("prompt", "seed")) as file, pytest.raises(InputError, match="expected prompt, seed$"):
+        file.check()
+
+
 def test_a_row_that_cannot_be_read_costs_itself(tmp_path: Path) -> None:
     ok = {"prompt": "ok"}
     for name, content, wrong in (

@@ -298,6 +298,8 @@ def test_a_result_saves_itself_and_shows_itself(pipe: Pipeline, here: Path) -> N
     assert one.encode() == [Path("cat.png").read_bytes()] and len(three.encode("jpeg", quality=5)[0]) < len(three.encode("jpeg")[0])
     with pytest.raises(InputError, match=r"unknown image format 'gif', choose from png, jpeg, webp"):
         one.encode("gif")
+    with pytest.raises(InputError, match="quality must be an integer of at most 100, got 900"):
+        one.encode("jpeg", quality=900)
     assert repr(pipe) == "<Pipeline: 'tiny' on cpu, fp32, up to 4 images at once>"
     assert repr(pipe.bundle).startswith("<Bundle: 'tiny', backbone none, 16x16, 24x16, guidance nasa, for cpu, openvino, in '/")
     assert repr(one).startswith("<Result: 1 image of 16x16, 'a cat', seed 7, cpu, ")

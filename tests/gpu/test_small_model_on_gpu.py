@@ -53,6 +53,6 @@ def test_every_stage_computes_on_the_accelerator(
     monkeypatch.setattr(decoder, "load_sprites", lambda: tiny_sprites)
     decoder.train(tmp_path / "set", encoder, tmp_path / "decoder", decoder.DecoderRecipe(batch=2))
     teacher.train(tmp_path / "set", WEIGHTS / "teacher" / "vae", tmp_path / "teacher", teacher.TeacherRecipe(batch=2), start=start)
-    few = decoder.DecoderRecipe(batch=2, pictures=12)
+    few = decoder.DecoderRecipe(batch=2, images=12)
     student_decoder.train(start, start, tmp_path / "set" / "prompts.txt", tmp_path / "tuned", few)
     assert on_meta == ["decoder", "teacher", "student decoder"]

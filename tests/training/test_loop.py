@@ -143,7 +143,7 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
 
 
 def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
-    with alone(tmp_path, "training"), pytest.raises(OutputError, match="^another process is training into"):
+    with alone(tmp_path, "training"), pytest.raises(OutputError, match=r"^another process is training into "):
         tiny_stage(tmp_path)
     tiny_stage(tmp_path)
 

@@ -94,7 +94,7 @@ def test_nasa_t_trains_with_negatives(teachers: Path, tmp_path: Path) -> None:
         assert nasa[-1]["vsd"] != plain[-1]["vsd"]
     other = distil(teachers, tmp_path / "projected", "sd15", negatives, negative_scale_max=1.0, negative_kind="projected", precision="bf16")
     assert other[-1]["vsd"] != nasa[-1]["vsd"]
-    with pytest.raises(InputError, match="need a negative_scale_max above 0"):
+    with pytest.raises(InputError, match="--set negative_scale_max=1 is missing"):
         distil(teachers, tmp_path / "c", files=negatives)
 
 
@@ -237,7 +237,7 @@ def test_the_discriminator_tells_the_student_from_its_teacher_and_only_the_heads
             {"edits.weight": 1.0, "negative_scale_max": 1.0},
             "line 1 of .* has no text for prompt, negative_prompt",
         ),
-        (EDITS[0], {}, "edits need both: a file of them and an edits.weight above 0"),
+        (EDITS[0], {}, "edits need both: --set edits.weight=1 is missing"),
         (EDITS[0], {"edits.weight": 1.0}, "need a negative_scale_max above 0"),
     ],
 )

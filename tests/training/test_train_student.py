@@ -18,6 +18,8 @@ from snoopi_rt.errors import InputError, SnoopiError
 from snoopi_rt.export.settings import flattened
 from snoopi_rt.export.training.recipe import StudentRecipe
 from snoopi_rt.export.training.recipes import RECIPES, described, find_recipe, table
+from snoopi_rt.export.training.student_folder import export_arguments, own_preset
+from snoopi_rt.export.training.task import Task
 
 
 def test_the_papers_settings_are_recipes_and_print_in_full() -> None:
@@ -174,3 +176,20 @@ def test_a_command_does_not_pass_on_that_transformers_would_like_torchvision(cap
     finally:
         logger.removeHandler(caplog.handler)
     assert set(caplog.messages) == {"another"} and logger.filters == []
+
+
+@pytest.mark.parametrize(
+    ("backbone", "settings", "words"),
+    [
+        ("sd21", {}, "pgsb-sd21"),
+        ("sd21", {"negative_kind": "projected"}, "pgsb-sd21"),  # no negative prompt was trained with
+        ("sd21", {"negative_kind": "projected", "negative_scale_max": 1.0}, "pgsb-sd21 --guidance projected"),
+        ("sd21", {"negative_scale_max": 1.0}, "pgsb-sd21"),
+        ("small", {"negative_scale_max": 1.0}, "small --guidance nasa"),
+        ("small", {"negative_kind": "projected", "negative_scale_max": 1.0}, "small"),
+    ],
+)
+def test_a_student_is_exported_with_the_guidance_with_which_it_was_trained(backbone: str, settings: dict[str, Any], words: str) -> None:
+    preset = own_preset(backbone)
+    task, recipe = Task(backbone, Path("teacher"), Path("prompts.txt"), Path("out")), StudentRecipe(**settings)
+    assert export_arguments(task, recipe, preset.rule, (preset.size, preset.size)) == words

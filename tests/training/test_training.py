@@ -46,7 +46,7 @@ def road(tmp_path_factory, tiny_sprites):
         patch.setattr(teacher, "draw", partial(teacher.draw, steps=2))
         teacher.train(root / "pictures", root / "decoder", root / "teacher", TEACHER)
     distilled(root, root / "student")
-    recipe = decoder.DecoderRecipe(steps=3, batch=4, pictures=12)
+    recipe = decoder.DecoderRecipe(steps=3, batch=4, images=12)
     student_decoder.train(root / "student", root / "teacher", root / "pictures" / "prompts.txt", root / "student-decoder", recipe)
     return root
 
@@ -119,7 +119,7 @@ def test_a_students_decoder_imitates_the_teachers_on_the_students_latents_but_fo
 
     seen = []
     monkeypatch.setattr(decoder, "fit", lambda stage, model, latents, targets, *rest: seen.append((latents, targets)))
-    recipe = decoder.DecoderRecipe(steps=1, batch=2, pictures=12)
+    recipe = decoder.DecoderRecipe(steps=1, batch=2, images=12)
     student_decoder.train(road / "student", road / "teacher", road / "pictures" / "prompts.txt", tmp_path / "decoder", recipe)
     ((latents, targets),) = seen
     corners = [[0, 0], [6, 6]]
@@ -151,7 +151,7 @@ def test_a_convolution_that_sees_repeated_edges_is_that_of_torch():
     assert torch.equal(own(x), torchs(x))
 
 
-@pytest.mark.parametrize("setting", [{"noise": -1.0}, {"features": -1.0}])
+@pytest.mark.parametrize("setting", [{"noise": -1.0}, {"features": -1.0}, {"images": 0}])
 def test_a_decoder_recipe_that_cannot_be_is_refused(setting):
     from snoopi_rt.export.small_model import decoder
 
@@ -169,6 +169,12 @@ def test_timesteps_are_drawn_evenly_or_around_a_mean():
         assert torch.allclose(drawn, torch.tensor(quartiles).float(), atol=20)
     with pytest.raises(InputError, match="timesteps is 'cosine', choose from uniform, logit-normal"):
         TeacherRecipe(timesteps="cosine")
+
+
+@pytest.mark.parametrize("setting", [{"prompt_dropout": 2.0}, {"prompt_dropout": -1.0}, {"layers": 0}])
+def test_a_teacher_recipe_that_cannot_be_is_refused(setting):
+    with pytest.raises(InputError, match=next(iter(setting))):
+        TeacherRecipe(**setting)
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])

@@ -69,7 +69,7 @@ def _facts(out: Path, encoder: Path, count: int, seed: int) -> dict[str, Any]:
         raise InputError(f"{out} holds another set; choose another folder")
     stored = sum(len(_stored_captions(out, number)) for number in range(len(list(out.glob("captions-*.jsonl")))))
     if count < stored:
-        raise InputError(f"{out} holds {stored} pictures already, more than {count}: give at least as many, or choose another folder")
+        raise InputError(f"{out} holds {stored} images already, more than {count}: give at least as many, or choose another folder")
     return facts
 
 
@@ -83,7 +83,7 @@ def write_set(out: Path, sprites: Mapping[tuple[str, str], Image.Image], encoder
     composer = Composer(sprites)
     vocabulary = Vocabulary(composer.colourable())
     network = load_module(encoder, AutoencoderTiny).encoder.to(default_device(), torch.bfloat16).to(memory_format=torch.channels_last)
-    with tqdm(total=count, desc="pictures", unit="picture", mininterval=1.0) as bar:
+    with tqdm(total=count, desc="images", unit="image", mininterval=1.0) as bar:
         for number, start in enumerate(range(0, count, SHARD)):
             numbers = range(start, min(start + SHARD, count))
             if len(_stored_captions(out, number)) != len(numbers):

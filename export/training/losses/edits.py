@@ -42,7 +42,7 @@ class EditsLoss(Loss):
     @classmethod
     def check(cls, settings: LossSettings, task: Task, recipe: StudentRecipe) -> None:
         if (settings.weight > 0) != (task.edits is not None):
-            raise InputError("edits need both: a file of them and an edits.weight above 0")
+            raise InputError(f"edits need both: {'--set edits.weight=1' if task.edits else 'a file of them (--edits)'} is missing")
         if task.edits is not None:
             check_edits(task.edits)
             task.check_states(task.edits, "edits-prompt")
