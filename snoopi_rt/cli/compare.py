@@ -61,8 +61,9 @@ def compare(
 
     BUNDLE is a folder, by default the embedded bundle. Two engines may read the same file, so that a wrong weight shows on neither: compare
     the bundle with OTHER, such as a fresh export. Both sides get the same inputs, so that errors do not carry over from graph to graph.
-    Exits with 1 if an output differs. Needs the extra export. With --layers all outputs are in memory; POLYGRAPHY_ARRAY_SWAP_THRESHOLD_MB=100 moves arrays above
-    100 MB to disk.
+    Exits with 1 if an output differs. Needs the extra export.
+
+    With --layers all outputs are in memory; POLYGRAPHY_ARRAY_SWAP_THRESHOLD_MB=100 moves arrays above 100 MB to disk.
     """
     from snoopi_rt.bundle.bundle import Bundle
     from snoopi_rt.diagnostics.bench import bench_prompts

@@ -159,6 +159,8 @@ def compare(
             tile = first.bundle.tile.size if first.bundle.tile else None
             inputs = {"latent": np.ascontiguousarray(latent[:, :, :tile, :tile])}
         sides = (first, second) if graph in graphs else (first,)
+        for side in sides:
+            _check_inputs(graph, side, inputs)
         with _models(graph, sides, layers and graph in graphs) as (paths, nodes):
             runners = []
             for number, (side, path) in enumerate(zip(sides, paths, strict=True), 1):
@@ -190,6 +192,14 @@ def _generator_inputs(side: Side, prompt: str, negative: str | None, threads: in
         requests = pipe.check(prompt, negative, seed=0, truncate=True)
         states = {text: pipe.prepare(text, truncate=True).states for text in requests[0].texts}
     return generator_inputs(requests, states, side.variants["generator"].inputs, bundle.latent, bundle.sizes[0])
+
+
+def _check_inputs(graph: str, side: Side, inputs: Arrays) -> None:
+    """Raises InputError unless the side's graph takes these inputs."""
+    specs = {spec.name: spec for spec in side.variants[graph].inputs}
+    if specs.keys() != inputs.keys() or not all(specs[name].fits(array) for name, array in inputs.items()):
+        named = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in inputs.items())
+        raise InputError(f"{graph} of bundle {side.bundle.name!r} does not take the first side's inputs: {named}")
 
 
 @contextmanager

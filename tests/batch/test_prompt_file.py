@@ -117,7 +117,7 @@ def test_unknown_columns_can_be_ignored(tmp_path: Path) -> None:
 
 def test_an_option_that_a_caller_does_not_have_is_not_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,negative_scale\na cat,1\n")
-    with PromptFile(tmp_path / "a.csv", names=("prompt", "seed")) as file, pytest.raises(InputError, match="expected prompt, seed$"):
+    with PromptFile(tmp_path / "a.csv", names=("prompt", "seed")) as file, pytest.raises(InputError, match=r"expected prompt, seed$"):
         file.check()
 
 

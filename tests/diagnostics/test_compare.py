@@ -13,9 +13,11 @@ from onnx import numpy_helper
 from snoopi_rt.bundle.bundle import Bundle, File
 from snoopi_rt.cli.main import main
 from snoopi_rt.engines import installed
+from snoopi_rt.errors import InputError
 
 pytest.importorskip("polygraphy", reason="the extra export is not installed")
-from snoopi_rt.diagnostics.compare import Comparison, Distance, distance
+from snoopi_rt.diagnostics.compare import Comparison, Distance, Side, distance
+from snoopi_rt.diagnostics.compare import compare as compare_sides
 
 pytestmark = pytest.mark.skipif(not {"cpu", "openvino"} <= set(installed()), reason="needs ONNX Runtime and OpenVINO")
 
@@ -98,3 +100,12 @@ def test_wrong_arguments_are_one_line(original: Bundle) -> None:
         (["--precision", "int8"], "has no precision 'int8'"),
     ):
         assert message in compare(original, *words, code=2).stderr
+
+
+def test_a_graph_that_takes_other_inputs_is_one_line(original: Bundle) -> None:
+    side = Side.of(original, "cpu")
+    decoder = side.variants["decoder"]
+    latent = replace(decoder.inputs[0], shape=(None, 32, None, None))
+    other = replace(side, variants={**side.variants, "decoder": replace(decoder, inputs=(latent,))})
+    with pytest.raises(InputError, match=r"^decoder of bundle 'tiny' does not take the first side's inputs: latent float32"):
+        list(compare_sides(side, other, ["decoder"], "a cat", None))
