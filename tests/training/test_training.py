@@ -86,7 +86,7 @@ def test_a_set_grows_and_its_first_pictures_stay_what_they_were(road, tmp_path, 
     torch.testing.assert_close(whole.captions(rows, empty), grown.captions(rows, empty), rtol=0.02, atol=0.02)
     with pytest.raises(InputError, match="holds another set"):
         build.write_set(tmp_path, tiny_sprites, ENCODER, count=48, seed=1)
-    with pytest.raises(InputError, match="holds 48 pictures already, more than 24"):
+    with pytest.raises(InputError, match="holds 48 images already, more than 24"):
         build.write_set(tmp_path, tiny_sprites, ENCODER, count=24, seed=0)
 
 
