@@ -201,9 +201,12 @@ def first_step(stage: Stage) -> int:
     if now["steps"] >= done:
         before["steps"] = now["steps"]
     if before != now:
-        pairs = {key: [values.get(key, "not set") for values in (before, now)] for key in sorted({*before, *now})}
-        changed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in pairs.items() if old != new)
-        raise InputError(f"{stage.folder} holds a {stage.name} of another recipe ({changed}): use the same settings or another folder")
+        pairs = {key: (before.get(key, "not set"), now.get(key, "not set")) for key in sorted({*before, *now})}
+        changed = {key: f"{key} {old} -> {new}" for key, (old, new) in pairs.items() if old != new}
+        if list(changed) == ["steps"]:
+            raise InputError(f"{stage.folder} holds a {stage.name} after {done} steps, more than {now['steps']}: give at least as many")
+        recipe = ", ".join(changed.values())
+        raise InputError(f"{stage.folder} holds a {stage.name} of another recipe ({recipe}): use the same settings or another folder")
     return done
 
 

@@ -132,7 +132,7 @@ def test_a_finished_stage_goes_on_when_told_more_steps_but_not_fewer(tmp_path):
     tiny_stage(tmp_path, steps=10)
     assert losses(tmp_path)[:8] == before
     assert len(losses(tmp_path)) == 10
-    with pytest.raises(InputError, match="steps 10 -> 9"):
+    with pytest.raises(InputError, match="holds a tiny after 10 steps, more than 9: give at least as many"):
         tiny_stage(tmp_path, steps=9)
 
 

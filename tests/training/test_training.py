@@ -84,7 +84,7 @@ def test_a_set_grows_and_its_first_pictures_stay_what_they_were(road, tmp_path, 
     rows, empty = torch.arange(48), torch.arange(48) % 5 == 0
     # Captions are encoded with others of their length, which moves the last digits.
     torch.testing.assert_close(whole.captions(rows, empty), grown.captions(rows, empty), rtol=0.02, atol=0.02)
-    with pytest.raises(InputError, match="holds another set"):
+    with pytest.raises(InputError, match="holds a set of another seed: choose another folder"):
         build.write_set(tmp_path, tiny_sprites, ENCODER, count=48, seed=1)
     with pytest.raises(InputError, match="holds 48 images already, more than 24"):
         build.write_set(tmp_path, tiny_sprites, ENCODER, count=24, seed=0)

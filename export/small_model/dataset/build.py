@@ -65,8 +65,9 @@ def _facts(out: Path, encoder: Path, count: int, seed: int) -> dict[str, Any]:
     """What identifies a set. Raises InputError for a folder that is no encoder, and if `out` holds another set or more pictures."""
     load_module(check_folder(encoder), AutoencoderTiny)
     facts = {"kind": "emoji scenes", "seed": seed, "encoder": fingerprint(encoder / WEIGHTS)}
-    if (out / IDENTITY).exists() and read_json(out / IDENTITY) != facts:
-        raise InputError(f"{out} holds another set; choose another folder")
+    before = read_json(out / IDENTITY) if (out / IDENTITY).exists() else facts
+    if wrong := [name for name, value in facts.items() if before.get(name) != value]:
+        raise InputError(f"{out} holds a set of another {' and '.join(wrong)}: choose another folder")
     stored = sum(len(_stored_captions(out, number)) for number in range(len(list(out.glob("captions-*.jsonl")))))
     if count < stored:
         raise InputError(f"{out} holds {stored} images already, more than {count}: give at least as many, or choose another folder")
