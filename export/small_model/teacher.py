@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -67,10 +66,6 @@ class TeacherRecipe(loop.StageRecipe):
     """Step matrices by Muon, and all other parameters by AdamW."""
     layers: int = LAYERS
     """Transformer blocks."""
-    timesteps: Literal["uniform", "logit-normal"] = "uniform"
-    """How timesteps are drawn."""
-    timestep_mean: float = 0.0
-    """Mean of the logit-normal distribution, whose deviation is 1 (arXiv 2403.03206): the lower, the less noise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,13 +82,6 @@ def loss(model: PixArtTransformer2DModel, x_t: Tensor, target: Tensor, t: Tensor
     """Mean squared error of the predicted v, a scalar; x_t and target (B, 8, 16, 16), t (B,), states (B, T, 384), mask (B, T)."""
     v = model(x_t, encoder_hidden_states=states, timestep=t, encoder_attention_mask=mask, return_dict=False)[0]
     return (v.float() - target).square().mean()
-
-
-def timesteps(recipe: TeacherRecipe, random: torch.Generator) -> Tensor:
-    """The timesteps of a batch, (B,) int64 from 0 to 999."""
-    if recipe.timesteps == "uniform":
-        return torch.randint(1000, (recipe.batch,), generator=random)
-    return (1000 * torch.sigmoid(torch.randn(recipe.batch, generator=random) + recipe.timestep_mean)).long().clamp(max=999)
 
 
 @torch.no_grad()
@@ -143,7 +131,7 @@ def train(pictures: Path, decoder: Path, out: Path, recipe: TeacherRecipe, compi
         empty = (torch.rand(recipe.batch, generator=random) < recipe.prompt_dropout).to(device)
         states, mask = data.captions(chosen, empty)
         latents = data.latents[chosen].float()
-        t = timesteps(recipe, random).to(device)
+        t = torch.randint(1000, (recipe.batch,), generator=random).to(device)
         noise = torch.randn(latents.shape, generator=random).to(device)
         x_t, target = schedule.noised(latents, noise, t), schedule.target(latents, noise, t)
         value = compute(model, x_t.bfloat16(), target, t, states, mask)

@@ -1,7 +1,6 @@
 """The stages of the small model, from drawings to a bundle that draws."""
 
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.settings import changed
-from snoopi_rt.export.small_model.teacher import TeacherRecipe, timesteps
+from snoopi_rt.export.small_model.teacher import TeacherRecipe
 from snoopi_rt.export.training import loop, teacher_pair
 from snoopi_rt.export.training.recipes import find_recipe
 from snoopi_rt.export.training.task import Task
@@ -157,18 +156,6 @@ def test_a_decoder_recipe_that_cannot_be_is_refused(setting):
 
     with pytest.raises(InputError, match=next(iter(setting))):
         decoder.DecoderRecipe(**setting)
-
-
-def test_timesteps_are_drawn_evenly_or_around_a_mean():
-    recipe, random = TeacherRecipe(batch=10_000), torch.Generator().manual_seed(0)
-    logit_normal = replace(recipe, timesteps="logit-normal", timestep_mean=-1.0)
-    for settings, quartiles in ((recipe, (250, 500, 750)), (logit_normal, (158, 269, 419))):
-        t = timesteps(settings, random)
-        assert t.dtype == torch.int64 and t.min() >= 0 and t.max() <= 999
-        drawn = torch.quantile(t.float(), torch.tensor([0.25, 0.5, 0.75]))
-        assert torch.allclose(drawn, torch.tensor(quartiles).float(), atol=20)
-    with pytest.raises(InputError, match="timesteps is 'cosine', choose from uniform, logit-normal"):
-        TeacherRecipe(timesteps="cosine")
 
 
 @pytest.mark.parametrize("setting", [{"prompt_dropout": 2.0}, {"prompt_dropout": -1.0}, {"layers": 0}])
