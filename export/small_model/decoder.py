@@ -100,7 +100,7 @@ def real_pictures(folder: Path, count: int, cache: Path) -> np.ndarray:
         vocabulary, seed = Vocabulary(composer.colourable()), read_seed(folder)
         beside = cache / f".pictures-{count}.part"
         pictures = new_array(beside, (count, SIDE, SIDE, 3), np.uint8)
-        for i in tqdm(range(count), desc="pictures", unit="picture"):
+        for i in tqdm(range(count), desc="images", unit="image"):
             pictures[i] = compose(composer, vocabulary, seed, i, SIDE)[1]
         pictures.flush()
         beside.replace(path)

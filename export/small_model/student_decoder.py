@@ -80,7 +80,7 @@ def _drawn(network: Path, texts: list[str], seed: int, out: Path, inputs: Mappin
     key = hashlib.sha256(json.dumps([inputs["student"], inputs["prompts"], seed]).encode()).hexdigest()[:16]
     pictures = TeacherPictures(out / "latents", f"student-{key}", len(texts), SHAPE, draw)
     numbers = range(len(texts))
-    with tqdm(numbers, desc="the student's pictures", unit="picture") as bar:
+    with tqdm(numbers, desc="the student's images", unit="image") as bar:
         parts = []
         for start in numbers[::BATCH]:
             parts.append(pictures.latents(list(numbers[start : start + BATCH])).half())
