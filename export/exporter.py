@@ -42,7 +42,9 @@ def export(source: Source, out: Path, options: ExportOptions | None = None, say:
     part = hidden(out, ".part")
     with alone(part, "exporting", out) as lock:
         for left in part.iterdir():  # by an export that was killed
-            if left != lock:
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left != lock:
                 left.unlink()
         try:
             student = plan.backbone.load(source.weights, source.preset, plan.sizes)

@@ -66,7 +66,7 @@ def alone(folder: Path, doing: str, out: Path | None = None) -> Iterator[Path]:
     held = FileLock(lock, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with suppress(NotImplementedError):  # a file system without locks
+        with suppress(NotImplementedError):  # of an older filelock, on a file system without locks: then nothing keeps others out
             held.acquire()
     except Timeout as error:
         raise OutputError(f"another process is {doing} into {quote(out or folder)}") from error

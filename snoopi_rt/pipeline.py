@@ -337,12 +337,8 @@ def _naming(text: str, requests: Sequence[Request]) -> Iterator[None]:
     try:
         yield
     except PromptTooLong as error:
-        for name in ("prompt", "negative_prompt"):
-            texts = list(dict.fromkeys(getattr(request, name) for request in requests))
-            if text in texts:
-                place = f" {texts.index(text) + 1} of {len(texts)}" if len(texts) > 1 else ""
-                error.text = f"{name.replace('_', ' ')}{place}"
-                break
+        kind = "prompt" if any(text == request.prompt for request in requests) else "negative prompt"
+        error.text = kind if len({tuple(request.texts) for request in requests}) == 1 else f"{kind} {shown(text)}"
         raise
 
 

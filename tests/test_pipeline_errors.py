@@ -81,7 +81,7 @@ def test_the_command_that_such_an_error_names_is_one_that_compare_takes(engine: 
         ({"prompt": ["a cat", ""]}, "prompt is empty: say what to draw (prompt 2 of 2)"),
         ({"prompt": "a a a a a"}, "prompt has 7 tokens, the limit is 6"),
         ({"negative_prompt": "a a a a a"}, "negative prompt has 7 tokens, the limit is 6"),
-        ({"prompt": ["a fox", "a a a a a"]}, "prompt 2 of 2 has 7 tokens, the limit is 6"),
+        ({"prompt": ["a fox", "a a a a a"]}, "prompt 'a a a a a' has 7 tokens, the limit is 6"),
         ({"negative_prompt": 3}, "negative prompt must be text, got 3"),
         ({"negative_prompt": "blurry", "negative_scale": math.nan}, "negative scale must be a number from 0.0 to 1.0, got nan"),
         ({"negative_prompt": "blurry", "negative_scale": math.inf}, "negative scale must be a number from 0.0 to 1.0, got inf"),

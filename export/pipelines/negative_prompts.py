@@ -110,7 +110,7 @@ class _Negative(DiffusionPipeline):
         scale = call.guidance.default_scale if negative_scale is None else negative_scale
         call.scales = [float(scale)] if isinstance(scale, int | float) else [float(value) for value in scale]
         if not all(0 <= value < math.inf for value in call.scales):
-            raise InputError(f"negative_scale must not be negative, got {scale}")
+            raise InputError(f"negative_scale must be a finite number of at least 0, got {scale}")
         if any(negatives) and any(call.scales):
             if not all(isinstance(attn.processor, _NegativeProcessor | JointProcessor) for attn in _attentions(self)):
                 raise InputError("the attention processors were set since with_negative: call it again")

@@ -262,6 +262,7 @@ def test_two_exports_at_once_do_not_share_a_folder(tiny_student, tmp_path):
             export(tiny_student, tmp_path / "bundle", "small")
         raise KeyboardInterrupt(line)
 
+    (tmp_path / ".bundle.part" / "left").mkdir(parents=True)
     options = ExportOptions(**WITHOUT_TEXT_ENCODER)
     with pytest.raises(KeyboardInterrupt, match="encoding"):
         write(find_source("small", str(tiny_student)), tmp_path / "bundle", options, second)

@@ -213,8 +213,8 @@ def asking(opened: Any) -> Iterator[DiffusionPipeline]:
         ({"guidance_scale": 7.5}, "guidance_scale runs each step twice"),
         ({"negative_prompt": ["fog", "moon"]}, "negative_prompt has 2 entries for 1 prompts"),
         ({"negative_prompt": [None, ""], "negative_scale": 1.0}, "negative_scale without a negative_prompt: give both, or neither"),
-        ({"negative_scale": -0.1}, "negative_scale must not be negative, got -0.1"),
-        ({"negative_scale": float("nan")}, "negative_scale must not be negative, got nan"),
+        ({"negative_scale": -0.1}, "negative_scale must be a finite number of at least 0, got -0.1"),
+        ({"negative_scale": float("nan")}, "negative_scale must be a finite number of at least 0, got nan"),
         ({"negative_scale": [0.1, 0.2, 0.3]}, "negative_scale has 3 entries for 1 prompts"),
     ],
 )

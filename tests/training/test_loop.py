@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -146,6 +147,15 @@ def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
     with alone(tmp_path, "training"), pytest.raises(OutputError, match=r"^another process is training into "):
         tiny_stage(tmp_path)
     tiny_stage(tmp_path)
+
+
+def test_without_locks_a_run_goes_on(tmp_path, monkeypatch):
+    def acquire(self: FileLock) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    tiny_stage(tmp_path)
+    assert len(losses(tmp_path)) == 8
 
 
 def test_nan_stops_the_run_with_its_step_and_keeps_the_checkpoint(tmp_path):
