@@ -1,6 +1,7 @@
 """The stages of the small model, from drawings to a bundle that draws."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -158,10 +159,24 @@ def test_a_decoder_recipe_that_cannot_be_is_refused(setting):
         decoder.DecoderRecipe(**setting)
 
 
-@pytest.mark.parametrize("setting", [{"prompt_dropout": 2.0}, {"prompt_dropout": -1.0}, {"layers": 0}])
+@pytest.mark.parametrize("setting", [{"prompt_dropout": 2.0}, {"prompt_dropout": -1.0}, {"layers": 0}, {"two_things": 0.0}])
 def test_a_teacher_recipe_that_cannot_be_is_refused(setting):
     with pytest.raises(InputError, match=next(iter(setting))):
         TeacherRecipe(**setting)
+
+
+def test_a_teacher_sees_images_of_two_things_as_often_as_it_is_told(road, tmp_path, monkeypatch):
+    from snoopi_rt.export.small_model import teacher
+    from snoopi_rt.export.small_model.dataset.build import TrainingSet, read_samples
+
+    two = torch.tensor([len(sample.scene.things) == 2 for sample in read_samples(road / "pictures")])
+    assert 0 < two.sum() < len(two)
+    seen, captions = [], TrainingSet.captions
+    monkeypatch.setattr(TrainingSet, "captions", lambda data, rows, empty: seen.append(rows) or captions(data, rows, empty))
+    for often, share in ((1e9, 1.0), (1e-9, 0.0)):
+        seen.clear()
+        teacher.train(road / "pictures", road / "decoder", tmp_path / str(share), replace(TEACHER, two_things=often))
+        assert two[torch.cat(seen)].float().mean() == share
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])

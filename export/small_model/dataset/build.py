@@ -165,6 +165,8 @@ class TrainingSet:
             raise InputError(f"no picture set in {folder}: make one with snoopi-rt data emoji --out {folder}")
         shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         self.latents = torch.cat([shard["latents"] for shard in shards]).to(device)
+        self.two = torch.tensor([len(sample.scene.things) == 2 for sample in read_samples(folder)])
+        """Whether each picture shows two things, (N,) bool, on the CPU."""
         empty, length = encode([""])
         # The empty prompt's states lie behind those of all captions.
         states = [*(shard["states"] for shard in shards), empty[0, : int(length)]]
