@@ -8,7 +8,7 @@
 set -euo pipefail
 runs=${1:?the folder to work in}
 encoder=weights/small/encoder
-pictures=49152 all=(--compile) students=() tuned=() judged=()
+pictures=98304 all=(--compile) students=() tuned=() judged=()
 if [ "${2:-}" = --quick ]; then
     pictures=64 all=(--set steps=2 --set batch=4) judged=(--quick)
     tuned=(--set images=8)
