@@ -173,16 +173,15 @@ class Stages:
 
     def _weights(self, folder: Path) -> bytes:
         """The file of a finished stage's weights, or the moving average in the newest checkpoint; empty where there is neither."""
-        from safetensors.torch import load_file, save
+        from safetensors.torch import save
 
+        from snoopi_rt.export.training.loop import newest_average
         from snoopi_rt.export.weights.files import WEIGHTS
 
         if (folder / "transformer" / WEIGHTS).exists():
             return (folder / "transformer" / WEIGHTS).read_bytes()
-        for path in sorted((folder / "checkpoints").glob("[0-9]*.safetensors"))[-1:]:
-            stored = load_file(path)
-            return save({name.partition("/average.")[2]: value.half() for name, value in stored.items() if "/average." in name})
-        return b""
+        average = newest_average(folder)
+        return save({name: value.half() for name, value in average.items()}) if average else b""
 
     def _teacher(self, folder: Path, steps: int) -> None:
         from snoopi_rt.export.small_model import teacher

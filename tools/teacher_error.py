@@ -15,15 +15,14 @@ import click
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny, PixArtTransformer2DModel
-from safetensors.torch import load_file
 from torch import Tensor
 
-from snoopi_rt.errors import InputError
 from snoopi_rt.export.small_model.dataset.build import SIDE, TrainingSet, encoded, read_samples
 from snoopi_rt.export.small_model.dataset.compose import Composer
 from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE, Scene
 from snoopi_rt.export.small_model.dataset.sprites import load_sprites
 from snoopi_rt.export.small_model.networks import scheduler, transformer
+from snoopi_rt.export.training.loop import newest_average
 from snoopi_rt.export.training.schedule import Schedule
 from snoopi_rt.export.weights.checkpoint import load_module
 from snoopi_rt.files import write_whole
@@ -47,16 +46,14 @@ def kind(scene: Scene) -> str:
 
 
 def open_teacher(folder: Path) -> PixArtTransformer2DModel:
-    """The finished network in bf16, or the moving average of the newest checkpoint. Raises InputError for a folder with neither."""
+    """The finished network in bf16, or the moving average of the newest checkpoint. Raises ClickException where neither is."""
     if (folder / "transformer").exists():
         return load_module(folder / "transformer", PixArtTransformer2DModel).bfloat16().eval()
-    for path in sorted((folder / "checkpoints").glob("[0-9]*.safetensors"))[-1:]:
-        average = {name.partition("/average.")[2]: value for name, value in load_file(path).items() if "/average." in name}
-        layers = len({name.split(".")[1] for name in average if name.startswith("transformer_blocks.")})
-        network = transformer(layers)
-        network.load_state_dict(average, strict=False)
-        return network.bfloat16().eval()
-    raise InputError(f"no teacher in {folder}, and no checkpoint of one")
+    if not (average := newest_average(folder)):
+        raise click.ClickException(f"no teacher in {folder}, and no checkpoint of one")
+    network = transformer(layers=len({name.split(".")[1] for name in average if name.startswith("transformer_blocks.")}))
+    network.load_state_dict(average)
+    return network.bfloat16().eval()
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ class TeacherRecipe(loop.StageRecipe):
         if not 0 <= self.prompt_dropout <= 1:
             raise InputError(f"prompt_dropout must lie between 0 and 1, got {self.prompt_dropout}")
         if not 0 < self.two_things < math.inf:
-            raise InputError(f"two_things must be positive, got {self.two_things}")
+            raise InputError(f"two_things must be a finite number above 0, got {self.two_things}")
 
 
 FORMER_NAMES = {"empty": "prompt_dropout"}

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -70,6 +71,13 @@ class Stage:
     def checkpoints(self) -> list[Path]:
         """The checkpoints in the folder, the newest last."""
         return sorted((self.folder / "checkpoints").glob("[0-9]*.safetensors"))
+
+
+def newest_average(folder: Path) -> dict[str, Tensor]:
+    """The moving average of a one-network stage's newest checkpoint, by parameter, fp32; empty for a folder without checkpoints."""
+    for path in sorted((folder / "checkpoints").glob("[0-9]*.safetensors"))[-1:]:
+        return {name.partition("/average.")[2]: value for name, value in load_file(path).items() if "/average." in name}
+    return {}
 
 
 def random_stream(seed: int, *place: int | str) -> torch.Generator:

@@ -14,13 +14,15 @@ from torch import nn
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.settings import changed
+from snoopi_rt.export.small_model.dataset.scene import Scene
 from snoopi_rt.export.small_model.teacher import TeacherRecipe
 from snoopi_rt.export.training import loop, teacher_pair
 from snoopi_rt.export.training.recipes import find_recipe
 from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.training.trainer import train
 
-ENCODER = Path(__file__).parents[2] / "weights" / "small" / "encoder"
+ROOT = Path(__file__).parents[2]
+ENCODER = ROOT / "weights" / "small" / "encoder"
 
 
 TEACHER = TeacherRecipe(steps=3, batch=4, layers=2)
@@ -177,6 +179,21 @@ def test_a_teacher_sees_images_of_two_things_as_often_as_it_is_told(road, tmp_pa
         seen.clear()
         teacher.train(road / "pictures", road / "decoder", tmp_path / str(share), replace(TEACHER, two_things=often))
         assert two[torch.cat(seen)].float().mean() == share
+
+
+def test_the_error_of_a_teacher_is_that_of_its_run(road, tmp_path, tiny_sprites, monkeypatch):
+    from snoopi_rt.export.small_model.dataset.build import TrainingSet
+
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import teacher_error
+
+    (tmp_path / "checkpoints").symlink_to(road / "teacher" / "checkpoints")  # a run without its finished network
+    data = TrainingSet(road / "pictures")
+    ended, running = (teacher_error.errors(teacher_error.open_teacher(folder), data, 500) for folder in (road / "teacher", tmp_path))
+    torch.testing.assert_close(ended, running, rtol=0.01, atol=0)
+    assert len(ended) == 48 and ended.mean() > 0.1  # three steps taught it little
+    monkeypatch.setattr(teacher_error, "load_sprites", lambda: tiny_sprites)
+    assert 0 < teacher_error.left_open([Scene(("cat",))], ENCODER).item() < 0.3
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])

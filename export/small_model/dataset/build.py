@@ -9,6 +9,7 @@ encodes it. Shards of a stopped run are kept.
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,7 @@ class TrainingSet:
             raise InputError(f"no picture set in {folder}: make one with snoopi-rt data emoji --out {folder}")
         shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         self.latents = torch.cat([shard["latents"] for shard in shards]).to(device)
-        self.two = torch.tensor([len(sample.scene.things) == 2 for sample in read_samples(folder)])
-        """Whether each picture shows two things, (N,) bool, on the CPU."""
+        self._folder = folder
         empty, length = encode([""])
         # The empty prompt's states lie behind those of all captions.
         states = [*(shard["states"] for shard in shards), empty[0, : int(length)]]
@@ -177,6 +177,11 @@ class TrainingSet:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    @cached_property
+    def two(self) -> Tensor:
+        """Whether each picture shows two things, (N,) bool, on the CPU."""
+        return torch.tensor([len(sample.scene.things) == 2 for sample in read_samples(self._folder)])
 
     def captions(self, rows: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
         """States (B, T, 384) bf16, zero beyond a caption's length, and mask (B, T) bf16 of 0 and 1; the empty prompt's where `empty`."""
