@@ -176,4 +176,5 @@ def train(folder: Path, encoder: Path, out: Path, recipe: DecoderRecipe, compile
         windows = np.stack([pictures[n, y * FACTOR :, x * FACTOR :][:side, :side] for n, (y, x) in places])
         return torch.from_numpy(windows).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
+    torch.manual_seed(recipe.seed)  # for the layers that the autoencoder lacks
     fit(stage, decoder_of(autoencoder), latents, targets, pictures[:SHOWN], recipe, compiled)

@@ -63,6 +63,7 @@ def train(student: Path, teacher_folder: Path, prompts: Path, out: Path, recipe:
 
 def _light(start: PixelShuffleDecoder) -> PixelShuffleDecoder:
     """The decoder with nothing computed at full resolution: its first stages, and a new last one."""
+    torch.manual_seed(recipe.seed)
     light = PixelShuffleDecoder(**{**start.config, "last_blocks": 0})
     light.decoder.layers.load_state_dict(start.decoder.layers.state_dict())
     return light
