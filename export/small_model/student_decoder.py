@@ -58,12 +58,12 @@ def train(student: Path, teacher_folder: Path, prompts: Path, out: Path, recipe:
         # The outermost pixels are their neighbours': convolutions that see zeros beyond the edge draw a dot into each corner.
         return nn.functional.pad(pictures[..., 1:-1, 1:-1], (1, 1, 1, 1), mode="replicate")
 
+    torch.manual_seed(recipe.seed)  # for the last stage, which is new
     decoder.fit(stage, _light(frozen), latents, targets, to_pictures(frozen, latents[: decoder.SHOWN]), recipe, compiled)
 
 
 def _light(start: PixelShuffleDecoder) -> PixelShuffleDecoder:
     """The decoder with nothing computed at full resolution: its first stages, and a new last one."""
-    torch.manual_seed(recipe.seed)
     light = PixelShuffleDecoder(**{**start.config, "last_blocks": 0})
     light.decoder.layers.load_state_dict(start.decoder.layers.state_dict())
     return light
