@@ -106,6 +106,9 @@ class Regression(LossSettings):
 class Edits(LossSettings):
     """What negative prompts should do to pictures (losses/edits.py)."""
 
+    kept: float = 1.0
+    """Weight, within this loss, of edits that must change nothing; those that change the picture have 1."""
+
 
 @dataclass(frozen=True)
 class Adversarial(LossSettings):
@@ -193,6 +196,7 @@ class StudentRecipe(StageRecipe):
 
 SHARES = ("lora.prompt_dropout", "optimiser.beta1", "optimiser.beta2", "optimiser.ema", "optimiser.decay_from")
 NOT_NEGATIVE = (
+    "edits.kept",
     "regression.features",
     "micro_batch",
     "student_rank",

@@ -172,12 +172,13 @@ def test_a_negative_gives_the_students_own_picture_of_the_wanted_prompt(teachers
         "regression.pairs": 4,
         "regression.teacher_steps": 1,
         "edits.weight": 1.0,
+        "edits.kept": 2.0,
         "negative_scale_max": 1.0,
     }
     trainer = trainer_of(teachers, tmp_path / "run", {"edits": edits}, lr=3e-3, **learn)
     term = trainer.losses["edits"].term(StudentBatch(trainer.run, Samples(0, range(4), 1.0)))
-    # Both rows come twice in a batch of four: one has to change, the other to stay.
-    assert term.value.item() == pytest.approx((term.logged["heeded"] + term.logged["kept"]).item() / 2)
+    # Both rows come twice in a batch of four: one has to change, the other to stay, which counts twice.
+    assert term.value.item() == pytest.approx((term.logged["heeded"] + 2 * term.logged["kept"]).item() / 2)
     # A student that heeds no negative misses the target picture by what the words change.
     models, prompts = trainer.run.models, trainer.run.prompts
     noise = torch.randn(2, *models.shape)

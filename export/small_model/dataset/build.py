@@ -41,7 +41,7 @@ DATASET = "dataset.json"
 SHARD = 4096  # pictures
 SIDE = 128  # pixels of the encoder's input; latents are decoded to twice as many
 TOGETHER = 64
-EDITS = 1  # tells the random numbers of edits from those of pictures
+EDITS, SECOND = 1, 2  # tell the random numbers of edits and of second captions from those of pictures
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def write_set(out: Path, sprites: Mapping[tuple[str, str], Image.Image], encoder
             if len(_stored_captions(out, number)) != len(numbers):
                 _write_shard(out, number, numbers, composer, vocabulary, seed, network, bar)
             bar.update(numbers.stop - bar.n)
-    write_whole(out / "prompts.txt", "".join(f"{sample.caption}\n" for sample in read_samples(out)).encode())
+    write_whole(out / "prompts.txt", "".join(f"{prompt}\n" for prompt in student_prompts(out, seed)).encode())
     edits = [draw_edit(vocabulary, np.random.default_rng([seed, EDITS, i])) for i in range(count)]
     rows = [dict(zip(KEYS, (edit.prompt, edit.negative, edit.wanted_prompt), strict=True)) for edit in edits]
     write_whole(out / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -136,6 +136,14 @@ def read_samples(folder: Path) -> Iterator[Sample]:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             yield Sample(row["caption"], Scene(**{**row["scene"], "things": tuple(row["scene"]["things"])}))
+
+
+def student_prompts(folder: Path, seed: int) -> Iterator[str]:
+    """The captions of a set; those of two things and of flaws, where one step errs most, each with another of the same scene."""
+    for i, sample in enumerate(read_samples(folder)):
+        yield sample.caption
+        if len(sample.scene.things) == 2 or sample.scene.flaw:
+            yield caption(sample.scene, np.random.default_rng([seed, SECOND, i]))
 
 
 def compose(composer: Composer, vocabulary: Vocabulary, seed: int, i: int, side: int) -> tuple[Sample, np.ndarray]:

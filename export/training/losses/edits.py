@@ -23,6 +23,7 @@ class EditsLoss(Loss):
     """Edits that change the picture are learned at the largest negative scale; all others must hold at every scale."""
 
     Settings = Edits
+    settings: Edits
 
     def __init__(self, run: Run, settings: LossSettings):
         super().__init__(run, settings)
@@ -60,7 +61,7 @@ class EditsLoss(Loss):
         x0 = models.clean(noise, self._prompts.batch(rows), (self._negatives.batch(rows), scale))
         distance = (x0 - target).square().mean((1, 2, 3))
         logged = {name: (distance * chosen).sum() / chosen.sum().clamp(min=1) for name, chosen in (("heeded", changes), ("kept", ~changes))}
-        return Term(x0, distance.mean(), logged)
+        return Term(x0, (distance * torch.where(changes, 1.0, self.settings.kept)).mean(), logged)
 
 
 def _texts(file: Path, text_of: Callable[[Edit], str]) -> Iterator[str]:
