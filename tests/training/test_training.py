@@ -68,7 +68,9 @@ def losses_of(folder: Path) -> list[dict[str, float]]:
 
 def test_the_prompts_are_the_captions_and_others_of_what_is_hard(road):
     from snoopi_rt.export.small_model.dataset.build import read_samples
+    from snoopi_rt.export.small_model.dataset.vocabulary import FLAWS, plural, things
 
+    names = {thing.name: [*thing.names, *map(plural, thing.names)] for thing in things()}
     prompts = iter((road / "pictures" / "prompts.txt").read_text().splitlines())
     samples = list(read_samples(road / "pictures"))
     hard = [sample for sample in samples if len(sample.scene.things) == 2 or sample.scene.flaw]
@@ -79,6 +81,8 @@ def test_the_prompts_are_the_captions_and_others_of_what_is_hard(road):
         if sample in hard:
             second = next(prompts)
             reworded += second != sample.caption
+            assert all(any(name in second for name in names[thing]) for thing in sample.scene.things)
+            assert sample.scene.flaw is None or any(word in second for word in (sample.scene.flaw, *FLAWS[sample.scene.flaw]))
     assert reworded > len(hard) / 2
     assert not list(prompts)
 
