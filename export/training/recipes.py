@@ -34,7 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "guidance.max": 2.0,
         "vsd.weight": 0.0,
         "regression.weight": 1.0,
-        "regression.pairs": 32_768,
+        "regression.pairs": 65_536,
         "regression.teacher_steps": 6,
         "optimiser.muon": True,
         "optimiser.beta2": 0.99,

@@ -18,7 +18,7 @@ def data() -> None:
 @click.option("--encoder", type=folder_path, required=True, metavar="FOLDER", help="Autoencoder that turns the images into latents.")
 @out_option
 @click.option(
-    "--count", type=int, default=49_152, show_default=True, metavar="N", help="Number of images; an existing data set grows to it."
+    "--count", type=int, default=98_304, show_default=True, metavar="N", help="Number of images; an existing data set grows to it."
 )
 @click.option("--seed", type=Seed(), default=0, metavar="N", help="The same seed gives the same images.")
 def emoji(encoder: Path, out: Path, count: int, seed: int) -> None:

@@ -132,6 +132,8 @@ def test_an_edit_takes_away_what_its_negative_names_and_nothing_else(vocabulary:
             assert edit.changes and not any(flaw in edit.wanted_prompt for flaw in asked & named), edit
         elif not edit.changes:
             assert edit.wanted_prompt == edit.prompt
+    unchanged = {edit.negative for edit in edits if not edit.changes}
+    assert unchanged & set(COLOURS) and any(negative.endswith("background") for negative in unchanged)
     assert any("on a gray background" in edit.wanted_prompt for edit in changes if "white background" in edit.negative)
 
 

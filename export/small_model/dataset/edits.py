@@ -99,8 +99,9 @@ def _unrelated(scene: Scene, vocabulary: Vocabulary, rng: np.random.Generator) -
         while other in scene.things:
             other = vocabulary.thing(rng).name
         return _thing(other, rng)
-    shown = (scene.colour, scene.background or DEFAULT_BACKGROUND)
-    return _background(_one([colour for colour in COLOURS if colour not in shown], rng), rng)
+    shown = (scene.colour, scene.background or DEFAULT_BACKGROUND, *scene.things)  # an orange is a thing, too
+    colour = _one([colour for colour in COLOURS if colour not in shown], rng)
+    return _background(colour, rng) if rng.random() < 0.5 else _colour(colour, rng)
 
 
 def _listed(negative: str, rng: np.random.Generator) -> str:
