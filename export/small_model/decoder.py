@@ -39,14 +39,14 @@ MARGIN = 2  # cells along a window's sides that are not compared with the pictur
 class DecoderRecipe(loop.StageRecipe):
     """The settings of this stage. Raises InputError for values out of range."""
 
-    steps: int = 6000
-    batch: int = 24
-    lr: float = 2e-3
+    steps: int = 3000
+    batch: int = 16
+    lr: float = 1e-3
     noise: float = 0.06
     """Largest deviation of the noise added to latents, so that neighbouring ones decode alike."""
     features: float = 0.5
     """Weight of the distance between early features."""
-    images: int = 8192
+    images: int = 6000
     """Images of the set to train on."""
 
     def __post_init__(self) -> None:

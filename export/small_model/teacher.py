@@ -58,8 +58,8 @@ SAMPLE_PROMPTS = (
 class TeacherRecipe(loop.StageRecipe):
     """The settings of this stage. Raises InputError for values out of range."""
 
-    steps: int = 48_000
-    batch: int = 64
+    steps: int = 7_500
+    batch: int = 128
     lr: float = 1e-3
     prompt_dropout: float = 0.1
     """Share of captions replaced by the empty prompt, for classifier-free guidance."""

@@ -27,7 +27,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimiser.decay_from": 0.7,
     },
     "embedded": {
-        "steps": 1500,
+        "steps": 512,
         "batch": 128,
         "lr": 5e-4,
         "guidance.min": 2.0,
