@@ -200,7 +200,8 @@ class Stages:
         distil(task, changed(find_recipe("embedded"), {**pairs, **changes, "batch": self.batch, "steps": steps}), sample_every=10**9)
 
     def _negatives(self, folder: Path, steps: int) -> None:
-        self._student(folder, steps, **{"edits.weight": 1.0, "edits.kept": 3.0, "negative_scale_max": 1.0, "negative_kind": "projected", "lr": 4e-4})
+        edits = {"edits.weight": 1.0, "edits.kept": 3.0}
+        self._student(folder, steps, **edits, **{"negative_scale_max": 1.0, "negative_kind": "projected", "lr": 4e-4})
 
     def _stage(self, name: str, run: Callable[[Path, int], None]) -> None:
         """Trains for as many steps as fit the stage's share of the time that is left."""
