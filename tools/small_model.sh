@@ -25,7 +25,7 @@ stage teacher --data "$emoji" --decoder "$runs/decoder" --start weights/small/te
 distilled=(--teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --states "$runs/states" --recipe embedded)
 stage student "${distilled[@]}" --set optimiser.decay_from=1 --out "$runs/plain" "${students[@]}"
 stage student "${distilled[@]}" --start "$runs/plain" --edits "$emoji/edits.jsonl" --set edits.weight=1 --set edits.kept=3 \
-    --set negative_scale_max=1 --set negative_kind=projected --set lr=4e-4 --set steps=800 --out "$runs/student" "${students[@]}"
+    --set negative_scale_max=1 --set negative_kind=projected --set lr=4e-4 --set steps=1500 --out "$runs/student" "${students[@]}"
 stage student-decoder --student "$runs/student" --teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --out "$runs/student-decoder" "${tuned[@]}"
 snoopi-rt export --backbone small --weights "$runs/student" --decoder "$runs/student-decoder" --out "$runs/bundle" --force
 snoopi-rt eval small --bundle "$runs/bundle" --teacher "$runs/teacher" --references "$runs/references" --out "$runs/evaluation" "${judged[@]}"
