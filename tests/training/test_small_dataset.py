@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from snoopi_rt.export.small_model.dataset.compose import Composer, recoloured
-from snoopi_rt.export.small_model.dataset.edits import draw_edit
+from snoopi_rt.export.small_model.dataset.edits import KIN, draw_edit
 from snoopi_rt.export.small_model.dataset.scene import STYLES, Scene, Vocabulary, caption, plain_caption
 from snoopi_rt.export.small_model.dataset.sprites import SIDE, TRAINED, UNSEEN, load_sprites
 from snoopi_rt.export.small_model.dataset.vocabulary import (
@@ -135,6 +135,22 @@ def test_an_edit_takes_away_what_its_negative_names_and_nothing_else(vocabulary:
     unchanged = {edit.negative for edit in edits if not edit.changes}
     assert unchanged & set(COLOURS) and any(negative.endswith("background") for negative in unchanged)
     assert any("on a gray background" in edit.wanted_prompt for edit in changes if "white background" in edit.negative)
+
+
+def test_edits_tell_apart_what_is_akin_and_styles_and_bare_backgrounds(vocabulary: Vocabulary) -> None:
+    rng = np.random.default_rng(0)
+    edits = {(edit.prompt, edit.negative): edit for edit in (draw_edit(vocabulary, rng) for _ in range(20_000))}.values()
+    place = {with_article(thing.name): number for number, thing in enumerate(things())}
+    for changes in (True, False):  # a king and a queen less a king; a queen less a king
+        both = [(edit.negative, edit.wanted_prompt) for edit in edits if edit.changes == changes]
+        far = [abs(place[one] - place[other]) for one, other in both if one in place and other in place]
+        assert 0.3 < np.mean(np.array(far) <= KIN) < 0.5
+    assert any(edit.prompt.startswith("a 3d render of") and edit.negative == "flat drawing" and not edit.changes for edit in edits)
+    bare = [edit for edit in edits if edit.negative == "background"]
+    assert {edit.changes for edit in bare} == {True, False}
+    assert not any("background" in edit.wanted_prompt for edit in bare if edit.changes)
+    red = [edit for edit in edits if edit.prompt.endswith("on a red background") and edit.negative in ("background", "red background")]
+    assert red and all(edit.changes for edit in red)
 
 
 def test_plain_captions_are_what_one_would_say() -> None:

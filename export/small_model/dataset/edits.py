@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from snoopi_rt.export.small_model.dataset.scene import Scene, Vocabulary, caption, plain_caption
+from snoopi_rt.export.small_model.dataset.scene import DEFAULT_STYLE, STYLES, Scene, Vocabulary, caption, plain_caption
 from snoopi_rt.export.small_model.dataset.vocabulary import (
     COLOUR_SYNONYMS,
     COLOURS,
@@ -23,7 +23,15 @@ INSTEAD_OF_WHITE = "gray"
 """The background of a picture that must not have a white one."""
 CHANGES = 0.5  # share of rows whose negative has anything to do with the prompt
 OF_TWO = 0.35  # share of those that take away one of two things: what is left moves and grows, which is learned last
+AKIN = 0.4  # share of those, and of things that are not there, that are akin to what is shown: a queen less a king is learned last of all
+KIN = 3  # lines of vocabulary.txt
+BARE = 0.35  # share of named backgrounds that the negative calls only "background", or only by their colour
 LISTED = 0.4  # share of negatives in a list with words that name nothing in any picture
+STYLE_WORDS = {
+    "cartoon": ("cartoon", "cartoon style"),
+    "3d": ("3d", "3d", "3d render", "3d style"),
+    "flat": ("flat", "flat drawing", "flat style", "flat design", "flat icon"),
+}
 GENERIC = (
     "low quality",
     "ugly",
@@ -56,9 +64,12 @@ def draw_edit(vocabulary: Vocabulary, rng: np.random.Generator) -> Edit:
         if not changes:
             prompt = _prompt(scene, rng)
             return Edit(prompt, _listed(_unrelated(scene, vocabulary, rng), rng), prompt)
-        choices = _changes(scene, rng)
         if of_two:
-            choices = choices[:1] if len(scene.things) == 2 else []
+            if len(scene.things) != 2:
+                continue
+            if rng.random() < AKIN:
+                scene = replace(scene, things=(scene.things[0], _akin(scene.things[0], rng)))
+        choices = _changes(scene, rng)[: 1 if of_two else None]
         if choices:
             negative, wanted = choices[rng.integers(len(choices))]
             return Edit(_prompt(scene, rng), _listed(negative, rng), plain_caption(wanted))
@@ -79,29 +90,57 @@ def _changes(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Scene]]:
     if scene.colour:
         changes.append((_colour(scene.colour, rng), replace(scene, colour=None)))
     if scene.background and scene.background != DEFAULT_BACKGROUND:
-        changes.append((_background(scene.background, rng), replace(scene, background=None)))
+        bare = ("background", "background", scene.background)[: 2 if _named(scene.background, scene) else 3]
+        negative = _one(bare, rng) if rng.random() < BARE else _background(scene.background, rng)
+        changes.append((negative, replace(scene, background=None)))
     elif rng.random() < 0.3:  # most scenes are white
         changes.append((_background(DEFAULT_BACKGROUND, rng), replace(scene, background=INSTEAD_OF_WHITE)))
-    if scene.style and scene.style != "cartoon":
-        changes.append((_one((scene.style, f"{scene.style} style"), rng), replace(scene, style=None)))
+    if scene.style and scene.style != DEFAULT_STYLE:
+        changes.append((_one(STYLE_WORDS[scene.style], rng), replace(scene, style=None)))
     return changes
+
+
+def _named(colour: str, scene: Scene) -> bool:
+    """Whether the things are named by this word, too: an orange on an orange background."""
+    return any(colour in name.split() for name in scene.things)
 
 
 def _unrelated(scene: Scene, vocabulary: Vocabulary, rng: np.random.Generator) -> str:
     """A negative that names nothing of the scene."""
     kind = rng.random()
-    if kind < 0.3:
+    if kind < 0.25:
         return _flaw(_one([flaw for flaw in FLAWS if flaw != scene.flaw], rng), rng)
-    if kind < 0.42:
+    if kind < 0.35:
         return _one(GENERIC, rng)
+    if kind < 0.45:
+        style = _one([style for style in STYLES if style not in (DEFAULT_STYLE, scene.style)], rng)
+        return _one(STYLE_WORDS[style], rng)
+    if kind < 0.48 and scene.background in (None, DEFAULT_BACKGROUND):
+        return "background"
     if kind < 0.82:
-        other = vocabulary.thing(rng).name
-        while other in scene.things:
-            other = vocabulary.thing(rng).name
-        return _thing(other, rng)
+        akin = rng.random() < AKIN
+        return _thing(_akin(_one(scene.things, rng), rng, scene.things) if akin else _other(scene.things, vocabulary, rng), rng)
     shown = (scene.colour, scene.background or DEFAULT_BACKGROUND, *scene.things)  # an orange is a thing, too
     colour = _one([colour for colour in COLOURS if colour not in shown], rng)
     return _background(colour, rng) if rng.random() < 0.5 else _colour(colour, rng)
+
+
+def _other(shown: tuple[str, ...], vocabulary: Vocabulary, rng: np.random.Generator) -> str:
+    while (other := vocabulary.thing(rng).name) in shown:
+        pass
+    return other
+
+
+def _akin(name: str, rng: np.random.Generator, shown: tuple[str, ...] = ()) -> str:
+    """Another thing of its group that stands near it in vocabulary.txt, as king and queen do, and is not shown.
+
+    Nothing that is a kind of the other: an old man is a man.
+    """
+    (place,) = (place for place, thing in enumerate(things()) if thing.name == name)
+    near = [thing for thing in things()[max(place - KIN, 0) : place + KIN + 1] if thing.group == things()[place].group]
+    words = set(name.split())
+    others = [thing.name for thing in near if not (words <= set(thing.name.split()) or words > set(thing.name.split()))]
+    return _one([other for other in others if other not in shown], rng)
 
 
 def _listed(negative: str, rng: np.random.Generator) -> str:
