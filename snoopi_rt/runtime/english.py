@@ -17,7 +17,10 @@ DETERMINERS = _set("""
 """)
 """Words that introduce a noun."""
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "dozen": 12}
-"""Numbers of things, in words."""
+NUMBERS |= {"dozens": 24, "many": 99, "hundred": 100, "hundreds": 200, "thousand": 999, "thousands": 999}
+"""Numbers of things, in words, all below 1000; what has no number of its own has a high one."""
+OTHER_COLOURS = _set("cyan magenta teal beige turquoise maroon indigo crimson scarlet aqua aquamarine fuchsia mauve burgundy transparent")
+"""Words that nearly always name a colour, beside those that any model may know."""
 REQUESTS = _set("""
     please can could would you i id im we want wanna need like love to see draw drawing paint sketch show give make create generate
     imagine render design illustrate me us let lets just hey hello hi a an the some
@@ -46,9 +49,8 @@ TAILS = _set("""
 """Nouns and adverbs after a known object that do not change what it is: `lion cub`."""
 
 _COLOURS = _set("""
-    red orange yellow green blue purple violet pink brown black white gray grey gold golden silver turquoise cyan magenta beige teal
-    indigo crimson scarlet navy maroon lime colorful colourful colored coloured rainbow multicolored multicoloured light dark bright
-    pale pastel neon
+    red orange yellow green blue purple violet pink brown black white gray grey gold golden silver navy lime colorful colourful colored
+    coloured rainbow multicolored multicoloured light dark bright pale pastel neon
 """)
 _NUMBERS = _set("0 1 2 3 4 5 6 7 8 9 10 12 100 2d 3d 4k 8k hd uhd hdr")
 _SIZES_AND_AGES = _set("""
@@ -71,5 +73,5 @@ _QUALITIES = _set("""
     super very really so too much more most extremely ultra quite please thanks thank now something anything thing things stuff look
     looking
 """)
-NO_OBJECTS = DETERMINERS | _COLOURS | _NUMBERS | _SIZES_AND_AGES | _MEDIA | _QUALITIES | _set("and or of not no")
+NO_OBJECTS = DETERMINERS | _COLOURS | _NUMBERS | _SIZES_AND_AGES | _MEDIA | _QUALITIES | OTHER_COLOURS | _set("and or of not no")
 """Words that are never the subject of a prompt."""

@@ -18,6 +18,7 @@ from snoopi_rt.runtime.english import (
     JOINTS,
     NO_OBJECTS,
     NUMBERS,
+    OTHER_COLOURS,
     PHRASES,
     PLURALS,
     REQUESTS,
@@ -85,7 +86,9 @@ class Matcher:
         self._names = [(_words(spelling), name) for spelling, name in names]
         self._phrases = [_words(phrase) for phrase in (*vocabulary.artifacts, *vocabulary.styles, *PHRASES)]
         self._highest = max(map(_number, vocabulary.counts), default=0)
-        self._no_objects = NO_OBJECTS.union(*([word] for kind in (vocabulary.colours, vocabulary.counts) for word in map(str.lower, kind)))
+        self._colours = OTHER_COLOURS - {*map(str.lower, vocabulary.colours)} if vocabulary.colours else frozenset()
+        words = (word.lower() for kind in (vocabulary.colours, vocabulary.counts) for word in kind)
+        self._no_objects = NO_OBJECTS | set(words)
 
     def unknown(self, prompt: str) -> Unknown | None:
         """What the prompt asks for that is not in the vocabulary; None if nothing is missing."""
@@ -110,6 +113,11 @@ class Matcher:
                 elif word.text not in self._no_objects:
                     number = None
         return None
+
+    def unknown_colour(self, prompt: str) -> str | None:
+        """A word of the prompt that names a colour, outside names of objects, and is not in the vocabulary; else None."""
+        words = self._grouped(_words(prompt[:MAX_CHARACTERS]))
+        return next((word.text for word in words if word.text in self._colours), None)
 
     def _segments(self, prompt: str) -> Iterator[list[_Part]]:
         """The segments between punctuation, each as the parts that "and" joins."""

@@ -143,6 +143,9 @@ def test_captions_of_the_training_are_known(matcher: Matcher) -> None:
         ("FOUR ripe bananas on a plate", "four"),
         ("a cat and 12 dogs", "12"),
         ("a dozen eggs", "dozen"),
+        ("one hundred red balloons", "hundred"),
+        ("many stars", "many"),
+        ("many submarines", None),
         ("100 cats", "100"),
         ("a cat, a bird and seven small dogs", "seven"),
         ("three cats", None),
@@ -157,6 +160,22 @@ def test_captions_of_the_training_are_known(matcher: Matcher) -> None:
 def test_a_number_of_known_things_above_the_highest_is_too_many(matcher: Matcher, prompt: str, number: str | None) -> None:
     assert matcher.too_many(prompt) == number
     assert Matcher(replace(vocabulary(), counts=())).too_many(prompt) is None, "it does not say how many it draws"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "colour"),
+    [
+        ("a Cyan house", "cyan"),
+        ("a cat on a transparent background", "transparent"),
+        ("a cat, teal background", "teal"),
+        ("a violet cat on grey", None),
+        ("a tealight candle", None),
+    ],
+)
+def test_a_colour_that_is_not_in_the_vocabulary_is_unknown(matcher: Matcher, prompt: str, colour: str | None) -> None:
+    assert matcher.unknown_colour(prompt) == colour and matcher.unknown(prompt) is None
+    assert Matcher(replace(vocabulary(), colours=())).unknown_colour(prompt) is None, "it does not say which it knows"
+    assert Matcher(replace(vocabulary(), colours=("Teal", "cyan", "transparent"))).unknown_colour(prompt) is None
 
 
 def test_of_other_prompts_the_noun_is_named_and_no_adjective_colour_or_number(matcher: Matcher) -> None:
@@ -199,6 +218,7 @@ def test_the_embedded_bundle_knows_its_examples_and_names_what_it_does_not_know(
     matcher = Matcher(bundle.vocabulary)
     assert not any(map(matcher.unknown, (*bundle.examples, *bundle.vocabulary.objects)))
     assert not any(map(matcher.too_many, (*bundle.examples, *KNOWN)))
+    assert not any(map(matcher.unknown_colour, (*bundle.examples, *KNOWN)))
     assert matcher.unknown("A submarine") == Unknown("submarine", ("dolphin", "sailboat"))
 
 
@@ -232,7 +252,7 @@ def test_a_result_has_the_warnings_of_its_own_prompts_and_its_images_all_the_sam
 def test_a_number_that_is_too_high_is_a_warning_in_words(narrow: Bundle, fakes: dict[str, FakeEngine]) -> None:
     bundle = replace(narrow, vocabulary=Vocabulary({"cat": ()}, counts=("two", "three")))
     pipe = Pipeline(bundle, fakes.__getitem__, "cpu", cache=Cache())
-    assert pipe.warning("five cats") == "model 'tiny' draws at most three of a thing, not five"
+    assert pipe.warning("five cats") == "model 'tiny' draws at most three of a thing; 'five' is more"
     assert pipe.warning("three cats") is None and pipe.warning("five cows") == "model 'tiny' does not know 'cows'"
 
 
