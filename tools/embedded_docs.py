@@ -40,10 +40,11 @@ REMOVAL = "negatives of what was asked for"
 SHORT = {
     "common things recognised": RECOGNISED,
     "coloured things": ("attributes", "coloured thing"),
-    "both of two things": ("attributes", "both of two things"),
+    "both of two things recognised": ("attributes", "both of two things"),
     "blurry: gone with `--neg blurry`": (REMOVAL, "blurry: gone"),
     "a background: gone": (REMOVAL, "background: gone"),
     "one of two things: gone": (REMOVAL, "one of two: gone"),
+    "... the other recognised": (REMOVAL, "one of two: the other recognised, of those gone"),
 }
 DRAWN = {
     "a common thing, the judge's first guess": ("recognition", "top 1, common things"),
@@ -206,8 +207,11 @@ def pages() -> dict[Path, str]:
 def take_evaluation(folder: Path, bundle: str) -> None:
     """Copies figures, plot and sheets of a whole evaluation of the bundle with that hash. Raises click.ClickException for another."""
     document = json.loads((folder / "small.json").read_text(encoding="utf-8"))
-    if document["who"].get("embedded", {}).get("hash") != bundle:
+    embedded = document["who"].get("embedded", {})
+    if embedded.get("hash") != bundle:
         raise click.ClickException(f"{folder} is no evaluation of the embedded bundle as it is")
+    if embedded["engine"] != "cpu":  # `auto` takes what `bench` found fastest, and the pages speak of ONNX Runtime
+        raise click.ClickException(f"{folder} was measured on {embedded['engine']}; evaluate before `bench`, or with an empty cache")
     if document["extent"]["things"] is not None:
         raise click.ClickException(f"{folder} is a quick evaluation, whose figures mean nothing")
     shutil.copyfile(folder / "small.json", EVALUATION)
