@@ -17,7 +17,7 @@ DETERMINERS = _set("""
 """)
 """Words that introduce a noun."""
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "dozen": 12}
-NUMBERS |= {"dozens": 24, "many": 99, "hundred": 100, "hundreds": 200, "thousand": 999, "thousands": 999}
+NUMBERS |= {"several": 7, "dozens": 24, "lots": 99, "many": 99, "hundred": 100, "hundreds": 200, "thousand": 999, "thousands": 999}
 """Numbers of things, in words, all below 1000; what has no number of its own has a high one."""
 OTHER_COLOURS = _set("cyan magenta teal beige turquoise maroon indigo crimson scarlet aqua aquamarine fuchsia mauve burgundy transparent")
 """Words that nearly always name a colour, beside those that any model may know."""

@@ -145,6 +145,8 @@ def test_captions_of_the_training_are_known(matcher: Matcher) -> None:
         ("a dozen eggs", "dozen"),
         ("one hundred red balloons", "hundred"),
         ("many stars", "many"),
+        ("lots of cats", "lots"),
+        ("several dogs", "several"),
         ("many submarines", None),
         ("100 cats", "100"),
         ("a cat, a bird and seven small dogs", "seven"),
