@@ -15,7 +15,7 @@ THINGS = ("hamburger", "fox", "car", "apple", "rocket", "butterfly", "castle", "
 
 SHOWN = {"blurry": 1.0, "pixelated": 0.22, "grainy": 5.0, "grayscale": 120.0}
 """How far the flaw's metric must rise. Of composed drawings it rises by 6.3, 0.69, 25.6 and 224.5; the model's own pictures are softer than
-they, and its grain is finer: by 1.5 and 7.7."""
+they, and its grain is weaker: by 1.5 and 7.7."""
 CHANGED = {"blurry": 2.5, GENERIC: 2.5, "a bicycle": 7.0}
 """Levels of 255 by which a thing that shows none of it may change. The model reaches 1.0, 0.8 and 3.9; the goal is 3."""
 

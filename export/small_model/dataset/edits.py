@@ -28,7 +28,6 @@ KIN = 3  # lines of vocabulary.txt
 BARE = 0.35  # share of named backgrounds that the negative calls only "background", or only by their colour
 LISTED = 0.4  # share of negatives in a list with words that name nothing in any picture
 STYLE_WORDS = {
-    "cartoon": ("cartoon", "cartoon style"),
     "3d": ("3d", "3d", "3d render", "3d style"),
     "flat": ("flat", "flat drawing", "flat style", "flat design", "flat icon"),
 }
