@@ -235,16 +235,9 @@ class Pipeline:
 
     def warning(self, prompt: str) -> str | None:
         """A line about a prompt with an object, number or colour that is not in the bundle's vocabulary; else None."""
-        if self._matcher is None or self.bundle.vocabulary is None:
+        if self._matcher is None:
             return None
-        model = "the embedded model" if self.bundle.folder == EMBEDDED else f"model {self.bundle.name!r}"
-        if unknown := self._matcher.unknown(prompt):
-            return unknown.message(model)
-        if number := self._matcher.too_many(prompt):
-            return f"{model} draws at most {self.bundle.vocabulary.counts[-1]} of a thing; {number!r} is more"
-        if colour := self._matcher.unknown_colour(prompt):
-            return f"{model} does not know the colour {colour!r}; it knows {', '.join(self.bundle.vocabulary.colours)}"
-        return None
+        return self._matcher.warning(prompt, "the embedded model" if self.bundle.folder == EMBEDDED else f"model {self.bundle.name!r}")
 
     def prepare(self, prompt: str, truncate: bool = False) -> Conditioning:
         """The prompt with its states, for any number of calls: nothing of it is computed or looked up again.

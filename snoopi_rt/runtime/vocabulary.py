@@ -85,10 +85,21 @@ class Matcher:
                 self._related.setdefault(word, []).append(name)
         self._names = [(_words(spelling), name) for spelling, name in names]
         self._phrases = [_words(phrase) for phrase in (*vocabulary.artifacts, *vocabulary.styles, *PHRASES)]
+        self._counts, self._known_colours = vocabulary.counts, vocabulary.colours
         self._highest = max(map(_number, vocabulary.counts), default=0)
         self._colours = OTHER_COLOURS - {*map(str.lower, vocabulary.colours)} if vocabulary.colours else frozenset()
         words = (word.lower() for kind in (vocabulary.colours, vocabulary.counts) for word in kind)
         self._no_objects = NO_OBJECTS | set(words)
+
+    def warning(self, prompt: str, model: str) -> str | None:
+        """A line about an object, number or colour of the prompt that is not in the vocabulary of `model`; None if nothing is missing."""
+        if unknown := self.unknown(prompt):
+            return unknown.message(model)
+        if number := self.too_many(prompt):
+            return f"{model} draws at most {self._counts[-1]} of a thing; {number!r} is more"
+        if colour := self.unknown_colour(prompt):
+            return f"{model} does not know the colour {colour!r}; it knows {', '.join(self._known_colours)}"
+        return None
 
     def unknown(self, prompt: str) -> Unknown | None:
         """What the prompt asks for that is not in the vocabulary; None if nothing is missing."""

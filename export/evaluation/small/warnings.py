@@ -18,6 +18,6 @@ def warnings(vocabulary: Vocabulary) -> Iterator[ReportRow]:
     matcher = Matcher(vocabulary)
     for kind, goal in (("unknown", Goal(least=0.95)), ("known", Goal(most=0.02))):
         prompts = files("snoopi_rt.export.evaluation").joinpath(f"{kind}_prompts.txt").read_text(encoding="utf-8").splitlines()
-        count = sum(matcher.unknown(prompt) is not None for prompt in prompts)
+        count = sum(matcher.warning(prompt, "it") is not None for prompt in prompts)
         name, of = f"{kind} prompts that are warned of", len(prompts)
         yield ReportRow("warnings", name, count / of, goal, count=count, of=of, interval=share_interval(count, of))
