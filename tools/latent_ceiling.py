@@ -6,6 +6,7 @@ A picture of the model cannot be recognised more often than these, and these not
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -14,6 +15,9 @@ import torch
 from diffusers import AutoencoderTiny
 
 from snoopi_rt.export.evaluation.pixel_metrics import fine_detail
+from snoopi_rt.export.evaluation.small.attributes import EACH, pairs
+from snoopi_rt.export.evaluation.small.counters import Counters
+from snoopi_rt.export.evaluation.small.domain import Domain
 from snoopi_rt.export.evaluation.small.judge import TOP, Judge
 from snoopi_rt.export.small_model.dataset.build import SIDE, encoded
 from snoopi_rt.export.small_model.dataset.scene import Scene
@@ -24,6 +28,7 @@ from snoopi_rt.files import write_whole
 
 ENCODER = Path("weights/small/encoder")
 SHOWN = 64
+PAIRED = 80  # of the common things, as in `snoopi-rt eval small`
 
 
 @click.command()
@@ -31,13 +36,16 @@ SHOWN = 64
 @click.option("--encoder", type=click.Path(path_type=Path), default=ENCODER)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(decoder: Path, encoder: Path, out: Path) -> None:
-    """Print the shares that are recognised and the energy of fine detail, write them as JSON, and 64 pictures beside it."""
+    """Print the shares of things and pairs that are recognised and the energy of fine detail. `out`.png shows 64 of them."""
     judge = Judge(out.parent / "references")
-    pictures = np.stack([judge.composer.draw(Scene((name,)), None, SIDE) for name in judge.names])
-    latents = torch.cat(
-        [encoded(AutoencoderTiny.from_pretrained(encoder).encoder.bfloat16(), part) for part in np.array_split(pictures, 16)]
-    )
-    decoded = to_pictures(PixelShuffleDecoder.from_pretrained(decoder).eval(), latents)
+    encode, decode = AutoencoderTiny.from_pretrained(encoder).encoder.bfloat16(), PixelShuffleDecoder.from_pretrained(decoder).eval()
+
+    def both(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray]:
+        """The scenes as they were drawn, and as the decoder shows their latents, (N, 256, 256, 3) uint8 each."""
+        pictures = np.stack([judge.composer.draw(scene, None, SIDE) for scene in scenes])
+        return pictures, to_pictures(decode, torch.cat([encoded(encode, part) for part in np.array_split(pictures, 16)]))
+
+    pictures, decoded = both([Scene((name,)) for name in judge.names])
     ranks = {"drawings": judge.ceiling(), "decoded": judge.ranks(judge.features(decoded), judge.names)}
     common = np.array([thing.common for thing in things()])
     document = {
@@ -46,9 +54,14 @@ def main(decoder: Path, encoder: Path, out: Path) -> None:
         for group, members in (("common", common), ("all", np.ones_like(common)))
         for top in (1, TOP)
     }
+    document["decoded, top 5, of drawings in theirs"] = float((ranks["decoded"] < TOP)[ranks["drawings"] < TOP].mean())
+    counters = Counters(Domain(judge), PAIRED)
+    scenes = pairs(counters.common, EACH)
+    for what, of_pairs in zip(ranks, both(scenes), strict=True):
+        document[f"{what}, both of two things"] = float(counters.both(of_pairs, scenes).mean())
     document["fine detail, of the drawings'"] = float(fine_detail(decoded).sum() / fine_detail(pictures).sum())
     for name, value in document.items():
-        click.echo(f"{name:32}{value:7.1%}")
+        click.echo(f"{name:38}{value:7.1%}")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, (json.dumps(document, indent=1) + "\n").encode())
     image_grid(decoded[common][:SHOWN], [name for name, shown in zip(judge.names, common, strict=True) if shown][:SHOWN]).save(
