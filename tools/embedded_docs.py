@@ -280,7 +280,7 @@ def main(evaluation: Path | None, bench: Path | None) -> None:
     if bench is not None:
         if json.loads(bench.read_text(encoding="utf-8"))["hash"] != embedded:
             raise click.ClickException(f"{bench} is of another bundle than the embedded one as it is")
-        shutil.copyfile(bench, BENCH)
+        BENCH.write_bytes(bench.read_bytes())  # `bench` may be that file itself
     if evaluation is not None:
         take_evaluation(evaluation, embedded)
         draw_first_command()
