@@ -2,7 +2,7 @@
 
     python tools/latent_ceiling.py --decoder runs/decoder --out out/latent_ceiling.json
 
-A picture of the model cannot be recognised more often than these, and these not more often than the drawings themselves.
+A student is taught by such latents and draws with such a decoder, so with these two it will hardly be recognised more often.
 """
 
 import json
@@ -18,6 +18,7 @@ from snoopi_rt.export.evaluation.pixel_metrics import fine_detail
 from snoopi_rt.export.evaluation.small.attributes import EACH, pairs
 from snoopi_rt.export.evaluation.small.counters import Counters
 from snoopi_rt.export.evaluation.small.domain import Domain
+from snoopi_rt.export.evaluation.small.evaluate import Extent
 from snoopi_rt.export.evaluation.small.judge import TOP, Judge
 from snoopi_rt.export.small_model.dataset.build import SIDE, encoded
 from snoopi_rt.export.small_model.dataset.scene import Scene
@@ -28,7 +29,6 @@ from snoopi_rt.files import write_whole
 
 ENCODER = Path("weights/small/encoder")
 SHOWN = 64
-PAIRED = 80  # of the common things, as in `snoopi-rt eval small`
 
 
 @click.command()
@@ -40,12 +40,12 @@ def main(decoder: Path, encoder: Path, out: Path) -> None:
     judge = Judge(out.parent / "references")
     encode, decode = AutoencoderTiny.from_pretrained(encoder).encoder.bfloat16(), PixelShuffleDecoder.from_pretrained(decoder).eval()
 
-    def both(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray]:
+    def drawn_and_decoded(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray]:
         """The scenes as they were drawn, and as the decoder shows their latents, (N, 256, 256, 3) uint8 each."""
         pictures = np.stack([judge.composer.draw(scene, None, SIDE) for scene in scenes])
         return pictures, to_pictures(decode, torch.cat([encoded(encode, part) for part in np.array_split(pictures, 16)]))
 
-    pictures, decoded = both([Scene((name,)) for name in judge.names])
+    pictures, decoded = drawn_and_decoded([Scene((name,)) for name in judge.names])
     ranks = {"drawings": judge.ceiling(), "decoded": judge.ranks(judge.features(decoded), judge.names)}
     common = np.array([thing.common for thing in things()])
     document = {
@@ -55,9 +55,9 @@ def main(decoder: Path, encoder: Path, out: Path) -> None:
         for top in (1, TOP)
     }
     document["decoded, top 5, of drawings in theirs"] = float((ranks["decoded"] < TOP)[ranks["drawings"] < TOP].mean())
-    counters = Counters(Domain(judge), PAIRED)
+    counters = Counters(Domain(judge), Extent().counted)
     scenes = pairs(counters.common, EACH)
-    for what, of_pairs in zip(ranks, both(scenes), strict=True):
+    for what, of_pairs in zip(ranks, drawn_and_decoded(scenes), strict=True):
         document[f"{what}, both of two things"] = float(counters.both(of_pairs, scenes).mean())
     document["fine detail, of the drawings'"] = float(fine_detail(decoded).sum() / fine_detail(pictures).sum())
     for name, value in document.items():

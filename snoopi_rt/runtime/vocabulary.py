@@ -85,9 +85,9 @@ class Matcher:
                 self._related.setdefault(word, []).append(name)
         self._names = [(_words(spelling), name) for spelling, name in names]
         self._phrases = [_words(phrase) for phrase in (*vocabulary.artifacts, *vocabulary.styles, *PHRASES)]
-        self._counts, self._known_colours = vocabulary.counts, vocabulary.colours
+        self._vocabulary = vocabulary
         self._highest = max(map(_number, vocabulary.counts), default=0)
-        self._colours = OTHER_COLOURS - {*map(str.lower, vocabulary.colours)} if vocabulary.colours else frozenset()
+        self._other_colours = OTHER_COLOURS - {*map(str.lower, vocabulary.colours)} if vocabulary.colours else frozenset()
         words = (word.lower() for kind in (vocabulary.colours, vocabulary.counts) for word in kind)
         self._no_objects = NO_OBJECTS | set(words)
 
@@ -96,9 +96,9 @@ class Matcher:
         if unknown := self.unknown(prompt):
             return unknown.message(model)
         if number := self.too_many(prompt):
-            return f"{model} draws at most {self._counts[-1]} of a thing; {number!r} is more"
+            return f"{model} draws at most {self._vocabulary.counts[-1]} of a thing; {number!r} is more"
         if colour := self.unknown_colour(prompt):
-            return f"{model} does not know the colour {colour!r}; it knows {', '.join(self._known_colours)}"
+            return f"{model} does not know the colour {colour!r}; it knows {', '.join(self._vocabulary.colours)}"
         return None
 
     def unknown(self, prompt: str) -> Unknown | None:
@@ -128,7 +128,7 @@ class Matcher:
     def unknown_colour(self, prompt: str) -> str | None:
         """A word of the prompt that names a colour, outside names of objects, and is not in the vocabulary; else None."""
         words = self._grouped(_words(prompt[:MAX_CHARACTERS]))
-        return next((word.text for word in words if word.text in self._colours), None)
+        return next((word.text for word in words if word.text in self._other_colours), None)
 
     def _segments(self, prompt: str) -> Iterator[list[_Part]]:
         """The segments between punctuation, each as the parts that "and" joins."""

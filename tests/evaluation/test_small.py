@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,9 @@ from snoopi_rt.export.evaluation.small import evaluate
 from snoopi_rt.export.evaluation.small import judge as judge_module
 from snoopi_rt.export.evaluation.small.domain import Domain
 from snoopi_rt.export.evaluation.small.judge import Judge
+from snoopi_rt.export.evaluation.small.warnings import warnings
 from snoopi_rt.export.small_model import teacher as teacher_stage
+from snoopi_rt.pipeline import EMBEDDED
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "weights" / "small"
@@ -111,6 +114,13 @@ def test_only_the_measures_that_are_named_are_made(tmp_path: Path) -> None:
     assert done.exit_code == 0 and "look at small.png beside it" in done.output, done.output
     rows = json.loads((tmp_path / "small.json").read_text())["judged"]["embedded"]
     assert {row["section"] for row in rows} == {"warnings"} and not (tmp_path / "things.png").exists()
+
+
+def test_a_warning_of_a_number_counts_as_one_of_a_thing_does() -> None:
+    vocabulary = Bundle.load(EMBEDDED).vocabulary
+    assert vocabulary is not None
+    any_number, one = ([row.value for row in warnings(replace(vocabulary, counts=counts))] for counts in ((), ("one",)))
+    assert one[0] >= any_number[0] and one[1] > any_number[1]
 
 
 def test_a_bundle_is_timed_on_the_engine_and_in_the_precision_that_drew(original: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,9 +251,10 @@ def test_a_result_has_the_warnings_of_its_own_prompts_and_its_images_all_the_sam
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_number_that_is_too_high_is_a_warning_in_words(narrow: Bundle, fakes: dict[str, FakeEngine]) -> None:
-    bundle = replace(narrow, vocabulary=Vocabulary({"cat": ()}, counts=("two", "three")))
+def test_a_number_or_colour_that_it_does_not_know_is_a_warning_in_words(narrow: Bundle, fakes: dict[str, FakeEngine]) -> None:
+    bundle = replace(narrow, vocabulary=Vocabulary({"cat": ()}, colours=("red", "blue"), counts=("two", "three")))
     pipe = Pipeline(bundle, fakes.__getitem__, "cpu", cache=Cache())
+    assert pipe.warning("a teal cat") == "model 'tiny' does not know the colour 'teal'; it knows red, blue"
     assert pipe.warning("five cats") == "model 'tiny' draws at most three of a thing; 'five' is more"
     assert pipe.warning("three cats") is None and pipe.warning("five cows") == "model 'tiny' does not know 'cows'"
 
