@@ -179,7 +179,7 @@ sprites.load_sprites = lambda *some: read(*some) if some else read_all()
         ["data", "emoji", "--encoder", str(encoder), "--out", "pictures", "--count", "4"],
         ["train", "decoder", "--data", "pictures", "--encoder", str(encoder), "--out", "decoder", *once],
         ["train", "teacher", "--data", "pictures", "--decoder", "decoder", "--out", "teacher", *once, "--set", "layers=1"],
-        ["train", "student-decoder", *pair, "--prompts", "pictures/prompts.txt", "--out", "tuned", *once, "--set", "images=4"],
+        ["train", "student-decoder", *pair, "--data", "pictures", "--out", "tuned", *once, "--set", "images=4"],
         ["eval", "small", "--quick", "--measure", "recognition", "--out", "evaluation"],
         before=before,
     )

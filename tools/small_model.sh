@@ -11,7 +11,7 @@ encoder=weights/small/encoder
 pictures=98304 all=(--compile) students=() tuned=() judged=()
 if [ "${2:-}" = --quick ]; then
     pictures=64 all=(--set steps=2 --set batch=4) judged=(--quick)
-    tuned=(--set images=8)
+    tuned=(--set images=8 --set adversarial_from=0)
     students=(--set collapse=0 --set regression.pairs=8 --set regression.teacher_steps=2)
 fi
 emoji=$runs/emoji
@@ -26,6 +26,6 @@ distilled=(--teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --states "$r
 stage student "${distilled[@]}" --set optimiser.decay_from=1 --out "$runs/plain" "${students[@]}"
 stage student "${distilled[@]}" --start "$runs/plain" --edits "$emoji/edits.jsonl" --set edits.weight=1 --set edits.kept=3 \
     --set negative_scale_max=1 --set negative_kind=projected --set lr=4e-4 --set steps=1500 --out "$runs/student" "${students[@]}"
-stage student-decoder --student "$runs/student" --teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --out "$runs/student-decoder" "${tuned[@]}"
+stage student-decoder --student "$runs/student" --teacher "$runs/teacher" --data "$emoji" --out "$runs/student-decoder" "${tuned[@]}"
 snoopi-rt export --backbone small --weights "$runs/student" --decoder "$runs/student-decoder" --out "$runs/bundle" --force
 snoopi-rt eval small --bundle "$runs/bundle" --teacher "$runs/teacher" --references "$runs/references" --out "$runs/evaluation" "${judged[@]}"

@@ -76,9 +76,9 @@ def _autoencoder(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The class and the config of the autoencoder in the folder."""
     from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
-    from snoopi_rt.export.small_model.networks import PixelShuffleDecoder
+    from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, WideDecoder
 
-    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderDC, AutoencoderTiny, PixelShuffleDecoder)}
+    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderDC, AutoencoderTiny, PixelShuffleDecoder, WideDecoder)}
     config = read_json(folder / CONFIG)
     name = str(config.get("_class_name"))
     if name not in kinds:

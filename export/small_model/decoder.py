@@ -18,7 +18,7 @@ from snoopi_rt.export.small_model.dataset.build import TrainingSet, compose, rea
 from snoopi_rt.export.small_model.dataset.compose import Composer
 from snoopi_rt.export.small_model.dataset.scene import Vocabulary
 from snoopi_rt.export.small_model.dataset.sprites import load_sprites
-from snoopi_rt.export.small_model.features import EarlyFeatures
+from snoopi_rt.export.small_model.features import FeatureMaps
 from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, decoder_of, to_pictures
 from snoopi_rt.export.training import loop
 from snoopi_rt.export.training.optimise import MasterWeights, learning_rate
@@ -131,7 +131,7 @@ def fit(
     device, form = default_device(), torch.channels_last
     weights = MasterWeights(model.to(device), ema=0.998)
     model.bfloat16().to(memory_format=form)
-    features = EarlyFeatures().to(device, torch.bfloat16).to(memory_format=form)
+    features = FeatureMaps().to(device, torch.bfloat16).to(memory_format=form)
     compute = torch.compile(loss) if compiled else loss
     cells = latents.shape[-1]
 

@@ -47,19 +47,31 @@ def to_network(pictures: Tensor) -> Tensor:
     return pictures * (127.5 / 128) + 0.5 / 128
 
 
-class EarlyFeatures(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1] to Lite1's first feature maps, at a half and a quarter of their size, each scaled to deviation 1."""
+class FeatureMaps(nn.Module):
+    """Pictures (B, 3, H, W) in [-1, 1] to Lite1's feature maps, each scaled to deviation 1.
 
-    def __init__(self) -> None:
+    Two of half the pictures' size and one of a quarter; with `deep`, those of an eighth and a sixteenth, too, which tell what is shown.
+    """
+
+    def __init__(self, deep: bool = False) -> None:
         super().__init__()
         network = load_network("lite1")
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
-        self.blocks = nn.ModuleList(network._blocks[:4])
+        self.deviations = dict(list(_DEVIATIONS.items())[: 5 if deep else 3])
+        self.blocks = nn.ModuleList(network._blocks[: max(self.deviations) + 1])
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         hidden = self.stem(to_network(pictures))
-        maps = [hidden]
-        for block in self.blocks:
+        maps = [hidden / self.deviations[STEM]]
+        for number, block in enumerate(self.blocks):
             hidden = block(hidden)
-            maps.append(hidden)
-        return [maps[0] / 2, maps[1] / 14, maps[-1] / 13]  # about their deviations on drawings
+            if number in self.deviations:
+                maps.append(hidden / self.deviations[number])
+        return maps
+
+
+STEM = -1
+_DEVIATIONS = {STEM: 2, 0: 14, 3: 13, 6: 9, 14: 6}
+"""About the deviations, on drawings, of the stem's map and of those after some blocks."""
+CHANNELS = (32, 16, 24, 40, 112)
+"""Of the maps."""

@@ -20,7 +20,7 @@ class MasterWeights:
 
     ema: decay of the moving average after a ramp of (1 + step) / (10 + step); 0 keeps none. clip: the largest gradient norm. muon: step the
     weights of linear layers in transformer blocks by Muon, scaled to the RMS of an AdamW step (Liu et al. 2025), so that one learning rate
-    serves both.
+    serves both; in a network without such blocks, those of all convolutions but the first and the last.
     """
 
     def __init__(
@@ -40,13 +40,19 @@ class MasterWeights:
         self.averages = [p.clone() for p in self.masters] if ema else []
         self.ema, self.clip, self.steps, self.processes = ema, clip, 0, processes
         # In parts, so that fp32 gradients exist for one part at a time.
-        matrices = {self.names.index(name) for name in _block_matrices(network) if name in self.names} if muon else set()
+        matrices = {self.names.index(name) for name in _matrices(network) if name in self.names} if muon else set()
         self.adams: list[tuple[list[int], torch.optim.Optimizer]] = [
             (part, torch.optim.AdamW([self.masters[i] for i in part], lr=0.0, betas=betas, weight_decay=weight_decay, fused=True))
             for part in _parts([i for i in range(len(self.live)) if i not in matrices], [p.numel() for p in self.live])
         ]
         self.muons: list[tuple[list[int], torch.optim.Optimizer]] = [
-            (part, torch.optim.Muon([self.masters[i] for i in part], lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+            # Muon takes matrices: a convolution's is that of all outputs by all inputs.
+            (
+                part,
+                torch.optim.Muon(
+                    [self.masters[i].flatten(1) for i in part], lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+                ),
+            )
             for part in _parts(sorted(matrices), [p.numel() for p in self.live])
         ]
         self.sums: list[Tensor] | None = None
@@ -77,9 +83,10 @@ class MasterWeights:
             return norm
         shrink = min(1.0, self.clip / max(norm, 1e-12))
         for part, optimiser in [*self.adams, *self.muons]:
-            for i in part:
+            for i, stepped in zip(part, optimiser.param_groups[0]["params"], strict=True):
                 grad = grads[i]
-                self.masters[i].grad = torch.zeros_like(self.masters[i]) if grad is None else (grad.float() * shrink).contiguous()
+                scaled = torch.zeros_like(self.masters[i]) if grad is None else (grad.float() * shrink).contiguous()
+                stepped.grad = scaled.view_as(stepped)
             optimiser.param_groups[0]["lr"] = lr
             optimiser.step()
             optimiser.zero_grad()
@@ -122,10 +129,10 @@ class MasterWeights:
                 tensors[f"average.{name}"] = self.averages[i]
         for optimisers, moments in ((self.adams, ADAM_MOMENTS), (self.muons, MUON_MOMENTS)):
             for part, optimiser in optimisers:
-                for i in part:
+                for i, stepped in zip(part, optimiser.param_groups[0]["params"], strict=True):
                     for prefix, key in moments.items():
-                        master = self.masters[i]
-                        tensors[f"{prefix}.{self.names[i]}"] = optimiser.state[master][key] if self.steps else torch.zeros_like(master)
+                        moment = optimiser.state[stepped][key] if self.steps else torch.zeros_like(stepped)
+                        tensors[f"{prefix}.{self.names[i]}"] = moment.view_as(self.masters[i])
         return tensors
 
     @torch.no_grad()
@@ -138,12 +145,13 @@ class MasterWeights:
                 self.averages[i].copy_(state[f"average.{name}"])
         for optimisers, moments in ((self.adams, ADAM_MOMENTS), (self.muons, MUON_MOMENTS)):
             for part, optimiser in optimisers:
-                for i in part:
-                    master = self.masters[i]
-                    values = {key: state[f"{prefix}.{self.names[i]}"].to(master, copy=True) for prefix, key in moments.items()}
+                for i, stepped in zip(part, optimiser.param_groups[0]["params"], strict=True):
+                    values = {
+                        key: state[f"{prefix}.{self.names[i]}"].to(stepped, copy=True).view_as(stepped) for prefix, key in moments.items()
+                    }
                     if optimisers is self.adams:
-                        values["step"] = torch.tensor(float(self.steps), device=master.device)
-                    optimiser.state[master] = values
+                        values["step"] = torch.tensor(float(self.steps), device=stepped.device)
+                    optimiser.state[stepped] = values
         self.publish()
 
 
@@ -154,10 +162,13 @@ PART = 64 * 2**20
 """Parameters whose fp32 gradients exist at the same time: 256 MB."""
 
 
-def _block_matrices(network: nn.Module) -> list[str]:
-    """The weights of linear layers in diffusers' transformer blocks: neither tables of vectors, nor a UNet's embedding of the timestep."""
-    modules = network.named_modules()
-    return [f"{name}.weight" for name, module in modules if "transformer_blocks." in name and isinstance(module, nn.Linear)]
+def _matrices(network: nn.Module) -> list[str]:
+    """The weights that Muon steps: of linear layers in diffusers' transformer blocks, neither tables of vectors nor a UNet's embedding of
+    the timestep; in a network without such blocks, of convolutions that neither read its input nor write its output."""
+    layers = dict(network.named_modules())
+    if any("transformer_blocks." in name for name in layers):
+        return [f"{name}.weight" for name, module in layers.items() if "transformer_blocks." in name and isinstance(module, nn.Linear)]
+    return [f"{name}.weight" for name, module in layers.items() if isinstance(module, nn.Conv2d)][1:-1]
 
 
 def _parts(numbers: list[int], sizes: list[int]) -> list[list[int]]:

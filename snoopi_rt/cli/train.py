@@ -142,26 +142,24 @@ def student(
 
 
 @train.command(
-    epilog="Example: snoopi-rt train student-decoder --student runs/student --teacher runs/teacher --prompts prompts.txt --out decoder"
+    epilog="Example: snoopi-rt train student-decoder --student runs/student --teacher runs/teacher --data runs/emoji --out runs/decoder"
 )
 @click.option("--student", "student_folder", type=folder_path, required=True, metavar="FOLDER", help="Student that `train student` wrote.")
-@click.option(
-    "--teacher", "teacher_folder", type=folder_path, required=True, metavar="FOLDER", help="Its teacher, whose decoder is imitated."
-)
-@click.option("--prompts", type=file_path, required=True, metavar="FILE", help="Prompts that the student draws; no images are needed.")
+@click.option("--teacher", "teacher_folder", type=folder_path, required=True, metavar="FOLDER", help="Its teacher.")
+@data_option
+@click.option("--start", type=folder_path, metavar="FOLDER", help="Decoder to start from.  [default: a new network]")
 @out_option
 @set_option
 @compile_option
 def student_decoder(
-    student_folder: Path, teacher_folder: Path, prompts: Path, out: Path, settings: tuple[str, ...], compiled: bool
+    student_folder: Path, teacher_folder: Path, data: Path, start: Path | None, out: Path, settings: tuple[str, ...], compiled: bool
 ) -> None:
-    """Train a light decoder on the latents of a student, for `export --decoder`."""
+    """Train a light decoder that restores what a student's latents lack, for `export --decoder`."""
     with torch_command("train student-decoder", "train", out):
         from snoopi_rt.export.small_model import student_decoder as stage
-        from snoopi_rt.export.small_model.decoder import FORMER_NAMES, DecoderRecipe
 
-        recipe = _recipe(DecoderRecipe(noise=0.0), settings, FORMER_NAMES)  # without noise: its latents are the student's own
-        stage.train(student_folder, teacher_folder, prompts, out, recipe, compiled)
+        recipe = _recipe(stage.StudentDecoderRecipe(), settings)
+        stage.train(student_folder, teacher_folder, data, out, recipe, compiled, start)
     export = f"snoopi-rt export --backbone small --weights {quote(student_folder)} --decoder {quote(out)} --out BUNDLE"
     click.echo(f"the decoder is in {quote(out)}: {export}")
 

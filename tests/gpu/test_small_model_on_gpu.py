@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from snoopi_rt.export.small_model import decoder, student_decoder, teacher
+from snoopi_rt.export.small_model import decoder, redrawn, student_decoder, teacher
 from snoopi_rt.export.small_model.dataset import build
 from snoopi_rt.export.text import minilm
 from snoopi_rt.export.training import loop
@@ -31,10 +31,10 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert {p.device for part in parts.values() for p in part.masters} == {META}
         done.append(stage.name)
 
-    for module in (build, decoder, student_decoder, teacher, minilm):
+    for module in (build, decoder, redrawn, student_decoder, teacher, minilm):
         monkeypatch.setattr(module, "default_device", lambda: META)
     monkeypatch.setattr(loop, "run", run)
-    for module in (decoder, teacher):
+    for module in (decoder, student_decoder, teacher):
         monkeypatch.setattr(module, "save_diffusers", lambda network, folder: None)
     monkeypatch.setattr(torch.optim, "AdamW", lambda *parts, fused, **settings: AdamW(*parts, **settings))
     monkeypatch.setattr(MasterWeights, "averaged", lambda weights, copy: copy.eval())
@@ -53,6 +53,6 @@ def test_every_stage_computes_on_the_accelerator(
     monkeypatch.setattr(decoder, "load_sprites", lambda: tiny_sprites)
     decoder.train(tmp_path / "set", encoder, tmp_path / "decoder", decoder.DecoderRecipe(batch=2))
     teacher.train(tmp_path / "set", WEIGHTS / "teacher" / "vae", tmp_path / "teacher", teacher.TeacherRecipe(batch=2), start=start)
-    few = decoder.DecoderRecipe(batch=2, images=12)
-    student_decoder.train(start, start, tmp_path / "set" / "prompts.txt", tmp_path / "tuned", few)
+    few = student_decoder.StudentDecoderRecipe(batch=4, images=12, adversarial_from=0.0)
+    student_decoder.train(start, start, tmp_path / "set", tmp_path / "tuned", few)
     assert on_meta == ["decoder", "teacher", "student decoder"]

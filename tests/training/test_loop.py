@@ -236,6 +236,20 @@ def test_muon_takes_linear_weights_in_transformer_blocks_and_no_table_of_vectors
     assert names == {f"{layer}.weight" for layer in (*linear, "ff.net.0.proj", "ff.net.2")}
 
 
+def test_muon_steps_the_inner_convolutions_of_a_network_of_convolutions_as_matrices() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, bias=False), nn.Conv2d(8, 4, 3))
+    before = network[1].weight.detach().clone()
+    weights = MasterWeights(network, muon=True)
+    assert [weights.names[i] for part, _ in weights.muons for i in part] == ["1.weight"]
+    network(torch.randn(2, 3, 9, 9)).square().mean().backward()
+    weights.step(0.1)
+    moved = (network[1].weight.detach() - before).flatten(1)
+    values = torch.linalg.svdvals(moved)
+    assert values.max() / values.min() < 2  # all directions move about as far, which those of a gradient do not
+    assert weights.state()["momentum.1.weight"].shape == before.shape
+
+
 def test_a_moving_average_is_refused_by_another_network() -> None:
     weights = MasterWeights(nn.Sequential(nn.Linear(2, 2)))
     assert torch.equal(weights.averaged(nn.Sequential(nn.Linear(2, 2)))[0].weight, weights.averages[0])

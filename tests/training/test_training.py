@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import islice
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,19 @@ from torch import nn
 
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.settings import changed
+from snoopi_rt.export.small_model import redrawn as redrawing
+from snoopi_rt.export.small_model.dataset.build import TrainingSet, read_samples
 from snoopi_rt.export.small_model.dataset.scene import Scene
+from snoopi_rt.export.small_model.decoder import DecoderRecipe
+from snoopi_rt.export.small_model.networks import scheduler
+from snoopi_rt.export.small_model.redrawn import ENCODED, FROM, ONCE, STUDENT, TWICE, redrawn
+from snoopi_rt.export.small_model.student_decoder import StudentDecoderRecipe
 from snoopi_rt.export.small_model.teacher import TeacherRecipe
+from snoopi_rt.export.small_model.teacher import draw as teacher_draw
 from snoopi_rt.export.training import loop, teacher_pair
+from snoopi_rt.export.training.loop import random_stream
 from snoopi_rt.export.training.recipes import find_recipe
+from snoopi_rt.export.training.schedule import Schedule
 from snoopi_rt.export.training.task import Task
 from snoopi_rt.export.training.trainer import train
 
@@ -26,6 +37,11 @@ ENCODER = ROOT / "weights" / "small" / "encoder"
 
 
 TEACHER = TeacherRecipe(steps=3, batch=4, layers=2)
+RESTORING = StudentDecoderRecipe(steps=3, batch=4, images=12, adversarial_from=0.3)
+
+
+def restored_from(root: Path) -> tuple[Path, Path, Path]:
+    return root / "student", root / "teacher", root / "pictures"
 
 
 def distilled(root: Path, out: Path, **settings: object) -> None:
@@ -47,9 +63,8 @@ def road(tmp_path_factory, tiny_sprites):
         decoder.train(root / "pictures", ENCODER, root / "decoder", decoder.DecoderRecipe(steps=3, batch=4))
         patch.setattr(teacher, "draw", partial(teacher.draw, steps=2))
         teacher.train(root / "pictures", root / "decoder", root / "teacher", TEACHER)
-    distilled(root, root / "student")
-    recipe = decoder.DecoderRecipe(steps=3, batch=4, images=12)
-    student_decoder.train(root / "student", root / "teacher", root / "pictures" / "prompts.txt", root / "student-decoder", recipe)
+        distilled(root, root / "student")
+        student_decoder.train(*restored_from(root), root / "student-decoder", RESTORING)
     return root
 
 
@@ -128,32 +143,78 @@ def test_a_decoder_begins_with_the_stages_of_the_autoencoder(road):
     assert made.decoder(torch.zeros(1, 8, 4, 4)).shape == (1, 3, 64, 64)
 
 
-def test_a_students_decoder_imitates_the_teachers_on_the_students_latents_but_for_dots_in_corners(road, tmp_path, monkeypatch):
-    from snoopi_rt.export.small_model import decoder, student_decoder
-    from snoopi_rt.export.small_model.networks import PixelShuffleDecoder
-    from snoopi_rt.export.weights.checkpoint import load_module
+def test_windows_of_a_light_decoders_pictures_are_those_of_the_whole_pictures():
+    from snoopi_rt.export.small_model.networks import HIGH, WideDecoder
 
-    seen = []
-    monkeypatch.setattr(decoder, "fit", lambda stage, model, latents, targets, *rest: seen.append((latents, targets)))
-    recipe = decoder.DecoderRecipe(steps=1, batch=2, images=12)
-    student_decoder.train(road / "student", road / "teacher", road / "pictures" / "prompts.txt", tmp_path / "decoder", recipe)
-    ((latents, targets),) = seen
-    corners = [[0, 0], [6, 6]]
-    windows = targets([0, 1], corners)
-    assert len(latents) == 12 and windows.shape == (2, 3, 160, 160) and windows.std() > 0
-    assert torch.equal(windows[0, :, 0, 0], windows[0, :, 1, 1]) and torch.equal(windows[1, :, -1, -1], windows[1, :, -2, -2])
-    large = load_module(road / "teacher" / "vae", PixelShuffleDecoder, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    of_student = decoder.cut(latents, [0, 1], corners).bfloat16().contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    decoder = WideDecoder().decoder.eval()
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("b.weight"):
+            nn.init.normal_(parameter, std=0.05)  # residual blocks begin with nothing
+    latents, corners = torch.randn(3, 8, 16, 16), [[0, 32], [13, 7], [32, 32]]
     with torch.no_grad():
-        assert torch.equal(windows[..., 1:-1, 1:-1], large.decoder(of_student).clamp(-1, 1)[..., 1:-1, 1:-1])
+        whole, cut = decoder(latents), decoder.windows(latents, corners, 32)
+    assert whole.shape == (3, 3, 256, 256) and whole.std() > 0.01
+    for picture, window, (y, x) in zip(whole, cut, corners, strict=True):
+        torch.testing.assert_close(window, picture[:, HIGH * y : HIGH * y + 128, HIGH * x : HIGH * x + 128], rtol=1e-4, atol=1e-5)
+
+
+def test_latents_drawn_again_are_the_encoders_and_the_students(road, tmp_path):
+    data = TrainingSet(road / "pictures")
+    drawn = redrawn(data, road / "teacher", road / "student", 12, 0, tmp_path, ["0"])
+    assert drawn.shape == (4, 12, 8, 16, 16) and drawn.isfinite().all()
+    assert torch.equal(drawn[ENCODED], data.latents[:12])
+    prompts = [sample.caption for sample in islice(read_samples(road / "pictures"), 12)]
+    noise = torch.stack([torch.randn(3, 8, 16, 16, generator=random_stream(0, "redrawn", number))[2] for number in range(12)])
+    own = teacher_draw(redrawing._network(road / "student" / "transformer"), prompts, noise, steps=1, guidance_scale=1.0)
+    torch.testing.assert_close(drawn[STUDENT].float(), own, rtol=0.02, atol=0.02)
+    assert torch.equal(drawn, redrawn(data, road / "teacher", road / "student", 12, 0, tmp_path, ["0"]))
+
+
+def test_the_teacher_draws_again_what_was_noised_and_no_further_than_its_timesteps(road, tmp_path, monkeypatch):
+    monkeypatch.setattr(redrawing, "_network", lambda folder: lambda x_t, **inputs: (torch.zeros_like(x_t),))  # then x0 is alpha x_t
+    data, schedule = TrainingSet(road / "pictures"), Schedule.from_scheduler(scheduler())
+    drawn = redrawn(data, road / "teacher", road / "student", 3, 0, tmp_path, [])
+    for number in range(3):
+        stream = random_stream(0, "redrawn", number)
+        noise, places = torch.randn(3, 8, 16, 16, generator=stream), torch.rand(2, generator=stream)
+        for kind, calls in ((ONCE, 1), (TWICE, 2)):
+            first, last, _ = FROM[kind]
+            t = int(first + places[kind - 1] * (last - first))
+            alpha, sigma = (value.item() for value in schedule.alpha_sigma(torch.tensor([t])))
+            x_t = alpha * data.latents[number].float() + sigma * noise[kind - 1]
+            if calls == 2:
+                later, deviation = (value.item() for value in schedule.alpha_sigma(torch.tensor([t // 2])))
+                x_t = later * alpha * x_t + deviation * (x_t - alpha * alpha * x_t) / sigma
+                alpha = later
+            torch.testing.assert_close(drawn[kind, number].float(), alpha * x_t, rtol=2e-3, atol=2e-3)
+
+
+def test_a_light_decoder_is_trained_further(road, tmp_path, tiny_sprites, monkeypatch):
+    from snoopi_rt.export.small_model import decoder, student_decoder
+
+    monkeypatch.setattr(decoder, "load_sprites", lambda: tiny_sprites)
+    one = replace(RESTORING, steps=1, lr=1e-9)
+    student_decoder.train(*restored_from(road), tmp_path / "decoder", one, start=road / "student-decoder")
+    before, after = (
+        load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (road / "student-decoder", tmp_path / "decoder")
+    )
+    assert all(torch.allclose(value, after[name]) for name, value in before.items())
+    with pytest.raises(InputError, match="not a WideDecoder"):
+        student_decoder.train(*restored_from(road), tmp_path / "other", one, start=road / "decoder")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_light_decoder_gets_its_discriminator_when_the_recipe_says(road):
+    assert [{"fooled", "judged"} <= set(row) for row in losses_of(road / "student-decoder")] == [False, True, True]
 
 
 def test_a_students_decoder_computes_nothing_at_full_resolution_but_its_pixels(road):
-    from snoopi_rt.export.small_model.networks import EdgePaddedConv2d, PixelShuffleDecoder
+    from snoopi_rt.export.small_model.networks import EdgePaddedConv2d, WideDecoder
     from snoopi_rt.export.weights.checkpoint import load_module
 
-    light = load_module(road / "student-decoder", PixelShuffleDecoder).decoder
-    assert [type(module) for module in light.last] == [EdgePaddedConv2d, nn.PixelShuffle]
+    light = load_module(road / "student-decoder", WideDecoder).decoder
+    assert [type(module) for module in light.high[-2:]] == [EdgePaddedConv2d, nn.PixelShuffle]
     pictures = light(torch.zeros(1, 8, 16, 16))
     assert pictures.shape == (1, 3, 256, 256) and pictures.isfinite().all()
 
@@ -167,12 +228,16 @@ def test_a_convolution_that_sees_repeated_edges_is_that_of_torch():
     assert torch.equal(own(x), torchs(x))
 
 
-@pytest.mark.parametrize("setting", [{"noise": -1.0}, {"features": -1.0}, {"images": 0}])
-def test_a_decoder_recipe_that_cannot_be_is_refused(setting):
-    from snoopi_rt.export.small_model import decoder
-
+@pytest.mark.parametrize(
+    ("recipe", "setting"),
+    [
+        *((DecoderRecipe, setting) for setting in ({"noise": -1.0}, {"features": -1.0}, {"images": 0})),
+        *((StudentDecoderRecipe, setting) for setting in ({"noise": -1.0}, {"images": 0}, {"adversarial": inf}, {"adversarial_from": 1.1})),
+    ],
+)
+def test_a_decoder_recipe_that_cannot_be_is_refused(recipe, setting):
     with pytest.raises(InputError, match=next(iter(setting))):
-        decoder.DecoderRecipe(**setting)
+        recipe(**setting)
 
 
 @pytest.mark.parametrize("setting", [{"prompt_dropout": 2.0}, {"prompt_dropout": -1.0}, {"layers": 0}, {"two_things": 0.0}])
@@ -210,15 +275,17 @@ def test_the_error_of_a_teacher_is_that_of_its_run(road, tmp_path, tiny_sprites,
     assert 0 < teacher_error.left_open([Scene(("cat",))], ENCODER).item() < 0.3
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student"])
-def test_a_real_stage_resumes_to_the_same_losses_and_weights(road, stage, tmp_path, monkeypatch):
-    from snoopi_rt.export.small_model import teacher
+@pytest.mark.parametrize("stage", ["teacher", "student", "student-decoder"])
+def test_a_real_stage_resumes_to_the_same_losses_and_weights(road, stage, tmp_path, tiny_sprites, monkeypatch):
+    from snoopi_rt.export.small_model import decoder, student_decoder, teacher
 
     def train_stage(out: Path) -> None:
         if stage == "teacher":
             teacher.train(road / "pictures", road / "decoder", out, TEACHER)
-        else:
+        elif stage == "student":
             distilled(road, out)
+        else:
+            student_decoder.train(*restored_from(road), out, RESTORING)
 
     real = loop.random_stream
 
@@ -228,6 +295,7 @@ def test_a_real_stage_resumes_to_the_same_losses_and_weights(road, stage, tmp_pa
         return real(seed, *place)
 
     monkeypatch.setattr(teacher, "draw", partial(teacher.draw, steps=2))
+    monkeypatch.setattr(decoder, "load_sprites", lambda: tiny_sprites)
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(loop, "SAVE_SHARE", 0)
     monkeypatch.setattr(loop, "random_stream", stopped)
@@ -236,7 +304,7 @@ def test_a_real_stage_resumes_to_the_same_losses_and_weights(road, stage, tmp_pa
     monkeypatch.setattr(loop, "random_stream", real)
     train_stage(tmp_path)
     assert losses_of(tmp_path) == losses_of(road / stage)
-    file = "transformer/diffusion_pytorch_model.safetensors"
+    file = f"{'' if stage == 'student-decoder' else 'transformer/'}diffusion_pytorch_model.safetensors"
     assert (tmp_path / file).read_bytes() == (road / stage / file).read_bytes()
 
 
