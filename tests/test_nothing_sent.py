@@ -94,6 +94,13 @@ class Watched:
         return not mine and not made.is_relative_to("/dev") and not made.is_relative_to("/proc")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fonts_are_listed() -> None:
+    """Matplotlib lists the system's fonts, and the first to do so on a machine makes fontconfig write its own cache."""
+    if shutil.which("fc-list"):
+        subprocess.run(["fc-list"], capture_output=True, check=False)
+
+
 def _sends(call: str) -> bool:
     """Whether something is said to another machine: not to loopback, nor to a socket of this one."""
     addresses = re.findall(r'inet_addr\("([^"]*)"\)|inet_pton\(AF_INET6, "([^"]*)"', call)

@@ -142,7 +142,7 @@ def student(
 
 
 @train.command(
-    epilog="Example: snoopi-rt train student-decoder --student runs/student --teacher runs/teacher --data runs/emoji --out runs/decoder"
+    epilog="Example: snoopi-rt train student-decoder --student runs/student --teacher runs/teacher --data runs/emoji --out runs/light"
 )
 @click.option("--student", "student_folder", type=folder_path, required=True, metavar="FOLDER", help="Student that `train student` wrote.")
 @click.option("--teacher", "teacher_folder", type=folder_path, required=True, metavar="FOLDER", help="Its teacher.")
