@@ -41,6 +41,13 @@ SEED = 11
 DECODED = 256  # pixels; the encoder sees half as many
 
 
+def detail_share(decoded: np.ndarray, drawings: np.ndarray) -> float:
+    """The energy of fine detail in images, of that in drawings of the same size. Raises ValueError for another: "fine" is in pixels."""
+    if decoded.shape != drawings.shape:
+        raise ValueError(f"images of shape {decoded.shape} and drawings of shape {drawings.shape} cannot be compared")
+    return float(fine_detail(decoded).sum() / fine_detail(drawings).sum())
+
+
 def drawn_by(student: Path, names: Sequence[str]) -> torch.Tensor:
     """The student's latents (N, 8, 16, 16) of the names, in one call each."""
     network = load_module(student / "transformer", PixArtTransformer2DModel, dtype=torch.bfloat16)
@@ -82,7 +89,7 @@ def main(decoder: Path, encoder: Path, student: Path | None, network: Literal["l
     scenes = pairs(counters.common, EACH)
     for what, of_pairs in zip(("drawings", "decoded"), drawn_and_decoded(scenes), strict=True):
         document[f"{what}, both of two things"] = float(counters.both(of_pairs, scenes).mean())
-    document["fine detail, of the drawings'"] = float(fine_detail(decoded).sum() / fine_detail(pictures).sum())
+    document["fine detail, of the drawings'"] = detail_share(decoded, pictures)
     for name, value in document.items():
         click.echo(f"{name:38}{value:7.1%}")
     out.parent.mkdir(parents=True, exist_ok=True)

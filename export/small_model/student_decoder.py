@@ -108,8 +108,7 @@ def train(
     made_by = [inputs[name] for name in ("student", "teacher", "data")]
     latents = redrawn(images, teacher, student, recipe.images, recipe.seed, out / "latents", made_by)
     pictures = real_pictures(data, recipe.images, out)
-    training = _Training(model, recipe, latents, pictures, features, load_module(vae, PixelShuffleDecoder), compiled)
-    training.colours_until = FIRST * recipe.steps if start is None else 0.0
+    training = _Training(model, recipe, latents, pictures, features, load_module(vae, PixelShuffleDecoder), compiled, start is None)
     loop.run(stage, {"decoder": training.weights, "discriminator": training.judged}, training.step, training.sample)
     save_diffusers(training.averaged(), out)
 
@@ -139,6 +138,7 @@ class _Training:
         features: FeatureMaps,
         coarse: PixelShuffleDecoder,
         compiled: bool,
+        new: bool,
     ):
         self.recipe, self.latents, self.pictures, self.device = recipe, latents, pictures, default_device()
         self.model, self.discriminator = model.to(self.device), Discriminator().to(self.device)
@@ -150,7 +150,7 @@ class _Training:
             self.model.decoder.low.compile()
             self.model.decoder.high.compile()
         self.coarse, self.maps = coarse, torch.compile(features) if compiled else features
-        self.colours_until = 0.0
+        self.colours_until = FIRST * recipe.steps if new else 0.0
         self.begins = math.ceil(recipe.adversarial_from * recipe.steps) if recipe.adversarial else recipe.steps
 
     def step(self, i: int, random: torch.Generator) -> dict[str, float]:
