@@ -77,7 +77,6 @@ class PixelShuffleDecoder(ModelMixin, ConfigMixin):
     """AutoencoderTiny's decoder with one more stage: latents (B, 8, h, w) to pictures (B, 3, 16 h, 16 w) in [-1, 1]; 0.2 M parameters.
 
     The last stage works on the 16 channels that a pixel shuffle leaves: 32 at full resolution would take twice as long as all the rest.
-    With no last_blocks the shuffle leaves the picture itself, and nothing is computed at full resolution, which halves the whole.
     """
 
     @register_to_config
@@ -87,27 +86,23 @@ class PixelShuffleDecoder(ModelMixin, ConfigMixin):
         channels: int = 32,
         blocks: tuple[int, ...] = (2, 2, 1, 1),
         last_channels: int = 16,
-        last_blocks: int = 1,
         scaling_factor: float = 1.0,
     ):
         super().__init__()
-        self.decoder = _Decoder(latent_channels, channels, blocks, last_channels, last_blocks)
+        self.decoder = _Decoder(latent_channels, channels, blocks, last_channels)
 
 
 class _Decoder(nn.Module):
-    def __init__(self, latent_channels: int, channels: int, blocks: tuple[int, ...], last_channels: int, last_blocks: int):
+    def __init__(self, latent_channels: int, channels: int, blocks: tuple[int, ...], last_channels: int):
         super().__init__()
         tiny = DecoderTiny(
             latent_channels, 3, blocks, (channels,) * len(blocks), upsampling_scaling_factor=2, act_fn="relu", upsample_fn="nearest"
         )
         self.layers = tiny.layers[:-1]
-        if last_blocks == 0:
-            self.last = nn.Sequential(EdgePaddedConv2d(channels, 4 * 3, 3), nn.PixelShuffle(2))
-            return
         self.last = nn.Sequential(
             nn.Conv2d(channels, 4 * last_channels, 3, padding=1),
             nn.PixelShuffle(2),
-            *(AutoencoderTinyBlock(last_channels, last_channels, "relu") for _ in range(last_blocks)),
+            AutoencoderTinyBlock(last_channels, last_channels, "relu"),
             nn.Conv2d(last_channels, 3, 3, padding=1),
         )
 

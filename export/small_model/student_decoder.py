@@ -34,7 +34,7 @@ from snoopi_rt.request import integer
 SIDE = 256  # pixels
 WINDOW = 128  # pixels of a picture that are compared at once
 SHOWN = 8  # pictures in a row of samples
-SHARES = torch.tensor([0.3, 0.3, 0.4])
+SHARES = torch.tensor([0.3, 0.4, 0.3])
 """How often latents are the encoder's, the teacher's in one call, and in two."""
 OWN = 4
 """One image in so many is the student's own, once there is a discriminator."""
@@ -53,16 +53,16 @@ FORM = torch.channels_last
 class StudentDecoderRecipe(loop.StageRecipe):
     """The settings of this stage. Raises InputError for values out of range."""
 
-    steps: int = 6000
+    steps: int = 7000
     batch: int = 16
     lr: float = 1e-3
     noise: float = 0.06
     """Largest deviation of the noise added to the encoder's latents."""
-    images: int = 20480
+    images: int = 12288
     """Images of the set to train on."""
-    adversarial: float = 0.5
+    adversarial: float = 0.8
     """The norm of the discriminator's gradient in the pictures, as a share of that of all other losses; 0 is no discriminator."""
-    adversarial_from: float = 0.5
+    adversarial_from: float = 0.25
     """The share of the steps after which the discriminator begins."""
 
     def __post_init__(self) -> None:
