@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from snoopi_rt.export.evaluation.report import Goal, ReportRow, mean
+from snoopi_rt.export.evaluation.report import Goal, ReportRow, by_prompt, mean
 from snoopi_rt.export.evaluation.statistics import Gaussian, ratio_interval
 
 UNIT = "of no negative's"
@@ -29,20 +29,24 @@ class Seen:
 
 @dataclass(frozen=True)
 class Harm:
-    """What images are compared with: the same ones without a negative, and the features of those that theirs should be distributed as."""
+    """What images are compared with: the same ones without a negative, and the features of those that theirs should be distributed as.
+
+    rounds: how often all prompts come, one round after another. Images of one prompt are not independent, so intervals are over prompts.
+    """
 
     plain: Seen
     reference: np.ndarray
+    rounds: int = 1
 
     def rows(self, section: str, label: str, seen: Seen, recognition: Goal) -> Iterator[ReportRow]:
         """Recognition, Frechet distance and blockiness of the images under the negative. recognition: the goal in points."""
         count = len(seen.recognised)
         gained = seen.recognised.astype(float) - self.plain.recognised
-        yield mean(section, f"{label}, recognition gained", 100 * gained, "points", recognition)
+        yield mean(section, f"{label}, recognition gained", 100 * gained, "points", recognition, rounds=self.rounds)
         if count > 1:
             distance = Gaussian.of(seen.features).distance(self._reference)
             yield ReportRow(section, f"{label}, Frechet distance", _relative(distance, self._distance), Goal(most=1.03), UNIT, of=count)
-        low, high = ratio_interval(seen.across, seen.beside)
+        low, high = ratio_interval(by_prompt(seen.across, self.rounds), by_prompt(seen.beside, self.rounds))
         ratio, *ends = (_relative(value, self.plain.blockiness) for value in (seen.blockiness, low, high))
         yield ReportRow(section, f"{label}, blockiness", ratio, Goal(most=1), UNIT, of=count, interval=(ends[0], ends[1]))
 

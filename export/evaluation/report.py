@@ -87,12 +87,18 @@ def share(
     )
 
 
-def mean(section: str, name: str, values: np.ndarray, unit: str, goal: Goal | None = None, **detail: Any) -> ReportRow:
-    """The mean of one value per image, (N,)."""
+def mean(section: str, name: str, values: np.ndarray, unit: str, goal: Goal | None = None, rounds: int = 1, **detail: Any) -> ReportRow:
+    """The mean of one value per image, (N,). rounds: how often all prompts come, one round after another; the interval is over prompts."""
     if not len(values):
         return ReportRow(section, name, None, goal, unit, of=0, detail=detail)
-    interval = mean_interval(values) if len(values) > 1 else None
+    means = by_prompt(values, rounds)
+    interval = mean_interval(means) if len(means) > 1 else None
     return ReportRow(section, name, float(np.mean(values)), goal, unit, of=len(values), interval=interval, detail=detail)
+
+
+def by_prompt(values: np.ndarray, rounds: int) -> np.ndarray:
+    """The mean of each prompt's values, (N / rounds,), of values (N,) of so many rounds of all prompts."""
+    return np.asarray(values, np.float64).reshape(rounds, -1).mean(0)
 
 
 def write(folder: Path, name: str, facts: Mapping[str, Any], columns: Mapping[str, Sequence[ReportRow]]) -> None:

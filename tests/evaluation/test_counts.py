@@ -141,6 +141,13 @@ def test_clean_pictures_that_do_not_change_meet_all_and_a_blur_meets_none(domain
         if "change" in row.name:
             assert row.met is False and (row.value or 0) > 3
     assert any(f"{UNRELATED}, change" in row.name for row in rows)
+    twice = list(clean(harmed, domain, 2))  # intervals are over things, not over images
+    assert [row.of for row in twice] == [2 * (row.of or 0) for row in rows]
+    widths = [
+        [row.interval[1] - row.interval[0] for row in of if row.interval and "change" in row.name]
+        for of in (clean(harmed, domain, 1), twice)
+    ]
+    assert len(widths[0]) == len(widths[1]) == 7 and np.mean(widths[1]) > 0.8 * np.mean(widths[0])
 
 
 def test_what_is_removed_is_gone_and_what_is_not_is_found_out(counters: Counters, real: Sampler) -> None:

@@ -30,6 +30,15 @@ def test_the_frechet_distance_is_the_formula_with_a_matrix_root() -> None:
     assert np.isfinite(frechet(few, b)) and frechet(few, few + 3) == pytest.approx(45, rel=1e-4)
 
 
+def test_images_of_one_prompt_count_as_one_in_the_interval_of_a_mean() -> None:
+    prompts = np.random.default_rng(0).standard_normal(30)
+    seeds = np.tile(prompts, 4)  # what does not change with the seed tells no more in four images than in one
+    row = mean("section", "name", seeds, "points", rounds=4)
+    assert row.value == pytest.approx(prompts.mean()) and row.of == 120
+    assert row.interval == pytest.approx(mean_interval(prompts))
+    assert mean("section", "name", seeds[:4], "points", rounds=4).interval is None
+
+
 def test_the_kernel_distance_is_the_mean_over_all_pairs() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((7, 3)), rng.standard_normal((5, 3)) + 1

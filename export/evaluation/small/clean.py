@@ -20,7 +20,7 @@ SECTION = "clean pictures under negatives"
 
 def clean(sampler: Sampler, domain: Domain, seeds: int) -> Iterator[ReportRow]:
     """For each negative: what it changes of the common things' images, several seeds of each."""
-    names = [name for name in domain.common if name not in UNRELATED for _ in range(seeds)]
+    names = [name for name in domain.common if name not in UNRELATED] * seeds
     scenes = [Scene((name,)) for name in names]
     prompts, numbers = [plain_caption(scene) for scene in scenes], list(range(len(names)))
 
@@ -29,13 +29,13 @@ def clean(sampler: Sampler, domain: Domain, seeds: int) -> Iterator[ReportRow]:
         return Seen(domain.judge.ranks(features, names) < TOP, features.numpy(), *pixel_metrics.seams(pictures, sampler.cell))
 
     plain = sampler(prompts, numbers)
-    harm = Harm(seen(plain), domain.real_features(scenes, plain.shape[1]).numpy())
+    harm = Harm(seen(plain), domain.real_features(scenes, plain.shape[1]).numpy(), rounds=seeds)
     absent = {name: _absent_colour(domain, name) for name in dict.fromkeys(names)}
     negatives: dict[str, NegativeTexts] = {flaw: flaw for flaw in FLAWS}
     negatives |= {"generic list": GENERIC, UNRELATED: UNRELATED, "absent colour": [absent[name] for name in names]}
     for label, negative in negatives.items():
         pictures = sampler(prompts, numbers, negative)
-        yield mean(SECTION, f"{label}, change of the thing", pixel_metrics.change(plain, pictures), "levels", Goal(most=3))
+        yield mean(SECTION, f"{label}, change of the thing", pixel_metrics.change(plain, pictures), "levels", Goal(most=3), rounds=seeds)
         yield from harm.rows(SECTION, label, seen(pictures), Goal(-1, 1))
 
 

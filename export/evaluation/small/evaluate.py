@@ -46,7 +46,7 @@ class Extent:
     things: int | None = None
     seeds: int = 4
     natural_seeds: int = 2
-    clean_seeds: int = 1
+    clean_seeds: int = 4
     counted: int = 80
     samples: int = 1000
     limiting: int = 100
