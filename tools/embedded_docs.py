@@ -38,7 +38,7 @@ MISSING = "TODO-FIGURE"
 RECOGNISED = ("recognition", "top 5, common things")
 REMOVAL = "negatives of what was asked for"
 SHORT = {
-    "common things recognised": RECOGNISED,
+    "common things recognised, top 5": RECOGNISED,
     "coloured things": ("attributes", "coloured thing"),
     "both of two things recognised": ("attributes", "both of two things"),
     "blurry: gone with `--neg blurry`": (REMOVAL, "blurry: gone"),
