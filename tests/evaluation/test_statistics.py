@@ -1,9 +1,12 @@
 """Statistics against independent computations, and the rows and tables of a report."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import linalg, spatial
 
+from snoopi_rt.export.evaluation.harm import Harm, Seen
 from snoopi_rt.export.evaluation.report import Goal, ReportRow, markdown, mean, share
 from snoopi_rt.export.evaluation.statistics import (
     bootstrap_mean,
@@ -37,6 +40,18 @@ def test_images_of_one_prompt_count_as_one_in_the_interval_of_a_mean() -> None:
     assert row.value == pytest.approx(prompts.mean()) and row.of == 120
     assert row.interval == pytest.approx(mean_interval(prompts))
     assert mean("section", "name", seeds[:4], "points", rounds=4).interval is None
+
+
+def test_images_of_one_prompt_count_as_one_in_the_intervals_of_harm() -> None:
+    rng = np.random.default_rng(0)
+    recognised, features, across, beside = rng.random(30) < 0.5, rng.standard_normal((30, 2)), rng.random(30) + 1, rng.random(30) + 1
+    intervals = []
+    for rounds in (1, 4):
+        seen = Seen(*(np.concatenate([part] * rounds) for part in (recognised, features, across, beside)))
+        plain = replace(seen, recognised=np.zeros(len(seen.recognised)))
+        rows = Harm(plain, seen.features, rounds).rows("section", "label", seen, Goal(-1, 1))
+        intervals.append([row.interval for row in rows if row.interval])
+    assert len(intervals[0]) == 2 and np.allclose(*intervals)
 
 
 def test_the_kernel_distance_is_the_mean_over_all_pairs() -> None:

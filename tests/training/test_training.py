@@ -143,22 +143,6 @@ def test_a_decoder_begins_with_the_stages_of_the_autoencoder(road):
     assert made.decoder(torch.zeros(1, 8, 4, 4)).shape == (1, 3, 64, 64)
 
 
-def test_windows_of_a_light_decoders_pictures_are_those_of_the_whole_pictures():
-    from snoopi_rt.export.small_model.networks import HIGH, WideDecoder
-
-    torch.manual_seed(0)
-    decoder = WideDecoder().decoder.eval()
-    for name, parameter in decoder.named_parameters():
-        if name.endswith("b.weight"):
-            nn.init.normal_(parameter, std=0.05)  # residual blocks begin with nothing
-    latents, corners = torch.randn(3, 8, 16, 16), [[0, 32], [13, 7], [32, 32]]
-    with torch.no_grad():
-        whole, cut = decoder(latents), decoder.windows(latents, corners, 32)
-    assert whole.shape == (3, 3, 256, 256) and whole.std() > 0.01
-    for picture, window, (y, x) in zip(whole, cut, corners, strict=True):
-        torch.testing.assert_close(window, picture[:, HIGH * y : HIGH * y + 128, HIGH * x : HIGH * x + 128], rtol=1e-4, atol=1e-5)
-
-
 def test_latents_drawn_again_are_the_encoders_and_the_students(road, tmp_path):
     data = TrainingSet(road / "pictures")
     drawn = redrawn(data, road / "teacher", road / "student", 12, 0, tmp_path, ["0"])
@@ -205,51 +189,6 @@ def test_a_light_decoder_is_trained_further(road, tmp_path, tiny_sprites, monkey
     assert not (tmp_path / "other").exists()
 
 
-def test_a_discriminator_learns_to_tell_pictures_apart_and_its_gradient_leads_to_real_ones():
-    from snoopi_rt.export.small_model.discriminator import Discriminator, DiscriminatorWeights, fooling, hinge
-    from snoopi_rt.export.small_model.features import CHANNELS
-
-    torch.manual_seed(0)
-    discriminator = Discriminator()
-    weights = DiscriminatorWeights(discriminator)
-    maps = [torch.zeros(2, channels, 8, 8) for channels in CHANNELS]
-    fake, real = ([torch.full((2, 3, 32, 32), level), *(part + level for part in maps)] for level in (-0.5, 0.5))
-    for _ in range(30):
-        loss = hinge(discriminator(fake[0], fake[1:]), discriminator(real[0], real[1:]))
-        loss.backward()
-        weights.step(3e-3)
-    fakes, reals = (discriminator(images, features) for images, *features in (fake, real))
-    assert len(fakes) == 5 and loss < 1.5  # 2 is chance
-    assert all(a.mean() < b.mean() for a, b in zip(fakes, reals, strict=True))
-    images = fake[0].clone().requires_grad_(True)
-    fooling(discriminator(images, fake[1:])).backward()
-    assert images.grad is not None and images.grad.mean() < 0  # lighter, as the real ones are, fools it better
-
-
-def test_the_discriminators_gradient_is_the_recipes_share_of_all_others():
-    from snoopi_rt.export.small_model.features import FeatureMaps
-    from snoopi_rt.export.small_model.networks import PixelShuffleDecoder, WideDecoder
-    from snoopi_rt.export.small_model.student_decoder import _Training
-
-    parts = torch.zeros(4, 1, 8, 16, 16), np.zeros((1, 256, 256, 3), np.uint8), FeatureMaps(deep=True), PixelShuffleDecoder()
-    training = _Training(WideDecoder(), replace(RESTORING, adversarial=0.5), *parts, compiled=False, new=True)
-    drawn = torch.randn(2, 3, 4, 4, requires_grad=True)
-    loss, fooled = drawn.square().sum(), 7 * drawn.sum()
-    strength = training._strength(training.begins, loss, fooled, drawn)
-    shares = [torch.autograd.grad(part, drawn)[0].norm() for part in (strength * fooled, loss)]
-    torch.testing.assert_close(shares[0], 0.5 * shares[1])
-
-
-def test_fine_detail_of_images_of_two_sizes_is_not_compared(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    import latent_ceiling
-
-    drawings = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
-    assert latent_ceiling.detail_share(drawings, drawings) == 1
-    with pytest.raises(ValueError, match="cannot be compared"):
-        latent_ceiling.detail_share(drawings.repeat(2, 1).repeat(2, 2), drawings)
-
-
 def test_a_light_decoder_gets_its_discriminator_when_the_recipe_says(road):
     assert [{"fooled", "judged"} <= set(row) for row in losses_of(road / "student-decoder")] == [False, True, True]
 
@@ -262,15 +201,6 @@ def test_a_students_decoder_computes_nothing_at_full_resolution_but_its_pixels(r
     assert [type(module) for module in light.high[-2:]] == [EdgePaddedConv2d, nn.PixelShuffle]
     pictures = light(torch.zeros(1, 8, 16, 16))
     assert pictures.shape == (1, 3, 256, 256) and pictures.isfinite().all()
-
-
-def test_a_convolution_that_sees_repeated_edges_is_that_of_torch():
-    from snoopi_rt.export.small_model.networks import EdgePaddedConv2d
-
-    own, torchs = EdgePaddedConv2d(4, 3, 3), nn.Conv2d(4, 3, 3, padding=1, padding_mode="replicate")
-    torchs.load_state_dict(own.state_dict())
-    x = torch.randn(2, 4, 6, 6)
-    assert torch.equal(own(x), torchs(x))
 
 
 @pytest.mark.parametrize(
