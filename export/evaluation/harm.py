@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from snoopi_rt.export.evaluation.report import Goal, ReportRow, by_prompt, mean
-from snoopi_rt.export.evaluation.statistics import Gaussian, ratio_interval
+from snoopi_rt.export.evaluation.statistics import Gaussian, relative_interval
 
 UNIT = "of no negative's"
 
@@ -46,9 +46,12 @@ class Harm:
         if count > 1:
             distance = Gaussian.of(seen.features).distance(self._reference)
             yield ReportRow(section, f"{label}, Frechet distance", _relative(distance, self._distance), Goal(most=1.03), UNIT, of=count)
-        low, high = ratio_interval(by_prompt(seen.across, self.rounds), by_prompt(seen.beside, self.rounds))
-        ratio, *ends = (_relative(value, self.plain.blockiness) for value in (seen.blockiness, low, high))
-        yield ReportRow(section, f"{label}, blockiness", ratio, Goal(most=1), UNIT, of=count, interval=(ends[0], ends[1]))
+        ratio = _relative(seen.blockiness, self.plain.blockiness)
+        interval = relative_interval(self._energies(seen), self._energies(self.plain)) if self.plain.blockiness else None
+        yield ReportRow(section, f"{label}, blockiness", ratio, Goal(most=1), UNIT, of=count, interval=interval)
+
+    def _energies(self, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+        return by_prompt(seen.across, self.rounds), by_prompt(seen.beside, self.rounds)
 
     @cached_property
     def _reference(self) -> Gaussian:

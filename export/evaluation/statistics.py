@@ -133,6 +133,11 @@ def ratio_interval(parts: np.ndarray, wholes: np.ndarray) -> tuple[float, float]
     return _bootstrap((parts, wholes), lambda a, b, axis: a.sum(axis) / b.sum(axis))
 
 
+def relative_interval(ratio: tuple[np.ndarray, np.ndarray], to: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
+    """The 95 % interval of one ratio of sums to another, of parts and wholes (N,) of the same N images, which are drawn again together."""
+    return _bootstrap((*ratio, *to), lambda a, b, c, d, axis: (a.sum(axis) / b.sum(axis)) / (c.sum(axis) / d.sum(axis)))
+
+
 def bootstrap_mean(values: np.ndarray) -> tuple[float, float]:
     """The 95 % interval of the mean of one value per image, (N,): percentiles over images drawn again with replacement."""
     return _bootstrap((np.asarray(values, np.float64),), np.mean)

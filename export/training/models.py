@@ -78,11 +78,22 @@ class Models:
         first, second = self.predict(network, torch.cat([x_t, x_t]), torch.cat([t, t]), joined(text, other)).chunk(2)
         return first, second
 
-    def clean(self, noise: Tensor, text: TextBatch, negative: tuple[TextBatch, Tensor] | None = None) -> Tensor:
-        """Clean latents (B, C, h, w) fp32 of the student in one call; `negative`: negative prompts and their scales (B,)."""
+    def clean(
+        self, noise: Tensor, text: TextBatch, negative: tuple[TextBatch, Tensor] | None = None, network: nn.Module | None = None
+    ) -> Tensor:
+        """Clean latents (B, C, h, w) fp32 of the student in one call; `negative`: negative prompts and their scales (B,).
+
+        `network`: another student than the one that learns.
+        """
         t = torch.full((len(noise),), int(self.rule.timestep), device=self.device)
         other = None if negative is None else (negative[0].states, negative[0].mask, negative[1].to(self.dtype), *self._empty)
-        return self.rule.x0(noise, self.predict(self.student, noise, t, text, other))
+        return self.rule.x0(noise, self.predict(network or self.student, noise, t, text, other))
+
+    def first_student(self) -> nn.Module:
+        """The student as its training begins, frozen and without negative prompts; the same in a resumed run."""
+        network = self._load(self.task.student or self.task.teacher, self.dtype).requires_grad_(False)
+        network.set_attn_processor(PlainAttention(self._attention))
+        return network
 
     def sample_teacher(self, noise: Tensor, text: TextBatch, unconditional: TextBatch, steps: int, guidance_scale: float) -> Tensor:
         """Clean latents (B, C, h, w) fp32 of the frozen teacher in several steps with classifier-free guidance."""
@@ -118,7 +129,7 @@ class Models:
 
     def _set_attention(self) -> None:
         tokens = (self.shape[-1] // getattr(self.student.config, "patch_size", 1)) ** 2
-        form = attention if self.device.type == "cpu" and tokens <= SHORT else fused_attention
+        self._attention = form = attention if self.device.type == "cpu" and tokens <= SHORT else fused_attention
         self.teachers.set_attention(PlainAttention(form))
         if not self.recipe.negative_scale_max:
             self.student.set_attn_processor(PlainAttention(form))

@@ -108,6 +108,8 @@ class Edits(LossSettings):
 
     kept: float = 1.0
     """Weight, within this loss, of edits that must change nothing; those that change the picture have 1."""
+    anchored: bool = False
+    """Wanted are the pictures of the student as it begins, not as it is, so that no other loss is needed to keep them as they are."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,9 @@ class StudentRecipe(StageRecipe):
             _require(settings[name] >= 0, f"{name} must not be negative")
         for name in POSITIVE:
             _require(settings[name] > 0, f"{name} must be above 0")
-        anchored = settings["vsd.weight"] + settings["regression.weight"] > 0 or settings["regression.warmup_steps"] == self.steps
-        _require(anchored, "nothing keeps the student good: set vsd.weight or regression.weight")
+        kept = settings["vsd.weight"] + settings["regression.weight"] > 0 or settings["regression.warmup_steps"] == self.steps
+        kept |= settings["edits.weight"] > 0 and settings["edits.anchored"]
+        _require(kept, "nothing keeps the student good: set vsd.weight, regression.weight or edits.anchored")
 
     @property
     def mean_guidance_scale(self) -> float:

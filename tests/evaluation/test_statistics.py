@@ -15,6 +15,7 @@ from snoopi_rt.export.evaluation.statistics import (
     mean_interval,
     precision_recall,
     ratio_interval,
+    relative_interval,
     share_interval,
 )
 
@@ -54,6 +55,16 @@ def test_images_of_one_prompt_count_as_one_in_the_intervals_of_harm() -> None:
     assert len(intervals[0]) == 2 and np.allclose(*intervals)
 
 
+def test_blockiness_is_compared_image_by_image() -> None:
+    rng = np.random.default_rng(0)
+    across, beside, same = rng.random(50) + 0.1, rng.random(50) + 0.1, np.zeros((50, 2))
+    plain = Seen(np.zeros(50), same, across, beside)
+    # Images differ much from each other, but each by the same from itself under the negative.
+    row = list(Harm(plain, same).rows("section", "label", replace(plain, across=1.002 * across), Goal(-1, 1)))[-1]
+    assert row.name == "label, blockiness" and (row.value, *row.interval) == pytest.approx((1.002,) * 3)
+    assert row.met is False
+
+
 def test_the_kernel_distance_is_the_mean_over_all_pairs() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((7, 3)), rng.standard_normal((5, 3)) + 1
@@ -90,6 +101,9 @@ def test_intervals_hold_what_they_should() -> None:
     drawn = np.random.default_rng(1).integers(400, size=(4000, 400))
     expected = np.percentile(values[drawn].sum(1) / wholes[drawn].sum(1), [2.5, 97.5])
     assert ratio_interval(values, wholes) == pytest.approx(tuple(expected), rel=0.02)
+    other, rest = values**2, wholes + values
+    expected = np.percentile(values[drawn].sum(1) / wholes[drawn].sum(1) / (other[drawn].sum(1) / rest[drawn].sum(1)), [2.5, 97.5])
+    assert relative_interval((values, wholes), (other, rest)) == pytest.approx(tuple(expected), rel=0.02)
     assert ratio_interval(values[:1], wholes[:1]) == pytest.approx((values[0] / wholes[0],) * 2)
 
 

@@ -190,6 +190,27 @@ def test_a_negative_gives_the_students_own_picture_of_the_wanted_prompt(teachers
     assert late < 0.1 * early
 
 
+def test_anchored_edits_alone_keep_the_students_pictures(teachers: Path, tmp_path: Path) -> None:
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text("".join(json.dumps(row) + "\n" for row in EDITS))
+    edit = {"vsd.weight": 0.0, "edits.weight": 1.0, "negative_scale_max": 1.0}
+    drift = {}
+    for anchored in (True, False):  # a weight of nearly nothing stands for none, which is refused
+        other = {} if anchored else {"regression.weight": 1e-9, "regression.pairs": 4, "regression.teacher_steps": 1}
+        folder = tmp_path / str(anchored)
+        trainer = trainer_of(teachers, folder, {"edits": edits}, lr=1e-3, **edit, **other, **{"edits.anchored": anchored})
+        assert ("regression" in trainer.losses) == (not anchored)
+        models = trainer.run.models
+        wanted = trainer.run.prompts.encode(edits, lambda: [row["wanted_prompt"] for row in EDITS], "test-wanted").batch([0, 1])
+        noise = torch.randn(2, *models.shape)
+        before = models.clean(noise, wanted).detach()
+        for i in range(60):
+            trainer.step(i)
+        drift[anchored] = (models.clean(noise, wanted) - before).square().mean().item()
+        assert torch.equal(models.clean(noise, wanted, network=models.first_student()), before)
+    assert drift[True] < 0.01 * drift[False]
+
+
 @pytest.mark.parametrize("kind", ["nasa", "projected"])
 def test_negatives_act_in_training_as_they_do_in_the_export(teachers: Path, tmp_path: Path, kind: str) -> None:
     files = {"negatives": teachers / "negatives.txt"}

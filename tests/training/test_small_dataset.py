@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from snoopi_rt.export.small_model.dataset.compose import Composer, recoloured
-from snoopi_rt.export.small_model.dataset.edits import KIN, draw_edit
+from snoopi_rt.export.small_model.dataset.edits import FLAW_NOUNS, KIN, draw_edit
 from snoopi_rt.export.small_model.dataset.scene import STYLES, Scene, Vocabulary, caption, plain_caption
 from snoopi_rt.export.small_model.dataset.sprites import SIDE, TRAINED, UNSEEN, load_sprites
 from snoopi_rt.export.small_model.dataset.vocabulary import (
@@ -127,7 +127,8 @@ def test_an_edit_takes_away_what_its_negative_names_and_nothing_else(vocabulary:
     for edit in edits:
         words = {word.strip() for word in edit.negative.split(",")}
         asked = {flaw for flaw, synonyms in FLAWS.items() if any(name in edit.prompt for name in (flaw, *synonyms))}
-        named = {flaw for flaw, synonyms in FLAWS.items() if any(name in word for word in words for name in (flaw, *synonyms))}
+        names = {flaw: (flaw, *FLAWS[flaw], *FLAW_NOUNS[flaw]) for flaw in FLAWS}
+        named = {flaw for flaw in FLAWS if any(name in word for word in words for name in names[flaw])}
         if asked & named:
             assert edit.changes and not any(flaw in edit.wanted_prompt for flaw in asked & named), edit
         elif not edit.changes:
@@ -135,6 +136,17 @@ def test_an_edit_takes_away_what_its_negative_names_and_nothing_else(vocabulary:
     unchanged = {edit.negative for edit in edits if not edit.changes}
     assert unchanged & set(COLOURS) and any(negative.endswith("background") for negative in unchanged)
     assert any("on a gray background" in edit.wanted_prompt for edit in changes if "white background" in edit.negative)
+
+
+def test_a_negative_may_name_several_things_of_which_some_are_there(vocabulary: Vocabulary) -> None:
+    rng = np.random.default_rng(1)
+    edits = [draw_edit(vocabulary, rng) for _ in range(5000)]
+    lists = [(edit, {word.strip() for word in edit.negative.split(",")}) for edit in edits]
+    asked = [(edit, words) for edit, words in lists if edit.prompt.startswith("a blurry ") and edit.prompt.endswith(" on a red background")]
+    both = [edit for edit, words in asked if words & {"blurry", "blur"} and words & {"background", "red background"}]
+    assert both and not any("blurry" in edit.wanted_prompt or "background" in edit.wanted_prompt for edit in both)
+    blur = [words for edit, words in lists if edit.changes and words & {"blurry", "blur"}]
+    assert 0.1 < np.mean([bool(words & {"grainy", "grain", "noise", "pixelated", "pixels", "grayscale"}) for words in blur]) < 0.6
 
 
 def test_edits_tell_apart_what_is_akin_and_styles_and_bare_backgrounds(vocabulary: Vocabulary) -> None:

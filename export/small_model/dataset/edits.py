@@ -3,7 +3,8 @@
 The rows are made from scenes, as captions are: `a blurry cat` less `blurry` is `a cat`, and `a cat` less `a dog` is `a cat`.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -23,14 +24,24 @@ INSTEAD_OF_WHITE = "gray"
 """The background of a picture that must not have a white one."""
 CHANGES = 0.5  # share of rows whose negative has anything to do with the prompt
 OF_TWO = 0.35  # share of those that take away one of two things: what is left moves and grows, which is learned last
-AKIN = 0.4  # share of those, and of things that are not there, that are akin to what is shown: a queen less a king is learned last of all
+FLAWED = 0.4  # share of the others in which a flaw is asked for
+AKIN = 0.4  # share of pairs, and of things that are not there, that are akin to what is shown: a queen less a king is learned last of all
 KIN = 3  # lines of vocabulary.txt
 BARE = 0.35  # share of named backgrounds that the negative calls only "background", or only by their colour
-LISTED = 0.4  # share of negatives in a list with words that name nothing in any picture
+SEVERAL = 0.3  # share of rows with several things to take away whose negative names two of them
+LISTED = 0.5  # share of negatives in a list with words that name nothing in the picture
+OTHER_FLAWS, OTHER_THINGS = 0.35, 0.15  # shares of such words that are other flaws and other things; the rest name nothing in any picture
 STYLE_WORDS = {
     "3d": ("3d", "3d", "3d render", "3d style"),
     "flat": ("flat", "flat drawing", "flat style", "flat design", "flat icon"),
 }
+FLAW_NOUNS = {
+    "blurry": ("blur", "unsharp", "soft focus", "bokeh"),
+    "pixelated": ("pixels", "pixelation", "pixel art", "mosaic", "blocky"),
+    "grayscale": ("desaturated", "colorless", "black and white photo"),
+    "grainy": ("grain", "noise", "film grain", "speckles"),
+}
+"""Other words for flaws that negative prompts use."""
 GENERIC = (
     "low quality",
     "ugly",
@@ -57,45 +68,57 @@ GENERIC = (
 
 def draw_edit(vocabulary: Vocabulary, rng: np.random.Generator) -> Edit:
     """One row: half of them change the picture, the others must leave it as it is."""
-    changes, of_two = rng.random() < CHANGES, rng.random() < OF_TWO
+    changes, of_two, flawed = rng.random() < CHANGES, rng.random() < OF_TWO, rng.random() < FLAWED
     while True:
         scene = vocabulary.draw_scene(rng)
         if not changes:
             prompt = _prompt(scene, rng)
-            return Edit(prompt, _listed(_unrelated(scene, vocabulary, rng), rng), prompt)
+            return Edit(prompt, _listed([_unrelated(scene, vocabulary, rng)], scene, vocabulary, rng), prompt)
         if of_two:
             if len(scene.things) != 2:
                 continue
             if rng.random() < AKIN:
                 scene = replace(scene, things=(scene.things[0], _akin(scene.things[0], rng)))
+        elif flawed and not scene.flaw:
+            continue
         choices = _changes(scene, rng)[: 1 if of_two else None]
         if choices:
-            negative, wanted = choices[rng.integers(len(choices))]
-            return Edit(_prompt(scene, rng), _listed(negative, rng), plain_caption(wanted))
+            several = len(choices) > 1 and rng.random() < SEVERAL
+            gone = [choices[i] for i in rng.permutation(len(choices))[: 2 if several else 1]]
+            wanted = replace(scene, **{name: value for change in gone for name, value in change.fields.items()})
+            return Edit(_prompt(scene, rng), _listed([change.negative for change in gone], scene, vocabulary, rng), plain_caption(wanted))
 
 
 def _prompt(scene: Scene, rng: np.random.Generator) -> str:
     return caption(scene, rng) if rng.random() < 0.5 else plain_caption(scene)
 
 
-def _changes(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Scene]]:
-    """What can be taken away from the scene, one entry per kind, one of two things first: the negative, and the scene that is left."""
-    changes: list[tuple[str, Scene]] = []
+@dataclass(frozen=True)
+class Change:
+    """What a negative takes away from a scene: the fields of the scene that is left."""
+
+    negative: str
+    fields: dict[str, Any]
+
+
+def _changes(scene: Scene, rng: np.random.Generator) -> list[Change]:
+    """What can be taken away from the scene, one entry per kind, one of two things first."""
+    changes = []
     if len(scene.things) == 2:
         gone = int(rng.integers(2))
-        changes.append((_thing(scene.things[gone], rng), replace(scene, things=(scene.things[1 - gone],), stacked=False)))
+        changes.append(Change(_thing(scene.things[gone], rng), {"things": (scene.things[1 - gone],), "stacked": False}))
     if scene.flaw:
-        changes.append((_flaw(scene.flaw, rng), replace(scene, flaw=None)))
+        changes.append(Change(_flaw(scene.flaw, rng), {"flaw": None}))
     if scene.colour:
-        changes.append((_colour(scene.colour, rng), replace(scene, colour=None)))
+        changes.append(Change(_colour(scene.colour, rng), {"colour": None}))
     if scene.background and scene.background != DEFAULT_BACKGROUND:
         bare = ("background", "background", scene.background)[: 2 if _named(scene.background, scene) else 3]
         negative = _one(bare, rng) if rng.random() < BARE else _background(scene.background, rng)
-        changes.append((negative, replace(scene, background=None)))
+        changes.append(Change(negative, {"background": None}))
     elif rng.random() < 0.3:  # most scenes are white
-        changes.append((_background(DEFAULT_BACKGROUND, rng), replace(scene, background=INSTEAD_OF_WHITE)))
+        changes.append(Change(_background(DEFAULT_BACKGROUND, rng), {"background": INSTEAD_OF_WHITE}))
     if scene.style and scene.style != DEFAULT_STYLE:
-        changes.append((_one(STYLE_WORDS[scene.style], rng), replace(scene, style=None)))
+        changes.append(Change(_one(STYLE_WORDS[scene.style], rng), {"style": None}))
     return changes
 
 
@@ -107,16 +130,16 @@ def _named(colour: str, scene: Scene) -> bool:
 def _unrelated(scene: Scene, vocabulary: Vocabulary, rng: np.random.Generator) -> str:
     """A negative that names nothing of the scene."""
     kind = rng.random()
-    if kind < 0.25:
-        return _flaw(_one([flaw for flaw in FLAWS if flaw != scene.flaw], rng), rng)
-    if kind < 0.35:
+    if kind < 0.2:
+        return _other_flaw(scene, rng)
+    if kind < 0.28:
         return _one(GENERIC, rng)
-    if kind < 0.45:
+    if kind < 0.35:
         style = _one([style for style in STYLES if style not in (DEFAULT_STYLE, scene.style)], rng)
         return _one(STYLE_WORDS[style], rng)
-    if kind < 0.48 and scene.background in (None, DEFAULT_BACKGROUND):
+    if kind < 0.38 and scene.background in (None, DEFAULT_BACKGROUND):
         return "background"
-    if kind < 0.82:
+    if kind < 0.84:
         akin = rng.random() < AKIN
         return _thing(_akin(_one(scene.things, rng), rng, scene.things) if akin else _other(scene.things, vocabulary, rng), rng)
     shown = (scene.colour, scene.background or DEFAULT_BACKGROUND, *scene.things)  # an orange is a thing, too
@@ -142,15 +165,31 @@ def _akin(name: str, rng: np.random.Generator, shown: tuple[str, ...] = ()) -> s
     return _one([other for other in others if other not in shown], rng)
 
 
-def _listed(negative: str, rng: np.random.Generator) -> str:
-    """The negative alone, or in a list with words that people often add."""
-    if rng.random() >= LISTED:
-        return negative
-    words = [negative, *(GENERIC[i] for i in rng.choice(len(GENERIC), rng.integers(1, 5), replace=False))]
+def _listed(negatives: list[str], scene: Scene, vocabulary: Vocabulary, rng: np.random.Generator) -> str:
+    """The negatives alone, or in a list with words that people often add, of which none names anything in the scene."""
+    words = list(negatives)
+    if rng.random() < LISTED:
+        words += [_added(scene, vocabulary, rng) for _ in range(rng.integers(1, 5))]
+    words = list(dict.fromkeys(words))
     return ", ".join(words[i] for i in rng.permutation(len(words)))
 
 
+def _added(scene: Scene, vocabulary: Vocabulary, rng: np.random.Generator) -> str:
+    kind = rng.random()
+    if kind < OTHER_FLAWS:
+        return _other_flaw(scene, rng)
+    if kind < OTHER_FLAWS + OTHER_THINGS:
+        return _thing(_other(scene.things, vocabulary, rng), rng)
+    return _one(GENERIC, rng)
+
+
+def _other_flaw(scene: Scene, rng: np.random.Generator) -> str:
+    return _flaw(_one([flaw for flaw in FLAWS if flaw != scene.flaw], rng), rng)
+
+
 def _flaw(flaw: str, rng: np.random.Generator) -> str:
+    if rng.random() < 0.3:
+        return _one(FLAW_NOUNS[flaw], rng)
     word = _one((flaw, flaw, *FLAWS[flaw]), rng)
     return _one((word, word, word, f"{with_article(word)} picture", f"{word} photo"), rng)
 

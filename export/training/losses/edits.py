@@ -1,7 +1,8 @@
 """What a negative prompt should do to a prompt's picture, as another prompt tells it (see training/edits.py for the file).
 
 With the negative prompt the student learns to draw, from the same noise, what it draws of the wanted prompt without one. Its own pictures
-are as sharp as it is, and follow it while it learns; the other losses keep them good. No image is needed.
+are as sharp as it is, and follow it while it learns; the other losses keep them good. A student that is good already can learn edits alone,
+from the pictures that it drew when it began (`anchored`). No image is needed.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ from snoopi_rt.export.training.recipe import Edits, LossSettings, StudentRecipe
 from snoopi_rt.export.training.run import Run, StudentBatch
 from snoopi_rt.export.training.task import Task
 
+PLAIN = 0.2
+"""Share of anchored edits that must change nothing whose scale is 0: the student's pictures without a negative prompt."""
+
 
 class EditsLoss(Loss):
     """Edits that change the picture are learned at the largest negative scale; all others must hold at every scale."""
@@ -25,7 +29,7 @@ class EditsLoss(Loss):
     Settings = Edits
     settings: Edits
 
-    def __init__(self, run: Run, settings: LossSettings):
+    def __init__(self, run: Run, settings: Edits):
         super().__init__(run, settings)
         file = run.task.edits
         assert file is not None  # see `check`
@@ -39,6 +43,7 @@ class EditsLoss(Loss):
                 )
             )
         self._changes = torch.tensor([edit.changes for edit in read_edits(file)])
+        self._first = run.models.first_student() if settings.anchored else None
 
     @classmethod
     def check(cls, settings: LossSettings, task: Task, recipe: StudentRecipe) -> None:
@@ -55,8 +60,10 @@ class EditsLoss(Loss):
         noise = torch.stack([torch.randn(*models.shape, generator=stream) for stream in streams]).to(models.device)
         changes = self._changes[rows].to(models.device)
         share = torch.stack([torch.rand((), generator=stream) for stream in streams]).to(models.device)
+        if self._first is not None:
+            share = ((share - PLAIN) / (1 - PLAIN)).clamp(min=0)
         with torch.no_grad():
-            target = models.clean(noise, self._wanted_prompts.batch(rows))
+            target = models.clean(noise, self._wanted_prompts.batch(rows), network=self._first)
         scale = recipe.negative_scale_max * torch.where(changes, 1.0, share)
         x0 = models.clean(noise, self._prompts.batch(rows), (self._negatives.batch(rows), scale))
         distance = (x0 - target).square().mean((1, 2, 3))
