@@ -21,11 +21,13 @@ stage() { snoopi-rt train "$@" "${all[@]}"; }
 snoopi-rt data emoji --encoder "$encoder" --out "$emoji" --count $pictures
 stage decoder --data "$emoji" --encoder "$encoder" --out "$runs/decoder"
 stage teacher --data "$emoji" --decoder "$runs/decoder" --start weights/small/teacher --out "$runs/teacher"
-# What it draws first, then what negative prompts should do.
+# What it draws first, then what negative prompts should do, at last that alone.
 distilled=(--teacher "$runs/teacher" --prompts "$emoji/prompts.txt" --states "$runs/states" --recipe embedded)
 stage student "${distilled[@]}" --set optimiser.decay_from=1 --out "$runs/plain" "${students[@]}"
-stage student "${distilled[@]}" --start "$runs/plain" --edits "$emoji/edits.jsonl" --set edits.weight=1 --set edits.kept=3 \
-    --set negative_scale_max=1 --set negative_kind=projected --set lr=4e-4 --set steps=1500 --out "$runs/student" "${students[@]}"
+edits=(--edits "$emoji/edits.jsonl" --set edits.weight=1 --set edits.kept=3 --set negative_scale_max=1 --set negative_kind=projected --set steps=1500)
+stage student "${distilled[@]}" --start "$runs/plain" "${edits[@]}" --set lr=4e-4 --out "$runs/edited" "${students[@]}"
+stage student "${distilled[@]}" --start "$runs/edited" "${edits[@]}" --set lr=3e-4 --set regression.weight=0 --set edits.anchored=true \
+    --out "$runs/student" "${students[@]}"
 stage student-decoder --student "$runs/student" --teacher "$runs/teacher" --data "$emoji" --out "$runs/student-decoder" "${tuned[@]}"
 snoopi-rt export --backbone small --weights "$runs/student" --decoder "$runs/student-decoder" --out "$runs/bundle" --force
 snoopi-rt eval small --bundle "$runs/bundle" --teacher "$runs/teacher" --references "$runs/references" --out "$runs/evaluation" "${judged[@]}"

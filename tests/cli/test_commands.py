@@ -136,7 +136,7 @@ def test_two_kinds_of_documented_commands_never_write_into_one_folder() -> None:
     (runs,) = re.findall(r"^tools/small_model.sh (\S+)$", (ROOT / "docs" / "model-card.md").read_text(), re.M)
     script = (ROOT / "tools" / "small_model.sh").read_text().replace('"$emoji"', '"$runs/emoji"').replace("\\\n", " ")
     stages = re.findall(r'^(stage [\w-]+|snoopi-rt \w+) .*--out "\$runs/([^"]+)"', script, re.M)
-    assert len(stages) == 8
+    assert len(stages) == 9
     writers = {f"{runs}/{name}": {f"{kind.removeprefix('snoopi-rt ').replace('stage', 'train')} small"} for kind, name in stages}
     for _, _, words in documented():
         if "--out" in words and (folder := words[words.index("--out") + 1]).islower():
