@@ -87,7 +87,7 @@ class Models:
         """
         t = torch.full((len(noise),), int(self.rule.timestep), device=self.device)
         other = None if negative is None else (negative[0].states, negative[0].mask, negative[1].to(self.dtype), *self._empty)
-        return self.rule.x0(noise, self.predict(network or self.student, noise, t, text, other))
+        return self.rule.x0(noise, self.predict(self.student if network is None else network, noise, t, text, other))
 
     def first_student(self) -> nn.Module:
         """The student as its training begins, frozen and without negative prompts; the same in a resumed run."""

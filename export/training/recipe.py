@@ -109,7 +109,7 @@ class Edits(LossSettings):
     kept: float = 1.0
     """Weight, within this loss, of edits that must change nothing; those that change the picture have 1."""
     anchored: bool = False
-    """Wanted are the pictures of the student as it begins, not as it is, so that no other loss is needed to keep them as they are."""
+    """Wanted are the pictures of the student as it begins, not as it is: no other loss is needed to keep them nearly as they were."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from snoopi_rt.export.small_model.dataset.compose import Composer, recoloured
-from snoopi_rt.export.small_model.dataset.edits import FLAW_NOUNS, KIN, draw_edit
+from snoopi_rt.export.small_model.dataset.edits import FLAW_WORDS, KIN, _other, draw_edit
 from snoopi_rt.export.small_model.dataset.scene import STYLES, Scene, Vocabulary, caption, plain_caption
 from snoopi_rt.export.small_model.dataset.sprites import SIDE, TRAINED, UNSEEN, load_sprites
 from snoopi_rt.export.small_model.dataset.vocabulary import (
@@ -127,7 +127,7 @@ def test_an_edit_takes_away_what_its_negative_names_and_nothing_else(vocabulary:
     for edit in edits:
         words = {word.strip() for word in edit.negative.split(",")}
         asked = {flaw for flaw, synonyms in FLAWS.items() if any(name in edit.prompt for name in (flaw, *synonyms))}
-        names = {flaw: (flaw, *FLAWS[flaw], *FLAW_NOUNS[flaw]) for flaw in FLAWS}
+        names = {flaw: (flaw, *FLAWS[flaw], *FLAW_WORDS[flaw]) for flaw in FLAWS}
         named = {flaw for flaw in FLAWS if any(name in word for word in words for name in names[flaw])}
         if asked & named:
             assert edit.changes and not any(flaw in edit.wanted_prompt for flaw in asked & named), edit
@@ -163,6 +163,16 @@ def test_edits_tell_apart_what_is_akin_and_styles_and_bare_backgrounds(vocabular
     assert not any("background" in edit.wanted_prompt for edit in bare if edit.changes)
     red = [edit for edit in edits if edit.prompt.endswith("on a red background") and edit.negative in ("background", "red background")]
     assert red and all(edit.changes for edit in red)
+
+
+def test_no_negative_of_a_picture_that_must_stay_names_a_kind_of_what_is_shown(vocabulary: Vocabulary) -> None:
+    rng = np.random.default_rng(0)
+    edits = [draw_edit(vocabulary, rng) for _ in range(20_000)]
+    of_men = [edit for edit in edits if edit.prompt == "an old man" and not edit.changes]
+    assert of_men and not any({"man", "a man", "men"} & {word.strip() for word in edit.negative.split(",")} for edit in of_men)
+    shown = ("old man",)
+    with_men = [_other(shown, vocabulary, rng) for _ in range(20_000)]
+    assert len(set(with_men)) > 300 and not {"man", "old man"} & set(with_men)
 
 
 def test_plain_captions_are_what_one_would_say() -> None:

@@ -35,13 +35,13 @@ STYLE_WORDS = {
     "3d": ("3d", "3d", "3d render", "3d style"),
     "flat": ("flat", "flat drawing", "flat style", "flat design", "flat icon"),
 }
-FLAW_NOUNS = {
+FLAW_WORDS = {
     "blurry": ("blur", "unsharp", "soft focus", "bokeh"),
     "pixelated": ("pixels", "pixelation", "pixel art", "mosaic", "blocky"),
     "grayscale": ("desaturated", "colorless", "black and white photo"),
     "grainy": ("grain", "noise", "film grain", "speckles"),
 }
-"""Other words for flaws that negative prompts use."""
+"""Words for flaws that only negative prompts use."""
 GENERIC = (
     "low quality",
     "ugly",
@@ -148,21 +148,22 @@ def _unrelated(scene: Scene, vocabulary: Vocabulary, rng: np.random.Generator) -
 
 
 def _other(shown: tuple[str, ...], vocabulary: Vocabulary, rng: np.random.Generator) -> str:
-    while (other := vocabulary.thing(rng).name) in shown:
+    """Another thing, and none that is a kind of what is shown, or the other way round: an old man is a man."""
+    while any(_is_a_kind(other := vocabulary.thing(rng).name, name) for name in shown):
         pass
     return other
 
 
 def _akin(name: str, rng: np.random.Generator, shown: tuple[str, ...] = ()) -> str:
-    """Another thing of its group that stands near it in vocabulary.txt, as king and queen do, and is not shown.
-
-    Nothing that is a kind of the other: an old man is a man.
-    """
+    """Such a thing that stands near it in vocabulary.txt, in its group, as king and queen do."""
     (place,) = (place for place, thing in enumerate(things()) if thing.name == name)
-    near = [thing for thing in things()[max(place - KIN, 0) : place + KIN + 1] if thing.group == things()[place].group]
-    words = set(name.split())
-    others = [thing.name for thing in near if not (words <= set(thing.name.split()) or words > set(thing.name.split()))]
-    return _one([other for other in others if other not in shown], rng)
+    near = [thing.name for thing in things()[max(place - KIN, 0) : place + KIN + 1] if thing.group == things()[place].group]
+    return _one([other for other in near if not any(_is_a_kind(other, one) for one in (name, *shown))], rng)
+
+
+def _is_a_kind(one: str, other: str) -> bool:
+    words, others = set(one.split()), set(other.split())
+    return words <= others or words > others
 
 
 def _listed(negatives: list[str], scene: Scene, vocabulary: Vocabulary, rng: np.random.Generator) -> str:
@@ -189,7 +190,7 @@ def _other_flaw(scene: Scene, rng: np.random.Generator) -> str:
 
 def _flaw(flaw: str, rng: np.random.Generator) -> str:
     if rng.random() < 0.3:
-        return _one(FLAW_NOUNS[flaw], rng)
+        return _one(FLAW_WORDS[flaw], rng)
     word = _one((flaw, flaw, *FLAWS[flaw]), rng)
     return _one((word, word, word, f"{with_article(word)} picture", f"{word} photo"), rng)
 
