@@ -33,10 +33,11 @@ def read_edits(path: Path) -> Iterator[Edit]:
     """The rows of a file of any format that `PromptFile` reads, with the columns KEYS. Raises InputError naming the first bad row."""
     with PromptFile(path, names=KEYS) as file:
         for place, record in file.records():
-            texts = [] if isinstance(record, InvalidRow) else [record.get(key) for key in KEYS]
-            if not all(isinstance(text, str) and text.strip() for text in texts) or not texts:
-                raise InputError(f"{file.word} {place} of {path} has no text for {', '.join(KEYS)}")
-            yield Edit(*map(str, texts))
+            row = {} if isinstance(record, InvalidRow) else record
+            texts = {key: row.get(key) for key in KEYS}
+            if missing := [key for key, text in texts.items() if not (isinstance(text, str) and text.strip())]:
+                raise InputError(f"{file.word} {place} of {path} has no text for {', '.join(missing)}")
+            yield Edit(*map(str, texts.values()))
 
 
 def check_edits(path: Path) -> None:

@@ -177,7 +177,8 @@ def _check(stage: Stage, i: int, scalars: Mapping[str, float]) -> None:
     infinite = [name for name, value in scalars.items() if not math.isfinite(value)]
     reason = f"{', '.join(infinite)} is not finite" if infinite else stage.stop_reason(scalars)
     if reason:
-        raise OutputError(f"{stage.name} stopped at step {i}: {reason}; the last checkpoint is kept")
+        kept = "; the last checkpoint is kept" if stage.checkpoints else ""
+        raise OutputError(f"{stage.name} stopped at step {i}: {reason}{kept}")
 
 
 def _save(stage: Stage, parts: Mapping[str, Resumable], step: int) -> None:

@@ -187,8 +187,9 @@ class StudentRecipe(StageRecipe):
             _require(settings[name] >= 0, f"{name} must not be negative")
         for name in POSITIVE:
             _require(settings[name] > 0, f"{name} must be above 0")
+        _require(not settings["edits.anchored"] or settings["edits.weight"] > 0, "edits.anchored needs an edits.weight above 0")
         kept = settings["vsd.weight"] + settings["regression.weight"] > 0 or settings["regression.warmup_steps"] == self.steps
-        kept |= settings["edits.weight"] > 0 and settings["edits.anchored"]
+        kept |= settings["edits.anchored"]
         _require(kept, "nothing keeps the student good: set vsd.weight, regression.weight or edits.anchored")
 
     @property

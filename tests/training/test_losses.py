@@ -257,7 +257,7 @@ def test_the_discriminator_tells_the_student_from_its_teacher_and_only_the_heads
         (
             {"prompt": "a cat"},
             {"edits.weight": 1.0, "negative_scale_max": 1.0},
-            "line 1 of .* has no text for prompt, negative_prompt",
+            "line 1 of .* has no text for negative_prompt, wanted_prompt",
         ),
         (EDITS[0], {}, "edits need both: --set edits.weight=1 is missing"),
         (EDITS[0], {"edits.weight": 1.0}, "need a negative_scale_max above 0"),

@@ -41,6 +41,7 @@ def test_the_papers_settings_are_recipes_and_print_in_full() -> None:
         (lambda: tiny(t_max=1000), "timesteps lie between 0 and 999"),
         (lambda: tiny(**{"lora.steps": 0}), "lora.steps must be above 0"),
         (lambda: tiny(**{"vsd.weight": 0.0}), "nothing keeps the student good"),
+        (lambda: tiny(**{"vsd.weight": 0.0, "edits.anchored": True}), "edits.anchored needs an edits.weight above 0"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_one_line(change: Any, words: str) -> None:
