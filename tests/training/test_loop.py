@@ -163,7 +163,7 @@ def test_nan_stops_the_run_with_its_step_and_keeps_the_checkpoint(tmp_path):
         tiny_stage(tmp_path, poison_at=5)
     tiny_stage(tmp_path)
     assert len(losses(tmp_path)) == 8
-    with pytest.raises(OutputError, match="stopped at step 0: loss is not finite$"):  # no checkpoint is promised that is not there
+    with pytest.raises(OutputError, match=r"stopped at step 0: loss is not finite$"):  # no checkpoint is promised that is not there
         tiny_stage(tmp_path / "first", poison_at=0)
 
 
