@@ -9,7 +9,7 @@ from torch import nn
 
 from snoopi_rt.export.small_model.discriminator import Discriminator, DiscriminatorWeights, fooling, hinge
 from snoopi_rt.export.small_model.features import CHANNELS, FeatureMaps
-from snoopi_rt.export.small_model.networks import HIGH, EdgePaddedConv2d, PixelShuffleDecoder, WideDecoder
+from snoopi_rt.export.small_model.networks import HIGH, PixelShuffleDecoder, WideDecoder
 from snoopi_rt.export.small_model.student_decoder import StudentDecoderRecipe, _Training
 
 ROOT = Path(__file__).parents[2]
@@ -57,11 +57,16 @@ def test_the_discriminators_gradient_is_the_recipes_share_of_all_others() -> Non
     torch.testing.assert_close(shares[0], 0.5 * shares[1])
 
 
-def test_a_convolution_that_sees_repeated_edges_is_that_of_torch() -> None:
-    own, torchs = EdgePaddedConv2d(4, 3, 3), nn.Conv2d(4, 3, 3, padding=1, padding_mode="replicate")
-    torchs.load_state_dict(own.state_dict())
-    x = torch.randn(2, 4, 6, 6)
-    assert torch.equal(own(x), torchs(x))
+def test_a_plain_colour_has_no_edge_in_the_last_stages_of_a_light_decoder() -> None:
+    torch.manual_seed(0)
+    decoder = WideDecoder().decoder.high.eval()
+    for parameter in decoder.parameters():
+        nn.init.normal_(parameter, std=0.1)  # residual blocks begin with nothing
+    with torch.no_grad():
+        picture = decoder(torch.randn(1, 32, 1, 1).expand(1, 32, 16, 16))
+    cells = picture.unfold(2, HIGH, HIGH).unfold(3, HIGH, HIGH)  # all cells alike, whatever a cell shows
+    torch.testing.assert_close(cells, cells[:, :, 8:9, 8:9].expand_as(cells), rtol=1e-4, atol=1e-4)
+    assert cells[0, 0, 8, 8].std() > 0.01
 
 
 def test_fine_detail_of_images_of_two_sizes_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
