@@ -58,6 +58,13 @@ def joined(first: TextBatch, second: TextBatch) -> TextBatch:
     return TextBatch(torch.cat(states), torch.cat(masks) if masks else None)
 
 
+def either(where: Tensor, first: TextBatch, second: TextBatch) -> TextBatch:
+    """Of two batches, the first one's prompts where (B,) bool says so, the second's elsewhere, padded to the longer."""
+    both = joined(first, second)
+    rows = torch.where(where, 0, len(where)) + torch.arange(len(where), device=where.device)
+    return TextBatch(both.states[rows], None if both.mask is None else both.mask[rows])
+
+
 class TextStates:
     """The states in a folder written by `encode_prompts`. `len` is the number of prompts without the empty one; `first`: the first of them.
 

@@ -16,6 +16,7 @@ from snoopi_rt.export.backbones import find_backbone
 from snoopi_rt.export.backbones.pixart import GuidedPixArt
 from snoopi_rt.export.guidance import find_guidance
 from snoopi_rt.export.training.edits import KEYS
+from snoopi_rt.export.training.losses import edits as edits_module
 from snoopi_rt.export.training.losses.adversarial import AdversarialLoss
 from snoopi_rt.export.training.losses.teacher_features import feature_distance
 from snoopi_rt.export.training.models import Models
@@ -209,6 +210,19 @@ def test_anchored_edits_alone_keep_the_students_pictures(teachers: Path, tmp_pat
         drift[anchored] = (models.clean(noise, wanted) - before).square().mean().item()
         assert torch.equal(models.clean(noise, wanted, network=models.first_student()), before)
     assert drift[True] < 0.01 * drift[False]
+
+
+def test_some_anchored_edits_are_drawn_without_their_negative_and_change_nothing(
+    teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text("".join(json.dumps(row) + "\n" for row in EDITS))
+    edit = {"vsd.weight": 0.0, "edits.weight": 1.0, "edits.anchored": True, "negative_scale_max": 1.0}
+    trainer = trainer_of(teachers, tmp_path / "run", {"edits": edits}, **edit)
+    loss, batch = trainer.losses["edits"], StudentBatch(trainer.run, Samples(0, range(4), 1.0))
+    assert loss.term(batch).value > 1e-4  # a new student heeds no negative
+    monkeypatch.setattr(edits_module, "PLAIN", 1.0)
+    assert loss.term(batch).value == 0  # and draws what it drew
 
 
 @pytest.mark.parametrize("kind", ["nasa", "projected"])

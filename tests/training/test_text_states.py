@@ -12,7 +12,7 @@ from torch import Tensor
 from snoopi_rt.errors import InputError
 from snoopi_rt.export.backbones import CaptionEncoder, find_backbone
 from snoopi_rt.export.training.prompt_files import read_prompts
-from snoopi_rt.export.training.text_states import encode_prompts, joined, shuffled
+from snoopi_rt.export.training.text_states import either, encode_prompts, joined, shuffled
 
 PROMPTS = ["a cat", "a red dog on a mat", "fish", "a cat in the fog", "moon"]
 
@@ -98,6 +98,13 @@ def test_joined_batches_are_filled_to_the_longer_one(tmp_path: Path, encoder: Ca
         both = joined(first, second)
         assert both.states.shape == (2, long.states.shape[1], 3) and both.mask is not None
         assert both.mask.sum(1).tolist() == [int(batch.mask.sum()) for batch in (first, second)]
+        for where in (True, False):
+            one = either(torch.tensor([where]), first, second)
+            assert (
+                torch.equal(one.states[0], both.states[1 - where])
+                and one.mask is not None
+                and torch.equal(one.mask[0], both.mask[1 - where])
+            )
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 1000])

@@ -18,9 +18,10 @@ from snoopi_rt.export.training.losses.loss import Loss, Term
 from snoopi_rt.export.training.recipe import Edits, LossSettings, StudentRecipe
 from snoopi_rt.export.training.run import Run, StudentBatch
 from snoopi_rt.export.training.task import Task
+from snoopi_rt.export.training.text_states import either
 
-PLAIN = 0.2
-"""Share of anchored edits that must change nothing whose scale is 0: the student's pictures without a negative prompt."""
+PLAIN = 0.5
+"""Share of anchored edits that are drawn without their negative, which must change nothing: the student's pictures as they were."""
 
 
 class EditsLoss(Loss):
@@ -60,12 +61,16 @@ class EditsLoss(Loss):
         noise = torch.stack([torch.randn(*models.shape, generator=stream) for stream in streams]).to(models.device)
         changes = self._changes[rows].to(models.device)
         share = torch.stack([torch.rand((), generator=stream) for stream in streams]).to(models.device)
+        prompts, wanted = self._prompts.batch(rows), self._wanted_prompts.batch(rows)
         if self._first is not None:
+            plain = share < PLAIN
             share = ((share - PLAIN) / (1 - PLAIN)).clamp(min=0)
+            wanted = either(plain, prompts, wanted)
+            changes = changes & ~plain
         with torch.no_grad():
-            target = models.clean(noise, self._wanted_prompts.batch(rows), network=self._first)
+            target = models.clean(noise, wanted, network=self._first)
         scale = recipe.negative_scale_max * torch.where(changes, 1.0, share)
-        x0 = models.clean(noise, self._prompts.batch(rows), (self._negatives.batch(rows), scale))
+        x0 = models.clean(noise, prompts, (self._negatives.batch(rows), scale))
         distance = (x0 - target).square().mean((1, 2, 3))
         logged = {name: (distance * chosen).sum() / chosen.sum().clamp(min=1) for name, chosen in (("heeded", changes), ("kept", ~changes))}
         return Term(x0, (distance * torch.where(changes, 1.0, self.settings.kept)).mean(), logged)
