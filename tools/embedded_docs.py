@@ -51,7 +51,7 @@ DRAWN = {
     "a common thing, among its first five": RECOGNISED,
     "any thing, the judge's first guess": ("recognition", "top 1, all things"),
     "any thing, among its first five": ("recognition", "top 5, all things"),
-    "things that one of four seeds shows": ("recognition", "things whose drawing is in the top 5, in one of 4 seeds"),
+    "things recognised in at least one of four seeds": ("recognition", "things whose drawing is in the top 5, in one of 4 seeds"),
     "one to three of a thing": ("attributes", "number of things, one to three"),
     "a thing in a colour": ("attributes", "coloured thing"),
     "both of two things": ("attributes", "both of two things"),

@@ -157,11 +157,11 @@ class _WideDecoder(nn.Module):
         return torch.stack(cut)
 
 
-HIGH = 4
-"""Pixels per cell, to a side, of the map that WideDecoder's last part takes."""
 PADDING = ("zeros", "zeros", "reflect", "reflect")
 """What WideDecoder's four stages see beyond the edges. Zeros would show along the picture's sides and in its corners; a reflection goes on
 as a plain colour does, also through the pixel shuffles, whose maps may alternate from cell to cell."""
+HIGH = 4
+"""Pixels per cell, to a side, of the map that WideDecoder's last part takes."""
 MARGIN = 8
 """Cells by which that part sees further than a window, or more."""
 
